@@ -1,0 +1,251 @@
+"""Checkpoints: written whole or not at all, read as full tensors whatever the topology that wrote them.
+
+A checkpoint is a folder `step-0000100` with
+    bertscale.json                 facts, the parameter table, and per file its pieces, size and digest
+    shard-t00-d00.safetensors      what tensor rank 0, data rank 0 held: float32 weights and Adam moments
+    tokenizer.model
+Each shard holds flat pieces named `state:parameter`; the table says where in the tensor rank's flattened
+share of the parameter a piece starts. Parameters that are whole on every tensor rank are written by
+tensor rank 0 alone. The folder is written under a temporary name and renamed: one with the final name
+is whole. DeepSpeed's own files are not used: they are pickles, its reader runs what is in them, and
+they fit one topology only.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bertscale.config import ModelConfig, UserError, check_config
+from bertscale.shards import file_digest
+
+FORMAT = 1
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+TABLE = "bertscale.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of one parameter: views of the float32 tensors that the optimizer updates.
+
+    `start` counts from the beginning of the tensor rank's flattened share; the views are 1-D.
+    """
+
+    name: str
+    start: int
+    states: dict[str, Tensor]
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def shard_name(tensor_rank: int, data_rank: int) -> str:
+    return f"shard-t{tensor_rank:02d}-d{data_rank:02d}.safetensors"
+
+
+def write_shard(folder: Path, name: str, pieces: Iterable[Piece]) -> dict[str, Any]:
+    """Writes one rank's pieces and returns the file's entry in the table. Raises OSError."""
+    kept = [piece for piece in pieces if piece.states["weight"].numel()]
+    tensors = {
+        f"{state}:{piece.name}": value.detach().cpu().contiguous()
+        for piece in kept
+        for state, value in piece.states.items()
+    }
+    path = folder / name
+    save_tensors(path, tensors)
+    sync(path)
+    return {
+        "name": name,
+        "bytes": path.stat().st_size,
+        "digest": file_digest(path),
+        "pieces": {piece.name: [piece.start, piece.states["weight"].numel()] for piece in kept},
+    }
+
+
+def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:
+    """Writes the table into `partial` and gives the folder its final name. Raises OSError."""
+    (partial / TABLE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    put_in_place(partial, final)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Flushes the files of `partial` and renames it, in place of an older `final`. Raises OSError."""
+    for path in partial.iterdir():
+        sync(path)
+    sync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+class Checkpoint:
+    """A checkpoint as one dictionary of full float32 tensors, assembled when asked for.
+
+    Files are memory-mapped: asking for one tensor reads that tensor alone.
+    """
+
+    def __init__(self, folder: Path, table: dict[str, Any]) -> None:
+        self.folder = folder
+        self.table = table
+        self.model: ModelConfig = check_config(ModelConfig, table["model"], str(folder / TABLE))
+        self.vocab_size: int = table["vocab_size"]
+        self.step: int = table["step"]
+        self.samples_consumed: int = table["samples_consumed"]
+        self.parameters: dict[str, dict[str, Any]] = table["parameters"]
+        self._open: dict[str, Any] = {}
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether Adam's moments are here (not in a checkpoint that came from Hugging Face)."""
+        return bool(self.table["has_moments"])
+
+    def tensor(self, name: str, state: str = "weight") -> Tensor:
+        """The whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
+
+        Raises KeyError for an unknown parameter, UserError when pieces are missing.
+        """
+        entry = self.parameters[name]
+        shape, dim = entry["shape"], entry["tensor_parallel_dimension"]
+        degree = self.table["topology"]["tensor"] if dim is not None else 1
+        share = list(shape)
+        if dim is not None:
+            share[dim] //= degree
+        shares = []
+        for rank in range(degree):
+            flat = torch.empty(torch.Size(share).numel())
+            filled = 0
+            for file in self.table["files"]:
+                if file["tensor_rank"] != rank or name not in file["pieces"]:
+                    continue
+                start, length = file["pieces"][name]
+                flat[start : start + length] = self._file(file["name"]).get_tensor(f"{state}:{name}")
+                filled += length
+            if filled != flat.numel():
+                raise UserError(f"the checkpoint {self.folder} lacks a part of {name} ({state})")
+            shares.append(flat.view(share))
+        return shares[0] if degree == 1 else torch.cat(shares, dim)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compares every `parts`-th file's digest with the table; raises UserError that names the file."""
+        for file in self.table["files"][part::parts]:
+            if file_digest(self.folder / file["name"]) != file["digest"]:
+                raise UserError(
+                    f"the checkpoint file {self.folder / file['name']} is damaged: its digest differs from "
+                    f"{TABLE}'s; use another checkpoint"
+                )
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / TABLE).is_file())
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a checkpoint folder, or the newest checkpoint of a run folder.
+
+    Raises UserError where there is none, it was never committed, or a file is missing or cut short.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint {folder}: no such folder")
+    if (folder / "checkpoints").is_dir():
+        found = step_folders(folder)
+        if not found:
+            raise UserError(f"the run {folder} has no finished checkpoint yet")
+        return open_checkpoint(found[-1])
+    try:
+        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a finished checkpoint: it has no {TABLE}, which is written last; "
+            "use an older checkpoint of the run"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{folder / TABLE} is damaged: {error}") from error
+    if table.get("format") != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {table.get('format')}, this version reads {FORMAT}")
+    for file in table["files"]:
+        path = folder / file["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != file["bytes"]:
+            state = "missing" if size is None else f"{size:,} bytes instead of {file['bytes']:,}"
+            raise UserError(f"the checkpoint file {path} is damaged: {state}; use another checkpoint")
+    return Checkpoint(folder, table)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file, readable by whom the umask lets. Raises OSError."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # it wraps the operating system's errors
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found.group(1)) if found else errno.EIO, str(error), str(path)) from error
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors makes it the owner's alone
+
+
+def fresh_folder(final: Path) -> Path:
+    """An empty folder beside `final` under its temporary name. Raises OSError."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def write_whole(
+    folder: Path, table: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path
+) -> None:
+    """Writes full weights (no moments) as a checkpoint of one rank; used for imported weights."""
+    partial = fresh_folder(folder)
+    shutil.copyfile(tokenizer, partial / "tokenizer.model")
+    shapes: dict[str, list[int]] = {}
+    pieces = []
+    for name, value in tensors:
+        shapes[name] = list(value.shape)
+        pieces.append(Piece(name, 0, {"weight": value.float().flatten()}))
+    entry = write_shard(partial, shard_name(0, 0), pieces)
+    parameters = {n: {"shape": shape, "tensor_parallel_dimension": None} for n, shape in shapes.items()}
+    commit(
+        partial,
+        folder,
+        {
+            "format": FORMAT,
+            "has_moments": False,
+            "step": 0,
+            "samples_consumed": 0,
+            "topology": {"tensor": 1, "data": 1, "zero_stage": 0},
+            **table,
+            "parameters": parameters,
+            "files": [{**entry, "tensor_rank": 0, "data_rank": 0}],
+        },
+    )

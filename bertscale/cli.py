@@ -1,0 +1,292 @@
+"""The `bertscale` command: reads the command line, checks what can be checked, and calls the stage.
+
+bertscale prep|pretrain|convert|finetune|quickstart --help
+
+Nothing heavy is imported before a stage begins, so that help and mistakes answer at once.
+Exit codes: 0 done, 1 a fault (with its traceback), 2 a mistake of the person (one line), 75 stopped
+and saved, 130 interrupted; `bertscale pretrain` passes on the code of a failed rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib.metadata
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bertscale.config import PretrainConfig, Section
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command of `arguments` (sys.argv without one) and returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"bertscale {importlib.metadata.version('bertscale')}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        print(f"bertscale: error: there is no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+
+    from bertscale.config import UserError
+
+    _, command = COMMANDS[name]
+    try:
+        return command(rest)
+    except UserError as error:
+        return _complain(name, str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(name, _disk_full(error))
+    except KeyboardInterrupt:
+        print(f"\nbertscale {name}: interrupted; the same command begins again", file=sys.stderr)
+        return INTERRUPTED
+
+
+# ----------------------------------------------------------------------------------------- the stages
+
+
+def prep(arguments: list[str]) -> int:
+    """bertscale prep CONFIG [key=value ...] [--verify]"""
+    from bertscale.config import PrepConfig, load_config
+
+    parser = _parser("prep", "Turns raw text into a tokenizer and Arrow token shards.", PrepConfig)
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="Only compare an existing output with the sizes and digests of its manifest.",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(PrepConfig, options.config, options.overrides)
+    if options.verify:
+        return _verify(config.output)
+
+    from data_prep.build import prep as build
+
+    build(config)
+    return 0
+
+
+def pretrain(arguments: list[str]) -> int:
+    """bertscale pretrain CONFIG [key=value ...] [--verify]"""
+    from bertscale.config import PretrainConfig
+    from launcher import ranks
+
+    parser = _parser(
+        "pretrain",
+        "Trains an encoder on token shards, from its newest whole checkpoint where there is one. Starts "
+        "its ranks on this machine by itself; under torchrun or srun each process is one rank. Ctrl-C "
+        "finishes the step, saves and exits with 75: the same command goes on.",
+        PretrainConfig,
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="Compare the shards with their digests before the start."
+    )
+    options = parser.parse_intermixed_args(arguments)
+    rank = ranks.from_environment()
+    if rank is not None:
+        verify = options.verify and rank.rank == 0
+        return ranks.run_as_rank(lambda: _train(options.config, options.overrides, rank.world_size, verify))
+
+    config, count = _checked(options.config, options.overrides, None, options.verify)
+    again = ["pretrain", options.config, *options.overrides]
+    code = ranks.spawn([sys.executable, "-m", "bertscale", *again], count, Path(config.run) / "logs")
+    if code == ranks.STOPPED_AND_SAVED:
+        print(f"stopped and saved; to go on: {shlex.join(['bertscale', *again])}", file=sys.stderr)
+    return code
+
+
+def convert(arguments: list[str]) -> int:
+    """bertscale convert SOURCE OUTPUT [--no-show]"""
+    parser = _parser(
+        "convert",
+        "Turns a checkpoint into a Hugging Face folder, or a Hugging Face folder into a checkpoint; "
+        "which of the two is found from what SOURCE is.",
+    )
+    parser.add_argument("source", type=Path, help="A run folder, a checkpoint or a Hugging Face folder.")
+    parser.add_argument("output", type=Path, help="The folder to write.")
+    parser.add_argument(
+        "--show",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Let the converted model fill a few masks.",
+    )
+    options = parser.parse_args(arguments)
+
+    from bertscale.convert import convert as convert_folder
+
+    convert_folder(options.source, options.output, options.show)
+    return 0
+
+
+def finetune(arguments: list[str]) -> int:
+    """bertscale finetune CONFIG [key=value ...]"""
+    from bertscale.config import FinetuneConfig, load_config
+
+    parser = _parser("finetune", "Trains a classifier on a pretrained encoder.", FinetuneConfig)
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(FinetuneConfig, options.config, options.overrides)
+
+    from bertscale.finetune import finetune as train_classifier
+
+    train_classifier(config)
+    return 0
+
+
+def quickstart(arguments: list[str]) -> int:
+    """bertscale quickstart [--run FOLDER]"""
+    parser = _parser(
+        "quickstart",
+        "Runs every stage on the documentation of the Python packages of this machine: text, shards, "
+        "pretraining, Hugging Face folder, classifier. What is finished and whole is used again.",
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/quickstart"), help="Folder for all output (%(default)s)."
+    )
+    options = parser.parse_args(arguments)
+
+    from bertscale.quickstart import quickstart as run_stages
+    from launcher.ranks import count_gpus
+
+    return run_stages(options.run, count_gpus())
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "prep": ("raw text -> tokenizer and token shards", prep),
+    "pretrain": ("token shards -> checkpoints", pretrain),
+    "convert": ("checkpoint <-> Hugging Face folder", convert),
+    "finetune": ("encoder and labelled text -> classifier", finetune),
+    "quickstart": ("all of these, small, on text that every machine has", quickstart),
+}
+
+
+# -------------------------------------------------------------------------------------- help and words
+
+
+def _overview() -> str:
+    lines = ["usage: bertscale COMMAND ...", "", "From raw text to a fine-tuned BERT-family model.", ""]
+    lines += [f"  {name:<12}{sentence}" for name, (sentence, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", "bertscale COMMAND --help tells more, with every key of its config."])
+
+
+def _parser(name: str, description: str, section: type[Section] | None = None) -> argparse.ArgumentParser:
+    """The parser of one command; with `section`, of CONFIG and overrides, its keys listed in the help."""
+    width = shutil.get_terminal_size().columns - 2
+    parser = argparse.ArgumentParser(
+        prog=f"bertscale {name}",
+        description=textwrap.fill(description, width),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if section is not None:
+        from bertscale.config import describe_fields
+
+        rows = describe_fields(section)
+        parser.add_argument("config", metavar="CONFIG", help="A YAML file.")
+        parser.add_argument(
+            "overrides",
+            metavar="key=value",
+            nargs="*",
+            help=f"A value, read as YAML, that replaces the file's, such as {_example(rows)}.",
+        )
+        column = max(len(key) for key, _ in rows) + 4
+        parser.epilog = "keys of CONFIG:\n" + "\n".join(
+            textwrap.fill(
+                text, width, initial_indent=f"  {key}".ljust(column), subsequent_indent=" " * column
+            )
+            for key, text in rows
+        )
+    return parser
+
+
+def _example(rows: list[tuple[str, str]]) -> str:
+    keys = [key for key, _ in rows]
+    return next(f"{key}={value}" for key, value in EXAMPLES if key in keys)
+
+
+EXAMPLES = (("train.steps", "100"), ("epochs", "3"), ("workers", "4"))
+
+
+def _complain(name: str, message: str) -> int:
+    for line in message.splitlines():
+        print(f"bertscale {name}: error: {line}", file=sys.stderr)
+    return 2
+
+
+def _disk_full(error: OSError) -> str:
+    where = f" while writing {error.filename}" if error.filename else ""
+    return f"{error.strerror}{where}; free some space and run the same command again"
+
+
+# -------------------------------------------------------------------------------- checks before a start
+
+
+def _verify(folder: str) -> int:
+    from bertscale.shards import Split, open_dataset
+
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
+        data = open_dataset(folder, split, verify=True)
+        size = sum(shard.entry.bytes for shard in data.shards)
+        print(
+            f"{folder}: {split}: {len(data.shards)} shards, {size:,} bytes, "
+            f"{data.num_documents:,} documents, {data.num_tokens:,} tokens: sizes and digests match"
+        )
+    return 0
+
+
+def _checked(
+    path: str, overrides: list[str], world_size: int | None, verify: bool
+) -> tuple[PretrainConfig, int]:
+    """The config and the number of ranks, after every check that needs no torch.
+
+    `world_size` is the number of ranks where they are running, None where they are yet to be started.
+    """
+    from bertscale.config import PretrainConfig, UserError, load_config
+    from bertscale.samples import check_batch
+    from bertscale.shards import open_dataset
+    from launcher.ranks import count_gpus
+
+    config = load_config(PretrainConfig, path, overrides)
+    count = world_size or config.parallel.ranks or count_gpus() or config.parallel.tensor
+    if count % config.parallel.tensor:
+        raise UserError(
+            f"{count} rank{'s' if count > 1 else ''} cannot be shared out by "
+            f"parallel.tensor={config.parallel.tensor}: the number of ranks (parallel.ranks, or one for "
+            "each GPU) must be a multiple of it"
+        )
+    check_batch(config.train.global_batch, config.train.micro_batch, count // config.parallel.tensor)
+    open_dataset(config.data, "train", verify=verify)
+    return config, count
+
+
+def _train(path: str, overrides: list[str], world_size: int, verify: bool) -> int:
+    config, _ = _checked(path, overrides, world_size, verify)
+
+    from bertscale.pretrain import pretrain as train
+
+    try:
+        return train(config)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+
+        from bertscale.config import UserError
+
+        raise UserError(_disk_full(error)) from error

@@ -1,0 +1,313 @@
+"""Every config section, declared once: defaults <- YAML <- `key=value`, checked before anything starts.
+
+config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train.steps=100"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """A mistake that the person can mend: shown as one line without a traceback, exit code 2."""
+
+
+class Section(BaseModel):
+    """A part of a config: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------------------------------------- prep
+
+
+class TokenizerTraining(Section):
+    vocab_size: int = Field(32_768, ge=300, description="Number of pieces, special and byte pieces included.")
+    sample_documents: int = Field(
+        200_000, ge=1, description="At most this many documents, drawn at random, train the tokenizer."
+    )
+
+
+class PrepConfig(Section):
+    """Raw text -> tokenizer and Arrow token shards."""
+
+    input: list[str] = Field(min_length=1, description="Files, folders or globs (.jsonl, .txt).")
+    output: str = Field(description="Folder for the tokenizer, the shards and manifest.json.")
+    text_field: str = Field("text", description="Name of the text field of a jsonl record.")
+    tokenizer: str | None = Field(
+        None, description="An existing SentencePiece model; without it one is trained on the input."
+    )
+    train_tokenizer: TokenizerTraining = Field(
+        default_factory=lambda: TokenizerTraining(), description="How a tokenizer is trained."
+    )
+    min_characters: int = Field(1, ge=1, description="Shorter documents are dropped and counted.")
+    validation_fraction: float = Field(
+        0.01, ge=0, lt=1, description="Share of documents, chosen by a hash of their text, held out."
+    )
+    split_bytes: int = Field(
+        512 * 2**20,
+        ge=1000,
+        description="Input is cut, between documents, about every so many bytes; "
+        "each piece becomes one shard, about half as large.",
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="The run fails at its end above this share of unreadable records."
+    )
+    workers: int = Field(0, ge=0, description="Worker processes; 0 takes one for each core.")
+    seed: int = Field(0, ge=0, description="Seed of the tokenizer's sample.")
+
+
+# ------------------------------------------------------------------------------------------ pretrain
+
+
+class ModelConfig(Section):
+    """Shape of the encoder; the names are those of a Hugging Face BertConfig."""
+
+    preset: Literal["bert"] = Field("bert", description="Architecture.")
+    num_hidden_layers: int = Field(12, ge=1, description="Layers.")
+    hidden_size: int = Field(768, ge=1, description="Width of the residual stream.")
+    num_attention_heads: int = Field(12, ge=1, description="Attention heads.")
+    intermediate_size: int = Field(3072, ge=1, description="Width inside the feed-forward part.")
+    max_position_embeddings: int = Field(512, ge=1, description="Longest sequence, in tokens.")
+    type_vocab_size: int = Field(2, ge=1, description="Segment types.")
+    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states.")
+    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention.")
+    layer_norm_eps: float = Field(1e-12, gt=0, description="Added to the variance by LayerNorm.")
+    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        return self
+
+
+class SamplesConfig(Section):
+    """How training samples are made of documents."""
+
+    max_length: int = Field(128, ge=8, description="Longest sample in tokens, [CLS] and [SEP] included.")
+    mask_rate: float = Field(0.15, gt=0, lt=1, description="Share of tokens chosen for prediction.")
+    mask_token_rate: float = Field(0.8, ge=0, le=1, description="Share of the chosen that become [MASK].")
+    random_token_rate: float = Field(
+        0.1, ge=0, le=1, description="Share of the chosen that become a random piece; the rest stay."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplesConfig:
+        if self.mask_token_rate + self.random_token_rate > 1:
+            raise ValueError(
+                f"mask_token_rate={self.mask_token_rate} and random_token_rate={self.random_token_rate} "
+                "add up to more than 1"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and linear decay to zero."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate, reached after warm-up.")
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.98, ge=0, lt=1, description="Decay of the second moment.")
+    eps: float = Field(1e-6, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    global_batch: int = Field(256, ge=1, description="Samples in one optimizer step, over all ranks.")
+    micro_batch: int = Field(32, ge=1, description="Samples in one forward pass of one rank.")
+    seed: int = Field(0, ge=0, description="Seed of initial weights, order, masks and dropout.")
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the device multiplies it natively, else float32."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between two log points.")
+    eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
+    eval_samples: int = Field(1024, ge=1, description="Samples of a held-out loss.")
+    save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1, description="Ranks that share each layer (tensor parallel).")
+    zero_stage: int = Field(
+        1, ge=0, le=3, description="DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients, 3 weights."
+    )
+    ranks: int = Field(
+        0, ge=0, description="Local processes; 0: one for each GPU, on a CPU one for each tensor rank."
+    )
+
+
+class PretrainConfig(Section):
+    """Token shards -> checkpoints."""
+
+    run: str = Field(description="Folder for checkpoints, TensorBoard events and logs.")
+    data: str = Field(description="Output folder of `bertscale prep`.")
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The encoder.")
+    samples: SamplesConfig = Field(default_factory=lambda: SamplesConfig(), description="The samples.")
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="AdamW.")
+    train: TrainConfig = Field(description="Length and rhythm of the run.")
+    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="The ranks.")
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainConfig:
+        if self.samples.max_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"samples.max_length={self.samples.max_length} is longer than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        for name in ("num_attention_heads", "intermediate_size"):
+            size = getattr(self.model, name)
+            if size % self.parallel.tensor:
+                fit = [
+                    n
+                    for n in range(1, self.model.num_attention_heads + 1)
+                    if self.model.num_attention_heads % n == 0 and self.model.intermediate_size % n == 0
+                ]
+                raise ValueError(
+                    f"parallel.tensor={self.parallel.tensor} does not divide model.{name}={size}; "
+                    f"sizes that do: {', '.join(map(str, fit))}"
+                )
+        if self.train.global_batch % 2:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is odd: half of a batch are random pairs"
+            )
+        return self
+
+
+# ------------------------------------------------------------------------------------------ finetune
+
+
+class FinetuneConfig(Section):
+    """An encoder and labelled text -> a classifier."""
+
+    encoder: str = Field(description="Checkpoint folder, run folder or Hugging Face folder.")
+    train: str = Field(description="Training examples, jsonl with a text and a label field.")
+    test: str = Field(description="Held-out examples, same form.")
+    output: str = Field(description="Folder for the classifier, its metrics and predictions.")
+    text_field: str = Field("text", description="Name of the text field.")
+    label_field: str = Field("label", description="Name of the label field.")
+    max_length: int = Field(128, ge=8, description="Longest example in tokens; longer ones are cut.")
+    epochs: int = Field(10, ge=1, description="Passes over the training examples.")
+    batch: int = Field(32, ge=1, description="Examples in one step.")
+    learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate.")
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states while fine-tuning.")
+    seeds: list[int] = Field([0], min_length=1, description="One run for each; mean and spread are reported.")
+    compare_random: bool = Field(
+        False, description="Also trains the same encoder from random weights, side by side."
+    )
+    random_learning_rate: float | None = Field(
+        None, gt=0, description="Highest learning rate from random weights; without it the same."
+    )
+
+
+# ------------------------------------------------------------------------------------------- loading
+
+Config = TypeVar("Config", bound=Section)
+
+
+def load_config(section: type[Config], path: str | Path, overrides: list[str]) -> Config:
+    """Reads YAML at `path`, applies `key=value` overrides and checks the whole.
+
+    A value is read as YAML (`train.steps=100`, `input=[a.txt, b.txt]`). Raises UserError that
+    names each wrong key and value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {_reason(error)}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the config {path} is not a mapping of keys to values")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is not of the form key=value, such as train.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override!r}: the value is not YAML") from error
+        _set(values, key, value)
+    return check_config(section, values, str(path))
+
+
+def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
+    """`values` as a checked `section`; raises UserError, one line for each wrong key."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(section, problem) for problem in error.errors()]
+        raise UserError("\n".join(f"{origin}: {line}" for line in lines)) from error
+
+
+def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted key with its default, sentence) of every field, for the help texts."""
+    rows = []
+    for name, field in section.model_fields.items():
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            rows += describe_fields(inner, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else f"default {field.default}"
+            rows.append((f"{prefix}{name}", f"{field.description} ({default})"))
+    return rows
+
+
+def _inner_section(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{dotted}={value}: {parent} is a value, not a section")
+        values = inner
+    values[last] = value
+
+
+def _explain(section: type[Section], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        here: type[Section] | None = section
+        for part in location[:-1]:
+            field = here.model_fields.get(part) if here else None
+            here = _inner_section(field.annotation) if field else None
+        names = list(here.model_fields) if here else []
+        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        everywhere = [name for name, _ in describe_fields(section)]
+        deep = [name for name in everywhere if name.split(".")[-1] == location[-1]]
+        if deep:
+            return f"unknown key {key}; did you mean {deep[0]}?"
+        if near:
+            return f"unknown key {key}; did you mean {'.'.join([*location[:-1], near[0]])}?"
+        return f"unknown key {key}; the keys here are {', '.join(names)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message if not key else f"{key}: {message}"
+    return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"

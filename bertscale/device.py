@@ -1,0 +1,96 @@
+"""What differs between devices, in one place: which one, its number format, its peak."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+from torch import Tensor
+
+from bertscale.config import UserError
+
+# Dense bfloat16 peak of data sheets, FLOP/s.
+DATA_SHEET_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def local_device() -> torch.device:
+    """The CUDA device of this local rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has matrix instructions for bfloat16 (CPU: AMX or AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    features = _cpu_flags()
+    return "amx_bf16" in features or "avx512_bf16" in features
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype, reason in words) for `auto`, `bfloat16` or `float32`."""
+    if wanted == "float32":
+        return torch.float32, "as configured"
+    if wanted == "bfloat16":
+        return torch.bfloat16, "as configured"
+    if wanted != "auto":
+        raise UserError(f"precision={wanted!r} is none of auto, bfloat16, float32")
+    if device.type == "cuda":
+        native = multiplies_bfloat16(device)
+        return (torch.bfloat16, "the GPU has it") if native else (torch.float32, "the GPU lacks bfloat16")
+    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
+        if flag in _cpu_flags():
+            return torch.bfloat16, f"the CPU has {name}"
+    return torch.float32, "the CPU has neither AMX nor AVX512-BF16"
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, such as `NVIDIA H200` or `CPU, 2 threads`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU is measured against: the data sheet's on a known GPU, else `measured_peak`."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in DATA_SHEET_PEAKS.items():
+            if known in name:
+                return peak
+    return measured_peak(device, dtype)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:
+    """The best FLOP/s of a few 2048-cubed matrix products with this process's threads."""
+    size = 2048 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        _product(left, right)
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    except OSError:
+        return set()

@@ -1,0 +1,310 @@
+"""DeepSpeed: its configuration, the sharded model, and each rank's part of the training state.
+
+The only module that imports deepspeed. ZeRO (Rajbhandari et al., 2020) shards the optimizer states (1),
+gradients (2) and weights (3) over the ranks of a data-parallel group; tensor parallel shares are made
+before, by `parallel`, and DeepSpeed is told of them by the mpu.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Its shared-memory all-reduce for CPUs wants a compiler and a minute at the first start; gloo does without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+from bertscale.checkpoint import (  # noqa: E402
+    FORMAT,
+    STATES,
+    Checkpoint,
+    Piece,
+    commit,
+    fresh_folder,
+    shard_name,
+    write_shard,
+)
+from bertscale.config import PretrainConfig, UserError  # noqa: E402
+from bertscale.model import PretrainingModel, initial_value  # noqa: E402
+from bertscale.optim import adamw  # noqa: E402
+from bertscale.parallel import (  # noqa: E402
+    ModelParallelUnit,
+    Ranks,
+    take_share,
+    tensor_parallel_dimension,
+)
+
+
+def deepspeed_config(
+    config: PretrainConfig, ranks: Ranks, dtype: torch.dtype, *, clip: bool
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for this run."""
+    train = config.train
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * ranks.data),
+        "gradient_clipping": config.optimizer.gradient_clipping if clip else 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "steps_per_print": 2**62,
+    }
+
+
+class Engine:
+    """The sharded model and optimizer, and the way in and out of their state."""
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, ranks: Ranks, dtype: torch.dtype) -> None:
+        """Builds the model shard by shard; weights are undefined until `start` or `resume`."""
+        self.config, self.ranks, self.stage = config, ranks, config.parallel.zero_stage
+        self.vocab_size = vocab_size
+        # DeepSpeed without ZeRO and in float32 clips, but keeps the norm to itself.
+        self.clips_itself = self.stage == 0 and dtype == torch.float32
+        self.norm = torch.zeros(())
+        settings = deepspeed_config(config, ranks, dtype, clip=not self.clips_itself)
+        mpu = ModelParallelUnit(ranks)
+        if deepspeed.comm.comm.cdb is None:
+            deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        with deepspeed.zero.Init(
+            config_dict_or_path=settings,
+            mpu=mpu,
+            data_parallel_group=ranks.data_group,  # without it shards go over all ranks: silently wrong
+            enabled=self.stage == 3,
+        ):
+            self.model = PretrainingModel(config.model, vocab_size, ranks.layers())
+        for name, parameter in self.model.named_parameters():
+            # Without the mark DeepSpeed counts the share of one rank alone into the gradient norm.
+            parameter.tensor_model_parallel = tensor_parallel_dimension(name) is not None  # type: ignore[attr-defined]
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=adamw(self.model, config.optimizer),
+            config=settings,
+            mpu=mpu,
+            dist_init_required=False,
+        )
+        self.parameters = dict(self.model.named_parameters())
+
+    # ------------------------------------------------------------------------------------- training
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.deepspeed(*inputs)
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss`, which the caller has divided by all that it must be divided by."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        """Ends a micro-step; at the end of the global step: all-reduce, clip, update."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.clips_itself and self.deepspeed.is_gradient_accumulation_boundary():
+            self.norm = clip_gradients(self.parameters, self.config.optimizer.gradient_clipping, self.ranks)
+        self.deepspeed.step()
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient of the last step, before clipping. Waits for the device."""
+        return float(self.norm if self.clips_itself else self.deepspeed.get_global_grad_norm())
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(torch.Size(self._global_shape(name)).numel() for name in self.parameters)
+
+    # ---------------------------------------------------------------------------------------- state
+
+    def start(self, seed: int) -> None:
+        """First weights: `model.initial_value` of each parameter."""
+
+        def first_value(name: str, state: str) -> Tensor:
+            return initial_value(name, self._global_shape(name), self.config.model, self.vocab_size, seed)
+
+        self._fill(first_value, ("weight",))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Weights, moments and step of a checkpoint of any topology."""
+        missing = set(self.parameters) ^ set(checkpoint.parameters)
+        if missing:
+            raise UserError(f"the checkpoint {checkpoint.folder} is of another model: {min(missing)} differs")
+        for name, entry in checkpoint.parameters.items():
+            if entry["shape"] != self._global_shape(name):
+                raise UserError(
+                    f"the checkpoint {checkpoint.folder} is of another model: {name} is {entry['shape']}, "
+                    f"the config makes it {self._global_shape(name)}"
+                )
+        self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
+        for state in self._optimizer().state.values():
+            state["step"].fill_(checkpoint.step)
+
+    def pieces(self) -> list[Piece]:
+        """This rank's part of the state, as views: what is written into them is trained on."""
+        optimizer = self._optimizer()
+        for group in optimizer.param_groups:  # moments come to life at the first step; they are needed now
+            for parameter in group["params"]:
+                self._ensure_moments(parameter)
+        find = self._partitioned_piece if self.stage == 3 else self._replicated_piece
+        return [piece for name, parameter in self.parameters.items() for piece in find(name, parameter)]
+
+    def _fill(self, read: Callable[[str, str], Tensor], states: tuple[str, ...]) -> None:
+        pieces: dict[str, list[Piece]] = {}
+        for piece in self.pieces():
+            pieces.setdefault(piece.name, []).append(piece)
+        for name, parameter in self.parameters.items():
+            for state in states:
+                share = take_share(read(name, state), name, self.ranks.tensor, self.ranks.tensor_rank)
+                flat = share.flatten()
+                for piece in pieces.get(name, []):
+                    target = piece.states[state]
+                    target.copy_(flat[piece.start : piece.start + target.numel()])
+                if state == "weight" and self.stage < 3:
+                    parameter.data.copy_(share)
+        if self.stage == 3:
+            zero = self.deepspeed.optimizer
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimizer under DeepSpeed's wrapper; its state is keyed by the flat float32 tensors."""
+        wrapper = self.deepspeed.optimizer
+        inner: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
+        return inner
+
+    def _ensure_moments(self, flat: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._optimizer().state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["exp_avg"] = torch.zeros_like(flat)
+            state["exp_avg_sq"] = torch.zeros_like(flat)
+        return state
+
+    def _partitioned_piece(self, name: str, parameter: Any) -> list[Piece]:
+        """ZeRO-3: each parameter is cut into equal parts over the data ranks, the last one padded."""
+        zero = self.deepspeed.optimizer
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        start = size * self.ranks.data_rank
+        length = max(0, min(size, parameter.ds_numel - start))
+        states = {"weight": flat.data, **self._ensure_moments(flat)}
+        return [Piece(name, start, {key: states[key].narrow(0, offset, length) for key in STATES})]
+
+    def _replicated_piece(self, name: str, parameter: Any) -> list[Piece]:
+        """ZeRO-1 and 2: the groups are laid flat and cut over the data ranks; stage 0: whole parameters."""
+        if not hasattr(parameter, "_hp_mapping"):
+            states = {"weight": parameter.data, **self._ensure_moments(parameter)}
+            return [Piece(name, 0, {key: states[key].view(-1) for key in STATES})]
+        mapping = parameter._hp_mapping
+        if mapping is None:  # another data rank's
+            return []
+        offset, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        flat = self._optimizer().param_groups[mapping.param_group_index]["params"][0]
+        states = {"weight": flat.data, **self._ensure_moments(flat)}
+        return [
+            Piece(
+                name,
+                mapping.lp_fragment_address.start,
+                {key: states[key].narrow(0, offset, length) for key in STATES},
+            )
+        ]
+
+    def _global_shape(self, name: str) -> list[int]:
+        parameter: Any = self.parameters[name]
+        shape = list(parameter.ds_shape if self.stage == 3 else parameter.shape)
+        dim = tensor_parallel_dimension(name)
+        if dim is not None:
+            shape[dim] *= self.ranks.tensor
+        return shape
+
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    def save(self, final: Path, facts: dict[str, Any], tokenizer: Path) -> None:
+        """Writes a checkpoint `final`, all ranks together. Raises UserError when any rank cannot."""
+        ranks = self.ranks
+        partial = final.with_name(f".{final.name}.partial")
+        failure: str | None = None
+        entry: dict[str, Any] = {}
+        if ranks.rank == 0:
+            failure = _attempt(lambda: _make_folder(final, tokenizer))
+        ranks.barrier()
+        if failure is None:
+            mine = [
+                piece
+                for piece in self.pieces()
+                if ranks.tensor_rank == 0 or tensor_parallel_dimension(piece.name) is not None
+            ]
+
+            def write() -> None:
+                name = shard_name(ranks.tensor_rank, ranks.data_rank)
+                entry.update(write_shard(partial, name, mine))
+                entry.update(tensor_rank=ranks.tensor_rank, data_rank=ranks.data_rank)
+
+            failure = _attempt(write)
+        reports: list[Any] = ranks.gather((failure, entry))
+        failure = next((found for found, _ in reports if found), None)
+        if failure is None and ranks.rank == 0:
+            table = {
+                "format": FORMAT,
+                "has_moments": True,
+                **facts,
+                "model": self.config.model.model_dump(),
+                "vocab_size": self.vocab_size,
+                "config": self.config.model_dump(),
+                "topology": {"tensor": ranks.tensor, "data": ranks.data, "zero_stage": self.stage},
+                "parameters": {
+                    name: {
+                        "shape": self._global_shape(name),
+                        "tensor_parallel_dimension": tensor_parallel_dimension(name),
+                    }
+                    for name in self.parameters
+                },
+                "files": [found for _, found in reports],
+            }
+            failure = _attempt(lambda: commit(partial, final, table))
+        failure = ranks.broadcast(failure)
+        if failure:
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"cannot write the checkpoint {final}: {failure}; the ones before it are whole")
+
+
+@torch.no_grad()
+def clip_gradients(parameters: dict[str, Any], largest: float, ranks: Ranks) -> Tensor:
+    """Scales the gradients to a norm of at most `largest`; returns the norm that they had.
+
+    Shares of tensor ranks add up; parameters that every tensor rank holds whole count once.
+    """
+    gradients = [parameter.grad for parameter in parameters.values()]
+    squares = torch.stack([gradient.float().square().sum() for gradient in gradients])
+    shared = torch.tensor([tensor_parallel_dimension(name) is not None for name in parameters])
+    whole = squares[~shared].sum()
+    split = squares[shared].sum()
+    if ranks.tensor > 1:
+        torch.distributed.all_reduce(split, group=ModelParallelUnit(ranks).get_model_parallel_group())
+    norm = (whole + split).sqrt()
+    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _attempt(work: Callable[[], None]) -> str | None:
+    """Does the work; an operating system's refusal comes back in words, so that all ranks can agree."""
+    try:
+        work()
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)
+    return None
+
+
+def _make_folder(final: Path, tokenizer: Path) -> None:
+    shutil.copyfile(tokenizer, fresh_folder(final) / "tokenizer.model")

@@ -1,0 +1,87 @@
+"""The seam between the model and its parallelism: the dense layers, and what a parallel set must offer.
+
+The model asks a `Layers` object for every layer that may be sharded and never asks for a rank.
+`Layers` is the dense set; `parallel.TensorParallelLayers` overrides each method with megatron-core's.
+
+Dimensions: T tokens, P masked positions, V vocabulary on this rank (all of it when dense).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 63 bits, the same on every machine, that differs wherever any part does."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose values wait for `model.initial_value` (no random draw when it is made)."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose values wait for `model.initial_value`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class TiedDecoder(nn.Module):
+    """Hidden states -> logits by the word embedding's own weight and a bias of its own.
+
+    `weight` [V, hidden] is the embedding's Parameter itself, set by the model, so that ZeRO-3
+    gathers it for this module as well and both uses add to one gradient.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter
+        self.bias = nn.Parameter(torch.empty(vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+class Layers:
+    """The dense set of layers."""
+
+    degree = 1  # ranks that share a layer
+    rank = 0  # this rank's place among them
+
+    def column(self, inputs: int, outputs: int) -> nn.Module:
+        """[.., inputs] -> [.., outputs / degree]: each rank holds a share of the output features."""
+        return Linear(inputs, outputs)
+
+    def row(self, inputs: int, outputs: int) -> nn.Module:
+        """[.., inputs / degree] -> [.., outputs]: each rank holds a share of the input features."""
+        return Linear(inputs, outputs)
+
+    def word_embedding(self, vocab_size: int, width: int) -> nn.Module:
+        """Ids [T] -> [T, width]: each rank holds a share of the rows."""
+        return Embedding(vocab_size, width)
+
+    def tied_decoder(self, vocab_size: int, width: int) -> nn.Module:
+        """Hidden [P, width] -> logits [P, vocab_size / degree]; the caller sets its `weight`."""
+        return TiedDecoder(vocab_size)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each position, float32 [P], from logits [P, V] (may be overwritten) and ids [P]."""
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """How many of the targets [P] have the highest logit, a float32 scalar; no gradient."""
+        return (logits.detach().argmax(dim=-1) == targets).sum().float()
+
+    def sharded_random(self) -> AbstractContextManager[None]:
+        """Random draws inside are this rank's own; outside, all ranks of a layer draw the same."""
+        return nullcontext()

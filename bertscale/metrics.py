@@ -1,0 +1,102 @@
+"""What a run reports: TensorBoard events, metrics.jsonl, tokens/s, MFU, data wait.
+
+tensorboard --logdir RUN/tensorboard
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bertscale.config import ModelConfig
+from bertscale.model import model_flops_per_token
+from bertscale.parallel import Ranks
+
+
+class Rate:
+    """Counts real tokens between two log points, the time they took, and the FLOPs they stand for."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int, peak: float) -> None:
+        self.model, self.vocab_size, self.peak = model, vocab_size, peak  # peak: FLOP/s of all devices
+        self.all_tokens, self.all_seconds, self.all_flops = 0.0, 0.0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new stretch; time before it (a checkpoint, a held-out loss) does not count."""
+        self.tokens, self.squares, self.masked = 0, 0, 0
+        self.began = time.perf_counter()
+
+    def add(self, lengths: Sequence[int], masked: int) -> None:
+        """One micro-batch of this rank: its sample lengths and its number of predicted tokens."""
+        self.tokens += sum(lengths)
+        self.squares += sum(length * length for length in lengths)
+        self.masked += masked
+
+    def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
+        """Rates of the stretch over all ranks; one that warms up is left out of `overall`."""
+        sums = ranks.sum(self.tokens, self.squares, self.masked)
+        tokens, squares, masked = (value / ranks.tensor for value in sums)
+        seconds = time.perf_counter() - self.began
+        flops = tokens * model_flops_per_token(self.model, self.vocab_size, squares / tokens, masked / tokens)
+        if not warming_up:
+            self.all_tokens += tokens
+            self.all_seconds += seconds
+            self.all_flops += flops
+        self.restart()
+        return {
+            "speed/tokens_per_second": tokens / seconds,
+            "speed/mfu": flops / seconds / self.peak,
+        }
+
+    def overall(self) -> dict[str, float]:
+        """Rates of all stretches together."""
+        seconds = max(self.all_seconds, 1e-9)
+        return {
+            "tokens_per_second": self.all_tokens / seconds,
+            "mfu": self.all_flops / seconds / self.peak,
+        }
+
+
+class Journal:
+    """Writes one run's figures to metrics.jsonl and TensorBoard; rank 0 only.
+
+    What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is
+    dropped: those steps are done again.
+    """
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / "metrics.jsonl"
+        kept = [entry for entry in read_journal(run) if entry["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """`step`: optimizer steps done; keys such as `train/mlm_loss` become TensorBoard's tags."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        for key, value in figures.items():
+            self.events.add_scalar(key, value, step)
+        self.events.flush()
+
+    def close(self) -> None:
+        self.events.close()
+
+
+def read_journal(run: Path) -> list[dict[str, Any]]:
+    """The entries of RUN/metrics.jsonl; a last line that a crash cut short is left out."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries

@@ -1,0 +1,272 @@
+"""Ranks, process groups, and megatron-core's tensor-parallel layers behind the seam of `layers`.
+
+Tensor-parallel ranks see identical batches and hold shares of each layer (Shoeybi et al., 2019);
+data-parallel ranks see disjoint batches. Ranks are numbered tensor-parallel first: rank =
+data_rank * tensor + tensor_rank, so that the ranks that share a layer sit on one node.
+
+Dimensions: P masked positions, V vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bertscale.config import UserError
+from bertscale.layers import Layers, derive_seed
+
+with warnings.catch_warnings():  # it warns of each optional package that is not installed
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+    )
+
+# The dimension of a parameter that is shared out; what is not named here is whole on every rank.
+TENSOR_PARALLEL_DIMENSIONS = (
+    (r"word_embeddings\.weight$", 0),
+    (r"attention\.query_key_value\.(weight|bias)$", 0),
+    (r"attention\.dense\.weight$", 1),
+    (r"feed_forward\.intermediate\.(weight|bias)$", 0),
+    (r"feed_forward\.dense\.weight$", 1),
+    (r"predictions\.decoder\.(weight|bias)$", 0),
+)
+
+
+def tensor_parallel_dimension(name: str) -> int | None:
+    """The dimension of the parameter `name` that tensor-parallel ranks share out; None: it is whole."""
+    return next((dim for pattern, dim in TENSOR_PARALLEL_DIMENSIONS if re.search(pattern, name)), None)
+
+
+def take_share(full: Tensor, name: str, degree: int, rank: int) -> Tensor:
+    """The part of the whole parameter `full` that tensor rank `rank` of `degree` holds."""
+    dim = tensor_parallel_dimension(name)
+    return full if dim is None or degree == 1 else full.chunk(degree, dim)[rank]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is. `world` = `tensor` x `data`."""
+
+    rank: int
+    world: int
+    tensor: int  # ranks that share a layer
+    device: torch.device
+
+    @property
+    def data(self) -> int:
+        """Ranks that see disjoint samples."""
+        return self.world // self.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor
+
+    @property
+    def data_group(self) -> Any:
+        """The process group of the ranks that hold the same share of each layer."""
+        return parallel_state.get_data_parallel_group()
+
+    def layers(self) -> Layers:
+        """What the model is to be built of."""
+        return TensorParallelLayers(self) if self.tensor > 1 else Layers()
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums host-side numbers over all ranks (float64; on gloo, so that no GPU is waited for)."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of ranks, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        self.sum(0.0)
+
+
+def start_ranks(tensor: int, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """Joins the process group of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and makes the subgroups.
+
+    Raises UserError when `tensor` does not divide the number of ranks.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world % tensor:
+        raise UserError(f"parallel.tensor={tensor} does not divide the number of ranks, {world}")
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+    parallel_state.initialize_model_parallel(tensor, create_gloo_process_groups=False)
+    return Ranks(rank, world, tensor, device)
+
+
+def stop_ranks() -> None:
+    """Leaves the groups that `start_ranks` made."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class ModelParallelUnit:
+    """What DeepSpeed calls an `mpu`: megatron-core's groups under the names that it asks for."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def get_model_parallel_group(self) -> Any:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_model_parallel_rank(self) -> int:
+        return self.ranks.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.ranks.tensor
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self.ranks.data_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.ranks.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.ranks.data
+
+
+class TensorParallelLayers(Layers):
+    """megatron-core's layers under the names of the seam, and the two streams of random numbers."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.degree, self.rank, self.device = ranks.tensor, ranks.tensor_rank, ranks.device
+        self.config = ModelParallelConfig(
+            tensor_model_parallel_size=ranks.tensor,
+            use_cpu_initialization=True,  # the only branch that allocates on torch's current device
+            perform_initialization=False,  # values come from model.initial_value
+            params_dtype=torch.get_default_dtype(),
+        )
+        self._own_state = self._generator().get_state()
+
+    def column(self, inputs: int, outputs: int) -> nn.Module:
+        return _Column(inputs, outputs, config=self.config, init_method=_no_values)
+
+    def row(self, inputs: int, outputs: int) -> nn.Module:
+        return _Row(
+            inputs,
+            outputs,
+            config=self.config,
+            init_method=_no_values,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def word_embedding(self, vocab_size: int, width: int) -> nn.Module:
+        embedding: nn.Module = VocabParallelEmbedding(
+            vocab_size, width, init_method=_no_values, config=self.config
+        )
+        return embedding
+
+    def tied_decoder(self, vocab_size: int, width: int) -> nn.Module:
+        return _Column(
+            width, vocab_size, config=self.config, init_method=_no_values, skip_weight_param_allocation=True
+        )
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses: Tensor = vocab_parallel_cross_entropy(logits.float(), targets)
+        return losses
+
+    @torch.no_grad()
+    def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        rows = logits.shape[-1]
+        here = targets - self.rank * rows  # [P], the target's column on this rank
+        is_here = (here >= 0) & (here < rows)
+        wanted = logits.gather(1, here.clamp(0, rows - 1)[:, None])[:, 0].float()
+        wanted = wanted.masked_fill(~is_here, -torch.inf)
+        both = torch.stack([logits.amax(dim=-1).float(), wanted])  # [2, P]
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+        return (both[1] >= both[0]).sum().float()
+
+    @contextmanager
+    def sharded_random(self) -> Iterator[None]:
+        generator = self._generator()
+        shared = generator.get_state()
+        generator.set_state(self._own_state)
+        try:
+            yield
+        finally:
+            self._own_state = generator.get_state()
+            generator.set_state(shared)
+
+    def seed(self, shared: int, own: int) -> None:
+        """Starts both streams anew: `shared` must be equal on all ranks of a layer, `own` must differ."""
+        generator = self._generator()
+        self._own_state = generator.manual_seed(own).get_state()
+        generator.manual_seed(shared)
+
+    def _generator(self) -> torch.Generator:
+        if self.device.type == "cuda":
+            return torch.cuda.default_generators[self.device.index or 0]
+        return torch.default_generator
+
+
+def seed_dropout(layers: Layers, seed: int, step: int, micro_step: int, ranks: Ranks) -> None:
+    """Dropout as a function of (seed, step, data rank), so that a resumed run draws the same."""
+    shared = derive_seed("dropout", seed, step, micro_step, ranks.data_rank)
+    if isinstance(layers, TensorParallelLayers):
+        layers.seed(shared, derive_seed("sharded dropout", shared, ranks.tensor_rank))
+    else:
+        torch.manual_seed(shared)
+
+
+class _Column(ColumnParallelLinear):  # type: ignore[misc]
+    """Without the second value (a bias left to add) of its result."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = super().forward(inputs)[0]
+        return output
+
+
+class _Row(RowParallelLinear):  # type: ignore[misc]
+    """Without the second value (a bias left to add) of its result."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = super().forward(inputs)[0]
+        return output
+
+
+def _no_values(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,331 @@
+"""Token shards -> checkpoints: the training loop, one process of it for each rank.
+
+bertscale pretrain configs/pretrain/quickstart.yaml            # starts the ranks of this machine
+torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or be one of somebody else's
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+
+import torch
+import yaml
+from torch import Tensor
+
+from bertscale.checkpoint import Checkpoint, open_checkpoint, step_folders
+from bertscale.config import PretrainConfig, UserError
+from bertscale.device import choose_precision, describe, local_device, peak_flops
+from bertscale.engine import Engine
+from bertscale.loader import Loader, MicroBatch
+from bertscale.metrics import Journal, Rate, read_journal
+from bertscale.optim import learning_rate
+from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
+from bertscale.progress import Progress, show_count
+from bertscale.shards import Dataset, open_dataset, write_json
+from bertscale.tokenizer import Tokenizer
+
+STOPPED = 75  # exit code: stopped by a signal, saved, goes on when started again
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Runs this rank of the job to its end; returns 0, or 75 when a signal stopped it after a checkpoint.
+
+    Raises UserError for what the person can mend: data, config and checkpoint that do not fit
+    together, a full disk.
+    """
+    stop = StopSignal()
+    device = local_device()
+    ranks = start_ranks(config.parallel.tensor, device)
+    try:
+        return _train(config, ranks, stop)
+    finally:
+        stop_ranks()
+
+
+def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
+    train, run, first = config.train, Path(config.run), ranks.rank == 0
+    data = open_dataset(config.data, "train")
+    tokenizer = Tokenizer.load(data.tokenizer_path)
+    loader = make_loader(config, data, tokenizer, ranks)
+    heldout = make_loader(config, open_dataset(config.data, "validation"), tokenizer, ranks, heldout=True)
+    dtype, reason = choose_precision(train.precision, ranks.device)
+
+    checkpoint = newest_sound(run, ranks)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, data)
+        if checkpoint.step >= train.steps:
+            say(ranks, f"already pretrained: {checkpoint.folder} is the last of {train.steps} steps")
+            return 0
+    start = saved = done = checkpoint.step if checkpoint else 0
+    engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
+    if checkpoint is not None:
+        engine.resume(checkpoint)
+    else:
+        engine.start(train.seed)
+
+    peak = ranks.sum(peak_flops(ranks.device, dtype))[0]
+    rate = Rate(config.model, tokenizer.vocab_size, peak)
+    journal = Journal(run, start) if first else None
+    if first:
+        settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
+        (run / "config.yaml").write_text(settings, encoding="utf-8")
+    for line in banner(config, data, loader, ranks, f"{dtype}".removeprefix("torch."), reason, peak, start):
+        say(ranks, line)
+    totals = torch.zeros(4, device=ranks.device)  # sums since the last log point, left on the device
+    masked = samples = 0.0  # likewise, over all ranks
+
+    with Progress("pretrain", train.steps, "steps", start=start, hidden=not first) as progress:
+        for step, micro_batches in loader.iterate(start, train.steps):
+            own_masked = sum(len(batch.targets) for batch in micro_batches)
+            step_masked, stopping = ranks.sum(own_masked / ranks.tensor, float(stop.asked))
+            if stopping:
+                break
+            lr = learning_rate(step, train.steps, config.optimizer)
+            for micro_step, batch in enumerate(micro_batches):
+                seed_dropout(engine.model.parallel, train.seed, step, micro_step, ranks)
+                sums = forward(engine, batch.to(ranks.device))
+                loss = sums[0] / step_masked + sums[1] / train.global_batch
+                engine.backward(loss * ranks.data)  # DeepSpeed takes the mean over the data ranks
+                engine.step(lr)
+                totals += torch.stack(sums).detach()
+                rate.add(batch.lengths, len(batch.targets))
+            done = step + 1
+            masked += step_masked
+            samples += train.global_batch
+
+            if done % train.log_every == 0 or done in (start + 1, train.steps):
+                figures = means("train", totals, masked, samples, ranks)  # waits for the device
+                figures |= {"train/learning_rate": lr, "train/gradient_norm": engine.gradient_norm()}
+                figures |= rate.close(ranks, warming_up=done == start + 1)
+                figures["speed/data_wait_seconds"] = loader.data_wait
+                if not math.isfinite(figures["train/loss"]):
+                    raise UserError(
+                        f"the loss is {figures['train/loss']} at step {done}; the last checkpoint is of "
+                        f"step {saved}: go on from it with a lower optimizer.learning_rate"
+                    )
+                totals.zero_()
+                masked = samples = 0.0
+                if journal:
+                    journal.write(done, figures)
+                progress.advance(done - progress.done, **brief(figures))
+            if done % train.eval_every == 0 or done == train.steps:
+                figures = evaluate(engine, heldout, train.eval_samples, ranks)
+                if journal:
+                    journal.write(done, figures)
+                progress.say(
+                    f"step {done}: held-out MLM loss {figures['heldout/mlm_loss']:.4f}, "
+                    f"NSP accuracy {figures['heldout/nsp_accuracy']:.1%}"
+                )
+                rate.restart()
+            if done % train.save_every == 0 or done == train.steps:
+                save(engine, done, data)
+                saved = done
+                rate.restart()
+
+    if done < train.steps:  # a signal came
+        if saved < done:
+            save(engine, done, data)
+        say(ranks, f"stopped after step {done} of {train.steps}; everything until there is saved")
+        return STOPPED
+    if journal:
+        journal.close()
+        facts = {"parameters": engine.num_parameters(), "precision": f"{dtype}".removeprefix("torch.")}
+        write_json(run / "result.json", {**result(run), **rate.overall(), **facts, "peak_flops": peak})
+    return 0
+
+
+# --------------------------------------------------------------------------------------- the pieces
+
+
+class StopSignal:
+    """Set by SIGTERM, SIGINT or SIGUSR1; the ranks agree on it at the next step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def make_loader(
+    config: PretrainConfig, data: Dataset, tokenizer: Tokenizer, ranks: Ranks, *, heldout: bool = False
+) -> Loader:
+    """Training batches, or those of the held-out loss: the same ones each time, whatever the run's seed."""
+    return Loader(
+        data,
+        tokenizer,
+        config.samples,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        seed=0 if heldout else config.train.seed,
+        rank=ranks.data_rank,
+        world=ranks.data,
+    )
+
+
+def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
+    """Sums of the micro-batch: masked-language loss, next-sentence loss, right ones of each."""
+    return engine(
+        batch.tokens,
+        batch.token_types,
+        batch.positions,
+        batch.lengths,
+        batch.target_positions,
+        batch.targets,
+        batch.next_sentence_label,
+    )
+
+
+def means(prefix: str, totals: Tensor, masked: float, samples: float, ranks: Ranks) -> dict[str, float]:
+    """Mean losses and accuracies from this rank's sums [4] and the counts over all ranks."""
+    sums = ranks.sum(*totals.tolist())
+    mlm, nsp, mlm_right, nsp_right = (value / ranks.tensor for value in sums)
+    return {
+        f"{prefix}/loss": mlm / masked + nsp / samples,
+        f"{prefix}/mlm_loss": mlm / masked,
+        f"{prefix}/nsp_loss": nsp / samples,
+        f"{prefix}/mlm_accuracy": mlm_right / masked,
+        f"{prefix}/nsp_accuracy": nsp_right / samples,
+    }
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks) -> dict[str, float]:
+    """Mean losses and accuracies of held-out documents, always over the same masked samples."""
+    engine.model.eval()
+    totals = torch.zeros(4, device=ranks.device)
+    masked = 0
+    steps = max(1, samples // loader.global_batch)
+    for step in range(steps):
+        for batch in loader.step(step):
+            totals += torch.stack(forward(engine, batch.to(ranks.device)))
+            masked += len(batch.targets)
+    engine.model.train()
+    all_masked = ranks.sum(masked / ranks.tensor)[0]
+    return means("heldout", totals, all_masked, float(steps * loader.global_batch), ranks)
+
+
+def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
+    """The newest checkpoint whose digests are right; each damaged one is named and passed over."""
+    found = ranks.broadcast([str(folder) for folder in step_folders(run)])
+    for folder in reversed(found):
+        failure: str | None = None
+        try:
+            checkpoint = open_checkpoint(Path(folder))
+            checkpoint.verify(ranks.rank, ranks.world)
+        except UserError as error:
+            failure = str(error)
+        failures = [text for text in ranks.gather(failure) if text]
+        if not failures:
+            return checkpoint
+        say(ranks, f"{failures[0]} (trying the one before it)")
+    if found:
+        raise UserError(f"every checkpoint of {run} is damaged; remove {run} to begin anew")
+    return None
+
+
+def check_same_run(checkpoint: Checkpoint, config: PretrainConfig, data: Dataset) -> None:
+    """Refuses to go on with other data or with settings that would change what the steps before meant."""
+    if checkpoint.table["data_digest"] != data.manifest_digest:
+        raise UserError(
+            f"{config.data} is not the data that {checkpoint.folder} was trained on "
+            "(the manifest's digest differs); choose another run folder"
+        )
+    before, now = checkpoint.table["config"], config.model_dump()
+    for section, key in [
+        *(("model", key) for key in now["model"] if "dropout" not in key),
+        *(("samples", key) for key in now["samples"]),
+        ("train", "global_batch"),
+        ("train", "seed"),
+    ]:
+        if before[section][key] != now[section][key]:
+            raise UserError(
+                f"{section}.{key}={now[section][key]!r}, but {checkpoint.folder} was trained with "
+                f"{before[section][key]!r}; choose another run folder or give the old value"
+            )
+
+
+def save(engine: Engine, step: int, data: Dataset) -> None:
+    """A checkpoint of `step`; older ones past train.keep_checkpoints go."""
+    config = engine.config
+    run = Path(config.run)
+    facts = {
+        "step": step,
+        "samples_consumed": step * config.train.global_batch,
+        "tokenizer_sha256": data.manifest["tokenizer_sha256"],
+        "data_digest": data.manifest_digest,
+    }
+    engine.save(run / "checkpoints" / f"step-{step:07d}", facts, data.tokenizer_path)
+    if engine.ranks.rank == 0:
+        for folder in step_folders(run)[: -config.train.keep_checkpoints]:
+            shutil.rmtree(folder)
+
+
+def banner(
+    config: PretrainConfig,
+    data: Dataset,
+    loader: Loader,
+    ranks: Ranks,
+    precision: str,
+    reason: str,
+    peak: float,
+    start: int,
+) -> list[str]:
+    """What a person wants to know before a long run, in a few lines."""
+    sizes = config.model
+    epochs = (config.train.steps - start) * config.train.global_batch / loader.plan.num_chunks
+    lines = [
+        f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}; "
+        f"{precision} ({reason})",
+        f"data      {show_count(data.num_tokens)} tokens, {data.num_documents:,} documents, "
+        f"{loader.plan.num_chunks:,} pairs; {epochs:.1f} epochs to go",
+        f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
+        f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
+        f"{show_count(peak)} FLOP/s at most together",
+        f"watch     tensorboard --logdir {config.run}/tensorboard",
+    ]
+    if loader.plan.single_sentence_documents:
+        lines.insert(
+            2, f"          {loader.plan.single_sentence_documents:,} documents of one sentence make no pair"
+        )
+    if start:
+        lines.append(f"resumed   from step {start} of {config.train.steps}")
+    return lines
+
+
+def brief(figures: dict[str, float]) -> dict[str, str]:
+    """The figures that fit on a progress line."""
+    return {
+        "loss": f"{figures['train/loss']:.3f}",
+        "MLM": f"{figures['train/mlm_loss']:.3f}",
+        "NSP accuracy": f"{figures['train/nsp_accuracy']:.0%}",
+        "tokens/s": show_count(figures["speed/tokens_per_second"]),
+        "MFU": f"{figures['speed/mfu']:.0%}",
+    }
+
+
+def result(run: Path) -> dict[str, float]:
+    """First and last losses of the run, from its journal."""
+    entries = read_journal(run)
+    trained = [entry for entry in entries if "train/loss" in entry]
+    heldout = [entry for entry in entries if "heldout/loss" in entry]
+    return {
+        "steps": trained[-1]["step"],
+        "first_loss": trained[0]["train/loss"],
+        "last_loss": trained[-1]["train/loss"],
+        "heldout_mlm_loss": heldout[-1]["heldout/mlm_loss"],
+        "heldout_mlm_accuracy": heldout[-1]["heldout/mlm_accuracy"],
+        "heldout_nsp_accuracy": heldout[-1]["heldout/nsp_accuracy"],
+    }
+
+
+def say(ranks: Ranks, line: str) -> None:
+    """Prints once, from the first rank."""
+    if ranks.rank == 0:
+        print(line, flush=True)

@@ -1,0 +1,341 @@
+"""THE contract between prep and training: Arrow token shards, their manifest, their writer and reader.
+
+A data set is a folder:
+
+    manifest.json           written last: format version, tokenizer digest, settings, counters, shard list
+    tokenizer.model         the SentencePiece model that made the tokens
+    train-00000.arrow ...   and validation-00000.arrow ...
+
+A shard is an uncompressed Arrow IPC file of one record batch with a row for each document:
+
+    tokens            list<uint16>   pieces of all its sentences (uint32 above 65,535 pieces)
+    sentence_lengths  list<uint32>   tokens in each sentence; they add up to the row's tokens
+    document          uint64         split number * 2**32 + number of the record in its split
+
+    dataset = open_dataset("runs/quickstart/data", "train", verify=True)
+    shard = dataset.shards[0]
+    first = shard.tokens[shard.token_offsets[0] : shard.token_offsets[1]]
+
+Format: https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from bertscale.config import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+LARGEST_SHARD = 2**31 - 1  # tokens: list offsets are int32
+
+Split = Literal["train", "validation"]
+Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Document = tuple[int, Sequence[Sequence[int]]]  # (document, its sentences as lists of piece ids)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of one shard; `bytes` and `digest` (xxh3-128, hex) are the file's."""
+
+    name: str
+    split: str
+    rows: int
+    sentences: int
+    tokens: int
+    bytes: int
+    digest: str
+
+
+# --------------------------------------------------------------------------------------------- write
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type of the stored tokens: uint16 as long as every piece of the vocabulary fits."""
+    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.uint32)
+
+
+class ShardBuilder:
+    """Collects the documents of one shard: `add` each, then `write`.
+
+    Holds 2 bytes a token (4 for a large vocabulary) and 4 a sentence, so that a whole shard fits in memory.
+    """
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        self.tokens = array("H" if self.dtype == np.uint16 else "I")
+        self.token_offsets, self.sentence_offsets = array("i", [0]), array("i", [0])
+        self.sentence_lengths, self.numbers = array("I"), array("Q")
+
+    def add(self, number: int, sentences: Iterable[Sequence[int]]) -> None:
+        """Adds the document `number`; raises OverflowError for an id that the dtype cannot hold."""
+        for sentence in sentences:
+            self.tokens.extend(sentence)
+            self.sentence_lengths.append(len(sentence))
+        if len(self.tokens) > LARGEST_SHARD:
+            raise UserError(f"a shard would hold more than {LARGEST_SHARD:,} tokens; lower split_bytes")
+        self.token_offsets.append(len(self.tokens))
+        self.sentence_offsets.append(len(self.sentence_lengths))
+        self.numbers.append(number)
+
+    def write(self, path: Path, split: str) -> ShardEntry:
+        """Writes the shard, which appears under its name only when it is whole and on the disk."""
+        columns = [
+            pa.ListArray.from_arrays(_arrow(self.token_offsets), _arrow(self.tokens)),
+            pa.ListArray.from_arrays(_arrow(self.sentence_offsets), _arrow(self.sentence_lengths)),
+            _arrow(self.numbers),
+        ]
+        batch = pa.record_batch(columns, schema=_schema(self.dtype))
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                sink = _DigestingFile(file)
+                with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
+                    writer.write_batch(batch)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return ShardEntry(
+            name=path.name,
+            split=split,
+            rows=len(self.numbers),
+            sentences=len(self.sentence_lengths),
+            tokens=len(self.tokens),
+            bytes=sink.size,
+            digest=sink.hash.hexdigest(),
+        )
+
+
+def write_shard(
+    path: str | Path, documents: Iterable[Document], dtype: npt.DTypeLike, split: str = "train"
+) -> ShardEntry:
+    """Writes `documents` as the shard `path` and returns its manifest entry."""
+    shard = ShardBuilder(dtype)
+    for number, sentences in documents:
+        shard.add(number, sentences)
+    return shard.write(Path(path), split)
+
+
+def write_manifest(
+    folder: str | Path,
+    *,
+    tokenizer_sha256: str,
+    vocab_size: int,
+    settings: dict[str, Any],
+    counters: dict[str, Any],
+    shards: Sequence[ShardEntry],
+) -> dict[str, Any]:
+    """Makes `folder` a data set; call it last, when every shard lies under its name."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "settings": settings,
+        "counters": counters,
+        "shards": [asdict(entry) for entry in shards],
+    }
+    write_json(Path(folder) / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` so that `path` is either the old file or the whole new one."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` to a temporary name, flushes it to the disk and renames it to `path`."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- read
+
+
+class Shard:
+    """One shard on a memory map, as flat numpy views (nothing is copied, nothing is read yet).
+
+    Row i owns tokens[token_offsets[i] : token_offsets[i + 1]] and
+    sentence_lengths[sentence_offsets[i] : sentence_offsets[i + 1]].
+    """
+
+    tokens: Ids  # [tokens]
+    token_offsets: npt.NDArray[np.int32]  # [rows + 1]
+    sentence_lengths: npt.NDArray[np.uint32]  # [sentences]
+    sentence_offsets: npt.NDArray[np.int32]  # [rows + 1]
+    documents: npt.NDArray[np.uint64]  # [rows]
+
+    def __init__(self, path: str | Path, entry: ShardEntry) -> None:
+        """Raises UserError for a missing or damaged file, or one that is not what `entry` says."""
+        self.path, self.entry = Path(path), entry
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise UserError(f"the shard {self.path} is missing; {_REMEDY}") from None
+        if size != entry.bytes:
+            raise UserError(
+                f"the shard {self.path} has {size:,} bytes instead of {entry.bytes:,}: "
+                f"it was cut short or replaced; {_REMEDY}"
+            )
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            batch = reader.get_batch(0)
+            if reader.num_record_batches != 1 or batch.schema not in map(_schema, (np.uint16, np.uint32)):
+                raise pa.ArrowInvalid("unknown columns")
+            tokens, lengths, documents = batch.columns
+            found = (batch.num_rows, len(lengths.values), len(tokens.values))
+        except (pa.ArrowException, ValueError, IndexError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the shard {self.path} is damaged ({reason}); {_REMEDY}") from error
+        if found != (entry.rows, entry.sentences, entry.tokens):
+            raise UserError(f"the shard {self.path} does not hold the rows that its manifest says; {_REMEDY}")
+        self.tokens, self.token_offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
+        self.sentence_lengths, self.sentence_offsets = lengths.values.to_numpy(), lengths.offsets.to_numpy()
+        self.documents = documents.to_numpy()
+
+    def verify(self) -> None:
+        """Reads the whole file; raises UserError if one bit of it changed since it was written."""
+        digest = file_digest(self.path)
+        if digest != self.entry.digest:
+            raise UserError(
+                f"the shard {self.path} has the digest {digest} instead of {self.entry.digest}: "
+                "its bytes changed since it was written; delete it and run `bertscale prep` again"
+            )
+
+
+class Dataset:
+    """The shards of one split of a prepared folder; made by `open_dataset`."""
+
+    def __init__(self, folder: Path, split: Split, manifest: dict[str, Any], shards: list[Shard]) -> None:
+        self.folder, self.split, self.manifest, self.shards = folder, split, manifest, shards
+        self.manifest_digest = manifest_digest(manifest)
+        self.tokenizer_path = folder / TOKENIZER_NAME
+        self.num_documents = sum(shard.entry.rows for shard in shards)
+        self.num_tokens = sum(shard.entry.tokens for shard in shards)
+
+
+def open_dataset(folder: str | Path, split: Split = "train", verify: bool = False) -> Dataset:
+    """Opens the `split` of a folder written by `bertscale prep`; a split may have no shards.
+
+    `verify` also reads every byte and compares digests. Raises UserError that names what is missing,
+    cut, changed or does not belong together, and what to do.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    tokenizer = folder / TOKENIZER_NAME
+    if not tokenizer.is_file():
+        raise UserError(f"the tokenizer {tokenizer} is missing; {_REMEDY}")
+    found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    if found != manifest["tokenizer_sha256"]:
+        raise UserError(
+            f"the tokenizer {tokenizer} (sha256 {found[:12]}...) is not the one that made the shards "
+            f"(sha256 {manifest['tokenizer_sha256'][:12]}...); put that file back "
+            "or run `bertscale prep` again"
+        )
+    entries = [ShardEntry(**entry) for entry in manifest["shards"] if entry["split"] == split]
+    shards = [Shard(folder / entry.name, entry) for entry in entries]
+    if verify:
+        for shard in shards:
+            shard.verify()
+    return Dataset(folder, split, manifest, shards)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a data set; raises UserError where `folder` is none."""
+    if not folder.is_dir():
+        raise UserError(f"there is no data folder {folder}; `bertscale prep` makes one")
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {MANIFEST_NAME}: prep did not finish here; "
+            "run `bertscale prep` again: finished shards are kept"
+        )
+    try:
+        manifest = json.loads(path.read_bytes())
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; delete it and run `bertscale prep` again") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this bertscale reads {FORMAT_VERSION}; "
+            "run `bertscale prep` again"
+        )
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """xxh3-128 (hex) of the manifest's content, whatever its spacing and the order of its keys."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def file_digest(path: str | Path) -> str:
+    """xxh3-128 (hex) of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(4 * 2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_REMEDY = "run `bertscale prep` again: it makes what is missing or changed"
+
+
+class _DigestingFile:
+    """A file that Arrow writes to and that keeps the digest and the number of bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.size, self.hash, self.closed = file, 0, xxhash.xxh3_128(), False
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        written = self.file.write(data)
+        self.size += written
+        return written
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.closed = True  # the caller still has to fsync the file
+
+
+def _schema(dtype: npt.DTypeLike) -> Any:
+    return pa.schema(
+        [
+            ("tokens", pa.list_(pa.from_numpy_dtype(np.dtype(dtype)))),
+            ("sentence_lengths", pa.list_(pa.uint32())),
+            ("document", pa.uint64()),
+        ]
+    )
+
+
+def _arrow(values: array[int]) -> Any:
+    """An Arrow array over the memory of `values`, without a copy."""
+    return pa.array(np.frombuffer(values, dtype=values.typecode))

@@ -1,0 +1,62 @@
+"""Worker processes that neither hang their parent nor outlive it.
+
+with worker_pool(2) as pool:
+    pool.submit(function, argument).result()
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+from bertscale.config import UserError
+
+
+def number_of_cores() -> int:
+    """Cores that this process may use (a Slurm job or a container often has fewer than the machine)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of fresh processes. When its block ends by an exception the workers are ended at once.
+
+    Raises UserError if a worker died.
+    """
+    others = set(multiprocessing.active_children())
+    # spawn: a fork of a process with threads (those of Arrow, say) can hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    try:
+        yield pool
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()  # safe at any moment: files get their names only when they are whole
+            child.join()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(
+                "a prep worker was killed, most likely because memory ran out: use fewer workers or a "
+                "smaller split_bytes; the same command continues, finished splits are kept"
+            ) from error
+        raise
+    pool.shutdown()
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Ends this process when its parent is gone, which a pool by itself never notices."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,47 @@
+"""Shared by all tests: a clean environment, and the command as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny import make_data
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+# What srun, torchrun or `bertscale pretrain` leaves to its children: the tests may run under one of them.
+LAUNCHERS = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "BERTSCALE_", "OMP_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """No test sees a launcher's variables, nor what another test put into os.environ."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(LAUNCHERS):
+            del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def bertscale() -> Command:
+    """`bertscale("prep", "a.yaml")` runs the command and returns exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "bertscale", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of `bertscale prep` on a small corpus; not to be changed."""
+    return make_data(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,162 @@
+"""Configs: every file that is shipped loads, and every mistake is named."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bertscale.config import (
+    FinetuneConfig,
+    PrepConfig,
+    PretrainConfig,
+    Section,
+    UserError,
+    describe_fields,
+    load_config,
+)
+from bertscale.quickstart import stages
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SECTIONS: dict[str, type[Section]] = {
+    "data": PrepConfig,
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+}
+
+MINIMAL = "run: runs/a\ndata: runs/a/data\ntrain:\n  steps: 10\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.y*ml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_every_shipped_config_loads(path: Path) -> None:
+    load_config(SECTIONS[path.relative_to(CONFIGS).parts[0]], path, [])
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3])
+def test_the_quickstart_s_overrides(gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stages pass on only keys that exist, and another run folder keeps out of the default one."""
+    monkeypatch.chdir(CONFIGS.parent)
+    sections: dict[str, type[Section]] = {
+        "prep": PrepConfig,
+        "pretrain": PretrainConfig,
+        "finetune": FinetuneConfig,
+    }
+    for run in (Path("runs/quickstart"), tmp_path):
+        for name, _, command in stages(run, gpus):
+            if name in sections:
+                config = load_config(sections[name], command[2], command[3:])
+                assert ("runs/quickstart" in config.model_dump_json()) == (run != tmp_path), shlex.join(
+                    command
+                )
+
+
+def test_defaults_file_and_overrides(minimal: Path) -> None:
+    config = load_config(PretrainConfig, minimal, ["train.steps=20", "model.hidden_size=24", "data=b"])
+    assert (config.train.steps, config.model.hidden_size, config.data, config.run) == (20, 24, "b", "runs/a")
+    assert config.train.global_batch == 256
+
+
+def test_an_override_is_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "prep.yaml"
+    path.write_text("input: [a]\noutput: b\ntokenizer: c\n")
+    config = load_config(PrepConfig, path, ["input=[x, y z]", "tokenizer=null", "text_field=a=b"])
+    assert (config.input, config.tokenizer, config.text_field) == (["x", "y z"], None, "a=b")
+
+
+def test_configs_are_frozen(minimal: Path) -> None:
+    config = load_config(PretrainConfig, minimal, [])
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
+        ("trian.steps=3", "unknown key trian; did you mean train?"),
+        ("steps=3", "unknown key steps; did you mean train.steps?"),
+        ("train.zzz=3", "unknown key train.zzz; the keys here are steps, "),
+        ("train.steps=many", "train.steps='many': input should be a valid integer"),
+        ("train.steps=0", "train.steps=0: input should be greater than or equal to 1"),
+        ("parallel.zero_stage=4", "parallel.zero_stage=4: input should be less than or equal to 3"),
+        (
+            "train.precision=float16",
+            "train.precision='float16': input should be 'auto', 'bfloat16' or 'float32'",
+        ),
+        ("model.hidden_size=100", "hidden_size=100 is not a multiple of num_attention_heads=12"),
+        ("parallel.tensor=5", "parallel.tensor=5 does not divide model.num_attention_heads=12"),
+        ("samples.max_length=513", "samples.max_length=513 is longer than model.max_position_embeddings=512"),
+        ("samples.random_token_rate=0.5", "add up to more than 1"),
+        ("train.global_batch=7", "train.global_batch=7 is odd"),
+    ],
+)
+def test_a_wrong_value_is_named(minimal: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(PretrainConfig, minimal, [override])
+    (line,) = str(caught.value).splitlines()
+    assert message in line
+    assert str(minimal) in line
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "--steps"])
+def test_an_override_without_key_or_value(minimal: Path, override: str) -> None:
+    with pytest.raises(UserError, match="is not of the form key=value, such as"):
+        load_config(PretrainConfig, minimal, [override])
+
+
+def test_an_override_inside_a_value(minimal: Path) -> None:
+    with pytest.raises(UserError, match="run is a value, not a section"):
+        load_config(PretrainConfig, minimal, ["run.folder=3"])
+    with pytest.raises(UserError, match="the value is not YAML"):
+        load_config(PretrainConfig, minimal, ["run=[a"])
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("run: a\ntrain: {steps: x}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(PretrainConfig, path, [])
+    lines = str(caught.value).splitlines()
+    assert lines == [
+        f"{path}: data is missing",
+        f"{path}: train.steps='x': input should be a valid integer, unable to parse string as an integer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run: [a", "is not YAML"),
+        (b"- a\n- b\n", "is not a mapping of keys to values"),
+        (b"run: \xff\n", "it is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_config(PretrainConfig, path, [])
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the config .*No such file"):
+        load_config(PretrainConfig, tmp_path / "none.yaml", [])
+
+
+@pytest.mark.parametrize("section", SECTIONS.values())
+def test_every_field_is_described(section: type[Section]) -> None:
+    for key, text in describe_fields(section):
+        sentence = text.rpartition(" (")[0]
+        assert sentence != "None", key
+        assert sentence[0].isupper() or sentence.startswith("auto: "), key
+        assert sentence.endswith("."), key

@@ -1,0 +1,150 @@
+"""The arrows between the rooms, read from the source: who may import whom, and which libraries."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("bertscale", "data_prep", "launcher")
+
+# Each module imports only from the rows above its own, and from its own row without a circle.
+ROWS = (
+    ("config", "progress"),
+    ("device", "layers", "masking", "shards", "tokenizer"),
+    ("model", "samples"),
+    ("checkpoint", "loader", "optim", "parallel"),
+    ("engine", "metrics"),
+    ("convert", "finetune", "pretrain", "tasks"),
+    ("quickstart",),
+    ("cli",),
+    ("__main__",),
+)
+ROW_OF = {f"bertscale.{name}": row for row, names in enumerate(ROWS) for name in names}
+
+# What another room may take from bertscale.
+OPEN_TO = {
+    "data_prep": {"bertscale.config", "bertscale.progress", "bertscale.shards", "bertscale.tokenizer"},
+    "launcher": {"bertscale.config", "bertscale.progress"},
+}
+# Who may import a library that the rest of the code is not to know.
+ONLY = {
+    "megatron": {"bertscale.parallel"},
+    "deepspeed": {"bertscale.engine"},
+    "tensorboard": {"bertscale.metrics"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
+
+
+def imports(path: Path, inside_functions: bool = True) -> set[str]:
+    """Dotted names of all modules that the file imports, those for type checkers left out."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not inside_functions:
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            # `from launcher import ranks` imports launcher.ranks.
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
+            found.update(inner or {node.module})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def ours(path: Path, inside_functions: bool = True) -> set[str]:
+    return {name for name in imports(path, inside_functions) if name.split(".")[0] in ROOMS}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("bertscale.")])
+def test_bertscale_imports_go_one_way(module: str) -> None:
+    assert module in ROW_OF, f"{module} has no place in ROWS"
+    for imported in ours(FILES[module]) & ROW_OF.keys():
+        assert ROW_OF[imported] <= ROW_OF[module], f"{module} imports {imported}"
+
+
+def test_no_circles() -> None:
+    graph = {module: ours(path) & FILES.keys() for module, path in FILES.items()}
+    while leaves := [module for module, imported in graph.items() if not imported & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert not graph, f"these import one another: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[0] in OPEN_TO])
+def test_other_rooms_take_only_what_is_open_to_them(module: str) -> None:
+    room = module.split(".")[0]
+    allowed = OPEN_TO[room] | {name for name in FILES if name.split(".")[0] == room}
+    if module.endswith(".__main__"):
+        allowed.add("bertscale.cli")  # `python -m data_prep` is the command
+    assert ours(FILES[module]) <= allowed
+
+
+def test_only_the_command_line_imports_the_other_rooms() -> None:
+    for module, path in FILES.items():
+        if module.startswith("bertscale.") and module != "bertscale.cli":
+            assert all(name.startswith("bertscale") for name in ours(path)), module
+    assert ours(FILES["bertscale.cli"], inside_functions=False) == set(), "cli imports at its top"
+
+
+def test_libraries_stay_in_their_room() -> None:
+    for module, path in FILES.items():
+        for name in imports(path):
+            allowed = ONLY.get(name.split(".")[0])
+            assert allowed is None or module in allowed, f"{module} imports {name}"
+
+
+def test_checks_before_a_start_load_no_torch() -> None:
+    """What is checked before ranks start must not cost the seconds that torch takes."""
+    seen: set[str] = set()
+    todo = {"bertscale.shards", "bertscale.samples", "bertscale.tokenizer", "launcher.ranks"}
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        if module in FILES:
+            todo |= imports(FILES[module], inside_functions=False) - seen
+    assert not {name.split(".")[0] for name in seen} & {"torch", "deepspeed", "megatron", "transformers"}
+
+
+def declared() -> dict[str, Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    return {canonicalize_name(requirement.name): requirement for requirement in wanted}
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    for name, requirement in declared().items():
+        assert requirement.specifier.contains(pins[name]), f"{requirement} against {name}=={pins[name]}"
+
+
+def test_every_imported_library_is_declared() -> None:
+    distributions = importlib.metadata.packages_distributions()
+    for module, path in FILES.items():
+        for name in {name.split(".")[0] for name in imports(path)} - set(ROOMS) - sys.stdlib_module_names:
+            owners = {canonicalize_name(owner) for owner in distributions[name]}
+            assert owners & declared().keys(), f"{module} imports {name}, which pyproject.toml does not name"

@@ -1,0 +1,110 @@
+"""TP x DP x ZeRO against the dense run: losses, gradient norms, weights; dropout under tensor parallel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dist import run_ranks
+from tiny import pretrain_config
+
+TOPOLOGIES = [(1, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 3), (2, 2, 1), (4, 1, 3)]
+
+
+def train_each(data: str, folder: str, topologies: list[list[int]]) -> list[Any]:
+    """Runs on each rank: one short training for each topology; the figures of its steps."""
+    from megatron.core import parallel_state
+
+    from bertscale.device import local_device
+    from bertscale.metrics import read_journal
+    from bertscale.parallel import start_ranks
+    from bertscale.pretrain import StopSignal, _train
+
+    results = []
+    for tensor, size, stage in topologies:
+        run = Path(folder) / f"t{tensor}-d{size}-z{stage}"
+        run.mkdir(exist_ok=True)
+        config = pretrain_config(data, run, parallel={"tensor": tensor, "zero_stage": stage})
+        ranks = start_ranks(tensor, local_device())
+        assert ranks.data == size
+        assert _train(config, ranks, StopSignal()) == 0
+        parallel_state.destroy_model_parallel()
+        steps = [e for e in read_journal(run) if "train/loss" in e]
+        results.append([[e["train/loss"], e["train/mlm_loss"], e["train/gradient_norm"]] for e in steps])
+    return results
+
+
+@pytest.fixture(scope="module")
+def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Any]:
+    folder = tmp_path_factory.mktemp("topologies")
+    found = {}
+    for world in (1, 2, 4):
+        here = [t for t in TOPOLOGIES if t[0] * t[1] == world]
+        results = run_ranks(
+            __file__, "train_each", world=world, data=str(tiny_data), folder=str(folder), topologies=here
+        )
+        found |= dict(zip(here, results[0], strict=True))
+    return found
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES[1:])
+def test_losses_and_gradient_norms_are_those_of_the_dense_run(
+    figures: dict[tuple[int, int, int], Any], topology: tuple[int, int, int]
+) -> None:
+    dense = torch.tensor(figures[1, 1, 0], dtype=torch.float64)
+    assert dense.shape == (10, 3)
+    assert dense[0, 0] - dense[-1, 0] > 0.3  # it learns: the ten steps are not ten times the same
+    assert dense[:, 2].min() > 0.4  # the clipping, at 0.4, takes part
+    sharded = torch.tensor(figures[topology], dtype=torch.float64)
+    torch.testing.assert_close(sharded, dense, rtol=1e-5, atol=1e-5)
+
+
+def dropout_draws() -> dict[str, Any]:
+    """Runs on each of two tensor ranks: states of a model with dropout, every head the same."""
+    from bertscale.config import ModelConfig
+    from bertscale.device import local_device
+    from bertscale.model import PretrainingModel
+    from bertscale.parallel import seed_dropout, start_ranks
+
+    ranks = start_ranks(2, local_device())
+    config = ModelConfig(
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.5,
+        attention_probs_dropout_prob=0.5,
+    )
+    model = PretrainingModel(config, 100, ranks.layers())
+    torch.manual_seed(0)  # equal shares on both ranks: only dropout can make their heads differ
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    seen: dict[str, Any] = {"attended": [], "hidden": [], "embedded": []}
+    layer = model.encoder.layers[0]
+    layer.attention.dense.register_forward_pre_hook(
+        lambda _, inputs: seen["attended"].append(inputs[0].tolist())
+    )
+    layer.register_forward_hook(lambda _, __, output: seen["hidden"].append(output.tolist()))
+    model.encoder.embeddings.register_forward_hook(
+        lambda _, __, output: seen["embedded"].append(output.tolist())
+    )
+    tokens = torch.arange(12) % 50
+    for step in (3, 4, 3):
+        seed_dropout(model.parallel, 7, step, 0, ranks)
+        model.encoder(tokens, torch.zeros_like(tokens), torch.arange(12) % 6, (6, 6))
+    return seen
+
+
+def test_dropout_agrees_where_activations_are_whole_and_differs_where_they_are_shared() -> None:
+    first, second = run_ranks(__file__, "dropout_draws", world=2)
+    for whole in ("embedded", "hidden"):
+        assert first[whole] == second[whole]
+    for one, other in zip(first["attended"], second["attended"], strict=True):
+        assert one != other
+    for draws in first.values():
+        assert draws[0] != draws[1]  # another step, another draw
+        assert draws[0] == draws[2]  # the same step again: a resumed run draws the same

@@ -1,0 +1,188 @@
+"""The training loop as a person runs it: killed, stopped, resumed, finished, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import pretrain_config
+
+from bertscale.checkpoint import open_checkpoint, step_folders
+from bertscale.metrics import read_journal
+
+TRAIN = {"steps": 12, "save_every": 4, "eval_every": 6, "keep_checkpoints": 2}
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """`start(data, run, ...)` begins `bertscale pretrain` on two ranks, TP 2 x ZeRO-3, as a process."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def begin(data: Path, run: Path, *overrides: str, **changes: dict[str, Any]) -> subprocess.Popen[str]:
+        changes = {"parallel": {"tensor": 2, "zero_stage": 3}, "train": TRAIN, **changes}
+        config = tmp_path / f"{run.name}.yaml"
+        config.write_text(json.dumps(pretrain_config(data, run, **changes).model_dump()))
+        command = [sys.executable, "-m", "bertscale", "pretrain", str(config), *overrides]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        begun.append(process)
+        return process
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    entries = [e for e in read_journal(run) if "train/loss" in e]
+    return {e["step"]: (e["train/loss"], e["train/gradient_norm"]) for e in entries}
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    while max(losses(run), default=0) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def processes_of(run: Path) -> list[int]:
+    """Ids of the living processes whose command line names the run's config."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            text = (entry / "cmdline").read_text()
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (OSError, IndexError):
+            continue
+        if f"{run.name}.yaml" in text and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run of 12 steps and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = folder / "whole.yaml"
+    values = pretrain_config(tiny_data, folder / "run", parallel={"tensor": 2, "zero_stage": 3}, train=TRAIN)
+    config.write_text(json.dumps(values.model_dump()))
+    command = [sys.executable, "-m", "bertscale", "pretrain", str(config)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result.stdout
+
+
+def test_a_finished_run_leaves_figures_events_checkpoints_and_its_config(whole: tuple[Path, str]) -> None:
+    run, printed = whole
+    result = json.loads((run / "result.json").read_text())
+    figures = losses(run)
+    assert sorted(figures) == list(range(1, 13))
+    assert result["first_loss"] == figures[1][0]
+    assert result["last_loss"] == figures[12][0] < result["first_loss"]
+    assert result["tokens_per_second"] > 0
+    assert 0 < result["mfu"] < 1
+    assert [f.name for f in step_folders(run)] == ["step-0000008", "step-0000012"]  # two are kept
+    assert open_checkpoint(run).step == 12
+    assert (run / "config.yaml").is_file()
+
+    events = EventAccumulator(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
+    events.Reload()  # type: ignore[no-untyped-call]
+    tags = set(events.Tags()["scalars"])  # type: ignore[no-untyped-call]
+    assert tags >= {
+        *(f"train/{key}" for key in ("loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")),
+        "train/learning_rate",
+        "train/gradient_norm",
+        "speed/tokens_per_second",
+        "speed/mfu",
+        "heldout/mlm_loss",
+    }
+    scalars = events.Scalars("train/loss")  # type: ignore[no-untyped-call]
+    assert [s.step for s in scalars] == list(range(1, 13))
+    assert "tensor parallel 2 x data parallel 1, ZeRO-3" in printed
+    assert "float32 (as configured)" in printed
+    assert "pretrain: 12/12 steps" in printed
+
+
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
+    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str]
+) -> None:
+    run = tmp_path / "killed"
+    process = start(tiny_data, run)
+    wait_for_step(run, 6, process)
+    for each in processes_of(run):
+        os.kill(each, signal.SIGKILL)
+    process.wait()
+    assert open_checkpoint(run).step in (4, 8)
+    again = start(tiny_data, run)
+    printed = again.communicate()[0]
+    assert again.returncode == 0, printed
+    assert "resumed   from step" in printed
+    assert losses(run) == losses(whole[0])
+    one, other = open_checkpoint(run), open_checkpoint(whole[0])
+    for name in one.parameters:
+        for state in ("weight", "exp_avg", "exp_avg_sq"):
+            assert one.tensor(name, state).equal(other.tensor(name, state)), (name, state)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str]
+) -> None:
+    run = tmp_path / "stopped"
+    process = start(tiny_data, run)
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate()[0]
+    assert process.returncode == 75, printed
+    assert "everything until there is saved" in printed
+    assert "to go on: bertscale pretrain" in printed
+    step = open_checkpoint(run).step
+    assert step == max(losses(run))
+    again = start(tiny_data, run)
+    assert again.wait() == 0
+    assert losses(run) == losses(whole[0])
+
+
+def test_a_finished_run_is_not_run_again(tiny_data: Path, start: Start, whole: tuple[Path, str]) -> None:
+    before = (whole[0] / "metrics.jsonl").read_bytes()
+    process = start(tiny_data, whole[0])
+    printed = process.communicate()[0]
+    assert process.returncode == 0
+    assert "already pretrained" in printed
+    assert (whole[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str]
+) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(whole[0], tmp_path / "damaged"))
+    shard = step_folders(run)[-1] / "shard-t01-d00.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    process = start(tiny_data, run)
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    assert "shard-t01-d00.safetensors is damaged: its digest differs" in printed
+    assert "resumed   from step 8 of 12" in printed
+    assert losses(run) == losses(whole[0])
+
+
+def test_a_run_does_not_go_on_with_other_settings_or_data(
+    tiny_data: Path, start: Start, whole: tuple[Path, str]
+) -> None:
+    process = start(tiny_data, whole[0], "train.steps=14", "train.seed=5")
+    printed = process.communicate()[0]
+    assert process.returncode == 2
+    assert "train.seed=5, but" in printed
+    assert "Traceback" not in printed
