@@ -24,6 +24,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# It calls torch by names that torch renames; one line for each call would drown the log.
+warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.")
 # Its shared-memory all-reduce for CPUs wants a compiler and a minute at the first start; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

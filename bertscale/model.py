@@ -11,14 +11,13 @@ Samples are laid end to end without padding. Dimensions:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertscale.config import ModelConfig
+from bertscale.kernels import Packing, attend
 from bertscale.layers import Embedding, Layers, Linear, derive_seed
 
 VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
@@ -27,49 +26,6 @@ VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor paral
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the word embedding; the rows past `vocab_size` are never predicted nor exported."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where the samples of a packed micro-batch lie; made once for each forward pass."""
-
-    runs: tuple[tuple[int, int], ...]  # neighbours of equal length: (samples, L)
-    starts: Tensor  # int32 [S + 1], cumulative lengths
-    longest: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
-        runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        if device.type == "cuda":  # an unpinned copy would wait for the device
-            starts = starts.pin_memory().to(device, non_blocking=True)
-        return cls(runs, starts, max(lengths))
-
-
-def attend(query_key_value: Tensor, packing: Packing, dropout: float) -> Tensor:
-    """Each sample attends to itself alone: [T, A, 3, D] -> [T, A, D].
-
-    On CUDA without dropout it is torch's variable-length kernel; elsewhere one
-    scaled_dot_product_attention for each run of samples of equal length.
-    """
-    if query_key_value.is_cuda and dropout == 0:
-        from torch.nn.attention.varlen import varlen_attn
-
-        query, key, value = query_key_value.unbind(dim=2)
-        attended = varlen_attn(
-            query, key, value, packing.starts, packing.starts, packing.longest, packing.longest
-        )
-        return attended if isinstance(attended, Tensor) else attended[0]
-    _, heads, _, size = query_key_value.shape
-    outputs = []
-    # split, not slices: its backward is one concatenation instead of a zero-filled tensor for each run.
-    pieces = torch.split(query_key_value, [samples * length for samples, length in packing.runs])
-    for (samples, length), piece in zip(packing.runs, pieces, strict=True):
-        grid = piece.view(samples, length, heads, 3, size)
-        query, key, value = grid.permute(3, 0, 2, 1, 4)  # [S L, A, 3, D] -> 3 x [S, A, L, D]
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        outputs.append(attended.transpose(1, 2).reshape(-1, heads, size))  # [S, A, L, D] -> [S L, A, D]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class Embeddings(nn.Module):
@@ -208,7 +164,7 @@ class PretrainingModel(nn.Module):
         The projection to the vocabulary runs on the P masked positions only.
         """
         hidden, pooled = self.encoder(tokens, token_types, positions, lengths)
-        logits = self.predictions(hidden.index_select(0, target_positions))  # [P, V]
+        logits = self.predictions(F.embedding(target_positions, hidden))  # [P, V]
         masked_correct = self.parallel.correct(logits, targets)
         masked_loss = self.parallel.cross_entropy(logits, targets).sum()
         relation = self.seq_relationship(pooled).float()  # [S, 2]

@@ -6,9 +6,12 @@ torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or be one of so
 
 from __future__ import annotations
 
+import fcntl
 import math
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -41,7 +44,8 @@ def pretrain(config: PretrainConfig) -> int:
     device = local_device()
     ranks = start_ranks(config.parallel.tensor, device)
     try:
-        return _train(config, ranks, stop)
+        with only_one(Path(config.run), ranks):
+            return _train(config, ranks, stop)
     finally:
         stop_ranks()
 
@@ -59,6 +63,8 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         check_same_run(checkpoint, config, data)
         if checkpoint.step >= train.steps:
             say(ranks, f"already pretrained: {checkpoint.folder} is the last of {train.steps} steps")
+            if first and not (run / "result.json").is_file():  # ended between checkpoint and result
+                write_json(run / "result.json", result(run))
             return 0
     start = saved = done = checkpoint.step if checkpoint else 0
     engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
@@ -151,6 +157,21 @@ class StopSignal:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+@contextmanager
+def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Makes the run folder and keeps a second job from training in it meanwhile."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        if ranks.rank == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another job is training in {run}; stop it or choose another run folder"
+                ) from None
+        yield
 
 
 def make_loader(

@@ -64,7 +64,10 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}"),
+                redirect_stderr=sys.stderr.isatty(),  # else warnings leave the log file for the screen
             )
             self.bar.start()
             self.task = self.bar.add_task(self.label, total=self.total, completed=self.start, text="")

@@ -121,11 +121,11 @@ class Tokenizer:
         )
         # Any piece of a `tokenizers` Unigram can match text, special ones too: a literal "[MASK]" is cut
         # after its bracket, so that only the search for added tokens, which can be switched off, finds it.
-        literal = Regex(r"(?<=\[)(?:PAD|UNK|CLS|SEP|MASK)\]")
+        literal = Regex(r"(?<=\[)(?:PAD|UNK|CLS|SEP|MASK)(?=\])")
         fast.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=True),
-                pre_tokenizers.Split(literal, "isolated"),
+                pre_tokenizers.Split(literal, "merged_with_next"),
             ]
         )
         fast.decoder = decoders.Sequence(

@@ -18,7 +18,7 @@ ROOMS = ("bertscale", "data_prep", "launcher")
 # Each module imports only from the rows above its own, and from its own row without a circle.
 ROWS = (
     ("config", "progress"),
-    ("device", "layers", "masking", "shards", "tokenizer"),
+    ("device", "kernels", "layers", "masking", "shards", "tokenizer"),
     ("model", "samples"),
     ("checkpoint", "loader", "optim", "parallel"),
     ("engine", "metrics"),

@@ -10,10 +10,9 @@ from transformers import BertConfig, BertForPreTraining
 
 from bertscale.config import ModelConfig
 from bertscale.convert import from_hugging_face, hugging_face_names
+from bertscale.kernels import Packing, attend
 from bertscale.model import (
-    Packing,
     PretrainingModel,
-    attend,
     initial_value,
     model_flops_per_token,
     padded_vocab_size,
