@@ -146,7 +146,7 @@ def our_step(engine: Engine) -> Callable[[MicroBatch], float]:
         loss = masked / len(batch.targets) + relation / len(batch.lengths)
         engine.backward(loss)
         engine.step(1e-5)
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -177,7 +177,7 @@ def their_step(model: ModelConfig, engine: Engine) -> Callable[[MicroBatch], flo
         nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(output.loss)
+        return float(output.loss.item())
 
     return step
 

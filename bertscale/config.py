@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class UserError(ValueError):
@@ -27,6 +27,8 @@ class Section(BaseModel):
 
 
 class TokenizerTraining(Section):
+    """How a SentencePiece Unigram model is trained."""
+
     vocab_size: int = Field(32_768, ge=300, description="Number of pieces, special and byte pieces included.")
     sample_documents: int = Field(
         200_000, ge=1, description="At most this many documents, drawn at random, train the tokenizer."
@@ -123,6 +125,8 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
+    """Length and rhythm of a run."""
+
     steps: int = Field(ge=1, description="Optimizer steps.")
     global_batch: int = Field(256, ge=1, description="Samples in one optimizer step, over all ranks.")
     micro_batch: int = Field(32, ge=1, description="Samples in one forward pass of one rank.")
@@ -138,6 +142,8 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How a job is spread over ranks."""
+
     tensor: int = Field(1, ge=1, description="Ranks that share each layer (tensor parallel).")
     zero_stage: int = Field(
         1, ge=0, le=3, description="DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients, 3 weights."
@@ -202,14 +208,25 @@ class FinetuneConfig(Section):
     learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate.")
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+    pooling: Literal["first", "mean"] = Field(
+        "first", description="A sample's vector: the pooled first token, as BERT, or the mean of all tokens."
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states while fine-tuning.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each; mean and spread are reported.")
+
     compare_random: bool = Field(
         False, description="Also trains the same encoder from random weights, side by side."
     )
     random_learning_rate: float | None = Field(
         None, gt=0, description="Highest learning rate from random weights; without it the same."
     )
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{seeds} names a seed twice, which would feign a small spread")
+        return seeds
 
 
 # ------------------------------------------------------------------------------------------- loading

@@ -27,11 +27,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertscale.checkpoint import fresh_folder, put_in_place
+from bertscale.checkpoint import fresh_folder, put_in_place, save_tensors
 from bertscale.config import FinetuneConfig, ModelConfig, OptimizerConfig, UserError, check_config
 from bertscale.convert import Weights, open_weights
 from bertscale.device import choose_precision, describe, local_device
@@ -147,6 +147,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     facts = {
         "labels": classes,
         "model": model_config(config, weights).model_dump(),
+        "pooling": config.pooling,
         "vocab_size": weights.vocab_size,
         "max_length": config.max_length,
         "tokenizer_sha256": tokenizer.sha256,
@@ -198,7 +199,7 @@ def model_config(config: FinetuneConfig, weights: Weights) -> ModelConfig:
 def make_model(config: FinetuneConfig, weights: Weights, classes: int, seed: int) -> ClassificationModel:
     """A classifier with the random weights of `seed`."""
     shape = model_config(config, weights)
-    model = ClassificationModel(shape, weights.vocab_size, classes)
+    model = ClassificationModel(shape, weights.vocab_size, classes, config.pooling)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_value(name, list(parameter.shape), shape, weights.vocab_size, seed)
@@ -336,7 +337,7 @@ def write_model(
 ) -> None:
     """Writes model.safetensors, config.json and tokenizer.model: `folder` is whole or not there."""
     partial = fresh_folder(folder)
-    save_file(tensors, partial / "model.safetensors")
+    save_tensors(partial / "model.safetensors", tensors)
     write_json(partial / "config.json", facts)
     shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
     put_in_place(partial, folder)
@@ -375,6 +376,6 @@ def load_classifier(folder: str | Path) -> Classifier:
     if tokenizer.sha256 != facts["tokenizer_sha256"]:
         raise UserError(f"{folder / 'tokenizer.model'} is not the tokenizer that the classifier learnt with")
     shape = check_config(ModelConfig, facts["model"], str(folder / "config.json"))
-    model = ClassificationModel(shape, facts["vocab_size"], len(facts["labels"]))
+    model = ClassificationModel(shape, facts["vocab_size"], len(facts["labels"]), facts["pooling"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return Classifier(model, tokenizer, facts)

@@ -37,10 +37,10 @@ class Packing:
 def attend(query_key_value: Tensor, packing: Packing, dropout: float) -> Tensor:
     """Each sample attends to itself alone: [T, A, 3, D] -> [T, A, D].
 
-    On CUDA without dropout it is torch's variable-length kernel; elsewhere dense attention, one batch
-    for each run of samples of equal length.
+    On CUDA, in half precision without dropout, it is torch's variable-length kernel; elsewhere dense
+    attention, one batch for each run of samples of equal length.
     """
-    if query_key_value.is_cuda and dropout == 0:
+    if query_key_value.is_cuda and dropout == 0 and query_key_value.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         query, key, value = query_key_value.unbind(dim=2)

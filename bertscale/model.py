@@ -174,11 +174,15 @@ class PretrainingModel(nn.Module):
 
 
 class ClassificationModel(nn.Module):
-    """Encoder with a linear classifier on the pooled first token."""
+    """Encoder with a linear classifier on one vector a sample.
 
-    def __init__(self, config: ModelConfig, vocab_size: int, classes: int) -> None:
+    `pooling` is `first`, BERT's own (a dense layer and tanh on the first token), or `mean`, the mean of
+    the sample's hidden states (Reimers and Gurevych, 2019).
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, classes: int, pooling: str = "first") -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.pooling = config, vocab_size, pooling
         self.encoder = Encoder(config, vocab_size, Layers())
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = Linear(config.hidden_size, classes)
@@ -187,7 +191,9 @@ class ClassificationModel(nn.Module):
         self, tokens: Tensor, token_types: Tensor, positions: Tensor, lengths: Sequence[int]
     ) -> Tensor:
         """Ids [T] each and S lengths -> logits, float32 [S, classes]."""
-        _, pooled = self.encoder(tokens, token_types, positions, lengths)
+        hidden, pooled = self.encoder(tokens, token_types, positions, lengths)
+        if self.pooling == "mean":
+            pooled = torch.stack([part.mean(dim=0) for part in torch.split(hidden, list(lengths))])
         logits: Tensor = self.classifier(self.dropout(pooled))
         return logits.float()
 

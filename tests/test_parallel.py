@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
         )
         found |= dict(zip(here, results[0], strict=True))
     return found
+
+
+def test_losses_are_the_recorded_ones(figures: dict[tuple[int, int, int], Any]) -> None:
+    """A change that moves them says why in CHANGELOG.md and records them anew."""
+    golden = json.loads((Path(__file__).parent / "golden" / "tiny-losses.json").read_text())
+    dense = torch.tensor(figures[1, 1, 0], dtype=torch.float64)
+    torch.testing.assert_close(dense, torch.tensor(golden, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:])
