@@ -211,6 +211,9 @@ class FinetuneConfig(Section):
     pooling: Literal["first", "mean"] = Field(
         "first", description="A sample's vector: the pooled first token, as BERT, or the mean of all tokens."
     )
+    freeze_encoder: bool = Field(
+        False, description="Trains the classifier alone, on the encoder's features as they are."
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states while fine-tuning.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each; mean and spread are reported.")
 

@@ -108,12 +108,16 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
                 optimizer = adamw(model, optimizer_config)
                 torch.manual_seed(seed)  # dropout
                 model.train()
+                fixed = freeze(model, samples, device, dtype) if config.freeze_encoder else None
                 step = 0
                 for epoch in range(config.epochs):
                     for batch in training_batches(samples, config.batch, seed, epoch):
                         for group in optimizer.param_groups:
                             group["lr"] = learning_rate(step, steps, optimizer_config)
-                        logits = forward(model, batch, device, dtype)
+                        if fixed is None:
+                            logits = forward(model, batch, device, dtype)
+                        else:
+                            logits = model.classify(fixed[batch.rows])
                         loss = F.cross_entropy(logits, targets[batch.rows].to(device))
                         loss.backward()  # type: ignore[no-untyped-call]
                         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer_config.gradient_clipping)
@@ -243,6 +247,21 @@ def forward(model: ClassificationModel, batch: Batch, device: torch.device, dtyp
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits: Tensor = model(batch.tokens, batch.token_types, batch.positions, batch.lengths)
     return logits
+
+
+@torch.no_grad()
+def freeze(
+    model: ClassificationModel, samples: Sequence[list[int]], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Fixes the encoder, without dropout; returns its features of all samples [N, H], computed once."""
+    model.encoder.requires_grad_(False).eval()
+    features = torch.empty(len(samples), model.config.hidden_size, device=device)
+    for batch in all_batches(samples, 128):
+        there = batch.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            values = model.features(there.tokens, there.token_types, there.positions, there.lengths)
+        features[batch.rows] = values.float()
+    return features
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> li
 @pytest.fixture(scope="module")
 def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[float]]]:
     """The same 12 steps: on one rank, and on four in another topology every three steps."""
-    found = {}
+    found: dict[str, tuple[Path, list[float]]] = {}
     for name, world, stretches in (("dense", 1, [(1, 0)] * 4), ("elastic", 4, STRETCHES)):
         folder = tmp_path_factory.mktemp(name)
         arguments = {"data": str(tiny_data), "folder": str(folder), "stretches": stretches}
@@ -84,7 +84,7 @@ def test_a_run_that_changes_topology_at_every_stop_is_the_dense_run(
                 # AdamW divides by the root of the second moment: where a gradient is rounding alone
                 # (key biases: softmax does not see them) so is the step. Weights move by 0.003 a step.
                 tolerance = 1e-5 if state != "weight" or "query_key_value.bias" not in name else 0.1
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=tolerance, msg=name)
 
 
 @pytest.fixture

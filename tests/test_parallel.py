@@ -40,7 +40,7 @@ def train_each(data: str, folder: str, topologies: list[list[int]]) -> list[Any]
 @pytest.fixture(scope="module")
 def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Any]:
     folder = tmp_path_factory.mktemp("topologies")
-    found = {}
+    found: dict[tuple[int, int, int], Any] = {}
     for world in (1, 2, 4):
         here = [t for t in TOPOLOGIES if t[0] * t[1] == world]
         results = run_ranks(
@@ -92,7 +92,7 @@ def dropout_draws() -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
     seen: dict[str, Any] = {"attended": [], "hidden": [], "embedded": []}
-    layer = model.encoder.layers[0]
+    layer: Any = model.encoder.layers[0]
     layer.attention.dense.register_forward_pre_hook(
         lambda _, inputs: seen["attended"].append(inputs[0].tolist())
     )

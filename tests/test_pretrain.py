@@ -94,9 +94,9 @@ def test_a_finished_run_leaves_figures_events_checkpoints_and_its_config(whole: 
     assert open_checkpoint(run).step == 12
     assert (run / "config.yaml").is_file()
 
-    events = EventAccumulator(str(run / "tensorboard"))  # type: ignore[no-untyped-call]
-    events.Reload()  # type: ignore[no-untyped-call]
-    tags = set(events.Tags()["scalars"])  # type: ignore[no-untyped-call]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
     assert tags >= {
         *(f"train/{key}" for key in ("loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")),
         "train/learning_rate",
@@ -105,7 +105,7 @@ def test_a_finished_run_leaves_figures_events_checkpoints_and_its_config(whole: 
         "speed/mfu",
         "heldout/mlm_loss",
     }
-    scalars = events.Scalars("train/loss")  # type: ignore[no-untyped-call]
+    scalars = events.Scalars("train/loss")
     assert [s.step for s in scalars] == list(range(1, 13))
     assert "tensor parallel 2 x data parallel 1, ZeRO-3" in printed
     assert "float32 (as configured)" in printed
