@@ -81,6 +81,9 @@ class ModelConfig(Section):
     attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention.")
     layer_norm_eps: float = Field(1e-12, gt=0, description="Added to the variance by LayerNorm.")
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+    matrix_initializer_range: float | None = Field(
+        None, gt=0, description="Likewise, of the layers' matrices alone; without it the same."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -204,7 +204,7 @@ def export(weights: Weights, output: Path, origin: str) -> None:
         tensors |= to_hugging_face(name, weights.tensor(name), model.num_attention_heads, weights.vocab_size)
     partial = fresh_folder(output)
     save_tensors(partial / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
-    sizes = model.model_dump(exclude={"preset"})
+    sizes = model.model_dump(exclude={"preset"}, exclude_none=True)
     config = {
         "architectures": ["BertForPreTraining"],
         "model_type": "bert",

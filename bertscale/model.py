@@ -219,7 +219,9 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     | ------------------------------- | -------------------------------- |
     | biases                          | 0                                |
     | LayerNorm weights               | 1                                |
-    | embeddings and matrices         | normal(0, initializer_range)     |
+    | embeddings and heads            | normal(0, initializer_range)     |
+    | matrices of the layers          | likewise, or normal(0,           |
+    |                                 | matrix_initializer_range)        |
     | padded rows of the vocabulary   | 0, and they stay 0               |
 
     (Devlin et al., 2019, drew matrices truncated at two deviations; transformers draws them
@@ -231,7 +233,10 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     if "LayerNorm" in name:
         return torch.ones(*shape)
     generator = torch.Generator().manual_seed(derive_seed(seed, name))
-    value = torch.empty(*shape).normal_(0.0, config.initializer_range, generator=generator)
+    deviation = config.initializer_range
+    if name.startswith("encoder.layers."):
+        deviation = config.matrix_initializer_range or deviation
+    value = torch.empty(*shape).normal_(0.0, deviation, generator=generator)
     if name.endswith("word_embeddings.weight"):
         value[vocab_size:] = 0.0
     return value
