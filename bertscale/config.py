@@ -82,7 +82,7 @@ class ModelConfig(Section):
     layer_norm_eps: float = Field(1e-12, gt=0, description="Added to the variance by LayerNorm.")
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     matrix_initializer_range: float | None = Field(
-        None, gt=0, description="Likewise, of the layers' matrices alone; without it the same."
+        None, gt=0, description="Likewise, of matrices that are no embeddings; without it the same."
     )
 
     @model_validator(mode="after")

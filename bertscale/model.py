@@ -219,9 +219,9 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     | ------------------------------- | -------------------------------- |
     | biases                          | 0                                |
     | LayerNorm weights               | 1                                |
-    | embeddings and heads            | normal(0, initializer_range)     |
-    | matrices of the layers          | likewise, or normal(0,           |
-    |                                 | matrix_initializer_range)        |
+    | embeddings                      | normal(0, initializer_range)     |
+    | matrices                        | normal(0, initializer_range or   |
+    |                                 | matrix_initializer_range if set) |
     | padded rows of the vocabulary   | 0, and they stay 0               |
 
     (Devlin et al., 2019, drew matrices truncated at two deviations; transformers draws them
@@ -234,7 +234,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
         return torch.ones(*shape)
     generator = torch.Generator().manual_seed(derive_seed(seed, name))
     deviation = config.initializer_range
-    if name.startswith("encoder.layers."):
+    if "embeddings" not in name:
         deviation = config.matrix_initializer_range or deviation
     value = torch.empty(*shape).normal_(0.0, deviation, generator=generator)
     if name.endswith("word_embeddings.weight"):
