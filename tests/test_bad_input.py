@@ -56,7 +56,11 @@ CASES: dict[str, tuple[Damage, list[str], list[str]]] = {
     "unknown key": (nothing, ["train.step=5"], ["unknown key train.step; did you mean train.steps?"]),
     "heads": (nothing, ["parallel.tensor=3"], ["parallel.tensor=3", "num_attention_heads=4", "1, 2, 4"]),
     "batch": (nothing, ["parallel.ranks=3"], ["global_batch=8", "micro_batch=2"]),
-    "ranks": (nothing, ["parallel.tensor=2", "parallel.ranks=3"], ["parallel.ranks=3", "parallel.tensor=2"]),
+    "ranks": (
+        nothing,
+        ["parallel.tensor=2", "parallel.ranks=3"],
+        ["3 ranks", "parallel.tensor=2", "parallel.ranks"],
+    ),
     "not a number": (nothing, ["train.steps=many"], ["train.steps='many'"]),
 }
 
