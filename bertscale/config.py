@@ -219,7 +219,6 @@ class FinetuneConfig(Section):
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states while fine-tuning.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each; mean and spread are reported.")
-
     compare_random: bool = Field(
         False, description="Also trains the same encoder from random weights, side by side."
     )

@@ -63,8 +63,6 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         check_same_run(checkpoint, config, data)
         if checkpoint.step >= train.steps:
             say(ranks, f"already pretrained: {checkpoint.folder} is the last of {train.steps} steps")
-            if first and not (run / "result.json").is_file():  # ended between checkpoint and result
-                write_json(run / "result.json", result(run))
             return 0
     start = saved = done = checkpoint.step if checkpoint else 0
     engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
@@ -127,6 +125,14 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                     f"NSP accuracy {figures['heldout/nsp_accuracy']:.1%}"
                 )
                 rate.restart()
+            if done == train.steps and first:  # before the checkpoint that makes the run a finished one
+                facts = {
+                    "parameters": engine.num_parameters(),
+                    "precision": f"{dtype}".removeprefix("torch."),
+                }
+                write_json(
+                    run / "result.json", {**result(run), **rate.overall(), **facts, "peak_flops": peak}
+                )
             if done % train.save_every == 0 or done == train.steps:
                 save(engine, done, data)
                 saved = done
@@ -139,8 +145,6 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         return STOPPED
     if journal:
         journal.close()
-        facts = {"parameters": engine.num_parameters(), "precision": f"{dtype}".removeprefix("torch.")}
-        write_json(run / "result.json", {**result(run), **rate.overall(), **facts, "peak_flops": peak})
     return 0
 
 
