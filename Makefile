@@ -6,24 +6,40 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 LOG := .venv/install.log
 
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test slurm check clean
 
 help:
 	@echo "make quickstart   raw text -> tokenizer, shards, BERT, Hugging Face folder, classifier"
 	@echo "make test         run the tests"
-	@echo "make check        ruff and mypy"
+	@echo "make slurm        install Slurm for the tests on a virtual cluster; make test does it, where it may"
+	@echo "make check        ruff, mypy and shellcheck"
 	@echo "make clean        remove .venv and what the tools left; runs/ stays"
 
 quickstart: $(INSTALLED)
 	@$(BIN)/bertscale quickstart
 
-test: $(INSTALLED)
+test: $(INSTALLED) slurm
 	@$(BIN)/python -m pytest
+
+# Debian and Ubuntu, as root or with a sudo that asks nothing; elsewhere those tests are skipped.
+SLURM := apt-get install -y --no-install-recommends slurm-wlm munge
+slurm:
+	@export PATH="$$PATH:/usr/sbin:/sbin" DEBIAN_FRONTEND=noninteractive; \
+	missing() { for program in slurmctld slurmd munged srun ip; do command -v $$program >/dev/null || return 0; done; return 1; }; \
+	missing || exit 0; \
+	sudo=; test "$$(id -u)" = 0 || sudo="sudo -n -E"; \
+	if command -v apt-get >/dev/null && $$sudo true 2>/dev/null; then \
+	    echo "installing Slurm for the tests on a virtual cluster: $(SLURM) iproute2"; \
+	    if said=$$($$sudo apt-get update 2>&1 && $$sudo $(SLURM) iproute2 2>&1); then exit 0; fi; \
+	    echo "$$said" | tail -n 3 >&2; \
+	fi; \
+	echo "the tests on a virtual Slurm cluster will be skipped; they need: $(SLURM) iproute2" >&2
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/shellcheck .ci/run tests/golden/*.sbatch slurm/*.sbatch slurm/cluster/*.sh slurm/cluster/vc
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

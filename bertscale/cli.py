@@ -13,6 +13,7 @@ import argparse
 import difflib
 import errno
 import importlib.metadata
+import os
 import shlex
 import shutil
 import sys
@@ -63,24 +64,83 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prep(arguments: list[str]) -> int:
-    """bertscale prep CONFIG [key=value ...] [--verify]"""
+    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
     from bertscale.config import PrepConfig, load_config
 
-    parser = _parser("prep", "Turns raw text into a tokenizer and Arrow token shards.", PrepConfig)
-    parser.add_argument(
+    parser = _parser(
+        "prep",
+        "Turns raw text into a tokenizer and Arrow token shards. To share the work among several hosts: "
+        "--tokenizer-only once, then --task-index 0, 1, ... at the same time, then --finish once; the "
+        "bytes are the same.",
+        PrepConfig,
+    )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
         "--verify",
         action="store_true",
         help="Only compare an existing output with the sizes and digests of its manifest.",
+    )
+    part.add_argument(
+        "--tokenizer-only", action="store_true", help="Stop when the plan and the tokenizer are made."
+    )
+    part.add_argument(
+        "--task-index",
+        metavar="I",
+        type=int,
+        help="Build only the splits whose number %% N is I; in a Slurm array by itself that of the task.",
+    )
+    part.add_argument("--finish", action="store_true", help="Check that every split is built, and finish.")
+    parser.add_argument(
+        "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by itself its size."
     )
     options = parser.parse_intermixed_args(arguments)
     config = load_config(PrepConfig, options.config, options.overrides)
     if options.verify:
         return _verify(config.output)
 
-    from data_prep.build import prep as build
+    if options.task_count is not None and options.task_count < 1:
+        parser.error(f"--task-count must be 1 or more, not {options.task_count}")
+    if options.tokenizer_only:
+        from data_prep.build import prep_tokenizer
 
-    build(config)
+        prep_tokenizer(config)
+    elif options.finish:
+        from data_prep.build import prep_finish
+
+        prep_finish(config, options.task_count)
+    elif share := _prep_share(options.task_index, options.task_count):
+        from data_prep.build import prep_share
+
+        prep_share(config, *share)
+    else:
+        from data_prep.build import prep as build
+
+        build(config)
     return 0
+
+
+def _prep_share(index: int | None, count: int | None) -> tuple[int, int] | None:
+    """(task index, number of tasks) of the options or else of the Slurm array that this runs in, if any."""
+    from bertscale.config import UserError
+
+    env = os.environ
+    where = "--task-index"
+    if index is None and "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_MIN" in env:
+        index, where = int(env["SLURM_ARRAY_TASK_ID"]), "SLURM_ARRAY_TASK_ID"
+        if count is None:  # with a count, a part of the array may have been queued again
+            index, where = index - int(env["SLURM_ARRAY_TASK_MIN"]), f"{where} - SLURM_ARRAY_TASK_MIN"
+    if count is None and "SLURM_ARRAY_TASK_COUNT" in env:
+        count = int(env["SLURM_ARRAY_TASK_COUNT"])
+    if index is None and count is None:
+        return None
+    if index is None or count is None:
+        missing = "--task-index" if index is None else "--task-count"
+        raise UserError(f"a share of the splits needs --task-index and --task-count: {missing} is missing")
+    if not 0 <= index < count:
+        raise UserError(
+            f"{where} is {index} of {count} tasks: they are counted from 0 to {count - 1}, without gaps"
+        )
+    return index, count
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -104,9 +164,19 @@ def pretrain(arguments: list[str]) -> int:
         verify = options.verify and rank.rank == 0
         return ranks.run_as_rank(lambda: _train(options.config, options.overrides, rank.world_size, verify))
 
+    from launcher.supervise import Limits, run_here
+
     config, count = _checked(options.config, options.overrides, None, options.verify)
+    launch, run = config.launch, Path(config.run)
+    limits = Limits(
+        start_seconds=launch.start_seconds,
+        hang_seconds=launch.hang_seconds,
+        restarts=launch.restarts,
+        restarts_without_progress=launch.restarts_without_progress or 0,
+    )
     again = ["pretrain", options.config, *options.overrides]
-    code = ranks.spawn([sys.executable, "-m", "bertscale", *again], count, Path(config.run) / "logs")
+    command = [sys.executable, "-m", "bertscale", *again]
+    code = run_here(command, count, run / "logs", limits, run / "checkpoints")
     if code == ranks.STOPPED_AND_SAVED:
         print(f"stopped and saved; to go on: {shlex.join(['bertscale', *again])}", file=sys.stderr)
     return code
@@ -167,11 +237,51 @@ def quickstart(arguments: list[str]) -> int:
     return run_stages(options.run, count_gpus())
 
 
+def submit(arguments: list[str]) -> int:
+    """bertscale submit STAGE ..."""
+    from launcher.submit import main as submit_stage
+
+    return submit_stage(arguments)
+
+
+def status(arguments: list[str]) -> int:
+    """bertscale status [RUN]"""
+    from launcher.status.commands import main as ask
+
+    return ask("status", arguments)
+
+
+def logs(arguments: list[str]) -> int:
+    """bertscale logs RUN"""
+    from launcher.status.commands import main as ask
+
+    return ask("logs", arguments)
+
+
+def cancel(arguments: list[str]) -> int:
+    """bertscale cancel RUN"""
+    from launcher.status.commands import main as ask
+
+    return ask("cancel", arguments)
+
+
+def resume(arguments: list[str]) -> int:
+    """bertscale resume RUN"""
+    from launcher.status.commands import main as ask
+
+    return ask("resume", arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prep": ("raw text -> tokenizer and token shards", prep),
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled text -> classifier", finetune),
+    "submit": ("any of these as a Slurm job: checked, frozen, queued, requeued, resumed", submit),
+    "status": ("what is queued or running, how far, how fast, and why it waits", status),
+    "logs": ("what a job's ranks have written", logs),
+    "cancel": ("ends a job for good", cancel),
+    "resume": ("queues a stopped job again", resume),
     "quickstart": ("all of these, small, on text that every machine has", quickstart),
 }
 

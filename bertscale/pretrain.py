@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import torch
 import yaml
@@ -23,6 +25,7 @@ from bertscale.checkpoint import Checkpoint, open_checkpoint, step_folders
 from bertscale.config import PretrainConfig, UserError
 from bertscale.device import choose_precision, describe, local_device, peak_flops
 from bertscale.engine import Engine
+from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
 from bertscale.metrics import Journal, Rate, read_journal
 from bertscale.optim import learning_rate
@@ -98,6 +101,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 totals += torch.stack(sums).detach()
                 rate.add(batch.lengths, len(batch.targets))
             done = step + 1
+            beat(done)
             masked += step_masked
             samples += train.global_batch
 
@@ -117,7 +121,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                     journal.write(done, figures)
                 progress.advance(done - progress.done, **brief(figures))
             if done % train.eval_every == 0 or done == train.steps:
-                figures = evaluate(engine, heldout, train.eval_samples, ranks)
+                figures = evaluate(engine, heldout, train.eval_samples, ranks, done)
                 if journal:
                     journal.write(done, figures)
                 progress.say(
@@ -165,17 +169,35 @@ class StopSignal:
 
 @contextmanager
 def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Makes the run folder and keeps a second job from training in it meanwhile."""
+    """Makes the run folder and keeps a second job from training in it meanwhile.
+
+    A Slurm job takes the lock from an attempt of its own that still holds it on a node that was lost:
+    that one can make no step, since each takes all ranks.
+    """
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
+    with ExitStack() as stack:
         if ranks.rank == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another job is training in {run}; stop it or choose another run folder"
-                ) from None
+            path, job = run / ".lock", os.environ.get("SLURM_JOB_ID", "")
+            file = stack.enter_context(path.open("a+"))
+            if not _lock(file):
+                file.seek(0)
+                if not job or file.read() != job or ranks.world == 1:
+                    raise UserError(f"another job is training in {run}; stop it or choose another run folder")
+                path.unlink()
+                file = stack.enter_context(path.open("a+"))
+                _lock(file)
+            file.truncate(0)
+            file.write(job)
+            file.flush()
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def make_loader(
@@ -221,7 +243,7 @@ def means(prefix: str, totals: Tensor, masked: float, samples: float, ranks: Ran
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks) -> dict[str, float]:
+def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: int) -> dict[str, float]:
     """Mean losses and accuracies of held-out documents, always over the same masked samples."""
     engine.model.eval()
     totals = torch.zeros(4, device=ranks.device)
@@ -231,6 +253,7 @@ def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks) -> dict
         for batch in loader.step(step):
             totals += torch.stack(forward(engine, batch.to(ranks.device)))
             masked += len(batch.targets)
+            beat(done)
     engine.model.train()
     all_masked = ranks.sum(masked / ranks.tensor)[0]
     return means("heldout", totals, all_masked, float(steps * loader.global_batch), ranks)
@@ -286,7 +309,9 @@ def save(engine: Engine, step: int, data: Dataset) -> None:
         "tokenizer_sha256": data.manifest["tokenizer_sha256"],
         "data_digest": data.manifest_digest,
     }
+    beat(step)
     engine.save(run / "checkpoints" / f"step-{step:07d}", facts, data.tokenizer_path)
+    beat(step)
     if engine.ranks.rank == 0:
         for folder in step_folders(run)[: -config.train.keep_checkpoints]:
             shutil.rmtree(folder)

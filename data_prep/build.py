@@ -4,7 +4,12 @@ bertscale prep configs/data/quickstart.yaml workers=2
 
 The input is cut, between documents, into splits; each split is one unit of work for one process, which writes
 its shards and then a done record. A rerun keeps the splits whose record and shards are whole, so the bytes
-depend on the input and the settings alone: not on the number of workers, nor on where a run was killed.
+depend on the input and the settings alone: not on the number of workers, nor on where a run was killed, nor
+on how many hosts shared the splits:
+
+bertscale prep CONFIG --tokenizer-only                     # once, first
+bertscale prep CONFIG --task-index 0 --task-count 4        # 0, 1, 2, 3: at the same time, on any hosts
+bertscale prep CONFIG --finish --task-count 4              # once, last
 
     OUTPUT/tokenizer.model, train-00000.arrow, validation-00000.arrow, ...
     OUTPUT/.prep/plan.json           settings and inputs; when they differ, everything is made anew
@@ -17,67 +22,31 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from bertscale.config import PrepConfig, UserError
 from bertscale.progress import Progress
-from bertscale.shards import (
-    MANIFEST_NAME,
-    TOKENIZER_NAME,
-    Shard,
-    ShardBuilder,
-    ShardEntry,
-    open_dataset,
-    token_dtype,
-    write_bytes,
-    write_json,
-    write_manifest,
-)
+from bertscale.shards import MANIFEST_NAME, ShardBuilder, ShardEntry, token_dtype, write_json, write_manifest
 from bertscale.tokenizer import Tokenizer
 from data_prep.clean import clean
-from data_prep.read import Bad, Part, cut_into_splits, find_files, read_records
+from data_prep.plan import Plan, Unit, no_tokenizer
+from data_prep.read import Bad
 from data_prep.segment import split_sentences
-from data_prep.train_tokenizer import draw_sample, train_tokenizer
+from data_prep.train_tokenizer import finished_tokenizer, held_out, make_tokenizer
 from data_prep.workers import number_of_cores, worker_pool
 
-PLAN_VERSION = 1  # raise it when the same settings begin to give other bytes
 DOCUMENTS_AT_ONCE = 256  # encoded in one call
 PLACES_SHOWN = 3  # of each kind of bad record
-
-
-@dataclass(frozen=True)
-class Task:
-    """One split, with all that its worker needs to know."""
-
-    number: int
-    parts: list[Part]
-    config: PrepConfig
-    output: Path
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.end - part.start for part in self.parts)
-
-    @property
-    def record(self) -> Path:
-        return self.output / ".prep" / f"split-{self.number:05d}.json"
-
-    @property
-    def sample(self) -> Path:
-        return self.output / ".prep" / f"sample-{self.number:05d}.txt"
+MISSING_SHOWN = 20  # splits
 
 
 def prep(config: PrepConfig) -> dict[str, Any]:
@@ -88,8 +57,106 @@ def prep(config: PrepConfig) -> dict[str, Any]:
     more bad records than max_bad_fraction, a dead worker, a full disk. Stopped in any way, the same call
     later continues.
     """
+    began = time.monotonic()
+    with _stops_explained(config):
+        plan = Plan(config)
+        plan.begin()
+        if (manifest := plan.finished()) is not None:
+            print(f"already prepared: {plan.output}")
+            return _summary(manifest, began, reused=True)
+        (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
+        with worker_pool(_workers(config, plan.units)) as pool:
+            tokenizer = make_tokenizer(pool, plan)
+            _encode(pool, plan, plan.units, tokenizer)
+        manifest = _finish(plan, tokenizer)
+    return _summary(manifest, began, reused=False)
+
+
+# ----------------------------------------------------------------------------- the same in three parts
+
+
+def prep_tokenizer(config: PrepConfig) -> None:
+    """The first part of `prep`: the plan and the tokenizer. It alone may start over, as `prep` may."""
+    with _stops_explained(config):
+        plan = Plan(config)
+        plan.begin()
+        if plan.finished() is not None:
+            print(f"already prepared: {plan.output}")
+            return
+        (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
+        with worker_pool(_workers(config, plan.units)) as pool:
+            tokenizer = make_tokenizer(pool, plan)
+        print(f"tokenizer: ready with {tokenizer.vocab_size:,} pieces; {len(plan.units):,} splits to build")
+
+
+def prep_share(config: PrepConfig, index: int, count: int) -> None:
+    """The second part, in `count` tasks on any hosts: builds the splits whose number % count is `index`.
+
+    Touches no file of another split. Raises UserError when there is no tokenizer yet, and when the output
+    folder belongs to another plan.
+    """
+    with _stops_explained(config):
+        plan, tokenizer = _join(config)
+        units = plan.units[index::count]
+        print(
+            f"prep: task {index} of {count} builds {len(units):,} of {len(plan.units):,} splits", flush=True
+        )
+        if units:
+            with worker_pool(_workers(config, units)) as pool:
+                _encode(pool, plan, units, tokenizer)
+        plan.check_input()
+
+
+def prep_finish(config: PrepConfig, count: int | None = None) -> dict[str, Any]:
+    """The last part: writes the manifest and returns the summary of `prep`.
+
+    Raises UserError that names the splits that are missing and, where `count` is known, their tasks.
+    """
+    began = time.monotonic()
+    with _stops_explained(config):
+        plan, tokenizer = _join(config)
+        if (manifest := plan.finished()) is not None:
+            print(f"already prepared: {plan.output}")
+            return _summary(manifest, began, reused=True)
+        if missing := [unit.number for unit in plan.units if not unit.is_done(tokenizer)]:
+            raise UserError(
+                f"{len(missing):,} of {len(plan.units):,} splits of {plan.output} are not built: "
+                f"{_whose(missing, count)}. Run those tasks again: finished splits are kept"
+            )
+        manifest = _finish(plan, tokenizer)
+    return _summary(manifest, began, reused=False)
+
+
+def _join(config: PrepConfig) -> tuple[Plan, Tokenizer]:
+    plan = Plan(config)
+    plan.join()
+    if (tokenizer := finished_tokenizer(plan)) is None:
+        raise UserError(no_tokenizer(plan.output))
+    return plan, tokenizer
+
+
+def _whose(missing: list[int], count: int | None) -> str:
+    shown = missing[:MISSING_SHOWN]
+    more = f" and {len(missing) - len(shown):,} more" if len(missing) > len(shown) else ""
+    if count is None:
+        numbers = ", ".join(map(str, shown))
+        return f"{numbers}{more} (split number % task count is the task index)"
+    tasks: dict[int, list[int]] = {}
+    for number in shown:
+        tasks.setdefault(number % count, []).append(number)
+    words = [f"task {task}: {', '.join(map(str, numbers))}" for task, numbers in sorted(tasks.items())]
+    return f"{'; '.join(words)}{more}"
+
+
+def _workers(config: PrepConfig, units: list[Unit]) -> int:
+    return min(config.workers or number_of_cores(), len(units))
+
+
+@contextmanager
+def _stops_explained(config: PrepConfig) -> Iterator[None]:
+    """Says what Ctrl-C leaves behind, and makes a full disk a UserError."""
     try:
-        return _prep(config)
+        yield
     except KeyboardInterrupt:
         print("\nprep: stopped; the same command continues, finished splits are kept", file=sys.stderr)
         raise
@@ -102,188 +169,30 @@ def prep(config: PrepConfig) -> dict[str, Any]:
         ) from error
 
 
-def _prep(config: PrepConfig) -> dict[str, Any]:
-    began = time.monotonic()
-    output = Path(config.output)
-    files = find_files(config.input)
-    plan: dict[str, Any] = {
-        "version": PLAN_VERSION,
-        "settings": config.model_dump(exclude={"output", "workers", "max_bad_fraction"}),
-        "tokenizer": Tokenizer.load(config.tokenizer).sha256 if config.tokenizer else None,
-        "files": [dataclasses.asdict(file) for file in files],
-    }
-    try:
-        (output / ".prep").mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"output: cannot make the folder {output}: {error.strerror}") from error
-    if config.tokenizer and Path(config.tokenizer).resolve() == (output / TOKENIZER_NAME).resolve():
-        raise UserError(f"tokenizer: {config.tokenizer} is prep's own output; copy it to another place first")
-    _start_over_if_changed(output, plan)
-    if (manifest := _finished(output)) is not None:
-        print(f"already prepared: {output}")
-        return _summary(manifest, began, reused=True)
-    (output / MANIFEST_NAME).unlink(missing_ok=True)
-
-    splits = cut_into_splits(files, config.split_bytes)
-    tasks = [Task(number, parts, config, output) for number, parts in enumerate(splits)]
-    with worker_pool(min(config.workers or number_of_cores(), len(tasks))) as pool:
-        tokenizer = _make_tokenizer(pool, tasks, config, output)
-        _encode(pool, tasks, tokenizer)
-
-    records = [json.loads(task.record.read_bytes()) for task in tasks]
-    counters = _add_up(records)
-    _judge(counters, [record["places"] for record in records], config)
-    if [dataclasses.asdict(file) for file in find_files(config.input)] != plan["files"]:
-        raise UserError("input: a file changed while it was read; run the same command again")
-    manifest = write_manifest(
-        output,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        settings=plan["settings"],
-        counters=counters,
-        shards=[ShardEntry(**entry) for record in records for entry in record["shards"]],
-    )
-    return _summary(manifest, began, reused=False)
-
-
-# ------------------------------------------------------------------------------------- what is there
-
-
-def _start_over_if_changed(output: Path, plan: dict[str, Any]) -> None:
-    """Removes the pieces of an earlier run with another plan, and what a killed run left half-written."""
-    path = output / ".prep" / "plan.json"
-    old = _read_json(path)
-    for leftover in [*output.glob("*.tmp-*"), *(output / ".prep").glob("*.tmp-*")]:
-        leftover.unlink(missing_ok=True)
-    if old == json.loads(json.dumps(plan)):
-        return
-    stale = [output / MANIFEST_NAME, output / TOKENIZER_NAME]  # the manifest goes first: it vouches for all
-    stale += [*output.glob("train-*.arrow"), *output.glob("validation-*.arrow")]
-    if old is not None:
-        print(f"prep: {_first_difference(old, plan)} changed since the last run into {output}: starting over")
-    elif foreign := [file.name for file in stale if file.exists()]:
-        raise UserError(
-            f"output: {output} holds {foreign[0]}, which this prep did not write and would replace; "
-            "choose another folder, or empty this one"
-        )
-    for file in [*stale, *path.parent.iterdir()]:
-        file.unlink(missing_ok=True)
-    write_json(path, plan)
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    for key, value in new["settings"].items():
-        if old.get("settings", {}).get(key) != value:
-            return f"the setting {key}"
-    return "the input" if old.get("files") != new["files"] else "the tokenizer or bertscale"
-
-
-def _finished(output: Path) -> dict[str, Any] | None:
-    """The manifest, if every file it names is there in full size."""
-    try:
-        open_dataset(output, "validation")
-        return open_dataset(output, "train").manifest
-    except UserError:
-        return None
-
-
-def _is_done(task: Task, tokenizer: Tokenizer) -> bool:
-    record = _read_json(task.record)
-    if record is None or record["tokenizer_sha256"] != tokenizer.sha256:
-        return False
-    try:
-        for entry in record["shards"]:
-            Shard(task.output / entry["name"], ShardEntry(**entry))
-    except UserError:
-        return False
-    return True
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-# ------------------------------------------------------------------------------------------ tokenizer
-
-
-def _make_tokenizer(
-    pool: ProcessPoolExecutor, tasks: list[Task], config: PrepConfig, output: Path
-) -> Tokenizer:
-    """The tokenizer in the output folder: kept, copied there, or trained."""
-    path, record = output / TOKENIZER_NAME, output / ".prep" / "tokenizer.json"
-    made = _read_json(record)
-    if made and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == made["sha256"]:
-        return Tokenizer.load(path)
-    record.unlink(missing_ok=True)
-    if config.tokenizer:
-        write_bytes(path, Path(config.tokenizer).read_bytes())
-    else:
-        documents = 0
-        with Progress("sample", sum(task.bytes for task in tasks), "bytes") as progress:
-            sizes = _share(config.train_tokenizer.sample_documents, [task.bytes for task in tasks])
-            futures = {
-                pool.submit(_sample_split, task, size): task for task, size in zip(tasks, sizes, strict=True)
-            }
-            for future in as_completed(futures):
-                documents += future.result()
-                progress.advance(futures[future].bytes)
-        if not documents:
-            raise UserError(f"input: {', '.join(config.input)}: no readable document in it")
-        size = config.train_tokenizer.vocab_size
-        print(f"tokenizer: training {size:,} pieces on {documents:,} documents", flush=True)
-        began = time.monotonic()
-        samples = [task.sample for task in tasks]
-        pool.submit(train_tokenizer, samples, size, path).result()
-        print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
-        for sample in samples:
-            sample.unlink()
-    tokenizer = Tokenizer.load(path)
-    write_json(record, {"sha256": tokenizer.sha256})
-    return tokenizer
-
-
-def _share(total: int, weights: list[int]) -> list[int]:
-    """`total` cut into whole numbers in proportion to `weights`; they add up to `total`."""
-    everything, ends, so_far = sum(weights), [0], 0
-    for weight in weights:
-        so_far += weight
-        ends.append(total * so_far // everything)
-    return [end - start for start, end in pairwise(ends)]
-
-
-def _sample_split(task: Task, size: int) -> int:
-    """Writes the sentences of `size` random training documents of one split; returns how many there were."""
-    config = task.config
-    texts = (clean(r, config.min_characters)[0] for r in _records(task) if isinstance(r, str))
-    kept = (text for text in texts if text and not _held_out(text, config.validation_fraction))
-    sample = draw_sample(kept, size, f"{config.seed}-{task.number}")
-    lines = [f"{sentence}\n" for text in sample for sentence in split_sentences(text)]
-    task.sample.write_text("".join(lines), encoding="utf-8", newline="\n")
-    return len(sample)
-
-
 # --------------------------------------------------------------------------------------------- encode
 
 
-def _encode(pool: ProcessPoolExecutor, tasks: list[Task], tokenizer: Tokenizer) -> None:
-    remaining = [task for task in tasks if not _is_done(task, tokenizer)]
-    total, left = (sum(task.bytes for task in some) for some in (tasks, remaining))
+def _encode(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit], tokenizer: Tokenizer) -> None:
+    remaining = [unit for unit in units if not unit.is_done(tokenizer)]
+    plan.remove_leftovers(remaining)
+    total, left = (sum(unit.bytes for unit in some) for some in (units, remaining))
     with Progress("encode", total, "bytes", start=total - left) as progress:
-        if len(remaining) < len(tasks):
-            kept = len(tasks) - len(remaining)
-            progress.say(f"encode: {kept:,} of {len(tasks):,} splits are finished and kept")
-        futures = {pool.submit(_encode_split, task, tokenizer.path): task for task in remaining}
+        if len(remaining) < len(units):
+            kept = len(units) - len(remaining)
+            progress.say(f"encode: {kept:,} of {len(units):,} splits are finished and kept")
+        futures = {pool.submit(_encode_split, unit, tokenizer.path): unit for unit in remaining}
         for future in as_completed(futures):
             future.result()
             progress.advance(futures[future].bytes)
 
 
-def _encode_split(task: Task, tokenizer_path: Path) -> None:
+def _encode_split(unit: Unit, tokenizer_path: Path) -> None:
     """Writes the shards of one split, then its done record."""
-    config, tokenizer = task.config, Tokenizer.load(tokenizer_path)
+    config = unit.config
+    try:
+        tokenizer = Tokenizer.load(tokenizer_path)
+    finally:
+        unit.check_plan()  # the better reason where the tokenizer is gone
     new_shard = partial(ShardBuilder, token_dtype(tokenizer.vocab_size))
     shards = {"train": new_shard(), "validation": new_shard()}
     counters, bad, dropped = Counter[str](), Counter[str](), Counter[str]()
@@ -298,7 +207,7 @@ def _encode_split(task: Task, tokenizer_path: Path) -> None:
             counters["sentences"] += len(sentences)
         batch.clear()
 
-    for number, record in enumerate(_records(task)):
+    for number, record in enumerate(unit.records()):
         counters["records"] += 1
         if isinstance(record, Bad):
             bad[record.reason] += 1
@@ -311,18 +220,20 @@ def _encode_split(task: Task, tokenizer_path: Path) -> None:
             continue
         counters["documents"] += 1
         counters["text_bytes"] += len(text.encode())
-        split = "validation" if _held_out(text, config.validation_fraction) else "train"
-        batch.append((split, task.number << 32 | number, split_sentences(text)))
+        split = "validation" if held_out(text, config.validation_fraction) else "train"
+        batch.append((split, unit.number << 32 | number, split_sentences(text)))
         if len(batch) == DOCUMENTS_AT_ONCE:
             flush()
     flush()
+    unit.check_plan()
     entries = []
     for split, shard in shards.items():
         if shard.numbers:
-            entry = shard.write(task.output / f"{split}-{task.number:05d}.arrow", split)
+            entry = shard.write(unit.shard(split), split)
             counters["tokens"] += entry.tokens
             entries.append(dataclasses.asdict(entry))
     done = {
+        "plan": unit.plan,
         "tokenizer_sha256": tokenizer.sha256,
         "shards": entries,
         "counters": counters,
@@ -330,20 +241,28 @@ def _encode_split(task: Task, tokenizer_path: Path) -> None:
         "dropped": dropped,
         "places": places,
     }
-    write_json(task.record, done)
-
-
-def _records(task: Task) -> Iterator[str | Bad]:
-    for part in task.parts:
-        yield from read_records(part, task.config.text_field)
-
-
-def _held_out(text: str, fraction: float) -> bool:
-    """Whether `text` is for validation: the same text always is, wherever it stands."""
-    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
+    write_json(unit.record, done)
 
 
 # -------------------------------------------------------------------------------------------- the end
+
+
+def _finish(plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Adds the done records up, judges them and writes the manifest."""
+    records = [json.loads(unit.record.read_bytes()) for unit in plan.units]
+    counters = _add_up(records)
+    _judge(counters, [record["places"] for record in records], plan.config)
+    plan.check_input()
+    shards = [ShardEntry(**entry) for record in records for entry in record["shards"]]
+    plan.remove_all_but({shard.name for shard in shards})
+    return write_manifest(
+        plan.output,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        settings=plan.content["settings"],
+        counters=counters,
+        shards=shards,
+    )
 
 
 def _add_up(records: list[dict[str, Any]]) -> dict[str, Any]:

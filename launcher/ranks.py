@@ -1,13 +1,6 @@
-"""The ranks of a run: found in the environment (torchrun, srun) or started on this machine.
+"""Inside a rank: its place among the others, found in the environment, and the account of how it ended.
 
-`bertscale pretrain CONFIG` calls `spawn`; no command of its own.
-
-Exit codes of `spawn`, and of `bertscale pretrain`:
-  0     done
-  2     a mistake of the person, shown as one line
-  75    stopped by a signal and saved (EX_TEMPFAIL): the same command goes on
-  130   stopped by a signal before there was anything to save, or killed by a second Ctrl-C
-  else  the exit code of the rank that failed first, or 128 + the signal that killed it
+`bertscale pretrain CONFIG` starts ranks by launcher.watch; no command of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +13,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,22 +20,19 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from bertscale.config import UserError
+from bertscale.errors import UserError
 
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: try again
-STOPPED_UNSAVED = 130  # 128 + SIGINT, as a shell says it
-GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for the ranks that outlive a failed one
-POLL_SECONDS = 0.02
 LOG_LINES = 15  # of a rank that died without a word
-
 REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, whatever the language
 
-# Set by `spawn` for its ranks: the process to die with, and the pipe that takes an uncaught exception.
-# A pipe, since the exception may be that the disk is full.
+# Set for a rank by the process that started it: that process, to die with it, and the pipe that takes an
+# uncaught exception. A pipe, since the exception may be that the disk is full.
 PARENT = "BERTSCALE_PARENT"
 REPORT = "BERTSCALE_REPORT"
+ATTEMPT = "BERTSCALE_ATTEMPT"  # the folder of this start of all ranks: logs, reports, heartbeat
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,7 @@ class Rank:
 
 
 def from_environment() -> Rank | None:
-    """This process as a rank of `spawn`, torchrun or srun; None when nothing has started ranks yet.
+    """This process as a rank of this package, torchrun or srun; None when nothing has started ranks yet.
 
     Under srun the variables that torch.distributed reads are derived and put into os.environ.
     Raises UserError when RANK and WORLD_SIZE come without the address of rank 0.
@@ -79,7 +68,8 @@ def from_environment() -> Rank | None:
         env["WORLD_SIZE"] = _slurm_tasks(env)
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         env.setdefault("MASTER_ADDR", first_host(hosts))
-        env.setdefault("MASTER_PORT", str(_slurm_port(env)))
+        number = int(env["SLURM_STEP_ID"]) + int(env.get("SLURM_RESTART_COUNT", "0"))
+        env.setdefault("MASTER_PORT", str(job_port(env.get("SLURM_JOB_ID", "0"), number)))
     else:
         return None
     return Rank(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
@@ -98,15 +88,13 @@ def _in_slurm_step(env: os._Environ[str]) -> bool:
     return int(env["SLURM_STEP_ID"]) < 0xFFFFFFF0 and int(_slurm_tasks(env)) > 1
 
 
-def _slurm_port(env: os._Environ[str]) -> int:
-    """The same port on every node, another one for every job, step and restart, below the ephemeral ones.
+def job_port(job: str, number: int) -> int:
+    """The same port on every node, below the ephemeral ones, another one for each job and `number`.
 
-    A restart takes another port since the one before may still be in TIME_WAIT, or held by a rank
-    that has not died yet.
+    A later start takes another port since the one before may still be in TIME_WAIT, or held by a
+    rank that has not died yet.
     """
-    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env["SLURM_STEP_ID"])
-    restart = int(env.get("SLURM_RESTART_COUNT", "0"))
-    return 12_000 + (job * 17 + step * 5 + restart) % 20_000
+    return 12_000 + (int(job) * 17 + number * 5) % 20_000
 
 
 def first_host(nodelist: str) -> str:
@@ -123,13 +111,15 @@ def first_host(nodelist: str) -> str:
 def run_as_rank(main: Callable[[], int]) -> int:
     """Runs `main` as one rank and returns its exit code.
 
-    A rank of `spawn` dies with its parent, and leaves an uncaught exception and its time where the
-    parent looks for it. Under torchrun or srun the exception goes on to the caller.
+    A rank that this package started dies with its parent, leaves an uncaught exception and its time
+    where the parent looks for it, and on SIGUSR2 writes the stacks of its threads to its log. Under
+    torchrun or a plain srun the exception goes on to the caller.
     """
     if PARENT not in os.environ:
         return main()
     die_with_parent(int(os.environ[PARENT]))
     faulthandler.enable()  # a crash in native code writes its Python stack to the rank's log
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # the supervisor's question when nothing moves
     try:
         return main()
     except Exception as error:
@@ -161,50 +151,40 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# -------------------------------------------------------------------------------- the parent of ranks
+# -------------------------------------------------------------------------------- beside a rank
 
 
 @dataclass(frozen=True)
-class Child:
-    """A rank on this machine; `report` is the reading end of its pipe."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    report: int
-    log: Path
-
-
-@dataclass(frozen=True)
-class Failure:
+class Exit:
     """How a rank ended: `time` in seconds since 1970, `reason` in words, `text` a traceback or log lines."""
 
-    rank: int
-    code: int
+    rank: int  # -1: all of them
+    node: str
+    code: int  # -N: signal N
     time: float
     reason: str
-    text: str
-    mistake: str | None
+    text: str = ""
+    mistake: str | None = None
 
 
-class StopRequests:
-    """Counts SIGINT and SIGTERM sent to this process while the block runs."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.kill = False
-
-    def __enter__(self) -> StopRequests:
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        # Slurm sends SIGTERM more than once; only a person who insists means "at once".
-        self.kill = self.kill or (self.count > 0 and number == signal.SIGINT)
-        self.count += 1
+def describe_exit(rank: int, node: str, code: int, died: float, pipe: int, log: Path) -> Exit:
+    """What is known of a rank that has ended: its own report from `pipe`, or the code and its log's end."""
+    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    os.set_blocking(pipe, False)  # a process that the rank left behind may hold the pipe open
+    try:
+        report: dict[str, Any] = json.loads(os.read(pipe, 2**16) or b"{}")
+    except BlockingIOError:
+        report = {}
+    if report:
+        return Exit(rank, node, code, reason=f"exit code {code}", **report)
+    if code in (0, STOPPED_AND_SAVED):
+        return Exit(rank, node, code, died, reason)
+    if code == -signal.SIGKILL:
+        reason += " (by a person, or by the kernel when memory ran out: `dmesg` tells)"
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+        lines = file.read().decode(errors="replace").splitlines()
+    return Exit(rank, node, code, died, reason, "\n".join(lines[-LOG_LINES:]))
 
 
 def count_gpus() -> int:
@@ -226,137 +206,3 @@ def count_gpus() -> int:
     chosen = [name.strip() for name in visible.split(",") if name.strip()]
     # CUDA stops reading at the first device that does not exist, by habit written as -1.
     return min(found, chosen.index("-1") if "-1" in chosen else len(chosen))
-
-
-def spawn(command: list[str], ranks: int, log_folder: Path) -> int:
-    """Runs `command` as `ranks` processes on this machine and returns the exit code (see the top).
-
-    Rank 0 writes to this process's stdout; all other output goes to a new folder
-    `log_folder/attempt-NNN`. When a rank fails, the others are ended and what happened first is
-    printed last. Raises UserError when a rank ended with one, or when the logs cannot be written.
-    """
-    attempt = _new_attempt(log_folder)
-    print(f"{ranks} rank{'s' if ranks > 1 else ''} on this machine, logs in {attempt}", flush=True)
-    with StopRequests() as stop:
-        children = _start(command, ranks, attempt)
-        died = _wait(children, stop)
-    if sys.stdout.isatty():
-        print("\x1b[?25h", end="", flush=True)  # a rank killed under its progress bar left the cursor hidden
-    failures = [_explain(children[rank], when) for rank, when in died.items()]
-    for child in children:
-        os.close(child.report)
-    if not failures:
-        return max(child.process.returncode for child in children)
-    first = min(failures, key=lambda failure: failure.time)
-    if first.mistake is not None:
-        raise UserError(first.mistake)
-    if stop.count and (stop.kill or first.code == -signal.SIGTERM):
-        print("killed" if stop.kill else "stopped before there was anything to save", file=sys.stderr)
-        return STOPPED_UNSAVED
-    print(f"\nrank {first.rank} of {ranks} failed first: {first.reason}", file=sys.stderr)
-    print(first.text.strip("\n"), file=sys.stderr)
-    print(f"logs of all ranks: {attempt}", file=sys.stderr, flush=True)
-    return first.code if first.code > 0 else 128 - first.code
-
-
-def _new_attempt(log_folder: Path) -> Path:
-    try:
-        log_folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(path.name[8:]) for path in log_folder.glob("attempt-[0-9]*")), default=0)
-        attempt = log_folder / f"attempt-{number:03d}"
-        attempt.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot make a folder for logs in {log_folder}: {error.strerror}") from error
-    return attempt
-
-
-def _start(command: list[str], ranks: int, attempt: Path) -> list[Child]:
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        PARENT: str(os.getpid()),
-        "PYTHONUNBUFFERED": "1",  # a rank that is killed has still written its log
-    }
-    defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
-    if sys.platform == "linux":
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo else looks up the host name, which may lead nowhere
-    children = []
-    for rank in range(ranks):
-        reading, writing = os.pipe()
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORT: str(writing)}
-        path = attempt / f"rank-{rank}.log"
-        with open(path, "ab") as log:
-            process = subprocess.Popen(
-                command,
-                env=defaults | dict(os.environ) | shared | own,
-                stdin=subprocess.DEVNULL,
-                stdout=None if rank == 0 else log,
-                stderr=log,
-                pass_fds=[writing],
-                start_new_session=True,  # Ctrl-C of the terminal is for this process alone
-            )
-        os.close(writing)
-        children.append(Child(rank, process, reading, path))
-    return children
-
-
-def _wait(children: list[Child], stop: StopRequests) -> dict[int, float]:
-    """Waits for all ranks; returns when each failed one died, in seconds since 1970, not later than it did.
-
-    A failed rank is the end of the others: SIGTERM, and SIGKILL after GRACE_SECONDS.
-    """
-    died: dict[int, float] = {}
-    running = list(children)
-    forwarded, deadline = False, float("inf")
-    last_look = time.time()
-    while running:
-        look = time.time()
-        for child in list(running):
-            code = child.process.poll()
-            if code is not None:
-                running.remove(child)
-                if code not in (0, STOPPED_AND_SAVED):
-                    died[child.rank] = last_look
-        last_look = look
-        if stop.count and not forwarded:
-            forwarded = True
-            print("\nstopping after this step and saving (Ctrl-C again to kill)", file=sys.stderr, flush=True)
-            _send(running, signal.SIGTERM)
-        if died and deadline == float("inf"):
-            deadline = time.monotonic() + GRACE_SECONDS
-            _send(running, signal.SIGTERM)
-        if stop.kill or time.monotonic() > deadline:
-            _send(running, signal.SIGKILL)
-        time.sleep(POLL_SECONDS)
-    return died
-
-
-def _send(running: list[Child], number: signal.Signals) -> None:
-    for child in running:
-        child.process.send_signal(number)
-
-
-def _explain(child: Child, died: float) -> Failure:
-    """What is known of a failed rank: its own report, or its exit code and the end of its log."""
-    code = child.process.returncode
-    os.set_blocking(child.report, False)  # a process that the rank left behind may hold the pipe open
-    try:
-        report = os.read(child.report, 2**16)
-    except BlockingIOError:
-        report = b""
-    if report:
-        return Failure(child.rank, code, reason=f"exit code {code}", **json.loads(report))
-    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    if code == -signal.SIGKILL:
-        reason += " (by a person, or by the kernel when memory ran out: `dmesg` tells)"
-    lines = child.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return Failure(child.rank, code, died, reason, "\n".join(lines[-LOG_LINES:]), None)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

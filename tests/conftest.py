@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from tiny import make_data
+from virtual import _cluster_as_it_was as _cluster_as_it_was
+from virtual import cluster as cluster
+from virtual import pytest_terminal_summary as pytest_terminal_summary
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -30,7 +33,7 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bertscale() -> Command:
     """`bertscale("prep", "a.yaml")` runs the command and returns exit code, stdout and stderr."""
 

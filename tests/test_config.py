@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from bertscale.config import (
+    ClusterConfig,
     FinetuneConfig,
+    PipelineConfig,
     PrepConfig,
     PretrainConfig,
     Section,
@@ -23,6 +25,8 @@ SECTIONS: dict[str, type[Section]] = {
     "data": PrepConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "cluster": ClusterConfig,
+    "pipeline": PipelineConfig,
 }
 
 MINIMAL = "run: runs/a\ndata: runs/a/data\ntrain:\n  steps: 10\n"

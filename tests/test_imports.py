@@ -17,6 +17,7 @@ ROOMS = ("bertscale", "data_prep", "launcher")
 
 # Each module imports only from the rows above its own, and from its own row without a circle.
 ROWS = (
+    ("errors", "heartbeat"),
     ("config", "progress"),
     ("device", "kernels", "layers", "masking", "shards", "tokenizer"),
     ("model", "samples"),
@@ -32,7 +33,10 @@ ROW_OF = {f"bertscale.{name}": row for row, names in enumerate(ROWS) for name in
 # What another room may take from bertscale.
 OPEN_TO = {
     "data_prep": {"bertscale.config", "bertscale.progress", "bertscale.shards", "bertscale.tokenizer"},
-    "launcher": {"bertscale.config", "bertscale.progress"},
+    "launcher": {
+        *("bertscale.config", "bertscale.errors", "bertscale.progress"),
+        *("bertscale.samples", "bertscale.shards"),
+    },
 }
 # Who may import a library that the rest of the code is not to know.
 ONLY = {

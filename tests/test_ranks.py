@@ -21,11 +21,12 @@ PARENT = """
 import sys
 from pathlib import Path
 from bertscale.config import UserError
-from launcher import ranks
+from launcher import steps
+from launcher.supervise import run_here
 
-ranks.GRACE_SECONDS = 0.5
+steps.GRACE_SECONDS = 0.5
 try:
-    sys.exit(ranks.spawn([sys.executable, "rank.py"], 2, Path("logs")))
+    sys.exit(run_here([sys.executable, "rank.py"], 2, Path("logs")))
 except UserError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(2)
@@ -59,7 +60,7 @@ Parent = Callable[[str], "subprocess.Popen[str]"]
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Parent:
-    """Starts a process that spawns two ranks in tmp_path, each of which runs the body it is given."""
+    """Starts a process that starts two ranks in tmp_path, each of which runs the body it is given."""
 
     def start(body: str) -> subprocess.Popen[str]:
         (tmp_path / "parent.py").write_text(PARENT)

@@ -1,0 +1,147 @@
+"""The job folder: code, config, script and environment as they were when the job was submitted.
+
+    freeze(spec, config, about)    # then sbatch SPEC.folder/script.sh, now or by hand in a year
+
+    FOLDER/job.json  config.yaml  script.sh  environment.json  code/{bertscale,data_prep,launcher}/*.py
+
+Whatever becomes of the checkout, the config file and the cluster file while the job waits, it runs these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bertscale.config import Section, UserError
+from launcher.job import JobSpec, render
+
+PACKAGES = ("bertscale", "data_prep", "launcher")
+SOURCE = Path(__file__).absolute().parents[1]  # the folder that the packages are imported from
+FROZEN = ("code", "config.yaml", "environment.json", "job.json", "script.sh")
+NO_LONGER_TRUE = ("done*.json", "cancelled")  # of an earlier job of the same folder
+
+
+def freeze(spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None:
+    """Makes `spec.folder` the job's; events and logs of an earlier job in it stay.
+
+    Everything is written beside it first, so that a full disk leaves the folder as it was. Raises UserError
+    where it cannot be written.
+    """
+    folder = Path(spec.folder)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        Path(spec.logs).mkdir(parents=True, exist_ok=True)  # without it Slurm ends the job without a word
+        shutil.rmtree(partial, ignore_errors=True)
+        _write(partial, spec, config, about)
+        _put_in_place(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the job folder {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def config_text(config: Section) -> str:
+    """The resolved config as YAML: what config.yaml holds."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _write(partial: Path, spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None:
+    for package in PACKAGES:
+        for source in sorted((SOURCE / package).rglob("*.py")):
+            copy = partial / "code" / source.relative_to(SOURCE)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+    if config is not None:
+        (partial / "config.yaml").write_text(config_text(config), encoding="utf-8")
+    (partial / "environment.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (partial / "job.json").write_text(spec.to_json(), encoding="utf-8")
+    script = partial / "script.sh"
+    script.write_text(render(spec), encoding="utf-8")
+    script.chmod(0o755)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in NO_LONGER_TRUE:
+        for marker in folder.glob(pattern):
+            marker.unlink()
+    old = partial / "old"
+    old.mkdir()
+    for name in FROZEN:
+        # A folder cannot be renamed onto one that is not empty.
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder / name, old / name)
+        if (partial / name).exists():
+            os.rename(partial / name, folder / name)
+
+
+# ------------------------------------------------------------------------------------------- what it is
+
+
+def about_now(cluster_environment: dict[str, str]) -> dict[str, Any]:
+    """What environment.json records: Python, installed versions, commit, who submits, where and when.
+
+    The versions are those of the submitting Python; with a container or another `python` in the cluster file
+    the ranks have their own.
+    """
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "user": _user(),
+        "host": socket.gethostname(),
+        "folder": os.getcwd(),
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "source": str(SOURCE),
+        "commit": commit(),
+        "environment": cluster_environment,
+        "distributions": dict(sorted(installed.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def version() -> str:
+    """`0.1.0, commit 1a2b3c4`, with `dirty` where files of the checkout differ from that commit."""
+    try:
+        number = importlib.metadata.version("bertscale")
+    except importlib.metadata.PackageNotFoundError:
+        number = "of no installed version"
+    found = commit()
+    if found is None:
+        return number
+    return f"{number}, commit {found['commit'][:10]}{' (dirty)' if found['dirty'] else ''}"
+
+
+def commit() -> dict[str, Any] | None:
+    """{"commit": hash, "dirty": whether tracked code differs from it}; None outside a git checkout."""
+    if _git("ls-files", "--error-unmatch", "bertscale/__init__.py") is None:
+        return None  # no checkout, or one of something else that these packages were installed into
+    head = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", *PACKAGES)
+    return {"commit": head.strip(), "dirty": bool(changed)} if head else None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(SOURCE), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a number without a name
+        return str(os.getuid())

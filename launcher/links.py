@@ -1,0 +1,263 @@
+"""Stages -> the jobs that do them: configs read and resolved, sites read, one JobSpec for each job.
+
+    links, mistakes = links_of([PipelineStage(pretrain="configs/pretrain/base.yaml", nodes=4)], "site.yaml")
+
+Nothing is asked of Slurm and nothing is written.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bertscale.config import (
+    ClusterConfig,
+    FinetuneConfig,
+    LaunchConfig,
+    PipelineStage,
+    PrepConfig,
+    PretrainConfig,
+    UserError,
+    load_config,
+)
+from launcher import slurm
+from launcher.freeze import config_text, version
+from launcher.job import JobSpec, job_folder
+from launcher.status.found import is_done, read_spec
+
+Config = PrepConfig | PretrainConfig | FinetuneConfig
+
+SECTIONS: dict[str, type[Config]] = {
+    "prep": PrepConfig,
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+}
+PATHS = {  # keys of a config that name files or folders
+    "prep": ("input", "output", "tokenizer"),
+    "pretrain": ("run", "data"),
+    "finetune": ("encoder", "train", "test", "output"),
+}
+RESULTS = {  # what a finished stage has written last
+    "prep": "manifest.json",
+    "pretrain": "result.json",
+    "convert": "",
+    "finetune": "result.json",
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """One job that is about to be queued; convert has no config, its source is `source`."""
+
+    spec: JobSpec
+    cluster: ClusterConfig
+    config: Config | None
+    source: str | None = None
+
+
+def links_of(
+    stages: Sequence[PipelineStage], cluster: str, chain: str | None = None
+) -> tuple[list[Link], list[str]]:
+    """The jobs of `stages` in their order, and the mistakes in the config files of those that have none.
+
+    `chain` is the pipeline's name, `cluster` the cluster file of stages that name none.
+    """
+    links: list[Link] = []
+    mistakes: dict[str, None] = {}  # each once: stages may share a file
+    for stage in stages:
+        site = config = None
+        try:
+            site = load_config(ClusterConfig, stage.cluster or cluster, [])
+        except UserError as error:
+            mistakes |= dict.fromkeys(str(error).splitlines())
+        try:
+            config = None if stage.convert else _load(stage)
+        except UserError as error:
+            mistakes |= dict.fromkeys(str(error).splitlines())
+        if site is not None and (config is not None or stage.convert):
+            links += _jobs_of(stage, site, config, chain)
+    return links, list(mistakes)
+
+
+def _load(stage: PipelineStage) -> Config:
+    """The config of a stage, its paths made absolute from where the person stands."""
+    config = load_config(SECTIONS[stage.stage], getattr(stage, stage.stage), stage.set)
+    changes: dict[str, Any] = {}
+    for key in PATHS[stage.stage]:
+        value = getattr(config, key)
+        if value is not None:
+            several = isinstance(value, list)
+            changes[key] = [os.path.abspath(v) for v in value] if several else os.path.abspath(value)
+    return config.model_copy(update=changes)
+
+
+def _jobs_of(
+    stage: PipelineStage, site: ClusterConfig, config: Config | None, chain: str | None
+) -> list[Link]:
+    """One job, or the three of a prep that is shared by an array: tokenizer, shards, manifest."""
+    if isinstance(config, PretrainConfig):
+        target = config.run
+    elif config is not None:
+        target = config.output
+    else:
+        assert stage.convert is not None
+        target = os.path.abspath(stage.convert[1])
+    if not stage.array:
+        return [_link(stage, site, config, target, chain)]
+    count = ("--task-count", str(stage.array))
+    return [
+        _link(stage, site, config, target, chain, "tokenizer", ("--tokenizer-only",)),
+        _link(stage, site, config, target, chain, "", count, array=stage.array),
+        _link(stage, site, config, target, chain, "finish", ("--finish", *count)),
+    ]
+
+
+def _link(
+    stage: PipelineStage,
+    site: ClusterConfig,
+    config: Config | None,
+    target: str,
+    chain: str | None,
+    part: str = "",
+    options: tuple[str, ...] = (),
+    array: int = 0,
+) -> Link:
+    kind = stage.stage
+    folder = job_folder(kind, f"{target}.{part}" if part else target)
+    words = [chain or kind, kind if chain else Path(target).name, part]
+    name = re.sub(r"[^\w.-]", "-", "-".join(filter(None, words)))
+    source = os.path.abspath(stage.convert[0]) if stage.convert else None
+    said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/config.yaml", *options)
+    python = _program(site.python) or sys.executable
+    launch = config.launch if isinstance(config, PretrainConfig) else LaunchConfig.model_validate({})
+    in_a_row = launch.restarts_without_progress
+    spec = JobSpec(
+        stage=kind,
+        name=name,
+        folder=str(folder),
+        target=target,
+        logs=str(Path(site.log_root).absolute() / name if site.log_root else folder / "logs"),
+        command=("-m", "bertscale", *said),
+        python=python,
+        batch_python=_program(site.batch_python) or python,
+        version=version(),
+        nodes=stage.nodes,
+        spares=stage.spares,
+        **_share_of_node(kind, site),
+        time=stage.time or site.time,
+        array=array,
+        partition=site.partition,
+        account=site.account,
+        qos=site.qos,
+        constraint=site.constraint,
+        memory_per_node=site.memory_per_node,
+        sbatch=tuple(site.sbatch),
+        srun=tuple(site.srun),
+        setup=tuple(site.setup),
+        environment=site.environment,
+        container=tuple(site.container),
+        signal_seconds=site.signal_seconds,
+        start_seconds=launch.start_seconds if kind == "pretrain" else 0.0,
+        hang_seconds=launch.hang_seconds,
+        restarts=launch.restarts,
+        restarts_without_progress=2 if in_a_row is None else in_a_row,
+        node_check=site.node_check,
+        check_seconds=site.check_seconds,
+        min_free_memory_gb=site.min_free_memory_gb,
+        min_free_disk_gb=site.min_free_disk_gb,
+        min_bandwidth_mb=site.min_bandwidth_mb,
+        bad_nodes=os.path.abspath(site.bad_nodes) if site.bad_nodes else None,
+        bad_node_hours=site.bad_node_hours,
+    )
+    return Link(spec, site, config, source)
+
+
+def _share_of_node(stage: str, site: ClusterConfig) -> dict[str, Any]:
+    """Ranks, cores and GPUs on a node: all of it for training, one task for the other stages."""
+    ranks = site.gpus_per_node or site.tasks_per_node
+    if stage == "pretrain":
+        return {
+            "tasks_per_node": ranks,
+            "cpus_per_task": site.cpus_per_task,
+            "gpus_per_node": site.gpus_per_node,
+        }
+    if stage == "finetune" and site.gpus_per_node:
+        return {"tasks_per_node": 1, "cpus_per_task": site.cpus_per_task, "gpus_per_node": 1}
+    return {"tasks_per_node": 1, "cpus_per_task": ranks * site.cpus_per_task, "gpus_per_node": 0}
+
+
+def _program(name: str | None) -> str | None:
+    """A path is made absolute; a bare name is found on the node's PATH."""
+    return os.path.abspath(name) if name and os.sep in name else name
+
+
+def _finished(link: Link) -> bool:
+    """Whether the very same job was done before, of the same input, and what it made is still there."""
+    spec, folder = link.spec, Path(link.spec.folder)
+    if not is_done(folder, spec.array) or not (Path(spec.target) / RESULTS[spec.stage]).exists():
+        return False
+    try:
+        if link.config is None:
+            same = read_spec(folder).command == spec.command
+        else:
+            same = (folder / "config.yaml").read_text(encoding="utf-8") == config_text(link.config)
+        done = min(marker.stat().st_mtime for marker in folder.glob("done*.json"))
+        return same and all(_changed(name) <= done for name in _inputs(link))
+    except (OSError, UserError):
+        return False
+
+
+def _inputs(link: Link) -> list[str]:
+    config = link.config
+    if isinstance(config, PrepConfig):
+        return [*config.input, *([config.tokenizer] if config.tokenizer else [])]
+    if isinstance(config, PretrainConfig):
+        return [config.data]
+    if isinstance(config, FinetuneConfig):
+        return [config.encoder, config.train, config.test]
+    assert link.source is not None
+    return [link.source]
+
+
+def _changed(name: str) -> float:
+    """When the newest file of a file, folder or glob was written, in seconds since 1970."""
+    paths = [Path(name)] if os.path.exists(name) else list(map(Path, glob.glob(name, recursive=True)))
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+
+
+def unfinished(links: list[Link]) -> list[Link]:
+    """The chain from its first job that is not done; of those before it a line each is printed."""
+    while links:
+        target = links[0].spec.target
+        same = [link for link in links if link.spec.target == target]  # the three of an array stand together
+        if not all(map(_finished, same)):
+            break
+        print(f"{same[0].spec.stage} of {shown(target)} is finished: bertscale status {quoted(target)}")
+        links = links[len(same) :]
+    return links
+
+
+def folder_of(record: dict[str, str]) -> Path | None:
+    """The job folder of a job by Slurm's record of it; None where bertscale did not submit it."""
+    comment = record.get("Comment", "")
+    folder = Path(comment.removeprefix(slurm.MARK))
+    return folder if comment.startswith(slurm.MARK) and (folder / "job.json").is_file() else None
+
+
+def shown(path: str) -> str:
+    """A path as a person would type it here."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def quoted(path: str) -> str:
+    """`shown`, for a shell."""
+    return shlex.quote(shown(path))

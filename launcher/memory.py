@@ -1,0 +1,124 @@
+"""How much memory a rank of a pretraining takes, estimated before anything is queued.
+
+    estimate = estimate_memory(config, vocab_size=32_768, ranks=32, gpu=True)
+    print(estimate)    # 9.1 GB (weights 0.25, gradients 0.22, optimizer 0.11, activations 6.02, base 2.50)
+
+With N parameters on a rank (those that tensor-parallel ranks share out divided by their number t), D
+data-parallel ranks, w bytes for a number (2 in bfloat16, 4 in float32), bytes are, after Rajbhandari et al.
+(2020):
+
+    ZeRO stage       0            1            2            3
+    weights          w N          w N          w N          w N / D + the two largest modules, gathered
+    gradients        w N          w N          w N / D      w N / D
+    optimizer        12 N         16 N / D     16 N / D     16 N / D
+
+16: a float32 copy of the weights, two moments, and the float32 gradient of a step. Stage 0 in float32 needs
+no copy: 8 N.
+
+Activations of T = micro_batch x max_length tokens, H wide, I inside the feed-forward part, in L layers
+(Korthikanti et al. 2022, without attention scores, which are never stored whole), V rows of vocabulary and
+m = samples.mask_rate:
+
+    w / 2 x T x L x (10 H + (8 H + 4 I) / t)  +  T m V / t x (2 w + 4)  +  3 w T H
+
+To this comes what a process takes before it holds a weight: 2.5 GB on a GPU (CUDA's context, NCCL,
+DeepSpeed's buckets), 0.7 GB on a CPU. Samples shorter than max_length take less: nothing is padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bertscale.config import ModelConfig, PretrainConfig
+
+VOCAB_MULTIPLE = 128  # of the rows of the word embedding, as in bertscale.model
+GPU_BASE, CPU_BASE = 2.5e9, 0.7e9  # bytes of a process without a model
+CHECKPOINT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    base: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.base
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations", "base")
+        return f"{gb(self.total)} ({', '.join(f'{part} {getattr(self, part) / 1e9:.2f}' for part in parts)})"
+
+
+def gb(size: float) -> str:
+    """Bytes as `12.3 GB`; a GB is 1e9 bytes."""
+    return f"{size / 1e9:,.1f} GB"
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
+    """(those that every tensor-parallel rank holds, those that they share out); both in one process."""
+    hidden, inside, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    # query, key, value; attention's output; both feed-forward matrices; biases of the first and third
+    shared_out = layers * (4 * hidden * hidden + 2 * hidden * inside + 3 * hidden + inside)
+    shared_out += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
+    everywhere = layers * 6 * hidden  # biases after the row-parallel matrices, two LayerNorms
+    everywhere += (model.max_position_embeddings + model.type_vocab_size + 2) * hidden
+    everywhere += 2 * (hidden + 1) * hidden + 2 * hidden + 2 * (hidden + 1)  # pooler, heads
+    return everywhere, shared_out
+
+
+def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
+    """Size of one checkpoint."""
+    return CHECKPOINT_BYTES * sum(count_parameters(model, vocab_size))
+
+
+def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bool) -> Memory:
+    """Memory of each of `ranks` ranks; precision `auto` counts as float32 on a CPU, which is the more."""
+    model, stage, degree = config.model, config.parallel.zero_stage, config.parallel.tensor
+    data = max(1, ranks // degree)
+    precision = config.train.precision
+    wide = precision == "float32" or (precision == "auto" and not gpu)
+    width = 4 if wide else 2
+    everywhere, shared_out = count_parameters(model, vocab_size)
+    parameters = everywhere + shared_out / degree
+
+    hidden, inside = model.hidden_size, model.intermediate_size
+    rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    weights = width * parameters
+    if stage == 3:
+        matrices = [rows * hidden, *[4 * hidden * hidden, 2 * hidden * inside] * model.num_hidden_layers]
+        weights = weights / data + width * sum(sorted(matrices)[-2:]) / degree
+    gradients = width * parameters / (data if stage >= 2 else 1)
+    optimizer = (8 if wide else 12) * parameters if stage == 0 else 16 * parameters / data
+
+    tokens = config.train.micro_batch * config.samples.max_length
+    layer = width / 2 * (10 * hidden + (8 * hidden + 4 * inside) / degree)
+    head = config.samples.mask_rate * rows / degree * (2 * width + 4)
+    activations = tokens * (model.num_hidden_layers * layer + head + 3 * width * hidden)
+    return Memory(weights, gradients, optimizer, activations, GPU_BASE if gpu else CPU_BASE)
+
+
+def what_would_fit(
+    config: PretrainConfig, vocab_size: int, ranks: int, gpu: bool, limit: float
+) -> str | None:
+    """The least change of micro-batch or ZeRO stage that brings the estimate within `limit` bytes."""
+    train, stage = config.train, config.parallel.zero_stage
+    micro = [size for size in range(train.micro_batch, 0, -1) if train.micro_batch % size == 0]
+    for size in micro:
+        for higher in range(stage, 4):
+            changed = config.model_copy(
+                update={
+                    "train": train.model_copy(update={"micro_batch": size}),
+                    "parallel": config.parallel.model_copy(update={"zero_stage": higher}),
+                }
+            )
+            if estimate_memory(changed, vocab_size, ranks, gpu).total <= limit:
+                words = [f"parallel.zero_stage={higher}"] if higher != stage else []
+                return " ".join(words + ([f"train.micro_batch={size}"] if size != train.micro_batch else []))
+    return None

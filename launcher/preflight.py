@@ -1,0 +1,388 @@
+"""Everything that can be known to go wrong with a job, before it is queued: all of it at once.
+
+report = check([link], after=("17",))
+for line in report.problems: ...     # each names the key or the thing, its value and the remedy
+
+A job that is refused costs a second; one that dies after a night in the queue costs the night. Nothing is
+written but files without a name, which vanish, and the folder of the logs is made when the job is frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
+from bertscale.samples import check_batch
+from bertscale.shards import open_dataset, read_manifest
+from launcher import limits, slurm
+from launcher.job import JobSpec, render
+from launcher.links import Link, folder_of, quoted, shown
+from launcher.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
+from launcher.status.ask import own_jobs
+from launcher.status.found import read_spec
+
+LOCAL = ("/tmp", "/var/tmp", "/dev/shm")  # of each node its own, as a rule
+FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+@dataclass
+class Report:
+    """Lines for the person: `problems` stop the submission, `warnings` do not, `facts` were asked for."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Promises:
+    """What jobs before a link will have made when it begins: these inputs need not be here yet."""
+
+    targets: set[str] = field(default_factory=set)
+    anything: bool = False  # a job that bertscale knows nothing of comes first
+    vocab_size: int | None = None  # of the tokenizer that a prep among them trains
+    positions: dict[str, int] = field(default_factory=dict)  # tokens that the encoder in a target takes
+
+    def hold(self, path: str) -> bool:
+        """Whether `path` is, or lies in, what is yet to be made."""
+        return self.anything or any(Path(path).is_relative_to(target) for target in self.targets)
+
+
+def check(
+    links: Sequence[Link],
+    after: Sequence[str] = (),
+    left_out: Mapping[str, Sequence[str]] | None = None,
+    mistakes: Sequence[str] = (),
+) -> Report:
+    """Checks links that run one after another, the first of them after the jobs `after`.
+
+    `left_out` has for a job folder the nodes that its job does without; with `mistakes`, problems that are
+    known already, links are missing in the chain, and so nobody knows what they would make.
+    """
+    report, promises = Report(problems=[*mistakes]), Promises(anything=bool(mistakes))
+    begun: set[str] = set()
+    answers = True
+    try:
+        slurm.partitions.cache_clear()
+        slurm.nodes.cache_clear()
+        slurm.partitions()
+        _check_after(after, promises, report)
+        _check_not_queued(links, report)
+    except UserError as error:
+        report.problems.append(str(error))
+        answers = False
+    for link in links:
+        own, without = Report(), (left_out or {}).get(link.spec.folder, ())
+        if link.spec.target not in begun:  # else a further part of the same stage, which needs nothing else
+            _check_link(link, promises, own)
+        begun.add(link.spec.target)
+        if answers:
+            own.warnings += limits.warnings(link.spec)
+            if impossible := limits.problems(link.spec, without):
+                own.problems += impossible
+            else:
+                _try_sbatch(link.spec, without, own, waits=bool(after) or link is not links[0])
+        label = f"{link.spec.name}: " if len(links) > 1 else ""
+        for name in ("problems", "warnings", "facts"):
+            getattr(report, name).extend(f"{label}{line}" for line in getattr(own, name))
+        _promise(link, promises)
+    folders = [link.spec.folder for link in links]
+    for folder in sorted({folder for folder in folders if folders.count(folder) > 1}):
+        report.problems.append(f"two stages of this chain would use {shown(folder)}: give one another output")
+    return report
+
+
+def _promise(link: Link, promises: Promises) -> None:
+    target, config = link.spec.target, link.config
+    promises.targets.add(target)
+    if isinstance(config, PrepConfig) and config.tokenizer is None:
+        promises.vocab_size = config.train_tokenizer.vocab_size
+    if isinstance(config, PretrainConfig):
+        promises.positions[target] = config.model.max_position_embeddings
+    elif link.source is not None and (longest := _positions_of(link.source, promises)):
+        promises.positions[target] = longest
+
+
+# ------------------------------------------------------------------------------------ what a stage needs
+
+
+def _check_link(link: Link, promises: Promises, report: Report) -> None:
+    spec, config = link.spec, link.config
+    if isinstance(config, PretrainConfig):
+        _check_pretrain(link, config, promises, report)
+    elif isinstance(config, PrepConfig):
+        _check_prep(config, promises, report)
+    elif isinstance(config, FinetuneConfig):
+        _check_finetune(config, promises, report)
+    elif link.source is not None:
+        _check_weights("SOURCE", link.source, promises, report)
+        _check_convert_output(Path(spec.target), report)
+    key = {"pretrain": "run", "convert": "OUTPUT"}.get(spec.stage, "output")
+    _check_writable(f"{key}={spec.target}", Path(spec.target), report)
+    _check_writable(f"job folder {spec.folder}", Path(spec.folder), report)
+    if link.cluster.log_root is not None:
+        _check_writable(f"log_root={link.cluster.log_root}", Path(spec.logs), report)
+    if _is_local(spec.target):
+        report.warnings.append(f"{key}={spec.target}: nodes seldom share that folder, but must see it")
+    _check_python(link, report)
+
+
+def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, report: Report) -> None:
+    spec, degree = link.spec, config.parallel.tensor
+    if spec.ranks % degree:
+        report.problems.append(
+            f"parallel.tensor={degree} does not divide the {spec.ranks} ranks ({spec.nodes} nodes x "
+            f"{spec.tasks_per_node}): ask for another number of nodes, or give another parallel.tensor"
+        )
+    else:
+        _collect(report, lambda: check_batch_of(config, spec.ranks))
+        if spec.tasks_per_node % degree:
+            report.warnings.append(
+                f"parallel.tensor={degree} does not divide the {spec.tasks_per_node} ranks of a node: layers "
+                "would be shared between nodes, which is slow; a tensor degree within a node is better"
+            )
+    vocab_size = promises.vocab_size or TokenizerTraining().vocab_size
+    if not promises.hold(config.data):
+        _collect(report, lambda: open_dataset(config.data, "train"))
+        _collect(report, lambda: open_dataset(config.data, "validation"))
+        with contextlib.suppress(UserError, OSError):  # said already
+            vocab_size = read_manifest(Path(config.data))["vocab_size"]
+    _check_memory(link, config, vocab_size, report)
+    size = checkpoint_bytes(config.model, vocab_size)
+    there = len(list((Path(config.run) / "checkpoints").glob("step-*")))
+    more = max(1, config.train.keep_checkpoints + 1 - there)
+    keep = f"train.keep_checkpoints={config.train.keep_checkpoints} and the one being written"
+    why = f"{more} checkpoints of {gb(size)} ({keep})"
+    _check_space(f"run={config.run}", Path(config.run), more * size, why, report)
+
+
+def check_batch_of(config: PretrainConfig, ranks: int) -> int:
+    """Micro-batches of a rank in a step; raises UserError where the batch cannot be shared out."""
+    train = config.train
+    return check_batch(train.global_batch, train.micro_batch, ranks // config.parallel.tensor)
+
+
+def _check_memory(link: Link, config: PretrainConfig, vocab_size: int, report: Report) -> None:
+    spec, cluster = link.spec, link.cluster
+    gpu = spec.gpus_per_node > 0
+    need = estimate_memory(config, vocab_size, spec.ranks, gpu)
+    given = cluster.gpu_memory_gb * 1e9 if gpu and cluster.gpu_memory_gb else None
+    what = f"gpu_memory_gb={cluster.gpu_memory_gb:g}" if given and cluster.gpu_memory_gb else ""
+    if not gpu:
+        whole = limits.node_memory(spec)
+        given, what = (whole / spec.tasks_per_node, "its share of a node") if whole else (None, "")
+    report.facts.append(f"memory of a rank, estimated: {need}" + (f", of {gb(given)}" if given else ""))
+    if given is None or need.total <= given:
+        return
+    fit = what_would_fit(config, vocab_size, spec.ranks, gpu, given)
+    remedy = f"{fit} would fit" if fit else "give it more ranks, or a higher parallel.tensor"
+    report.problems.append(f"a rank needs about {need} and has {gb(given)} ({what}): {remedy}")
+
+
+def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
+    size = 0
+    for name in config.input:
+        if promises.hold(name):
+            continue
+        path = Path(name)
+        found = [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True)))
+        if not found:
+            report.problems.append(f"input: there is no file, folder or match for {name}")
+        for one in found:
+            _check_readable(f"input={one}", one, report)
+            files = one.rglob("*") if one.is_dir() else [one]
+            size += sum(file.stat().st_size for file in files if file.is_file())
+    if config.tokenizer is not None and not promises.hold(config.tokenizer):
+        _check_readable(f"tokenizer={config.tokenizer}", Path(config.tokenizer), report)
+    # About four characters make a token of two bytes.
+    why = f"token shards of {gb(size)} of text"
+    _check_space(f"output={config.output}", Path(config.output), size / 2, why, report)
+
+
+def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) -> None:
+    _check_weights("encoder", config.encoder, promises, report)
+    longest = _positions_of(config.encoder, promises)
+    if longest is not None and config.max_length > longest:
+        report.problems.append(
+            f"max_length={config.max_length} is longer than the encoder {config.encoder} takes: {longest} "
+            "tokens (its max_position_embeddings)"
+        )
+    for key, name in (("train", config.train), ("test", config.test)):
+        if promises.hold(name) or not _check_readable(f"{key}={name}", Path(name), report):
+            continue
+        try:
+            with open(name, encoding="utf-8") as file:
+                record = json.loads(file.readline())
+        except (OSError, ValueError):
+            record = None
+        wanted = (config.text_field, config.label_field)
+        if not isinstance(record, dict) or (lacking := [one for one in wanted if one not in record]):
+            lack = f"no field {lacking[0]!r}" if isinstance(record, dict) else "no JSON object"
+            report.problems.append(
+                f"{key}={name}: its first line has {lack}; each line is an object with the fields "
+                f"text_field={config.text_field} and label_field={config.label_field}"
+            )
+
+
+def _check_weights(key: str, name: str, promises: Promises, report: Report) -> None:
+    folder = Path(name)
+    if promises.hold(name):
+        return
+    marks = [folder / "config.json", folder / "bertscale.json", *_tables(folder)]
+    if not folder.is_dir():
+        report.problems.append(f"{key}={name}: there is no such folder")
+    elif not any(mark.is_file() for mark in marks):
+        report.problems.append(f"{key}={name} holds neither a finished checkpoint nor a Hugging Face folder")
+    else:
+        _check_readable(f"{key}={name}", folder, report)
+
+
+def _positions_of(encoder: str, promises: Promises) -> int | None:
+    """Tokens that the encoder in a folder takes, there already or promised; None where nobody knows."""
+    for target, longest in promises.positions.items():
+        if Path(encoder).is_relative_to(target):
+            return longest
+    folder = Path(encoder)
+    for table in [folder / "config.json", folder / "bertscale.json", *_tables(folder)[-1:]]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            values = json.loads(table.read_text(encoding="utf-8"))
+            return int(values.get("model", values)["max_position_embeddings"])
+    return None
+
+
+def _tables(run: Path) -> list[Path]:
+    """Of each finished checkpoint of a run, oldest first."""
+    return sorted(run.glob("checkpoints/step-*/bertscale.json"))
+
+
+def _check_convert_output(output: Path, report: Report) -> None:
+    ours = ("config.json", "bertscale.json")
+    if output.is_dir() and any(output.iterdir()) and not any((output / name).is_file() for name in ours):
+        report.problems.append(f"OUTPUT={output} holds something else: choose another folder")
+
+
+# -------------------------------------------------------------------------------------- paths and space
+
+
+def _check_readable(what: str, path: Path, report: Report) -> bool:
+    try:
+        if path.is_dir():
+            next(os.scandir(path), None)
+        else:
+            path.open("rb").close()
+    except OSError as error:
+        report.problems.append(f"{what}: cannot be read here: {error.strerror}")
+        return False
+    return True
+
+
+def _check_writable(what: str, path: Path, report: Report) -> None:
+    """Really writes, since access rights alone say little on a network file system."""
+    folder = _existing(path)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except NotADirectoryError:
+        report.problems.append(f"{what}: {folder} is a file, not a folder; choose another place")
+    except OSError as error:
+        reason = f"{folder} cannot be written to: {error.strerror}"
+        report.problems.append(f"{what}: {reason}; choose another place, or have its rights changed")
+
+
+def _check_space(what: str, path: Path, need: float, why: str, report: Report) -> None:
+    folder = _existing(path)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        report.problems.append(
+            f"{what}: {gb(free)} are free there, {gb(need)} are needed for {why}; free some, or choose "
+            "another place"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _is_local(path: str) -> bool:
+    return any(Path(path).is_relative_to(place) for place in LOCAL)
+
+
+def _check_python(link: Link, report: Report) -> None:
+    """An absolute path is looked for here, unless it is inside a container."""
+    cluster, spec = link.cluster, link.spec
+    wanted = [("batch_python" if cluster.batch_python else "python", spec.batch_python)]
+    if not cluster.container:
+        wanted.append(("python", spec.python))
+    for key, name in dict.fromkeys(wanted):
+        if os.path.isabs(name) and not os.access(name, os.X_OK):
+            report.problems.append(f"{key}={name} of the cluster file is no program here")
+
+
+def _collect(report: Report, look: Callable[[], object]) -> None:
+    try:
+        look()
+    except UserError as error:
+        report.problems += [line for line in str(error).splitlines() if line not in report.problems]
+    except OSError as error:
+        report.problems.append(f"{error.filename}: cannot be read here: {error.strerror}")
+
+
+# ----------------------------------------------------------------------------------- the jobs around
+
+
+def _check_after(after: Sequence[str], promises: Promises, report: Report) -> None:
+    """A dependency on a job that Slurm does not know would count as fulfilled at once."""
+    for job in after:
+        record = slurm.show_job(job) if re.fullmatch(r"\d+(_\d+)?", job) else None
+        if record is None:
+            report.problems.append(
+                f"--after {job}: Slurm knows no such job, and would start this one at once; give the id of a "
+                "job that waits or runs (`bertscale status`), or leave --after out"
+            )
+            continue
+        folder = folder_of(record)
+        if folder is None:
+            promises.anything = True
+            continue
+        spec = read_spec(folder)
+        promises.targets.add(spec.target)
+        if record.get("JobState") in FAILED:
+            report.problems.append(
+                f"--after {job}: that job ended as {record['JobState']}, {shown(spec.target)} is not whole; "
+                f"`bertscale resume {quoted(spec.target)}` first, and wait for the job that it queues"
+            )
+
+
+def _check_not_queued(links: Sequence[Link], report: Report) -> None:
+    jobs = [job for job in own_jobs() if job.active]
+    for link in links:
+        target = quoted(link.spec.target)
+        ids = sorted({job.number for job in jobs if job.folder == Path(link.spec.folder)})
+        if ids:
+            report.problems.append(
+                f"job {', '.join(ids)} already makes {target}: `bertscale status {target}` shows it, "
+                f"`bertscale cancel {target}` ends it"
+            )
+
+
+def _try_sbatch(spec: JobSpec, exclude: Sequence[str], report: Report, *, waits: bool) -> None:
+    """Slurm's own judgement, and when it would start the job, unless that `waits` for another one."""
+    options = [f"--exclude={','.join(exclude)}"] if exclude else []
+    done = slurm.ask(
+        "sbatch", "--test-only", *options, text=render(spec), check=False, env=slurm.own_environment()
+    )
+    said = slurm.complaint(done)
+    if done.returncode:
+        report.problems.append(f"sbatch would refuse the job: {said.removeprefix('allocation failure: ')}")
+    elif not waits and (found := re.search(r"to start at (\S+) .*on nodes (\S+)", said)):
+        report.facts.append(f"expected start, as of now: {found[1].replace('T', ' ')} on {found[2]}")

@@ -1,0 +1,173 @@
+"""Watches and steers what `bertscale submit` has queued: status, logs, cancel, resume.
+
+bertscale status [RUN ...] [--json]
+bertscale logs RUN [-f] [--rank N] [--attempt N] [-n LINES]
+bertscale cancel RUN [--now]
+bertscale resume RUN [--only]
+
+RUN is a run folder, an output folder, a job folder or a Slurm job id. `status` asks squeue, else sacct,
+else scontrol, else the run's own events, so it answers without Slurm too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertscale.errors import UserError
+from launcher import slurm
+from launcher.status import ask, control, found, logs, show, state
+from launcher.status.ask import QueueJob
+from launcher.status.found import Place
+
+RUN_HELP = "A run folder, an output folder, a job folder or a Slurm job id."
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """Runs one of the four commands and returns its exit code. Raises UserError."""
+    options = PARSERS[command]().parse_args(arguments)
+    if command == "status":
+        return status(options.runs, as_json=options.json)
+    place = locate(options.run)
+    if command == "logs":
+        return logs.logs(place, task_of(options.run), options)
+    if command == "cancel":
+        return control.cancel(place, now=options.now)
+    return control.resume(place, only=options.only)
+
+
+# ----------------------------------------------------------------------------------------- status
+
+
+def status(runs: Sequence[str], *, as_json: bool) -> int:
+    """Prints one line for each run that is found, or all about those that are named."""
+    now = time.time()
+    queue, silence = listen()
+    places = [locate(name, queue) for name in runs] or every_place(queue)
+    reports = []
+    for place in places:
+        facts = found.look(place, now)
+        reports.append((place, facts, state.judge(place, facts, queue, silence, now)))
+    if as_json:
+        print(json.dumps([show.as_values(*report) for report in reports], indent=2))
+    elif runs:
+        print("\n\n".join("\n".join(show.describe(*report, silence, now)) for report in reports))
+    elif reports:
+        reports.sort(key=lambda report: (report[2].job is None, report[2].word == "waiting"))
+        show.show_table([show.row(*report, now) for report in reports])
+        if silence:
+            print(f"\nthe table is from the files of the runs: {silence}")
+    else:
+        why = f" ({silence})" if silence else ""
+        print(f"no jobs in the queue{why}, and no runs below {Path('runs').absolute()}")
+    return 0
+
+
+def listen() -> tuple[list[QueueJob], str | None]:
+    """This person's jobs in the queue, and why Slurm does not answer if so."""
+    try:
+        return ask.own_jobs(), None
+    except UserError as error:
+        return [], str(error)
+
+
+def locate(name: str, queue: list[QueueJob] | None = None) -> Place:
+    """The run that a path or a Slurm job id names. Raises UserError."""
+    number = name.partition("_")[0]
+    if not number.isdigit() or Path(name).exists():
+        return found.find(name)
+    for job in listen()[0] if queue is None else queue:
+        if job.number == number and job.folder:
+            return found.place_of(job.folder)
+    for place in found.known_places():
+        if number in found.look(place, time.time()).jobs:
+            return place
+    record = slurm.show_job(number)
+    if record is None:
+        raise UserError(f"Slurm knows of no job {number}, and no run below runs/ had it")
+    folder = ask.from_record(record).folder
+    if folder is None:
+        raise UserError(f"job {number} was not submitted by bertscale")
+    return found.place_of(folder)
+
+
+def task_of(name: str) -> str | None:
+    """`17_2` where one task of an array is named, else None."""
+    return name if name.replace("_", "", 1).isdigit() and "_" in name and not Path(name).exists() else None
+
+
+def every_place(queue: list[QueueJob]) -> list[Place]:
+    """The runs of the queue, then those below runs/, each once."""
+    places = [found.place_of(job.folder) for job in queue if job.folder] + found.known_places()
+    return list({place.run.resolve(): place for place in places}.values())
+
+
+# ------------------------------------------------------------------------------------ command lines
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"bertscale {name}", description=description, allow_abbrev=False)
+
+
+def _status_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "status",
+        "Shows what each run does: queue state and why it waits, attempts, step, loss, speed, last "
+        "checkpoint, expected end. Without RUN, one line for each job of yours and each run below runs/.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="*", help=RUN_HELP)
+    parser.add_argument("--json", action="store_true", help="Print a JSON list, times in seconds since 1970.")
+    return parser
+
+
+def _logs_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "logs",
+        "Shows the newest log: of the rank that failed first if the newest attempt failed, else of the batch "
+        "script, which holds the first rank's output too.",
+    )
+    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP} 17_2 is one task of an array.")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="Go on with what is written, also by later attempts."
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="The log of this rank.")
+    parser.add_argument("--attempt", type=int, metavar="N", help="Of this attempt instead of the newest.")
+    parser.add_argument(
+        "-n",
+        "--lines",
+        type=int,
+        default=50,
+        metavar="LINES",
+        help="So many of its last lines (%(default)s).",
+    )
+    return parser
+
+
+def _cancel_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "cancel",
+        "Ends a job, and the links of a pipeline that follow it. A pretraining that runs saves first; "
+        "`bertscale resume` goes on with it.",
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument(
+        "--now", action="store_true", help="End it at once; what came after the last checkpoint is lost."
+    )
+    return parser
+
+
+def _resume_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "resume",
+        "Queues a job again that was cancelled or gave up, with the code and config that it was submitted "
+        "with, and the links of a pipeline after it. It goes on from its last checkpoint.",
+    )
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--only", action="store_true", help="Leave the links after it alone.")
+    return parser
+
+
+PARSERS = {"status": _status_parser, "logs": _logs_parser, "cancel": _cancel_parser, "resume": _resume_parser}

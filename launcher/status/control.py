@@ -1,0 +1,172 @@
+"""Ends a submitted run, or queues it again.
+
+bertscale cancel RUN [--now]
+bertscale resume RUN [--only]
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import yaml
+
+from bertscale.errors import UserError
+from launcher import slurm
+from launcher.events import Events
+from launcher.status import ask, found, history
+from launcher.status.ask import QueueJob
+from launcher.status.found import Place, place_of, read_spec
+from launcher.submit import queue
+
+
+def cancel(place: Place, *, now: bool) -> int:
+    """Ends the run's job and the links after it, each after it has saved unless `now`; returns 0.
+
+    Raises UserError for a local run and when Slurm does not answer.
+    """
+    if place.job is None:
+        raise UserError(how_to_stop(place))
+    jobs = ask.own_jobs()
+    # The last link first: none of them may begin because the one before it has ended.
+    following = [Path(folder) for folder in found.look(place, 0.0).following]
+    others = [folder for folder in reversed(following) if _cancel_one(folder, jobs, now, because=place.shown)]
+    stopped = _cancel_one(place.job, jobs, now)
+    if not stopped and not others:
+        print(f"{place.shown} is not queued or running: nothing to cancel")
+        return 0
+    print(f"to go on later: bertscale resume {shlex.quote(place.shown)}")
+    return 0
+
+
+def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -> bool:
+    """Ends what is queued or running of one job folder; whether there was anything."""
+    active = _active(job, jobs)
+    if not active:
+        return False
+    marker = job / "cancelled"
+    asked_before = marker.exists()
+    # Before Slurm ends anything: a supervisor that sees the marker does not requeue its job.
+    marker.touch()
+    Events(job / "events.jsonl").write(
+        "cancelled", job=active[0].number, **({"reason": f"it follows {because}"} if because else {})
+    )
+    running = [entry for entry in active if not entry.waits]
+    saves = _stage(job) == "pretrain" and not now
+    for number in dict.fromkeys(entry.number for entry in active):
+        own = [entry for entry in running if entry.number == number]
+        if own and saves:
+            # Not a plain scancel: it kills the ranks 30 s after SIGTERM, and a large save takes longer.
+            done = slurm.ask("scancel", "--batch", "--signal=USR1", number, check=False)
+            before = "again " if asked_before else ""
+            said = f"on {ask.show_nodes(own[0])} was {before}told to save and end; --now ends it at once"
+        else:
+            done = slurm.ask("scancel", number, check=False)
+            said = "was ended" if own else "was taken out of the queue"
+        if done.stderr.strip():  # such as: it has just ended by itself
+            said += f" ({slurm.complaint(done)})"
+        print(f"job {number}, {_stage(job)} of {_shown(job)}, {said}")
+    return True
+
+
+def resume(place: Place, *, only: bool) -> int:
+    """Queues the run's script again, and unless `only` the links after it; returns 0.
+
+    Raises UserError while it is queued or running, when a link before it is not done, when Slurm
+    refuses, and for a local run, with the command that goes on.
+    """
+    if place.job is None:
+        print(f"{place.shown} was started by hand; to go on: {local_command(place)}")
+        return 0
+    jobs = ask.own_jobs()
+    active = _active(place.job, jobs)
+    if active:
+        ending = (place.job / "cancelled").exists() and not active[0].waits
+        advice = "it was cancelled and is about to end: wait for it" if ending else "it needs no resume"
+        state = "waits in the queue" if active[0].waits else "is running"
+        raise UserError(f"job {active[0].id} of {place.shown} {state}: {advice}")
+    folders = [place.job]
+    if not only:
+        folders += [Path(folder) for folder in read_spec(place.job).following]
+    numbers: dict[Path, str] = {}
+    for folder in folders:
+        if _is_done(folder):
+            print(f"{_shown(folder)} is done already")
+        elif folder == place.job or not _active(folder, jobs):
+            numbers[folder] = _queue_again(folder, jobs, numbers)
+    return 0
+
+
+def _queue_again(job: Path, jobs: list[QueueJob], queued: dict[Path, str]) -> str:
+    """Submits J/script.sh once more, behind those of `previous` that are still to end; its job id."""
+    spec = read_spec(job)
+    after = []
+    for previous in map(Path, spec.previous):
+        active = _active(previous, jobs)
+        if previous in queued or active:
+            after.append(queued.get(previous) or active[0].number)
+        elif not _is_done(previous):
+            raise UserError(
+                f"{_shown(previous)}, which {_shown(job)} builds on, is not done: "
+                f"bertscale resume {shlex.quote(_shown(previous))}"
+            )
+    marker = job / "cancelled"
+    was_cancelled = marker.exists()
+    marker.unlink(missing_ok=True)  # before the job can begin and see it
+    try:
+        number = queue(spec, after)  # finished tasks of an array end as soon as they begin
+    except UserError:
+        if was_cancelled:
+            marker.touch()
+        raise
+    behind = f" after job {', '.join(after)}" if after else ""
+    print(f"{spec.stage} of {_shown(job)} is queued as job {number}{behind}")
+    return number
+
+
+def _active(job: Path, jobs: list[QueueJob]) -> list[QueueJob]:
+    return ask.jobs_of(job, history.slurm_ids(history.read_history(job / "events.jsonl")), jobs)
+
+
+def _is_done(job: Path) -> bool:
+    return found.is_done(job, read_spec(job).array)
+
+
+def _shown(job: Path) -> str:
+    return place_of(job).shown
+
+
+def _stage(job: Path) -> str:
+    try:
+        return read_spec(job).stage
+    except UserError:
+        return "pretrain"  # the careful way to end it
+
+
+# -------------------------------------------------------------------------------------- local runs
+
+
+def how_to_stop(place: Place) -> str:
+    """How to end a run that no Slurm knows of."""
+    process = found.training_process(place.run)
+    if process is None:
+        return f"{place.shown} was started by hand and does not train on this machine: nothing to cancel"
+    parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+    return (
+        f"{place.shown} was started by hand: press Ctrl-C where it runs, or `kill -INT {parent}`; it saves "
+        "and ends"
+    )
+
+
+def local_command(place: Place) -> str:
+    """The command that goes on with a pretraining that was started by hand."""
+    path = place.run / "config.yaml"
+    shown = shlex.quote(os.path.join(place.shown, "config.yaml"))
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        run = Path(config["run"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return "bertscale pretrain CONFIG, as it was started"
+    elsewhere = "" if run.absolute() == place.run else f" run={shlex.quote(place.shown)}"
+    return f"bertscale pretrain {shown}{elsewhere}"

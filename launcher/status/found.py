@@ -1,0 +1,313 @@
+"""What the files of a run tell: its job folder, attempts, step, losses and checkpoints; no Slurm needed.
+
+place = find("runs/base")    # or an output folder, a job folder
+facts = look(place, now)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bertscale.errors import UserError
+from launcher.job import JobSpec
+from launcher.status.history import (
+    Attempt,
+    attempt_folders,
+    changed,
+    is_number,
+    read_attempts,
+    read_history,
+    slurm_ids,
+)
+
+TAIL_BYTES = 2**18  # of metrics.jsonl: some hundred lines, however long the run
+STEADY_SECONDS = 60.0  # a rate over less than this is a guess
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is kept: what it makes, and its job folder if it was submitted."""
+
+    run: Path
+    job: Path | None
+
+    @property
+    def events(self) -> Path:
+        return self.job / "events.jsonl" if self.job else self.run / "logs" / "events.jsonl"
+
+    @property
+    def shown(self) -> str:
+        """The run as a person would type it here."""
+        relative = os.path.relpath(self.run)
+        return str(self.run) if relative.startswith("..") else relative
+
+
+@dataclass
+class Facts:
+    """All that the files of one run tell; times in seconds since 1970."""
+
+    stage: str
+    name: str
+    jobs: list[str]  # Slurm ids that it has had, oldest first
+    tasks: int  # of an array, 0: no array
+    tasks_done: int
+    done: bool
+    cancelled: bool
+    attempts: list[Attempt]
+    events: list[dict[str, Any]]
+    logs: Path
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    checkpoint: Path | None = None
+    checkpoint_step: int | None = None
+    checkpoint_time: float | None = None
+    expected_end: float | None = None
+    process: int | None = None  # that trains in it on this machine
+    following: list[str] = field(default_factory=list)  # job folders of the links after it
+
+
+# ----------------------------------------------------------------------------------------- finding
+
+
+def find(name: str) -> Place:
+    """The run that a run folder, an output folder or a job folder belongs to. Raises UserError."""
+    path = Path(name).absolute()
+    for job in (path, path / "job", path.with_name(f"{path.name}.job")):
+        if _is_job(job):
+            return place_of(job)
+    if is_local_run(path):
+        return Place(path, None)
+    if path.is_dir():
+        raise UserError(
+            f"{name} is no run: no job was submitted for it and it has no logs and no checkpoints"
+        )
+    known = ", ".join(place.shown for place in known_places()[:8])
+    raise UserError(
+        f"there is no run, output folder or job {name}"
+        + (f"; below runs/ are {known}" if known else "; `bertscale status` lists those that it finds")
+    )
+
+
+def _is_job(path: Path) -> bool:
+    named_so = path.name == "job" or path.suffix == ".job"
+    return named_so and ((path / "job.json").is_file() or (path / "script.sh").is_file())
+
+
+def place_of(job: Path) -> Place:
+    """The run of a job folder: RUN/job makes RUN, OUTPUT.job makes OUTPUT."""
+    return Place(job.parent if job.name == "job" else job.with_suffix(""), job)
+
+
+def is_local_run(path: Path) -> bool:
+    """Whether a pretraining has begun in `path`."""
+    return (
+        (path / "metrics.jsonl").is_file()
+        or (path / "checkpoints").is_dir()
+        or bool(attempt_folders(path / "logs"))
+    )
+
+
+def known_places() -> list[Place]:
+    """The jobs and runs in and one folder below `runs` of the current directory, by name."""
+    runs, places = Path("runs").absolute(), []
+    for folder in sorted(path for depth in ("*", "*/*") for path in runs.glob(depth) if path.is_dir()):
+        if folder.name == "job":
+            continue  # found with its run
+        if _is_job(folder):
+            places.append(place_of(folder))
+        elif _is_job(folder / "job"):
+            places.append(place_of(folder / "job"))
+        elif (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+            places.append(Place(folder, None))
+    return places
+
+
+def read_spec(job: Path) -> JobSpec:
+    """J/job.json, also of an older or newer version. Raises UserError when it is missing or damaged."""
+    known = {entry.name for entry in dataclasses.fields(JobSpec)}
+    try:
+        values = json.loads((job / "job.json").read_text(encoding="utf-8"))
+        return JobSpec.from_json(json.dumps({key: values[key] for key in values if key in known}))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{job / 'job.json'} cannot be read ({error}); submit the run again") from error
+
+
+def spec_of(place: Place) -> JobSpec | None:
+    """The job's spec; None for a local run and where job.json is missing or damaged."""
+    if place.job is not None:
+        with contextlib.suppress(UserError):
+            return read_spec(place.job)
+    return None
+
+
+def log_folder(place: Place, spec: JobSpec | None) -> Path:
+    """Where the batch logs and the attempts lie; beside the job when that folder was moved."""
+    if spec and Path(spec.logs).is_dir():
+        return Path(spec.logs)
+    return (place.job or place.run) / "logs"
+
+
+# ----------------------------------------------------------------------------------------- looking
+
+
+def look(place: Place, now: float) -> Facts:
+    """Reads what the files of `place` tell; damaged or missing ones are passed over."""
+    spec = spec_of(place)
+    events = read_history(place.events)
+    logs = log_folder(place, spec)
+    stage = spec.stage if spec else "pretrain" if (place.job or place.run).suffix != ".job" else "job"
+    tasks = spec.array if spec else 0
+    tasks_done = sum(1 for task in range(tasks) if place.job and (place.job / f"done-{task}.json").is_file())
+    facts = Facts(
+        stage=stage,
+        name=spec.name if spec else place.run.name,
+        jobs=slurm_ids(events),
+        tasks=tasks,
+        tasks_done=tasks_done,
+        done=place.job is not None and is_done(place.job, tasks),
+        cancelled=bool(place.job and (place.job / "cancelled").exists()),
+        attempts=read_attempts(events, attempt_folders(logs)),
+        events=events,
+        logs=logs,
+        following=list(spec.following) if spec else [],
+    )
+    if stage == "pretrain":
+        _look_at_training(place, facts, now)
+    return facts
+
+
+def is_done(job: Path, tasks: int) -> bool:
+    """Whether the marker of a finished job is there, or those of all `tasks` of an array."""
+    return (job / "done.json").is_file() or (
+        tasks > 0 and all((job / f"done-{task}.json").is_file() for task in range(tasks))
+    )
+
+
+def _look_at_training(place: Place, facts: Facts, now: float) -> None:
+    entries = newest_entries(place.run / "metrics.jsonl")
+    trained = [entry for entry in entries if is_number(entry.get("train/loss"))]
+    if trained:
+        facts.loss = trained[-1]["train/loss"]
+        facts.tokens_per_second = trained[-1].get("speed/tokens_per_second")
+    facts.steps = planned_steps(place)
+    checkpoints = saved_steps(place.run)
+    if checkpoints:
+        facts.checkpoint_step, facts.checkpoint_time, facts.checkpoint = checkpoints[-1]
+    attempt = facts.attempts[-1] if facts.attempts else None
+    reached = [(entry["step"], changed(place.run / "metrics.jsonl")) for entry in entries[-1:]]
+    reached += [(step, when) for step, when, _ in checkpoints[-1:]]
+    if attempt and attempt.folder:
+        reached += heartbeat(attempt.folder)
+    if attempt and attempt.started:  # what an attempt before it reached past its checkpoint is done again
+        reached = [point for point in reached if point[1] >= (attempt.started or 0.0)] or reached
+    if reached:
+        facts.step = max(reached)[0]
+    if place.job is None:
+        facts.process = training_process(place.run)
+        facts.done = facts.done or (facts.steps is not None and (facts.checkpoint_step or 0) >= facts.steps)
+    if attempt and attempt.started and facts.steps and reached and not facts.done:
+        begins = [(step, when) for step, when, _ in checkpoints if when <= attempt.started]
+        resumed = [
+            (event["step"], event["time"])
+            for event in facts.events
+            if event["event"] == "resumed"
+            and event["time"] >= attempt.started
+            and is_number(event.get("step"))
+        ]
+        start = resumed[-1] if resumed else (begins[-1][0] if begins else 0, attempt.started)
+        inside = [(step, when) for step, when, _ in checkpoints if when > attempt.started]
+        facts.expected_end = expected_end(start, inside, max(reached), facts.steps)
+
+
+def expected_end(
+    start: tuple[int, float], checkpoints: list[tuple[int, float]], newest: tuple[int, float], steps: int
+) -> float | None:
+    """When step `steps` will be reached at the present rate; points are (step, seconds since 1970).
+
+    The rate is counted from the attempt's first checkpoint, since its start-up makes no steps; from
+    `start` when less than a minute has passed since that one.
+    """
+    for step, when in [*checkpoints[:1], start]:
+        if newest[1] - when >= STEADY_SECONDS and newest[0] > step:
+            return newest[1] + (steps - newest[0]) * (newest[1] - when) / (newest[0] - step)
+    if newest[0] > start[0] and newest[1] > start[1]:
+        return newest[1] + (steps - newest[0]) * (newest[1] - start[1]) / (newest[0] - start[0])
+    return None
+
+
+# ------------------------------------------------------------------------------------- small pieces
+
+
+def newest_entries(metrics: Path) -> list[dict[str, Any]]:
+    """The last entries of metrics.jsonl; lines that a crash cut short are left out."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    entries = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and is_number(entry.get("step")):
+                entries.append(entry)
+    return entries
+
+
+def saved_steps(run: Path) -> list[tuple[int, float, Path]]:
+    """Step, time and folder of each whole checkpoint, oldest first."""
+    found = []
+    for table in (run / "checkpoints").glob("step-*/bertscale.json"):
+        digits = table.parent.name.removeprefix("step-")
+        if digits.isdigit():
+            found.append((int(digits), changed(table), table.parent))
+    return sorted(found)
+
+
+def planned_steps(place: Place) -> int | None:
+    """train.steps of the job's config, or of the run's."""
+    for folder in (place.job, place.run):
+        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+            if folder is not None:
+                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+                return int(config["train"]["steps"])
+    return None
+
+
+def heartbeat(attempt: Path) -> list[tuple[int, float]]:
+    """Step of an attempt's last heartbeat and its time; nothing before the first."""
+    path = attempt / "heartbeat"
+    try:
+        step = json.loads(path.read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [(int(step), changed(path))] if is_number(step) else []
+
+
+def training_process(run: Path) -> int | None:
+    """The process of this machine that holds RUN/.lock; taking the lock to look would disturb a start."""
+    try:
+        inode = (run / ".lock").stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
+    return int(found.group(1)) if found else None
+
+
+def signs_of_life(place: Place, facts: Facts) -> list[Path]:
+    """The files that a run at work writes now and then."""
+    attempt = facts.attempts[-1].folder if facts.attempts else None
+    return [place.run / "metrics.jsonl", *(attempt.iterdir() if attempt else ())]

@@ -1,0 +1,118 @@
+"""What a run does at present, and the command to try next: by Slurm if it answers, else by the run's files.
+
+state = judge(place, facts, queue, silence, now)
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from bertscale.errors import UserError
+from bertscale.progress import show_duration
+from launcher.status import ask, control, found, history
+from launcher.status.ask import QueueJob, show_time
+from launcher.status.found import Facts, Place
+
+FRESH_SECONDS = 120.0  # a run whose figures changed within this is still at work
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run does at present: a word to sort and colour by, a sentence, and who said so."""
+
+    word: str  # waiting, running, ending, done, cancelled, gave up, failed, stopped, lost, not queued
+    sentence: str
+    source: str
+    job: QueueJob | None = None
+    next: str | None = None  # the command to try
+
+
+def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None, now: float) -> State:
+    """What the run does: by the queue, else sacct or scontrol, else its own files."""
+    run = shlex.quote(place.shown)
+    go_on = f"bertscale resume {run}"
+    if place.job is None:
+        return judge_local(place, facts, now)
+    jobs = ask.jobs_of(place.job, facts.jobs, queue)
+    if not jobs and facts.done:
+        following = f"bertscale convert {run} OUTPUT" if facts.stage == "pretrain" else None
+        return State("done", "done", "its own files", next=following)
+    ended: QueueJob | None = None
+    if not jobs and facts.jobs:
+        try:
+            ended = ask.other_job(facts.jobs[-1], controller=silence is None)
+        except UserError as error:
+            silence = silence or str(error)
+        jobs = [ended] if ended and ended.active else []
+    if jobs:
+        return judge_queued(run, facts, jobs, now)
+    last = next((event for event in reversed(facts.events) if event["event"] in MILESTONES), None)
+    if last and last["event"] == "gave_up":
+        return State("gave up", history.tell(last), "its own events", next=f"bertscale logs {run}")
+    if facts.cancelled or (last and last["event"] == "cancelled"):
+        return State("cancelled", "cancelled", "its own events", next=go_on)
+    if ended:
+        return State("failed", ask.in_words(ended, now), ended.source, next=f"bertscale logs {run}")
+    if last is None:
+        return State("not queued", "it was never queued", "its own events", next=go_on)
+    when = show_time(last["time"], now)
+    if silence is None:  # Slurm answers, and knows nothing of it
+        sentence = f"job {facts.jobs[-1]} is gone; its last word, {when}: {history.tell(last)}"
+        return State("lost", sentence, "its own events", next=f"bertscale logs {run}")
+    word = "waiting" if last["event"] in ("queued", "requeued") else "running"
+    return State(word, f"by its last word, {when}: {history.tell(last)}", "its own events")
+
+
+MILESTONES = (
+    "queued",
+    "started",
+    "relaunched",
+    "requeued",
+    "resumed",
+    "failed",
+    "hang",
+    "gave_up",
+    "cancelled",
+)
+
+
+def judge_queued(run: str, facts: Facts, jobs: list[QueueJob], now: float) -> State:
+    """A run with jobs in the queue."""
+    first = jobs[0]
+    sentence = ask.in_words(first, now)
+    if facts.tasks:
+        at_work = sum(not job.waits for job in jobs)
+        sentence = f"{facts.tasks_done} of {facts.tasks} tasks are done, {at_work} run; {sentence}"
+    if first.waits:
+        remedy = ask.why(first)[1]
+        advice = {
+            "shorter": f"bertscale cancel {run}, then submit it again with a shorter --time",
+            "fewer": f"bertscale cancel {run}, then submit it again with fewer --nodes",
+            "cancel": f"bertscale cancel {run}",
+        }
+        return State("waiting", sentence, first.source, first, advice.get(remedy or "", remedy))
+    if facts.cancelled:
+        sentence = f"cancelled; {sentence} until all is saved"
+        return State("ending", sentence, first.source, first, f"bertscale cancel {run} --now")
+    word = "ending" if first.state == "COMPLETING" else "running"
+    return State(word, sentence, first.source, first, f"bertscale logs {run} -f")
+
+
+def judge_local(place: Place, facts: Facts, now: float) -> State:
+    """A run that was started by hand: only files tell of it."""
+    run, source = shlex.quote(place.shown), "its own files"
+    if facts.done:
+        return State(
+            "done", f"done: all {facts.steps:,} steps", source, next=f"bertscale convert {run} OUTPUT"
+        )
+    if facts.process:
+        sentence = f"it trains on this machine, in process {facts.process}"
+        return State("running", sentence, source, next=f"bertscale logs {run} -f")
+    newest = max((history.changed(path) for path in found.signs_of_life(place, facts)), default=0.0)
+    if now - newest < FRESH_SECONDS:
+        sentence = f"its figures changed {show_duration(now - newest)} ago: it may train on another machine"
+        return State("running", sentence, source, next=f"bertscale logs {run} -f")
+    outcome = facts.attempts[-1].outcome if facts.attempts else ""
+    sentence = "it does not run" + (f"; its last attempt: {outcome}" if outcome else "")
+    return State("stopped", sentence, source, next=control.local_command(place))

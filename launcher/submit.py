@@ -1,0 +1,277 @@
+"""A stage as a Slurm job: checked, frozen into its job folder, queued; several of them as a chain.
+
+bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
+bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
+bertscale submit convert SOURCE OUTPUT --cluster FILE
+bertscale submit finetune CONFIG [key=value ...] --cluster FILE
+bertscale submit pipeline PIPELINE
+
+Each takes --time T, --after JOB, --exclude NODES and --dry-run.
+
+The links of a chain begin in any case when the one before has ended (afterany), and look for its done-marker
+themselves: a dependency on success would wait for ever behind a job that failed. Exit codes: 0 queued, or
+finished before, 2 a mistake of the person, with every line that the checks found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertscale.config import PipelineConfig, PipelineStage, UserError, load_config
+from launcher import slurm
+from launcher.events import Events
+from launcher.freeze import about_now, freeze
+from launcher.job import STAGES, JobSpec, render
+from launcher.links import Link, folder_of, links_of, quoted, shown, unfinished
+from launcher.nodes.check import bad_nodes
+
+
+def main(arguments: list[str]) -> int:
+    """`bertscale submit ...`; raises UserError with one line for each thing that is wrong."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    stage, rest = arguments[0], arguments[1:]
+    if stage not in (*STAGES, "pipeline"):
+        raise UserError(f"{stage!r} is none of prep, pretrain, convert, finetune and pipeline")
+    options = _parser(stage).parse_intermixed_args(rest)
+    after = tuple(job for text in options.after for job in text.split(",") if job)
+    exclude = [node for text in options.exclude for node in slurm.hosts(text)]
+    if stage == "pipeline":
+        config = load_config(PipelineConfig, options.pipeline, options.overrides)
+        links, mistakes = links_of(config.stages, config.cluster, config.name)
+    else:
+        wanted = PipelineStage.model_validate(
+            {
+                stage: [options.source, options.output] if stage == "convert" else options.config,
+                "set": getattr(options, "overrides", []),
+                "nodes": getattr(options, "nodes", 1),
+                "array": getattr(options, "array", 0),
+                "spares": getattr(options, "spares", 0),
+                "time": options.time,
+            }
+        )
+        links, mistakes = links_of([wanted], options.cluster)
+    return submit(links, mistakes, after, exclude, dry_run=options.dry_run)
+
+
+# ----------------------------------------------------------------------------------- check, freeze, queue
+
+
+def submit(
+    links: list[Link], mistakes: list[str], after: Sequence[str], exclude: Sequence[str], *, dry_run: bool
+) -> int:
+    """Checks the chain `links`, freezes each of its jobs, and queues them behind the jobs `after`.
+
+    `mistakes` are those that were found on the way here. Raises UserError with a line for each of all.
+    """
+    if not mistakes:
+        links = unfinished(links)
+        if not links:
+            return 0
+    from launcher.preflight import check  # not at the top: it brings pyarrow, which help can do without
+
+    links = _chained(links, after)
+    report = check(
+        links, after, {link.spec.folder: _left_out(link.spec, exclude) for link in links}, mistakes
+    )
+    for line in report.warnings:
+        print(f"bertscale submit: warning: {line}", file=sys.stderr)
+    if dry_run:
+        _show(links, report.facts, after, exclude)
+    if report.problems:
+        raise UserError("\n".join(report.problems))
+    if dry_run:
+        print("\nnothing was queued: this was a dry run")
+        return 0
+    for link in links:
+        freeze(link.spec, link.config, about_now(link.spec.environment))
+    queued: list[tuple[str, JobSpec]] = []
+    try:
+        for link in links:
+            before = [queued[-1][0]] if queued else after
+            queued.append((queue(link.spec, before, exclude), link.spec))
+            _announce(link.spec, queued[-1][0], before)
+    except BaseException:
+        _take_back(queued)
+        raise
+    target = quoted(links[-1].spec.target)
+    print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
+    return 0
+
+
+def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:
+    """Cancels the first links of a chain whose later one could not be queued."""
+    for job, spec in reversed(queued):
+        folder = Path(spec.folder)
+        (folder / "cancelled").touch()  # before it ends: it is not to queue itself again
+        with contextlib.suppress(UserError):
+            slurm.ask("scancel", job)
+        Events(folder / "events.jsonl").write("cancelled", job=job, reason="a later link was refused")
+        print(f"job {job} ({spec.name}) was cancelled: a later link could not be queued", file=sys.stderr)
+
+
+def queue(spec: JobSpec, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
+    """Submits the script in `spec.folder`, writes the event and returns the job's id; freezes nothing.
+
+    It begins when the jobs `after` have ended; nodes of `exclude` and of the list of bad nodes are left
+    out. Raises UserError when Slurm refuses.
+    """
+    options = [f"--dependency=afterany:{':'.join(after)}"] if after else []
+    if out := _left_out(spec, exclude):
+        options.append(f"--exclude={','.join(out)}")
+    script = f"{spec.folder}/script.sh"
+    done = slurm.ask("sbatch", "--parsable", *options, script, env=slurm.own_environment())
+    job = done.stdout.strip().partition(";")[0]  # the cluster's name may follow
+    Events(Path(spec.folder, "events.jsonl")).write("queued", job=job, after=list(after))
+    return job
+
+
+def _chained(links: list[Link], after: Sequence[str]) -> list[Link]:
+    """Each spec told of the job folders before and after it."""
+    folders = [link.spec.folder for link in links]
+    first: list[str] = []
+    with contextlib.suppress(UserError):  # the checks say that Slurm does not answer
+        records = [slurm.show_job(job) for job in after if job.isdecimal()]
+        first = [str(folder) for record in records if record and (folder := folder_of(record))]
+    return [
+        dataclasses.replace(
+            link,
+            spec=dataclasses.replace(
+                link.spec,
+                previous=tuple(folders[i - 1 : i] if i else first),
+                following=tuple(folders[i + 1 :]),
+            ),
+        )
+        for i, link in enumerate(links)
+    ]
+
+
+def _left_out(spec: JobSpec, exclude: Sequence[str]) -> list[str]:
+    """The nodes that the person does not want, and those that failed a check lately."""
+    bad = bad_nodes(Path(spec.bad_nodes), spec.bad_node_hours) if spec.bad_nodes else {}
+    return list(dict.fromkeys([*exclude, *bad]))
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def _announce(spec: JobSpec, job: str, after: Sequence[str]) -> None:
+    behind = f", after job {', '.join(after)}" if after else ""
+    print(f"job {job} ({spec.name}: {_size(spec)}{behind}) is queued: {shown(spec.folder)}", flush=True)
+
+
+def _size(spec: JobSpec) -> str:
+    if spec.array:
+        return f"an array of {spec.array}"
+    nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
+    spares = f" and {spec.spares} to spare" if spec.spares else ""
+    return f"{nodes} x {spec.tasks_per_node} rank{'s' if spec.tasks_per_node > 1 else ''}{spares}"
+
+
+def _show(links: list[Link], facts: Sequence[str], after: Sequence[str], exclude: Sequence[str]) -> None:
+    """The dry run: scripts, what a rank runs, the chain, and what the checks have found out."""
+    for link in links:
+        spec = link.spec
+        print(f"--- {spec.folder}/script.sh\n{render(spec)}")
+        print(
+            f"--- a rank of {spec.name} runs\n{shlex.join([*spec.container, spec.python, *spec.command])}\n"
+        )
+    print("--- the chain")
+    before = f"job {', '.join(after)}" if after else ""
+    for link in links:
+        out = _left_out(link.spec, exclude)
+        without = f", without {','.join(out)}" if out else ""
+        behind = f", after {before}" if before else ""
+        print(f"{link.spec.name}: {_size(link.spec)}{behind}{without}")
+        before = link.spec.name
+    print("\n--- found out")
+    print("\n".join(facts))
+
+
+def _overview() -> str:
+    rows = (
+        ("prep CONFIG", "raw text -> token shards; with --array N on N nodes at the same time"),
+        ("pretrain CONFIG", "token shards -> checkpoints, on --nodes N"),
+        ("convert SOURCE OUTPUT", "checkpoint <-> Hugging Face folder"),
+        ("finetune CONFIG", "encoder and labelled text -> classifier"),
+        ("pipeline PIPELINE", "several of these, one after another"),
+    )
+    lines = [
+        "usage: bertscale submit STAGE ... --cluster FILE [--dry-run]",
+        "",
+        "Checks all that can be checked now, freezes code and config, and queues the stage with Slurm.",
+        "",
+        *(f"  {name:<24}{sentence}" for name, sentence in rows),
+        "",
+        "bertscale submit STAGE --help tells more; examples are in configs/cluster and configs/pipeline.",
+    ]
+    return "\n".join(lines)
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    what = {
+        "prep": "Queues a data preparation.",
+        "pretrain": "Queues a pretraining over one or many nodes.",
+        "convert": "Queues a conversion.",
+        "finetune": "Queues a fine-tuning.",
+        "pipeline": "Queues several stages, each of which begins when the one before it is done.",
+    }[stage]
+    parser = argparse.ArgumentParser(
+        prog=f"bertscale submit {stage}",
+        description=textwrap.fill(
+            f"{what} All mistakes are told at once, before anything is queued. The job runs the code and the "
+            "config of this moment, saves and queues itself again when it is stopped, and goes on.",
+            100,
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if stage == "convert":
+        parser.add_argument("source", help="A run folder, a checkpoint or a Hugging Face folder.")
+        parser.add_argument("output", help="The folder to write.")
+    elif stage == "pipeline":
+        parser.add_argument("pipeline", metavar="PIPELINE", help="A YAML file of stages.")
+    else:
+        parser.add_argument("config", metavar="CONFIG", help=f"A YAML file, as for `bertscale {stage}`.")
+    if stage != "convert":
+        text = "A value, read as YAML, that replaces the file's."
+        parser.add_argument("overrides", metavar="key=value", nargs="*", help=text)
+    if stage != "pipeline":
+        text = "The facts of the cluster or partition, a YAML file."
+        parser.add_argument("--cluster", metavar="FILE", required=True, help=text)
+        text = "The time limit, such as 12:00:00 or 1-12, instead of the cluster file's."
+        parser.add_argument("--time", metavar="T", help=text)
+    if stage == "pretrain":
+        parser.add_argument("--nodes", metavar="N", type=_positive, default=1, help="Nodes (%(default)s).")
+        text = "Further nodes that stand by and replace those that fail."
+        parser.add_argument("--spares", metavar="K", type=_natural, default=0, help=text)
+    if stage == "prep":
+        text = "Share the work between N jobs of one node each; two short jobs come before and after them."
+        parser.add_argument("--array", metavar="N", type=_positive, default=0, help=text)
+    text = "Begin when the job with this id has ended; may be given several times."
+    parser.add_argument("--after", metavar="JOB", action="append", default=[], help=text)
+    text = "Nodes to avoid, beside those that failed a check; names with commas between them."
+    parser.add_argument("--exclude", metavar="NODES", action="append", default=[], help=text)
+    text = "Check everything and show what would be queued; queue nothing and write nothing."
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)

@@ -1,0 +1,301 @@
+"""The supervisor of a run: starts all ranks, watches them, says what went wrong, and starts them anew.
+
+code = run_here(command, 4, Path("runs/base/logs"))    # ranks of this machine; in a Slurm job: launcher.watch
+
+Exit codes, in both cases:
+  0     done
+  2     a mistake of the person, shown as one line; never tried again
+  75    stopped by a signal and saved (EX_TEMPFAIL): the same command goes on; a Slurm job requeues itself
+  76    gave up: the ranks stand still, again and again
+  77    gave up: restarts bring no new checkpoint
+  78    too few sound nodes in a Slurm job
+  130   stopped by a signal before there was anything to save, or killed by a second Ctrl-C
+  else  the exit code of the rank that failed first, or 128 + the signal that killed it
+Only the standard library: a batch host may have nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from bertscale.errors import UserError
+from launcher.events import Events
+from launcher.ranks import STOPPED_AND_SAVED, Exit
+from launcher.steps import LocalRanks, Step
+
+HUNG = 76
+CRASH_LOOP = 77
+TOO_FEW_NODES = 78
+STOPPED_UNSAVED = 130  # 128 + SIGINT, as a shell says it
+LOOK_SECONDS = 1.0  # between two looks at the heartbeat and the checkpoints
+STACK_SECONDS = 10.0  # at most, for ranks that stand still to write their stacks
+STACK = b"most recent call first"  # what faulthandler puts above each of them
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When ranks count as hung (0: never), and how often they are started anew."""
+
+    start_seconds: float = 0.0  # without a first step
+    hang_seconds: float = 0.0  # without another one
+    restarts: int = 0  # of one job
+    restarts_without_progress: int = 0  # of these, in a row without a new checkpoint
+    save_seconds: float = float("inf")  # for the ranks to save and end, once they are asked to
+
+
+class StopRequests:
+    """Counts SIGINT, SIGTERM and SIGUSR1 sent to this process while the block runs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.kill = False
+        self.name = ""  # of the first
+
+    def __enter__(self) -> StopRequests:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.previous = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        # Slurm sends SIGTERM more than once; only a person who insists means "at once".
+        self.kill = self.kill or (self.count > 0 and number == signal.SIGINT)
+        self.count += 1
+        self.name = self.name or signal.Signals(number).name
+
+
+@dataclass(frozen=True)
+class Hang:
+    """No sign of life for `seconds` after `step` (None: since the start); `silent` ranks wrote no stacks."""
+
+    step: int | None
+    seconds: float
+    silent: Sequence[int]
+
+
+# ------------------------------------------------------------------------------------- on this machine
+
+
+def run_here(
+    command: list[str],
+    ranks: int,
+    log_folder: Path,
+    limits: Limits = Limits(),
+    checkpoints: Path | None = None,
+) -> int:
+    """Runs `command` as `ranks` processes on this machine and returns the exit code (see the top).
+
+    Rank 0 writes to this process's stdout; all other output goes to a new folder
+    `log_folder/attempt-NNN` for each start, the history to `log_folder/events.jsonl`. Raises UserError
+    when a rank ended with one, or when the logs cannot be written.
+    """
+
+    def start() -> LocalRanks:
+        attempt = new_attempt(log_folder, "attempt-[0-9]*")
+        print(f"{ranks} rank{'s' if ranks > 1 else ''} on this machine, logs in {attempt}", flush=True)
+        return LocalRanks(command, ranks, attempt)
+
+    with StopRequests() as stop:
+        code = supervise(start, limits, Events(log_folder / "events.jsonl"), checkpoints, stop)
+    if code == STOPPED_UNSAVED:
+        print("killed" if stop.kill else "stopped before there was anything to save", file=sys.stderr)
+    return code
+
+
+def new_attempt(log_folder: Path, pattern: str, suffix: str = "") -> Path:
+    """Makes the folder attempt-NNN`suffix`, NNN one more than that of any folder like `pattern`."""
+    try:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(path.name.split("-")[1]) for path in log_folder.glob(pattern)]
+        attempt = log_folder / f"attempt-{1 + max(numbers, default=0):03d}{suffix}"
+        attempt.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot make a folder for logs in {log_folder}: {error.strerror}") from error
+    return attempt
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+
+def supervise(
+    start: Callable[[], Step], limits: Limits, events: Events, checkpoints: Path | None, stop: StopRequests
+) -> int:
+    """Has `start` start all ranks, again after a failure, within the limits; returns the exit code."""
+    restarts = stalled = 0
+    reached = newest_step(checkpoints)
+    while True:
+        if stop.count:
+            return STOPPED_UNSAVED
+        step = start()
+        hang = watch(step, limits, events, checkpoints, stop)
+        exits = step.exits()
+        if sys.stdout.isatty():  # a rank killed under its progress bar has left the cursor hidden
+            print("\x1b[?25h", end="", flush=True)
+        if hang is None and not exits:
+            return 0
+        first = min(exits, key=lambda ended: ended.time, default=None)
+        if hang is None and first is not None:
+            if first.code == STOPPED_AND_SAVED:
+                return STOPPED_AND_SAVED
+            if first.mistake is not None:
+                raise UserError(first.mistake)
+            if stop.count and (stop.kill or first.code in (-signal.SIGTERM, -signal.SIGUSR1)):
+                return STOPPED_UNSAVED
+        code = _explain(step, hang, first, events)
+        if stop.count or code == 2:
+            return code
+
+        step.kill()  # what a rank has left behind on its node
+        before, reached = reached, newest_step(checkpoints)
+        stalled = 0 if reached > before else stalled + 1
+        if stalled > limits.restarts_without_progress or restarts >= limits.restarts:
+            return _give_up(code, hang, stalled, restarts, reached, limits)
+        restarts += 1
+        print(f"\nall ranks are started anew {_from(reached)}", file=sys.stderr, flush=True)
+        events.write("relaunched", restart=restarts, checkpoint=reached)
+
+
+def watch(
+    step: Step, limits: Limits, events: Events, checkpoints: Path | None, stop: StopRequests
+) -> Hang | None:
+    """Returns when all ranks have ended; a Hang when they stood still and had to be killed."""
+    reached, last_beat, next_look = newest_step(checkpoints), "", 0.0
+    alive = time.monotonic()  # when the last sign of life was seen
+    asked: float | None = None
+    while step.running():
+        now = time.monotonic()
+        if stop.count and asked is None:
+            asked = now
+            again = " (Ctrl-C again to kill)" if stop.name == "SIGINT" else ""
+            print(f"\nstopping after this step and saving{again}", file=sys.stderr, flush=True)
+            events.write("signal", name=stop.name)
+            step.ask_to_save()
+        if asked is not None and now - asked > limits.save_seconds:
+            print(f"not all have saved within {limits.save_seconds:.0f} s; they are killed", file=sys.stderr)
+            step.kill()
+        if stop.kill:
+            step.kill()
+        if now >= next_look:
+            next_look = now + LOOK_SECONDS
+            beat = _read_beat(step)
+            if beat != last_beat:
+                last_beat, alive = beat, now
+            found = newest_step(checkpoints)
+            if found > reached:
+                reached = found
+                events.write("checkpoint", step=found)
+            patience = limits.hang_seconds if last_beat else limits.start_seconds
+            if patience and now - alive > patience:
+                return _end_hang(step, last_beat, now - alive)
+        time.sleep(step.poll_seconds)
+    found = newest_step(checkpoints)
+    if found > reached:
+        events.write("checkpoint", step=found)
+    return None
+
+
+def _read_beat(step: Step) -> str:
+    try:
+        return (step.attempt / "heartbeat").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _end_hang(step: Step, beat: str, seconds: float) -> Hang:
+    """Has all ranks write their stacks, notes which did not, and kills them."""
+    sizes = {rank: _size(step.log(rank)) for rank in range(step.ranks)}
+    step.ask_for_stacks()
+    silent = list(range(step.ranks))
+    deadline = time.monotonic() + STACK_SECONDS
+    while silent and time.monotonic() < deadline and step.running():
+        time.sleep(0.5)
+        silent = [rank for rank in silent if not _has_stack(step.log(rank), sizes[rank])]
+    step.silent = silent
+    step.kill()
+    number = json.loads(beat)["step"] if beat else None
+    return Hang(number, seconds, silent)
+
+
+def _size(log: Path) -> int:
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0
+
+
+def _has_stack(log: Path, offset: int) -> bool:
+    try:
+        with open(log, "rb") as file:
+            file.seek(offset)
+            return STACK in file.read(2**20)
+    except OSError:
+        return False
+
+
+def newest_step(checkpoints: Path | None) -> int:
+    """Step of the newest whole checkpoint, 0 without any."""
+    names = [path.name for path in checkpoints.glob("step-*")] if checkpoints is not None else []
+    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
+
+
+# ------------------------------------------------------------------------------------------- in words
+
+
+def _explain(step: Step, hang: Hang | None, first: Exit | None, events: Events) -> int:
+    """Prints what happened first, notes it, and returns the exit code that says so."""
+    lines = [""]
+    if hang is not None:
+        since = f"after step {hang.step}" if hang.step is not None else "before the first step"
+        lines.append(f"all ranks stood still for {hang.seconds:.0f} s {since} and were killed")
+        lines += [
+            f"rank {rank}{_on(step.node(rank))} gave no answer: it was stopped, or its node is dead"
+            for rank in hang.silent[:10]
+        ]
+        if len(hang.silent) > 10:
+            lines.append(f"nor did {len(hang.silent) - 10} others")
+        lines.append("where each of the others stood is at the end of its log")
+        events.write("hang", step=hang.step, seconds=round(hang.seconds, 1), silent=list(hang.silent))
+        code = HUNG
+    else:
+        assert first is not None
+        who = f"rank {first.rank} of {step.ranks}{_on(first.node)} failed first"
+        lines.append(f"{who if first.rank >= 0 else 'no rank has left a word'}: {first.reason}")
+        lines.append(first.text.strip("\n"))
+        events.write("failed", rank=first.rank, node=first.node, code=first.code, reason=first.reason)
+        code = first.code if first.code > 0 else 128 - first.code
+    lines.append(f"logs of all ranks: {step.attempt}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    return code
+
+
+def _give_up(code: int, hang: Hang | None, stalled: int, restarts: int, reached: int, limits: Limits) -> int:
+    """Says why there is no further start, if there has been one, and returns the exit code."""
+    if restarts == 0:
+        return code
+    if stalled <= limits.restarts_without_progress:
+        print(f"gave up after {restarts} restarts, as many as launch.restarts allows", file=sys.stderr)
+        return code
+    standing = f"the checkpoint of step {reached} stood still" if reached else "there is still no checkpoint"
+    starts = "one start" if stalled == 1 else f"{stalled} starts in a row"
+    print(f"gave up: {standing} through {starts}", file=sys.stderr, flush=True)
+    if hang is not None or stalled == 1:
+        return code
+    return CRASH_LOOP
+
+
+def _from(reached: int) -> str:
+    return f"from the checkpoint of step {reached}" if reached else "from the beginning"
+
+
+def _on(node: str) -> str:
+    return f" on {node}" if node else ""

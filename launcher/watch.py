@@ -1,0 +1,284 @@
+"""The supervisor inside a Slurm job: the loop of launcher.supervise over steps of this job's nodes.
+
+python -m launcher.watch JOB_FOLDER -- srun ...    # the last line of a batch script
+
+It leaves nodes out that are down or fail their check, requeues the job when a signal (time limit,
+pre-emption) has stopped it, and ends the chain when it gives up. Exit codes: launcher.supervise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from bertscale.errors import UserError
+from launcher import slurm
+from launcher.events import Events, read_events
+from launcher.job import JobSpec
+from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.ranks import STOPPED_AND_SAVED, job_port
+from launcher.steps import SlurmStep
+from launcher.supervise import (
+    CRASH_LOOP,
+    STOPPED_UNSAVED,
+    TOO_FEW_NODES,
+    Limits,
+    StopRequests,
+    new_attempt,
+    newest_step,
+    supervise,
+)
+
+RETRY_SECONDS = 2.0  # between two questions to a controller that does not answer
+END_SECONDS = 900.0  # until Slurm has ended a job that it said it would
+SAVE_SHARE = 0.8  # of the seconds between the signal and the time limit; the rest is for the requeue
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job of the folder `arguments`[0] to its end; returns the exit code of the batch script."""
+    if len(arguments) < 3 or arguments[1] != "--":
+        print("usage: python -m launcher.watch JOB_FOLDER -- srun ...", file=sys.stderr)
+        return 2
+    with StopRequests() as stop:  # first of all: until here the script ignores USR1
+        folder = Path(arguments[0])
+        spec = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8"))
+        job = Job(spec, arguments[2:], stop)
+        try:
+            return job.run()
+        except UserError as error:
+            return job.give_up(2, str(error))
+
+
+class TooFewNodesError(Exception):
+    """`bad`: nodes that failed their check, each with the reason."""
+
+    def __init__(self, message: str, bad: dict[str, str]) -> None:
+        super().__init__(message)
+        self.bad = bad
+
+
+class Job:
+    """This Slurm job, or this task of an array: its nodes, its place in the queue, its marks on the disk."""
+
+    def __init__(self, spec: JobSpec, command: list[str], stop: StopRequests) -> None:
+        env = os.environ
+        self.spec, self.command, self.stop = spec, command, stop
+        self.folder = Path(spec.folder)
+        self.number = env["SLURM_JOB_ID"]
+        self.index = env.get("SLURM_ARRAY_TASK_ID", "") if spec.array else ""
+        # The number alone would mean the whole array where it is also the number of this task.
+        self.name = f"{env['SLURM_ARRAY_JOB_ID']}_{self.index}" if self.index else self.number
+        self.events = Events(self.folder / "events.jsonl", job=self.name)
+        self.checkpoints = Path(spec.target, "checkpoints") if spec.stage == "pretrain" else None
+        self.done = self.folder / (f"done-{self.index}.json" if self.index else "done.json")
+        listed = slurm.ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"])
+        self.nodes = listed.stdout.split()  # in the order in which srun fills them
+        self.last: SlurmStep | None = None
+
+    def run(self) -> int:
+        """From the first check to the last mark."""
+        if self.done.exists():
+            print(f"already done: {self.done}")
+            return 0
+        for folder in self.spec.previous:
+            if missing := _unfinished(Path(folder)):
+                return self.give_up(
+                    1, f"the job before this one, {folder}, is not done: {missing} is missing"
+                )
+        if (self.folder / "cancelled").exists():
+            print("cancelled before it began", flush=True)
+            return STOPPED_UNSAVED
+        spec = self.spec
+        limits = Limits(
+            start_seconds=spec.start_seconds,
+            hang_seconds=spec.hang_seconds if spec.start_seconds else 0,
+            restarts=spec.restarts,
+            restarts_without_progress=spec.restarts_without_progress,
+            save_seconds=SAVE_SHARE * spec.signal_seconds,
+        )
+        try:
+            code = supervise(self.start, limits, self.events, self.checkpoints, self.stop)
+        except TooFewNodesError as error:
+            return self.requeue(TOO_FEW_NODES, str(error), error.bad)
+        if code == 0:
+            self.finish()
+            return 0
+        if code == STOPPED_AND_SAVED or (self.stop.count and code != 2):
+            reason = self.stop.name or "SIGTERM to the ranks"
+            return self.requeue(STOPPED_UNSAVED if code == STOPPED_UNSAVED else STOPPED_AND_SAVED, reason)
+        return self.give_up(code, f"exit code {code}; what failed is above, and in {self.spec.logs}")
+
+    # ------------------------------------------------------------------------------------- one start
+
+    def start(self) -> SlurmStep:
+        """All ranks on sound nodes, as soon as the controller answers. Raises TooFewNodesError."""
+        self.wait_until_running()
+        if self.last is not None:
+            self.last.wait_until_gone()
+        spec = self.spec
+        pattern = f"attempt-[0-9]*_{self.index}" if self.index else "attempt-[0-9]*"
+        attempt = new_attempt(Path(spec.logs), pattern, f"-{self.name}")
+        nodes = self.choose_nodes(attempt)
+        reached = newest_step(self.checkpoints)
+        number = int(attempt.name.split("-")[1])
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.events.write("started", attempt=attempt.name, nodes=nodes, restart_count=restarts)
+        if reached:
+            self.events.write("resumed", step=reached)
+        ranks = f"{spec.ranks} rank{'s' if spec.ranks > 1 else ''}"
+        print(f"{ranks} on {', '.join(nodes)}, logs in {attempt}", flush=True)
+        address = {"MASTER_ADDR": _address(nodes), "MASTER_PORT": str(job_port(self.number, number))}
+        self.last = SlurmStep(self.command, nodes, spec.ranks, self.number, attempt, address)
+        return self.last
+
+    def choose_nodes(self, attempt: Path) -> list[str]:
+        """As many nodes as work, of those that Slurm and their check find sound; suspected ones last."""
+        alive = nodes_alive(self.nodes)
+        bad = {node: "Slurm finds it down or gets no answer" for node in self.nodes if node not in alive}
+        failed = check_nodes(self.spec, alive, attempt) if self.spec.node_check and alive else {}
+        for node, reason in (bad | failed).items():
+            print(f"{node} is left out: {reason}", flush=True)
+            self.events.write("node_left_out", node=node, reason=reason)
+            # When all of them fail, the fault is likelier the job's, such as its python.
+            if node in failed and self.spec.bad_nodes and len(failed) < len(alive):
+                remember_bad(Path(self.spec.bad_nodes), node, reason)
+        suspects = self.last.suspects() if self.last else set()
+        sound = sorted((node for node in alive if node not in failed), key=lambda node: node in suspects)
+        if len(sound) < self.spec.nodes:
+            words = f"{len(sound)} of {len(self.nodes)} nodes are sound, and {self.spec.nodes} are needed"
+            raise TooFewNodesError(words, failed)
+        return [node for node in self.nodes if node in sound[: self.spec.nodes]]
+
+    # -------------------------------------------------------------------------------- the job in Slurm
+
+    def wait_until_running(self) -> None:
+        """Returns when the controller says that the job runs; stays until the end when Slurm is ending it."""
+        said = False
+        while True:
+            try:
+                record = slurm.show_job(self.name) or {}
+            except UserError as error:
+                if not said:
+                    print(f"waiting: {error}", file=sys.stderr, flush=True)
+                said = True
+                time.sleep(RETRY_SECONDS)
+                continue
+            if record.get("JobState") in ("RUNNING", "CONFIGURING"):
+                return
+            print(
+                f"Slurm is ending this job ({record.get('JobState', 'unknown')})", file=sys.stderr, flush=True
+            )
+            time.sleep(END_SECONDS)
+            raise SystemExit(STOPPED_UNSAVED)
+
+    def requeue(self, code: int, reason: str, bad: dict[str, str] | None = None) -> int:
+        """Has Slurm end this job and queue it again; returns `code` where that is not to be."""
+        if (self.folder / "cancelled").exists():
+            print("cancelled: not requeued", flush=True)
+            return code
+        reached = newest_step(self.checkpoints)
+        if self.idle_requeues(reached) > self.spec.restarts:
+            return self.give_up(
+                CRASH_LOOP, f"the checkpoint of step {reached} stood still through all requeues"
+            )
+        self.wait_until_running()
+        self.events.write("requeued", reason=reason, checkpoint=reached)
+        print(f"requeued ({reason})", flush=True)
+        while True:
+            with contextlib.suppress(UserError):
+                done = slurm.ask("scontrol", "requeue", self.name, check=False)
+                break
+            time.sleep(RETRY_SECONDS)
+        if done.returncode:
+            return self.give_up(code, f"cannot requeue job {self.name}: {slurm.complaint(done)}")
+        if bad:
+            self.exclude(list(bad))
+        time.sleep(END_SECONDS)
+        return code
+
+    def idle_requeues(self, reached: int) -> int:
+        """How often in a row, since a person queued it, the job was requeued with this newest checkpoint."""
+        count = 0
+        for event in reversed(read_events(self.events.path)):
+            if event["event"] == "queued" or (
+                event["event"] == "requeued" and event.get("checkpoint") != reached
+            ):
+                break
+            count += event["event"] == "requeued" and event.get("job") == self.name
+        return count
+
+    def exclude(self, bad: list[str]) -> None:
+        """Has Slurm start the requeued job on other nodes; a job can be told so only once it is queued."""
+        for _ in range(20):
+            with contextlib.suppress(UserError):
+                change = f"ExcNodeList={','.join(bad)}"
+                done = slurm.ask("scontrol", "update", f"JobId={self.name}", change, check=False)
+                if done.returncode == 0:
+                    return
+            time.sleep(0.5)
+
+    # ------------------------------------------------------------------------------------- its marks
+
+    def finish(self) -> None:
+        """The mark that the next link looks for."""
+        partial = self.done.with_name(f".{self.done.name}")
+        partial.write_text(f'{{"job": "{self.name}", "time": {time.time()}}}\n', encoding="utf-8")
+        partial.replace(self.done)
+        self.events.write("done")
+        print("done", flush=True)
+
+    def give_up(self, code: int, reason: str) -> int:
+        """Says why, cancels the links that wait for this one, and returns `code`."""
+        print(f"bertscale: error: {reason}", file=sys.stderr, flush=True)
+        self.events.write("gave_up", reason=reason, code=code, checkpoint=newest_step(self.checkpoints))
+        for folder in map(Path, self.spec.following):
+            queued = [event for event in read_events(folder / "events.jsonl") if event["event"] == "queued"]
+            if queued:
+                job = queued[-1]["job"]
+                with contextlib.suppress(UserError):
+                    slurm.ask("scancel", job, check=False)
+                Events(folder / "events.jsonl").write("cancelled", job=job, reason=f"{self.folder}: {reason}")
+                print(f"job {job} of {folder}, which waited for this one, is cancelled", file=sys.stderr)
+        return code
+
+
+def _unfinished(folder: Path) -> str | None:
+    """The mark that a job folder lacks, None when it is done."""
+    try:
+        tasks = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8")).array
+    except OSError:
+        return "job.json"
+    marks = [f"done-{index}.json" for index in range(tasks)] or ["done.json"]
+    return next((mark for mark in marks if not (folder / mark).exists()), None)
+
+
+def _address(nodes: list[str]) -> str:
+    """The first node by its name, or by Slurm's address of it; none that means "here" to every node."""
+    if _leads_away(nodes[0]):
+        return nodes[0]
+    [record] = slurm.nodes(nodes[0]) or ({},)
+    address = record.get("NodeAddr", "")
+    if _leads_away(address):
+        return address
+    if len(nodes) == 1:
+        return "127.0.0.1"
+    raise UserError(
+        f"the ranks cannot find the first of them: here {nodes[0]} is no address of a network, nor is "
+        f"NodeAddr, {address or 'unknown to Slurm'}; have DNS or /etc/hosts name the nodes"
+    )
+
+
+def _leads_away(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
+    except OSError:
+        return False
+    return bool(found) and not any(str(entry[4][0]).startswith(("127.", "::1")) for entry in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,511 @@
+"""`bertscale submit`: what is made of configs and cluster files, frozen, queued, and taken back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import pretrain_config, write_corpus
+from virtual import Cluster
+
+from bertscale.config import PipelineStage, PrepConfig, PretrainConfig, UserError
+from launcher import freeze as freezing
+from launcher.events import read_events
+from launcher.freeze import about_now, config_text, freeze
+from launcher.job import JobSpec
+from launcher.links import Link, folder_of, links_of, unfinished
+from launcher.submit import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(path: Path, values: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def prep_values(folder: Path) -> dict[str, Any]:
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text('{"text": "One sentence. Another one."}\n' * 20)
+    return {"input": [str(corpus)], "output": str(folder / "data")}
+
+
+def one_link(folder: Path, data: Path, site: dict[str, Any] | None = None, **stage: Any) -> Link:
+    """The link of a tiny pretraining."""
+    config = write(folder / "run.yaml", pretrain_config(data, folder / "run").model_dump())
+    cluster = write(folder / "site.yaml", site or {})
+    links, mistakes = links_of([PipelineStage(pretrain=config, **stage)], cluster)
+    assert mistakes == []
+    return links[0]
+
+
+# --------------------------------------------------------------------------------------- stages to jobs
+
+
+def test_a_pretraining_takes_the_nodes_and_the_site(tmp_path: Path) -> None:
+    site = {
+        "partition": "h100",
+        "account": "us",
+        "gpus_per_node": 8,
+        "cpus_per_task": 12,
+        "time": "1-00:00:00",
+        "environment": {"NCCL_DEBUG": "WARN"},
+        "container": ["apptainer", "exec", "a.sif"],
+        "python": "python3",
+        "batch_python": "/usr/bin/python3",
+        "log_root": str(tmp_path / "logs"),
+    }
+    link = one_link(tmp_path, tmp_path / "data", site, nodes=4, spares=1)
+    spec = link.spec
+    assert (spec.nodes, spec.spares, spec.tasks_per_node, spec.ranks) == (4, 1, 8, 32)
+    assert (spec.cpus_per_task, spec.gpus_per_node) == (12, 8)
+    assert (spec.partition, spec.account, spec.time) == ("h100", "us", "1-00:00:00")
+    assert spec.environment == {"NCCL_DEBUG": "WARN"}
+    assert spec.container == ("apptainer", "exec", "a.sif")
+    assert (spec.python, spec.batch_python) == ("python3", "/usr/bin/python3")
+    assert spec.folder == str(tmp_path / "run/job")
+    assert spec.logs == str(tmp_path / "logs/pretrain-run")
+    assert spec.command == ("-m", "bertscale", "pretrain", f"{spec.folder}/config.yaml")
+    assert (spec.start_seconds, spec.restarts_without_progress) == (1800, 2)
+    assert one_link(tmp_path, tmp_path / "data", site, time="2:00:00").spec.time == "2:00:00"
+
+
+def test_other_stages_are_one_task_with_all_cores_and_one_gpu_at_most(tmp_path: Path) -> None:
+    finetune = {"encoder": "hf", "train": "train.jsonl", "test": "test.jsonl", "output": "out"}
+    stages = [
+        PipelineStage(prep=write(tmp_path / "prep.yaml", prep_values(tmp_path))),
+        PipelineStage(convert=["run", "hf"]),
+        PipelineStage(finetune=write(tmp_path / "finetune.yaml", finetune)),
+    ]
+    site = write(tmp_path / "site.yaml", {"gpus_per_node": 4, "cpus_per_task": 6})
+    links, mistakes = links_of(stages, site, "chain")
+    assert mistakes == []
+    shapes = [(s.ranks, s.cpus_per_task, s.gpus_per_node) for s in (link.spec for link in links)]
+    assert shapes == [(1, 24, 0), (1, 24, 0), (1, 6, 1)]
+    assert [link.spec.name for link in links] == ["chain-prep", "chain-convert", "chain-finetune"]
+    assert all(link.spec.start_seconds == 0 for link in links)  # no steps to wait for
+
+
+def test_paths_are_taken_from_where_submit_was_called(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    prep = {"input": ["texts/*.txt"], "output": "data", "tokenizer": "old.model"}
+    stages = [PipelineStage(prep=write(tmp_path / "prep.yaml", prep)), PipelineStage(convert=["run", "hf"])]
+    links, _ = links_of(
+        stages, write(tmp_path / "site.yaml", {"bad_nodes": "bad", "python": "venv/bin/python"})
+    )
+    config = links[0].config
+    assert isinstance(config, PrepConfig)
+    assert config.input == [str(tmp_path / "texts/*.txt")]
+    assert (config.output, config.tokenizer) == (str(tmp_path / "data"), str(tmp_path / "old.model"))
+    assert links[0].spec.folder == str(tmp_path / "data.job")
+    assert links[0].spec.bad_nodes == str(tmp_path / "bad")
+    assert links[0].spec.python == str(tmp_path / "venv/bin/python")
+    assert links[1].spec.command[2:] == ("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--no-show")
+
+
+def test_a_prep_array_is_three_jobs(tmp_path: Path) -> None:
+    prep = write(tmp_path / "prep.yaml", prep_values(tmp_path))
+    links, _ = links_of([PipelineStage(prep=prep, array=3)], write(tmp_path / "site.yaml", {}))
+    folders = [tmp_path / name for name in ("data.tokenizer.job", "data.job", "data.finish.job")]
+    assert [link.spec.folder for link in links] == list(map(str, folders))
+    assert [link.spec.array for link in links] == [0, 3, 0]
+    assert [link.spec.command[4:] for link in links] == [
+        ("--tokenizer-only",),
+        ("--task-count", "3"),
+        ("--finish", "--task-count", "3"),
+    ]
+    assert {link.spec.target for link in links} == {str(tmp_path / "data")}
+
+
+def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
+    prep = write(tmp_path / "prep.yaml", {"output": "data", "workers": -1})
+    finetune = write(tmp_path / "finetune.yaml", {"encoder": "a", "epoch": 3})
+    site = write(tmp_path / "site.yaml", {"partitions": "main"})
+    stages = [PipelineStage(prep=prep), PipelineStage(finetune=finetune), PipelineStage(pretrain="no.yaml")]
+    links, mistakes = links_of(stages, site)
+    assert links == []
+    text = "\n".join(mistakes)
+    assert text.count(f"{site}: unknown key partitions; did you mean partition?") == 1
+    assert f"{prep}: input is missing" in text
+    assert "workers=-1" in text
+    assert "unknown key epoch; did you mean epochs?" in text
+    assert "cannot read the config no.yaml" in text
+
+
+# --------------------------------------------------------------------------------------------- freezing
+
+
+def test_the_job_folder_holds_code_config_script_and_environment(tmp_path: Path, tiny_data: Path) -> None:
+    link = one_link(tmp_path, tiny_data, {"environment": {"OMP_NUM_THREADS": "1"}})
+    freeze(link.spec, link.config, about_now(link.spec.environment))
+    job = tmp_path / "run/job"
+    assert sorted(path.name for path in job.iterdir()) == sorted((*freezing.FROZEN, "logs"))
+    for package in freezing.PACKAGES:
+        sources = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
+        assert {path.relative_to(job / "code") for path in (job / "code" / package).rglob("*")} >= sources
+    assert PretrainConfig.model_validate(yaml.safe_load((job / "config.yaml").read_text())) == link.config
+    assert JobSpec.from_json((job / "job.json").read_text()) == link.spec
+    assert os.access(job / "script.sh", os.X_OK)
+    about = json.loads((job / "environment.json").read_text())
+    assert about["environment"] == {"OMP_NUM_THREADS": "1"}
+    assert about["python"]["executable"] == sys.executable
+    assert {"torch", "numpy", "pydantic"} <= about["distributions"].keys()
+
+
+def test_the_code_comes_from_the_packages_wherever_one_stands(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "bertscale").mkdir()  # a folder of that name here means nothing
+    (tmp_path / "bertscale/errors.py").write_text("other")
+    monkeypatch.chdir(tmp_path)
+    link = one_link(tmp_path, tmp_path / "data")
+    freeze(link.spec, link.config, {})
+    assert (tmp_path / "run/job/code/bertscale/errors.py").read_text() != "other"
+
+
+def test_freezing_again_keeps_the_history_and_drops_the_markers(tmp_path: Path) -> None:
+    link = one_link(tmp_path, tmp_path / "data")
+    freeze(link.spec, link.config, {})
+    job = tmp_path / "run/job"
+    for name in ("events.jsonl", "done.json", "done-3.json", "cancelled", "code/bertscale/gone.py"):
+        (job / name).write_text("{}\n")
+    (job / "logs/slurm-1.out").write_text("before\n")
+    freeze(link.spec, link.config, {"again": True})
+    assert {path.name for path in job.iterdir()} == {*freezing.FROZEN, "logs", "events.jsonl"}
+    assert (job / "logs/slurm-1.out").read_text() == "before\n"
+    assert not (job / "code/bertscale/gone.py").exists()
+    assert json.loads((job / "environment.json").read_text()) == {"again": True}
+    assert [path.name for path in job.parent.iterdir()] == ["job"]
+
+
+def test_a_job_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    link = one_link(tmp_path, tmp_path / "data")
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot write the job folder .*/run/job: "):
+        freeze(link.spec, link.config, {})
+
+
+def test_the_commit_of_a_checkout_is_recorded(tmp_path: Path, monkeypatch: Any) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=A", "-c", "user.email=a@b.example")
+        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(freezing, "SOURCE", tmp_path)
+    assert freezing.commit() is None
+    for package in freezing.PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    git("init")
+    assert freezing.commit() is None  # a checkout of something else
+    git("add", ".")
+    git("commit", "-m", "first")
+    found = freezing.commit()
+    assert found is not None
+    assert not found["dirty"]
+    assert freezing.version().endswith(f"commit {found['commit'][:10]}")
+    (tmp_path / "launcher/__init__.py").write_text("changed")
+    assert freezing.version().endswith("(dirty)")
+
+
+# --------------------------------------------------------------------------------------------- finished
+
+
+def test_what_is_done_is_not_queued_again(tmp_path: Path, tiny_data: Path, capsys: Any) -> None:
+    link = one_link(tmp_path, tiny_data)
+    freeze(link.spec, link.config, {})
+    assert unfinished([link]) == [link]
+    (tmp_path / "run/job/done.json").write_text("{}")
+    assert unfinished([link]) == [link]  # what it made is gone
+    (tmp_path / "run/result.json").write_text("{}")
+    assert unfinished([link]) == []
+    assert f"pretrain of {tmp_path}/run is finished" in capsys.readouterr().out
+    more = one_link(tmp_path, tiny_data, set=["train.steps=20"])
+    assert unfinished([more]) == [more]
+    # Without Slurm: there is nothing to ask it.
+    assert main(["pretrain", str(tmp_path / "run.yaml"), "--cluster", str(tmp_path / "site.yaml")]) == 0
+
+
+def test_a_link_behind_an_unfinished_one_runs_again(tmp_path: Path) -> None:
+    prep = write(tmp_path / "prep.yaml", prep_values(tmp_path))
+    stages = [PipelineStage(prep=prep, array=2), PipelineStage(convert=["run", str(tmp_path / "hf")])]
+    links, _ = links_of(stages, write(tmp_path / "site.yaml", {}))
+    for link in links:
+        freeze(link.spec, link.config, {})
+    (tmp_path / "hf").mkdir()
+    for name in ("data.tokenizer.job/done", "data.job/done-0", "data.finish.job/done", "hf.job/done"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text("{}")
+    assert unfinished(links) == links  # task 1 of the array is not done
+    (tmp_path / "data.job/done-1.json").write_text("{}")
+    assert unfinished(links) == []
+    (tmp_path / "hf.job/done.json").unlink()
+    assert unfinished(links) == links[3:]
+
+
+def test_new_input_is_a_new_job(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    source, output = tmp_path / "run", tmp_path / "hf"
+    stage = PipelineStage(convert=[str(source), str(output)])
+    links, _ = links_of([stage], write(tmp_path / "site.yaml", {}))
+    freeze(links[0].spec, None, {})
+    output.mkdir()
+    (tmp_path / "hf.job/done.json").write_text("{}")
+    assert unfinished(links) == []
+    table = source / "checkpoints/bertscale.json"
+    table.write_text("{}")
+    later = (tmp_path / "hf.job/done.json").stat().st_mtime + 1
+    os.utime(table, (later, later))
+    assert unfinished(links) == links
+
+
+# ---------------------------------------------------------------------------------------- the command line
+
+
+def test_help_and_mistakes_of_the_command_line(capsys: Any) -> None:
+    assert main(["--help"]) == 0
+    assert "pipeline PIPELINE" in capsys.readouterr().out
+    with pytest.raises(UserError, match="'train' is none of prep, pretrain"):
+        main(["train", "a.yaml"])
+    with pytest.raises(SystemExit):
+        main(["pretrain", "a.yaml"])
+    assert "--cluster" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pretrain", "a.yaml", "--cluster", "b.yaml", "--nodes", "0"])
+    assert "'0' is not a number of at least 1" in capsys.readouterr().err
+
+
+def test_help_loads_neither_torch_nor_pyarrow(bertscale: Any) -> None:
+    code = "import sys; from launcher.submit import main; main(['--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "pyarrow", "numpy"} & set(done.stdout.split())
+    assert bertscale("submit", "pretrain", "--help").returncode == 0
+
+
+# ------------------------------------------------------------------------------------ on a virtual cluster
+
+STUB = """\
+# In place of the supervisor: says which code ran, and fails where the config has the word for it.
+import os, pathlib, sys
+job = pathlib.Path(sys.argv[1])
+(job / "ran").write_text(f"{VERSION} code, {os.environ.get('RANK')} of {os.environ['SLURM_NTASKS']}")
+sys.exit(1 if "fail" in (job / "config.yaml").read_text() else 0)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the code whose supervisor is a stub, version `old`."""
+    copy = tmp_path / "checkout"
+    for package in freezing.PACKAGES:
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "launcher/watch.py").write_text(STUB.replace("VERSION", "'old'"))
+    return copy
+
+
+class Desk:
+    """Where a person submits from: a checkout, a config, a cluster file."""
+
+    def __init__(self, cluster: Cluster, checkout: Path, folder: Path, data: Path) -> None:
+        self.cluster, self.checkout, self.folder = cluster, checkout, folder
+        self.config = write(folder / "run.yaml", pretrain_config(data, folder / "run").model_dump())
+        self.site = write(folder / "site.yaml", {"node_check": False, "signal_seconds": 10})
+
+    def submit(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        env = ("env", f"PYTHONPATH={self.checkout}", "SLURM_NTASKS=64", "RANK=3", "SBATCH_PARTITION=no")
+        command = (*env, sys.executable, "-m", "bertscale", "submit", *words)
+        return self.cluster.run(*command, check=check, cwd=self.folder)
+
+    def queued(self, folder: str) -> list[dict[str, Any]]:
+        events = read_events(self.folder / folder / "events.jsonl")
+        return [event for event in events if event["event"] == "queued"]
+
+
+@pytest.fixture
+def desk(cluster: Cluster, checkout: Path, tmp_path: Path, tiny_data: Path) -> Desk:
+    return Desk(cluster, checkout, tmp_path, tiny_data)
+
+
+@pytest.mark.slurm
+def test_the_job_runs_the_code_and_config_that_were_submitted(desk: Desk) -> None:
+    blocker = desk.cluster.sbatch("#!/bin/bash\nsleep 600\n")
+    done = desk.submit("pretrain", desk.config, "--cluster", desk.site, "--after", blocker)
+    (event,) = desk.queued("run/job")
+    assert event["after"] == [blocker]
+    assert f"job {event['job']} (pretrain-run: 1 node x 1 rank, after job {blocker}) is queued" in done.stdout
+    for command in ("status", "logs --follow", "cancel"):
+        assert f"  bertscale {command} run\n" in done.stdout
+    assert desk.cluster.job(event["job"])["Dependency"].startswith(f"afterany:{blocker}")
+
+    (desk.checkout / "launcher/watch.py").write_text(STUB.replace("VERSION", "'new'"))
+    shutil.rmtree(desk.checkout / "bertscale")
+    Path(desk.config).write_text("fail")
+    desk.cluster.run("scancel", blocker)
+    desk.cluster.wait(event["job"], "COMPLETED")
+    assert (desk.folder / "run/job/ran").read_text() == "old code, None of 1"
+    log = desk.folder / f"run/job/logs/slurm-{event['job']}.out"
+    assert log.is_file()
+
+
+@pytest.mark.slurm
+def test_the_same_folder_is_not_submitted_twice_at_once(desk: Desk) -> None:
+    desk.submit("pretrain", desk.config, "--cluster", desk.site, "--after", desk.cluster.sbatch(SLEEP))
+    before = (desk.folder / "run/job/job.json").stat().st_mtime_ns
+    again = desk.submit("pretrain", desk.config, "--cluster", desk.site, check=False)
+    assert again.returncode == 2
+    (event,) = desk.queued("run/job")
+    assert f"job {event['job']} already makes run: `bertscale status run` shows it" in again.stderr
+    assert (desk.folder / "run/job/job.json").stat().st_mtime_ns == before
+
+
+SLEEP = "#!/bin/bash\nsleep 600\n"
+
+
+def three_links(desk: Desk, *, middle: str = "plain") -> str:
+    """A chain of three pretrainings, the second of which has `middle` in the name of its folder."""
+    stages = [{"pretrain": desk.config, "set": [f"run={name}"]} for name in ("first", middle, "last")]
+    return write(desk.folder / "chain.yaml", {"name": "three", "cluster": desk.site, "stages": stages})
+
+
+@pytest.mark.slurm
+def test_a_chain_is_told_of_its_links(desk: Desk) -> None:
+    blocker = desk.cluster.sbatch(SLEEP)
+    desk.submit("pipeline", three_links(desk, middle="fail"), "--after", blocker)
+    folders = [str(desk.folder / name / "job") for name in ("first", "fail", "last")]
+    specs = [JobSpec.from_json((Path(folder) / "job.json").read_text()) for folder in folders]
+    assert [spec.previous for spec in specs] == [(), (folders[0],), (folders[1],)]
+    assert [spec.following for spec in specs] == [tuple(folders[1:]), (folders[2],), ()]
+    jobs = [desk.queued(folder)[0]["job"] for folder in folders]
+    assert [desk.queued(folder)[0]["after"] for folder in folders] == [[blocker], [jobs[0]], [jobs[1]]]
+    desk.cluster.run("scancel", blocker)
+    # The stub looks at no marker: the last begins although the one in the middle fails. It waits for none.
+    assert [desk.cluster.wait(job, "COMPLETED FAILED") for job in jobs] == [
+        "COMPLETED",
+        "FAILED",
+        "COMPLETED",
+    ]
+
+
+@pytest.mark.slurm
+def test_the_rest_of_a_chain_is_cancelled_when_its_middle_fails(desk: Desk) -> None:
+    """With the real supervisor: preparations, the second of which has nothing but broken records."""
+    shutil.copyfile(ROOT / "launcher/watch.py", desk.checkout / "launcher/watch.py")
+    stages = []
+    for name in ("first", "middle", "last"):
+        corpus = desk.folder / f"{name}.jsonl"
+        write_corpus(corpus, 60)
+        if name == "middle":
+            corpus.write_text("{broken\n" * 50)
+        tokenizer = {"vocab_size": 300, "sample_documents": 50}
+        values = {"input": [str(corpus)], "output": name, "workers": 1, "train_tokenizer": tokenizer}
+        stages.append({"prep": write(desk.folder / f"{name}.yaml", values)})
+    chain = {"name": "three", "cluster": desk.site, "stages": stages}
+    desk.submit("pipeline", write(desk.folder / "chain.yaml", chain))
+    jobs = [desk.queued(f"{name}.job")[0]["job"] for name in ("first", "middle", "last")]
+    states = [desk.cluster.wait(job, "COMPLETED FAILED CANCELLED", 120) for job in jobs]
+    assert states == ["COMPLETED", "FAILED", "CANCELLED"]
+    assert (desk.folder / "first.job/done.json").exists()
+    assert not (desk.folder / "middle.job/done.json").exists()
+    assert read_events(desk.folder / "last.job/events.jsonl")[-1]["event"] == "cancelled"
+    # Mended and submitted again, the chain begins where it stopped.
+    shutil.copyfile(desk.folder / "first.jsonl", desk.folder / "middle.jsonl")
+    again = desk.submit("pipeline", str(desk.folder / "chain.yaml"))
+    assert again.stdout.startswith("prep of first is finished: bertscale status first\n")
+    jobs = [desk.queued(f"{name}.job")[-1]["job"] for name in ("middle", "last")]
+    states = [desk.cluster.wait(job, "COMPLETED FAILED CANCELLED", 120) for job in jobs]
+    assert states == ["COMPLETED", "COMPLETED"]
+    assert len(desk.queued("first.job")) == 1
+
+
+@pytest.mark.slurm
+def test_behind_a_job_of_ours_its_done_marker_is_looked_for(desk: Desk) -> None:
+    desk.submit("pretrain", desk.config, "--cluster", desk.site, "--after", desk.cluster.sbatch(SLEEP))
+    job = desk.queued("run/job")[0]["job"]
+    desk.submit("convert", "run", "hf", "--cluster", desk.site, "--after", job)  # run is yet to be made
+    spec = JobSpec.from_json((desk.folder / "hf.job/job.json").read_text())
+    assert spec.previous == (str(desk.folder / "run/job"),)
+    assert desk.queued("hf.job")[0]["after"] == [job]
+
+
+@pytest.mark.slurm
+def test_links_are_taken_back_when_a_later_one_is_refused(desk: Desk, tmp_path: Path) -> None:
+    # An sbatch that refuses the second script, after all checks: what a full queue does.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    real = desk.cluster.run("which", "sbatch").stdout.strip()
+    refuse = 'case "$*" in *parsable*/plain/*) echo "sbatch: error: QOSMaxSubmitJob" >&2; exit 1;; esac'
+    (tools / "sbatch").write_text(f'#!/bin/sh\n{refuse}\nexec {real} "$@"\n')
+    (tools / "sbatch").chmod(0o755)
+    blocker = desk.cluster.sbatch(SLEEP)
+    env = ("env", f"PYTHONPATH={desk.checkout}", f"PATH={tools}:{os.environ['PATH']}")
+    words = (sys.executable, "-m", "bertscale", "submit", "pipeline", three_links(desk), "--after", blocker)
+    done = desk.cluster.run(*env, *words, check=False, cwd=desk.folder)
+    assert done.returncode == 2
+    assert "QOSMaxSubmitJob" in done.stderr
+    job = desk.queued("first/job")[0]["job"]
+    assert f"job {job} (three-pretrain) was cancelled: a later link could not be queued" in done.stderr
+    assert desk.cluster.wait(job, "CANCELLED")
+    assert (desk.folder / "first/job/cancelled").exists()
+    assert not desk.queued("last/job")
+
+
+@pytest.mark.slurm
+def test_nodes_are_left_out(desk: Desk, tmp_path: Path) -> None:
+    from launcher.nodes.check import remember_bad
+
+    bad = tmp_path / "bad-nodes"
+    remember_bad(bad, "node2", "slow")
+    site = write(tmp_path / "site.yaml", {"node_check": False, "signal_seconds": 10, "bad_nodes": str(bad)})
+    blocker = desk.cluster.sbatch(SLEEP)
+    words = ("pretrain", desk.config, "--cluster", site, "--after", blocker, "--exclude", "node[3-4]")
+    done = desk.submit(*words, "--nodes", "2", "train.micro_batch=1", check=False)
+    assert (
+        "nodes=2: partition main has 4 nodes that would do but for node2,node3,node4, left out" in done.stderr
+    )
+    desk.submit(*words)
+    shown = desk.cluster.job(desk.queued("run/job")[0]["job"])
+    assert shown["ExcNodeList"] == "node[2-4]"
+
+
+@pytest.mark.slurm
+def test_a_dry_run_shows_all_and_leaves_nothing(desk: Desk) -> None:
+    before = sorted(desk.folder.rglob("*"))
+    jobs = desk.cluster.jobs()
+    done = desk.submit("pretrain", desk.config, "--cluster", desk.site, "--nodes", "4", "--dry-run")
+    for part in (
+        "#SBATCH --nodes=4",
+        f"-m bertscale pretrain {desk.folder}/run/job/config.yaml",
+        "pretrain-run: 4 nodes x 1 rank",
+        "memory of a rank, estimated: ",
+        "expected start, as of now: 20",
+        "nothing was queued",
+    ):
+        assert part in done.stdout
+    left = [path for path in sorted(desk.folder.rglob("*")) if "__pycache__" not in str(path)]
+    assert left == before
+    assert desk.cluster.jobs() == jobs
+    done = desk.submit(
+        "pretrain", desk.config, "--cluster", desk.site, "--nodes", "9", "--dry-run", check=False
+    )
+    assert done.returncode == 2
+    assert "nodes=9: partition main has 4 nodes that would do; ask for fewer" in done.stderr
+
+
+def test_only_jobs_of_ours_have_a_folder(tmp_path: Path) -> None:
+    assert folder_of({"Comment": f"bertscale {tmp_path}"}) is None  # it is gone
+    (tmp_path / "job.json").write_text("{}")
+    assert folder_of({"Comment": f"bertscale {tmp_path}"}) == tmp_path
+    assert folder_of({"Comment": f"{tmp_path}"}) is None
+    assert folder_of({}) is None
+
+
+def test_the_config_is_whole(tiny_data: Path) -> None:
+    config = pretrain_config(tiny_data, "ein/Lauf/größer")
+    assert PretrainConfig.model_validate(yaml.safe_load(config_text(config))) == config
+    assert "größer" in config_text(config)

@@ -1,0 +1,608 @@
+"""The supervisor: real processes that fail, stop and hang, on this machine and on a virtual Slurm cluster.
+
+The ranks are small programs without torch; tests/test_nights.py disturbs whole trainings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from virtual import Cluster
+
+from bertscale.errors import UserError
+from launcher import slurm, watch
+from launcher.events import Events, read_events
+from launcher.job import JobSpec, render
+from launcher.supervise import StopRequests
+
+ROOT = Path(__file__).parents[1]
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from bertscale.errors import UserError
+from bertscale.heartbeat import beat
+from launcher.ranks import run_as_rank
+
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+home = Path(__file__).parent
+start = int(Path(os.environ["BERTSCALE_ATTEMPT"]).name.split("-")[1])
+stop = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: stop.append(number))
+
+def wait_for(name):
+    while not (home / name).exists():
+        time.sleep(0.02)
+        if stop and rank == 0:
+            save(reached() + 1)
+        if stop:
+            sys.exit(75)
+
+def reached():
+    return max((int(path.name[5:]) for path in (home / "run/checkpoints").glob("step-*")), default=0)
+
+def save(step):
+    (home / f"run/checkpoints/step-{step:07d}").mkdir(parents=True)
+
+def ready():
+    (home / f"writing-{start}-{rank}").write_text(str(os.getpid()))
+    os.replace(home / f"writing-{start}-{rank}", home / f"ready-{start}-{rank}")
+
+def main():
+BODY
+    return 0
+
+sys.exit(run_as_rank(main))
+"""
+
+
+def write_rank(folder: Path, body: str) -> Path:
+    path = folder / "rank.py"
+    path.write_text(RANK.replace("BODY", textwrap.indent(textwrap.dedent(body), "    ")))
+    return path
+
+
+def wait_for(*paths: Path) -> None:
+    while not all(path.exists() for path in paths):
+        time.sleep(0.02)
+
+
+def kinds(path: Path) -> list[str]:
+    return [event["event"] for event in read_events(path)]
+
+
+def facts(path: Path, kind: str) -> dict[str, Any]:
+    """The last event of a kind."""
+    return [event for event in read_events(path) if event["event"] == kind][-1]
+
+
+# ------------------------------------------------------------------------------------- on this machine
+
+PARENT = """
+import sys
+from pathlib import Path
+from bertscale.errors import UserError
+from launcher import steps, supervise
+
+steps.GRACE_SECONDS = 0.5
+supervise.STACK_SECONDS, supervise.LOOK_SECONDS = 1.5, 0.1
+limits = supervise.Limits(LIMITS)
+try:
+    command = [sys.executable, "rank.py"]
+    sys.exit(supervise.run_here(command, 2, Path("logs"), limits, Path("run/checkpoints")))
+except UserError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+Parent = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Parent:
+    """Starts a supervisor of two ranks in tmp_path, each of which runs the body it is given."""
+
+    def start(body: str, **limits: float) -> subprocess.Popen[str]:
+        arguments = ", ".join(f"{key}={value}" for key, value in limits.items())
+        (tmp_path / "parent.py").write_text(PARENT.replace("LIMITS", arguments))
+        write_rank(tmp_path, body)
+        return subprocess.Popen(
+            [sys.executable, "parent.py"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def test_failures_are_started_anew_until_the_run_is_done(parent: Parent, tmp_path: Path) -> None:
+    code, err = finish(
+        parent(
+            """
+            if start == 1 and rank == 1:
+                os._exit(7)
+            if start == 2 and rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if start < 3:
+                time.sleep(1000)
+            """,
+            restarts=5,
+            restarts_without_progress=2,
+        )
+    )
+    assert code == 0
+    assert "rank 1 of 2 failed first: exit code 7" in err
+    assert "rank 0 of 2 failed first: killed by SIGKILL" in err
+    assert sorted(path.name for path in (tmp_path / "logs").glob("attempt-*")) == [
+        "attempt-001",
+        "attempt-002",
+        "attempt-003",
+    ]
+    assert kinds(tmp_path / "logs/events.jsonl") == ["failed", "relaunched", "failed", "relaunched"]
+
+
+def test_a_crash_loop_ends_and_names_the_checkpoint(parent: Parent, tmp_path: Path) -> None:
+    code, err = finish(
+        parent(
+            """
+            if rank == 0:
+                if reached() < 20:
+                    save(reached() + 10)
+                raise ZeroDivisionError("boom")
+            time.sleep(1000)
+            """,
+            restarts=20,
+            restarts_without_progress=2,
+        )
+    )
+    assert code == 77
+    # Two starts made a checkpoint each; the three after them made none.
+    assert err.count("ZeroDivisionError: boom") == 5
+    assert "all ranks are started anew from the checkpoint of step 10" in err
+    assert err.endswith("gave up: the checkpoint of step 20 stood still through 3 starts in a row\n")
+    steps = [event["step"] for event in read_events(tmp_path / "logs/events.jsonl") if "step" in event]
+    assert steps == [10, 20]
+
+
+def test_restarts_have_a_bound_in_all(parent: Parent) -> None:
+    code, err = finish(
+        parent(
+            """
+            if rank == 0:
+                save(reached() + 1)
+                os._exit(7)
+            time.sleep(1000)
+            """,
+            restarts=2,
+        )
+    )
+    assert code == 7
+    assert err.endswith("gave up after 2 restarts, as many as launch.restarts allows\n")
+
+
+def test_a_mistake_is_not_tried_again(parent: Parent, tmp_path: Path) -> None:
+    limits = {"restarts": 5, "restarts_without_progress": 5}
+    assert finish(parent('raise UserError("train.steps=0 is too few")', **limits)) == (
+        2,
+        "error: train.steps=0 is too few\n",
+    )
+    code, _ = finish(parent("os._exit(2)", **limits))
+    assert code == 2
+    assert len(list((tmp_path / "logs").glob("attempt-*"))) == 2
+
+
+def test_a_stopped_rank_is_named_and_the_others_tell_where_they_stand(parent: Parent, tmp_path: Path) -> None:
+    code, err = finish(
+        parent(
+            """
+            if start == 2:
+                return 0
+            beat(12)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1000)  # as if it waited for the other
+            """,
+            start_seconds=60,
+            hang_seconds=1,
+            restarts=1,
+            restarts_without_progress=1,
+        )
+    )
+    assert code == 0
+    assert re.search(r"all ranks stood still for \d+ s after step 12 and were killed", err)
+    assert "rank 1 gave no answer: it was stopped, or its node is dead" in err
+    assert "rank 0 gave" not in err
+    stack = (tmp_path / "logs/attempt-001/rank-0.log").read_text()
+    assert re.search(r'most recent call first\):\n  File ".*rank.py", line \d+ in main', stack)
+    hang = facts(tmp_path / "logs/events.jsonl", "hang")
+    assert (hang["step"], hang["silent"]) == (12, [1])
+
+
+def test_ranks_that_never_begin_are_given_up(parent: Parent) -> None:
+    code, err = finish(parent("time.sleep(1000)", start_seconds=1, hang_seconds=1))
+    assert code == 76
+    assert "before the first step and were killed" in err
+
+
+def test_steps_are_signs_of_life(parent: Parent) -> None:
+    code, _ = finish(
+        parent(
+            """
+            for step in range(25):
+                beat(step)
+                time.sleep(0.2)
+            """,
+            start_seconds=60,
+            hang_seconds=2.5,
+        )
+    )
+    assert code == 0
+
+
+def test_a_signal_saves_and_nothing_is_started_anew(parent: Parent, tmp_path: Path) -> None:
+    process = parent('ready()\nwait_for("never")', restarts=5, restarts_without_progress=5)
+    wait_for(tmp_path / "ready-1-0", tmp_path / "ready-1-1")
+    process.send_signal(signal.SIGUSR1)
+    code, _ = finish(process)
+    assert code == 75
+    assert (tmp_path / "run/checkpoints/step-0000001").is_dir()
+    assert kinds(tmp_path / "logs/events.jsonl") == ["signal", "checkpoint"]
+
+
+# ----------------------------------------------------------------------------- a job, without a cluster
+
+
+def make_job(folder: Path, body: str = "", **changes: Any) -> JobSpec:
+    """A job folder as `bertscale submit` makes it, whose ranks run the body."""
+    folder.mkdir(parents=True)
+    (folder / "logs").mkdir()
+    (folder / "code").symlink_to(ROOT)
+    values: dict[str, Any] = {
+        "stage": "pretrain",
+        "name": folder.name,
+        "folder": str(folder),
+        "target": str(folder / "run"),
+        "logs": str(folder / "logs"),
+        "command": (str(write_rank(folder, body)),),
+        "python": sys.executable,
+        "batch_python": sys.executable,
+        "version": "of this test",
+        "nodes": 2,
+        "node_check": False,
+        "start_seconds": 60.0,
+        "hang_seconds": 60.0,
+        "signal_seconds": 60,
+    }
+    spec = JobSpec(**(values | changes))
+    (folder / "job.json").write_text(spec.to_json())
+    (folder / "script.sh").write_text(render(spec))
+    return spec
+
+
+def test_the_first_node_must_be_found_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"n1": "10.0.0.1", "n2": "127.0.1.1", "10.0.0.2": "10.0.0.2"}
+    records = {"n2": "10.0.0.2", "n3": "n3"}
+
+    def look_up(host: str, *_: object, **__: object) -> list[Any]:
+        if host not in names:
+            raise socket.gaierror
+        return [(0, 0, 0, "", (names[host], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(slurm, "nodes", lambda node: ({"NodeAddr": records[node]},))
+    assert watch._address(["n1", "n2"]) == "n1"
+    assert watch._address(["n2", "n1"]) == "10.0.0.2"
+    assert watch._address(["n3"]) == "127.0.0.1"
+    with pytest.raises(UserError, match="n3 is no address of a network, nor is NodeAddr, n3;"):
+        watch._address(["n3", "n1"])
+
+
+def test_requeues_without_progress_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_job(tmp_path / "job")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    done = subprocess.CompletedProcess([], 0, "n1\nn2\n", "")
+    monkeypatch.setattr(slurm, "ask", lambda *_, **__: done)
+    job = watch.Job(spec, ["srun"], StopRequests())
+    assert job.nodes == ["n1", "n2"]
+    for checkpoint in (0, 0, 10, 10, 10):
+        job.events.write("requeued", job="7", reason="USR1", checkpoint=checkpoint)
+        job.events.write("started", job="7")
+    assert job.idle_requeues(10) == 3
+    assert job.idle_requeues(20) == 0
+    job.events.write("queued", job="7")
+    assert job.idle_requeues(10) == 0
+
+
+# ------------------------------------------------------------------------------------ on a real Slurm
+
+
+class Run:
+    """One job of stub ranks on the virtual cluster."""
+
+    def __init__(self, cluster: Cluster, name: str, body: str, **changes: Any) -> None:
+        self.cluster, self.folder = cluster, cluster.shared / f"watch-{name}"
+        self.spec = make_job(self.folder, body, **changes)
+        self.events = self.folder / "events.jsonl"
+
+    def submit(self, *options: str) -> str:
+        words = ("sbatch", "--parsable", *options, str(self.folder / "script.sh"))
+        self.job = self.cluster.run(*words).stdout.strip()
+        Events(self.events).write("queued", job=self.job)
+        return self.job
+
+    def wait(self, states: str) -> str:
+        return self.cluster.wait(self.job, states, 120)
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, self.story()
+            time.sleep(0.1)
+
+    def ready(self, start: int) -> None:
+        self.until(lambda: len(list(self.folder.glob(f"ready-{start}-*"))) == self.spec.ranks)
+
+    def start_again(self) -> None:
+        """Spares a requeued job the two minutes that Slurm lets it wait."""
+        self.until(lambda: self.cluster.job(self.job)["JobState"] == "PENDING")
+        self.cluster.run("scontrol", "update", f"jobid={self.job}", "starttime=now")
+
+    def happened(self) -> list[str]:
+        return kinds(self.events)
+
+    def said(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.folder / "logs").glob("slurm-*.out")))
+
+    def log(self, attempt: int, rank: int) -> str:
+        return (self.folder / f"logs/attempt-{attempt:03d}-{self.job}/rank-{rank:04d}.log").read_text()
+
+    def story(self) -> str:
+        return f"{self.said()}\n{self.events.read_text()}"
+
+    def process_on(self, node: str, pid: int, number: str) -> None:
+        self.cluster.run("kill", f"-{number}", str(pid), host=node)
+
+
+@pytest.mark.slurm
+def test_places_ranks_names_the_first_failure_and_starts_again(cluster: Cluster) -> None:
+    run = Run(
+        cluster,
+        "exit-7",
+        """
+        print(rank, world, os.environ["LOCAL_RANK"], os.uname().nodename, os.environ["MASTER_ADDR"])
+        if start == 1 and rank == 2:
+            os._exit(7)
+        if start == 1:
+            time.sleep(1000)
+        """,
+        tasks_per_node=2,
+    )
+    run.submit()
+    run.wait("COMPLETED")
+    assert run.happened() == ["queued", "started", "failed", "relaunched", "started", "done"]
+    failed = facts(run.events, "failed")
+    nodes = facts(run.events, "started")["nodes"]
+    assert (failed["rank"], failed["node"], failed["code"]) == (2, nodes[1], 7)
+    assert f"rank 2 of 4 on {nodes[1]} failed first: exit code 7" in run.said()
+    assert [run.log(2, rank).strip() for rank in range(4)] == [
+        f"{rank} 4 {rank % 2} {nodes[rank // 2]} {nodes[0]}" for rank in range(4)
+    ]
+    reports = run.folder / f"logs/attempt-002-{run.job}"
+    assert [json.loads((reports / f"rank-{rank:04d}.json").read_text())["code"] for rank in range(4)] == [
+        0
+    ] * 4
+    assert (run.folder / "done.json").exists()
+    run.submit()  # by hand, although it is done
+    run.wait("COMPLETED")
+    assert "already done" in run.said()
+
+
+@pytest.mark.slurm
+def test_a_stopped_rank_of_a_job_is_named_and_all_are_started_again(cluster: Cluster) -> None:
+    run = Run(
+        cluster,
+        "stopped",
+        """
+        if start == 2:
+            return 0
+        beat(3)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1000)
+        """,
+        hang_seconds=2.0,
+    )
+    run.submit()
+    run.wait("COMPLETED")
+    assert run.happened() == ["queued", "started", "hang", "relaunched", "started", "done"]
+    hang = facts(run.events, "hang")
+    assert (hang["step"], hang["silent"]) == (3, [1])
+    assert f"rank 1 on {facts(run.events, 'started')['nodes'][1]} gave no answer" in run.said()
+    assert re.search(r'most recent call first\):\n  File ".*rank.py", line \d+ in main', run.log(1, 0))
+
+
+@pytest.mark.slurm
+def test_a_crash_loop_ends_the_job_and_those_after_it(cluster: Cluster) -> None:
+    later = Run(cluster, "later", "", previous=(str(cluster.shared / "watch-loop"),))
+    run = Run(cluster, "loop", 'raise ZeroDivisionError("boom")', following=(str(later.folder),))
+    run.submit("--hold")
+    later.submit(f"--dependency=afterany:{run.job}")
+    cluster.run("scontrol", "release", run.job)
+    assert run.wait("FAILED COMPLETED") == "FAILED"
+    assert cluster.job(run.job)["ExitCode"] == "77:0"
+    assert "gave up: there is still no checkpoint through 3 starts in a row" in run.said()
+    assert run.happened() == [
+        "queued",
+        *["started", "failed", "relaunched"] * 2,
+        "started",
+        "failed",
+        "gave_up",
+    ]
+    later.wait("CANCELLED")
+    assert later.happened() == ["queued", "cancelled"]
+    # Submitted by hand all the same, it sees that the one before it is not done.
+    later.submit()
+    later.wait("FAILED")
+    assert f"{run.folder}, is not done: done.json is missing" in later.said()
+
+
+@pytest.mark.slurm
+def test_a_signal_saves_requeues_and_resumes(cluster: Cluster) -> None:
+    run = Run(cluster, "signal", 'if start == 1:\n    ready()\n    wait_for("never")')
+    run.submit()
+    run.ready(1)
+    cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    run.start_again()
+    run.wait("COMPLETED")
+    assert run.happened() == [
+        *("queued", "started", "signal", "checkpoint", "requeued"),
+        *("started", "resumed", "done"),
+    ]
+    assert facts(run.events, "requeued")["checkpoint"] == facts(run.events, "resumed")["step"] == 1
+    assert facts(run.events, "started")["restart_count"] == 1
+    assert "requeued (SIGUSR1)" in run.said()
+
+
+@pytest.mark.slurm
+def test_ranks_that_save_unasked_have_been_preempted(cluster: Cluster) -> None:
+    run = Run(cluster, "preempted", 'if start == 1:\n    ready()\n    wait_for("never")')
+    run.submit("--partition=spot", "--exclusive", f"--nodes={len(cluster.nodes)}")
+    run.ready(1)
+    other = cluster.sbatch(
+        "#!/bin/bash\nsleep 1", "--partition=high", "--exclusive", f"--nodes={len(cluster.nodes)}"
+    )
+    cluster.wait(other, "COMPLETED", 120)
+    run.start_again()
+    run.wait("COMPLETED")
+    assert run.happened() == ["queued", "started", "checkpoint", "requeued", "started", "resumed", "done"]
+
+
+@pytest.mark.slurm
+def test_a_requeue_by_hand_resumes(cluster: Cluster) -> None:
+    run = Run(
+        cluster,
+        "by-hand",
+        "if start == 1:\n    save(5) if rank == 0 else 0\n    ready()\n    time.sleep(1000)",
+    )
+    run.submit()
+    run.ready(1)
+    cluster.run("scontrol", "requeue", run.job)
+    run.start_again()
+    run.wait("COMPLETED")
+    happened = [kind for kind in run.happened() if kind not in ("signal", "checkpoint", "failed")]
+    assert happened == ["queued", "started", "started", "resumed", "done"]
+
+
+@pytest.mark.slurm
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster) -> None:
+    run = Run(cluster, "cancelled", 'ready()\nwait_for("never")')
+    run.submit()
+    run.ready(1)
+    (run.folder / "cancelled").touch()
+    cluster.run("scancel", run.job)
+    run.wait("CANCELLED")
+    assert "requeued" not in run.happened()
+    assert "relaunched" not in run.happened()
+
+
+@pytest.mark.slurm
+def test_a_crashed_node_is_replaced_by_a_spare(cluster: Cluster) -> None:
+    run = Run(
+        cluster,
+        "spare",
+        """
+        if start == 1:
+            ready()
+            time.sleep(1000)
+        print(os.uname().nodename)
+        """,
+        spares=1,
+    )
+    run.submit()
+    run.ready(1)
+    first = facts(run.events, "started")["nodes"]
+    cluster.fault("crash", first[1])
+    run.wait("COMPLETED")
+    assert run.happened() == ["queued", "started", "failed", "relaunched", "node_left_out", "started", "done"]
+    assert facts(run.events, "failed")["node"] == facts(run.events, "node_left_out")["node"] == first[1]
+    second = facts(run.events, "started")["nodes"]
+    assert second[0] == first[0]
+    assert second[1] not in first
+    assert run.log(2, 1).strip() == second[1]
+
+
+@pytest.mark.slurm
+def test_nodes_that_fail_their_check_are_avoided_after_a_requeue(cluster: Cluster) -> None:
+    listed = cluster.shared / "bad.jsonl"
+    run = Run(
+        cluster, "unfit", "", node_check=True, check_seconds=30.0, min_free_disk_gb=1e9, bad_nodes=str(listed)
+    )
+    run.submit()
+    run.until(lambda: cluster.job(run.job).get("ExcNodeList", "(null)") != "(null)")
+    assert run.happened() == ["queued", "node_left_out", "node_left_out", "requeued"]
+    assert "0 of 2 nodes are sound, and 2 are needed" in run.said()
+    assert cluster.job(run.job)["ExcNodeList"] == "node1,node2"
+    assert not listed.exists()  # all of them: the fault may well be the job's
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_controller_that_restarts_disturbs_nothing(cluster: Cluster) -> None:
+    run = Run(
+        cluster,
+        "controller",
+        """
+        if start == 1:
+            ready()
+            wait_for("fail")
+            os._exit(7)
+        """,
+    )
+    run.submit()
+    run.ready(1)
+    cluster.fault("kill-ctld")
+    (run.folder / "fail").touch()
+    run.until(lambda: "failed" in run.happened())
+    run.until(lambda: "waiting: " in run.said())
+    cluster.fault("start-ctld")
+    run.wait("COMPLETED")
+    assert run.happened() == ["queued", "started", "failed", "relaunched", "started", "done"]
+
+
+@pytest.mark.slurm
+def test_the_tasks_of_an_array_are_jobs_of_their_own(cluster: Cluster) -> None:
+    run = Run(
+        cluster,
+        "array",
+        """
+        if start == 1 and os.environ["SLURM_ARRAY_TASK_ID"] == "1":
+            os._exit(7)
+        """,
+        stage="prep",
+        nodes=1,
+        array=2,
+    )
+    run.submit()
+    run.until(lambda: all((run.folder / f"done-{index}.json").exists() for index in range(2)))
+    attempts = sorted(path.name for path in (run.folder / "logs").glob("attempt-*"))
+    assert attempts == [f"attempt-001-{run.job}_0", f"attempt-001-{run.job}_1", f"attempt-002-{run.job}_1"]
