@@ -39,11 +39,11 @@ class Night:
         self.run = folder / "run"
         self.job = ""
 
-    def submit(self, *options: str, launch: dict[str, Any] | None = None, **site: Any) -> None:
+    def submit(self, *options: str, hang_seconds: float = 15, **site: Any) -> None:
         """`bertscale submit pretrain`, on nodes of two ranks in all, with the facts of `site`."""
         config = night_config(self.data, self.run)
         values = config.model_dump()
-        values["launch"] |= {"hang_seconds": 15, "start_seconds": 120, **(launch or {})}
+        values["launch"] |= {"hang_seconds": hang_seconds, "start_seconds": 120}
         (self.folder / "run.yaml").write_text(yaml.safe_dump(values))
         facts = {
             "partition": "main",
@@ -209,7 +209,11 @@ def preemption(night: Night) -> None:
 
 
 def time_limit(night: Night) -> None:
+    """A rank is held up so long that the limit comes first."""
+    rank = night.rank_process(1)
+    os.kill(rank, signal.SIGSTOP)
     night.until("the signal", lambda: night.events("signal"))
+    os.kill(rank, signal.SIGCONT)
     night.until("the requeue", lambda: night.events("requeued"))
 
 
@@ -257,7 +261,7 @@ runpy.run_module("bertscale", run_name="__main__", alter_sys=True)
         (stopped_rank, (), {}),
         (rank_that_exits_7, (), {"python": "exits-7"}),
         (preemption, (), {"partition": "spot"}),
-        (time_limit, ("--time", "1"), {"signal_seconds": 30}),
+        (time_limit, ("--time", "1"), {"signal_seconds": 30, "hang_seconds": 90}),
         (requeue, (), {}),
         (restart_of_slurmctld, (), {}),
     ],

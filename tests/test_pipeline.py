@@ -53,6 +53,7 @@ def write_configs(folder: Path) -> Path:
     }
     cluster = {
         "tasks_per_node": 2,
+        "sbatch": ["--exclusive"],  # else all tasks of an array are put on one node
         "environment": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
         "node_check": False,
     }
