@@ -19,7 +19,7 @@ quickstart: $(INSTALLED)
 	@$(BIN)/bertscale quickstart
 
 test: $(INSTALLED) slurm
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest
 
 # Debian and Ubuntu, as root or with a sudo that asks nothing; elsewhere those tests are skipped.
 SLURM := apt-get install -y --no-install-recommends slurm-wlm munge

@@ -261,7 +261,7 @@ runpy.run_module("bertscale", run_name="__main__", alter_sys=True)
         (stopped_rank, (), {}),
         (rank_that_exits_7, (), {"python": "exits-7"}),
         (preemption, (), {"partition": "spot"}),
-        (time_limit, ("--time", "1"), {"signal_seconds": 30, "hang_seconds": 90}),
+        (time_limit, ("--time", "2"), {"signal_seconds": 60, "hang_seconds": 180}),
         (requeue, (), {}),
         (restart_of_slurmctld, (), {}),
     ],

@@ -175,7 +175,7 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None
 
 
 def test_killed_and_run_again_gives_the_same_bytes(corpus: Path) -> None:
-    write_jsonl(corpus / "input" / "more.jsonl", make_documents(6_000, seed=1))
+    write_jsonl(corpus / "input" / "more.jsonl", make_documents(12_000, seed=1))
     prep(config_for(corpus, output=str(corpus / "whole"), workers=2))
     output = corpus / "killed"
     for pattern in (".prep/sample-*.txt", ".prep/split-00003.json"):
@@ -197,7 +197,7 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus: Path) -> None:
 
 
 def test_a_dead_worker_and_ctrl_c_end_the_run(corpus: Path) -> None:
-    write_jsonl(corpus / "input" / "more.jsonl", make_documents(6_000, seed=1))
+    write_jsonl(corpus / "input" / "more.jsonl", make_documents(12_000, seed=1))
     process = start_prep(corpus, "output")
     wait_for("output/.prep/split-*.json", corpus, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
