@@ -129,6 +129,9 @@ class TrainConfig(Section):
     """Length and rhythm of a run."""
 
     steps: int = Field(ge=1, description="Optimizer steps.")
+    schedule_steps: int | None = Field(
+        None, ge=1, description="Steps until the learning rate is down to zero; by itself `steps`."
+    )
     global_batch: int = Field(256, ge=1, description="Samples in one optimizer step, over all ranks.")
     micro_batch: int = Field(32, ge=1, description="Samples in one forward pass of one rank.")
     seed: int = Field(0, ge=0, description="Seed of initial weights, order, masks and dropout.")
@@ -140,6 +143,12 @@ class TrainConfig(Section):
     eval_samples: int = Field(1024, ge=1, description="Samples of a held-out loss.")
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.schedule_steps is not None and self.schedule_steps < self.steps:
+            raise ValueError(f"schedule_steps={self.schedule_steps} is less than steps={self.steps}")
+        return self
 
 
 class ParallelConfig(Section):

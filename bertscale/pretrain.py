@@ -91,7 +91,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             step_masked, stopping = ranks.sum(own_masked / ranks.tensor, float(stop.asked))
             if stopping:
                 break
-            lr = learning_rate(step, train.steps, config.optimizer)
+            lr = learning_rate(step, train.schedule_steps or train.steps, config.optimizer)
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(engine.model.parallel, train.seed, step, micro_step, ranks)
                 sums = forward(engine, batch.to(ranks.device))

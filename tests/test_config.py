@@ -102,6 +102,7 @@ def test_configs_are_frozen(minimal: Path) -> None:
         ("samples.max_length=513", "samples.max_length=513 is longer than model.max_position_embeddings=512"),
         ("samples.random_token_rate=0.5", "add up to more than 1"),
         ("train.global_batch=7", "train.global_batch=7 is odd"),
+        ("train.schedule_steps=1", "schedule_steps=1 is less than steps="),
     ],
 )
 def test_a_wrong_value_is_named(minimal: Path, override: str, message: str) -> None:

@@ -151,6 +151,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert losses(run) == losses(whole[0])
 
 
+def test_the_first_half_of_a_schedule_is_the_first_half_of_the_whole_run(
+    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str]
+) -> None:
+    run = tmp_path / "half"
+    half = start(tiny_data, run, "train.steps=6", "train.schedule_steps=12")
+    printed = half.communicate()[0]
+    assert half.returncode == 0, printed
+    assert losses(run) == {step: figures for step, figures in losses(whole[0]).items() if step <= 6}
+    assert start(tiny_data, run).wait() == 0  # to the end of the schedule
+    assert losses(run) == losses(whole[0])
+
+
 def test_a_finished_run_is_not_run_again(tiny_data: Path, start: Start, whole: tuple[Path, str]) -> None:
     before = (whole[0] / "metrics.jsonl").read_bytes()
     process = start(tiny_data, whole[0])
