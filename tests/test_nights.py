@@ -65,12 +65,11 @@ class Night:
         return [event for event in read_events(self.run / "job/events.jsonl") if event["event"] in kinds]
 
     def until(self, what: str, condition: Callable[[], Any]) -> None:
-        """Waits; a requeued job is let start at once, which Slurm else delays by two minutes."""
+        """Waits, but not for ever. A requeued job begins when its old credential is void, not sooner."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited in vain for {what}\n{self.story()}")
-            self.cluster.run("scontrol", "update", f"jobid={self.job}", "starttime=now", check=False)
             time.sleep(0.5)
 
     def step(self) -> int:
@@ -95,6 +94,11 @@ class Night:
             if log.is_file():
                 texts.append(f"== {log}\n{log.read_text(errors='replace')[-3000:]}")
         return "\n".join(texts)
+
+    def strike(self, fault: str, node: str) -> None:
+        """A fault that lasts until Slurm has noticed it, as a node that boots takes its time."""
+        self.cluster.fault(fault, node)
+        self.until(f"{node} to be down", lambda: self.cluster.node_state(node).startswith("DOWN"))
 
     def nodes(self) -> list[str]:
         """The nodes that the job works on now, the batch host first."""
@@ -166,15 +170,15 @@ def crash_of_a_node(night: Night) -> None:
 
 def crash_of_the_batch_host(night: Night) -> None:
     """Slurm itself queues the job again."""
-    night.cluster.fault("crash", night.nodes()[0])
+    night.strike("crash", night.nodes()[0])
 
 
 def death_of_slurmd(night: Night) -> None:
-    night.cluster.fault("kill-slurmd", night.nodes()[1])
+    night.strike("kill-slurmd", night.nodes()[1])
 
 
 def frozen_slurmd(night: Night) -> None:
-    night.cluster.fault("freeze", night.nodes()[1])
+    night.strike("freeze", night.nodes()[1])
 
 
 def cut_network(night: Night) -> None:

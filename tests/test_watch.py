@@ -363,9 +363,9 @@ class Run:
         self.until(lambda: len(list(self.folder.glob(f"ready-{start}-*"))) == self.spec.ranks)
 
     def start_again(self) -> None:
-        """Spares a requeued job the two minutes that Slurm lets it wait."""
+        """Until a requeued job has begun again, not before its old credential is void."""
         self.until(lambda: self.cluster.job(self.job)["JobState"] == "PENDING")
-        self.cluster.run("scontrol", "update", f"jobid={self.job}", "starttime=now")
+        self.until(lambda: self.cluster.job(self.job)["JobState"] != "PENDING")
 
     def happened(self) -> list[str]:
         return kinds(self.events)

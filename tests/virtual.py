@@ -73,10 +73,6 @@ class Cluster:
             time.sleep(0.1)
         return facts["JobState"]
 
-    def start_now(self, job: str) -> None:
-        """Let a requeued job start now, not after 17 seconds; if no node still runs its last attempt."""
-        self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)  # it may run already
-
     def node_state(self, node: str) -> str:
         """IDLE, MIXED, ALLOCATED, DOWN, as `sinfo` says; a star at its end: the node does not answer."""
         text = self.run("sinfo", "--noheader", "--partition=main", f"--nodes={node}", "--format=%T").stdout
