@@ -49,10 +49,10 @@ def main() -> int:
         finally:
             subprocess.run([CLUSTER / "down.sh", "-d", folder], check=True)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    print(f"\n{'case':<44}{'ours, s':>9}{'limit or peer, s':>18}{'ratio':>8}{'goal':>6}")
+    print(f"\n{'case':<52}{'ours, s':>9}{'limit or peer, s':>18}{'ratio':>8}{'goal':>6}")
     for row in results:
         print(
-            f"{row['case']:<44}{row['ours']:>9.2f}{row['peer']:>18.2f}{row['ratio']:>8.2f}{row['goal']:>6.1f}"
+            f"{row['case']:<52}{row['ours']:>9.2f}{row['peer']:>18.2f}{row['ratio']:>8.2f}{row['goal']:>6.1f}"
         )
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
