@@ -19,6 +19,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -244,32 +245,11 @@ def submit(arguments: list[str]) -> int:
     return submit_stage(arguments)
 
 
-def status(arguments: list[str]) -> int:
-    """bertscale status [RUN]"""
-    from launcher.status.commands import main as ask
+def ask(name: str, arguments: list[str]) -> int:
+    """bertscale status [RUN], or logs, cancel or resume RUN"""
+    from launcher.status.commands import main as answer
 
-    return ask("status", arguments)
-
-
-def logs(arguments: list[str]) -> int:
-    """bertscale logs RUN"""
-    from launcher.status.commands import main as ask
-
-    return ask("logs", arguments)
-
-
-def cancel(arguments: list[str]) -> int:
-    """bertscale cancel RUN"""
-    from launcher.status.commands import main as ask
-
-    return ask("cancel", arguments)
-
-
-def resume(arguments: list[str]) -> int:
-    """bertscale resume RUN"""
-    from launcher.status.commands import main as ask
-
-    return ask("resume", arguments)
+    return answer(name, arguments)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
@@ -278,10 +258,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled text -> classifier", finetune),
     "submit": ("any of these as a Slurm job: checked, frozen, queued, requeued, resumed", submit),
-    "status": ("what is queued or running, how far, how fast, and why it waits", status),
-    "logs": ("what a job's ranks have written", logs),
-    "cancel": ("ends a job for good", cancel),
-    "resume": ("queues a stopped job again", resume),
+    "status": ("what is queued or running, how far, how fast, and why it waits", partial(ask, "status")),
+    "logs": ("what a job's ranks have written", partial(ask, "logs")),
+    "cancel": ("ends a job for good", partial(ask, "cancel")),
+    "resume": ("queues a stopped job again", partial(ask, "resume")),
     "quickstart": ("all of these, small, on text that every machine has", quickstart),
 }
 

@@ -82,6 +82,11 @@ def job_folder(stage: str, target: str | Path) -> Path:
     return target / "job" if stage == "pretrain" else target.with_name(f"{target.name}.job")
 
 
+def done_marks(array: int) -> list[str]:
+    """Files that a finished job has in its folder: one, or one for each of the `array` tasks."""
+    return [f"done-{index}.json" for index in range(array)] or ["done.json"]
+
+
 def step_command(spec: JobSpec) -> list[str]:
     """The words of the srun line: what starts all ranks of one attempt."""
     return [word for line in _step_lines(spec) for word in line]

@@ -27,10 +27,10 @@ from bertscale.config import (
     UserError,
     load_config,
 )
-from launcher import slurm
 from launcher.freeze import config_text, version
 from launcher.job import JobSpec, job_folder
-from launcher.status.found import is_done, read_spec
+from launcher.status.ask import from_record
+from launcher.status.found import is_done, read_spec, shown
 
 Config = PrepConfig | PretrainConfig | FinetuneConfig
 
@@ -226,10 +226,14 @@ def _inputs(link: Link) -> list[str]:
     return [link.source]
 
 
+def matches(name: str) -> list[Path]:
+    """The file or folder `name`, else what it matches as a glob."""
+    return [Path(name)] if os.path.exists(name) else sorted(map(Path, glob.glob(name, recursive=True)))
+
+
 def _changed(name: str) -> float:
     """When the newest file of a file, folder or glob was written, in seconds since 1970."""
-    paths = [Path(name)] if os.path.exists(name) else list(map(Path, glob.glob(name, recursive=True)))
-    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    files = [file for path in matches(name) for file in (path.rglob("*") if path.is_dir() else [path])]
     return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
@@ -247,15 +251,8 @@ def unfinished(links: list[Link]) -> list[Link]:
 
 def folder_of(record: dict[str, str]) -> Path | None:
     """The job folder of a job by Slurm's record of it; None where bertscale did not submit it."""
-    comment = record.get("Comment", "")
-    folder = Path(comment.removeprefix(slurm.MARK))
-    return folder if comment.startswith(slurm.MARK) and (folder / "job.json").is_file() else None
-
-
-def shown(path: str) -> str:
-    """A path as a person would type it here."""
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
+    folder = from_record(record).folder
+    return folder if folder and (folder / "job.json").is_file() else None
 
 
 def quoted(path: str) -> str:

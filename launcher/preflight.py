@@ -10,7 +10,6 @@ written but files without a name, which vanish, and the folder of the logs is ma
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import re
@@ -25,10 +24,10 @@ from bertscale.samples import check_batch
 from bertscale.shards import open_dataset, read_manifest
 from launcher import limits, slurm
 from launcher.job import JobSpec, render
-from launcher.links import Link, folder_of, quoted, shown
+from launcher.links import Link, folder_of, matches, quoted
 from launcher.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
 from launcher.status.ask import own_jobs
-from launcher.status.found import read_spec
+from launcher.status.found import read_spec, shown
 
 LOCAL = ("/tmp", "/var/tmp", "/dev/shm")  # of each node its own, as a rule
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -193,8 +192,7 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
     for name in config.input:
         if promises.hold(name):
             continue
-        path = Path(name)
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True)))
+        found = matches(name)
         if not found:
             report.problems.append(f"input: there is no file, folder or match for {name}")
         for one in found:

@@ -1,6 +1,6 @@
 """Inside a rank: its place among the others, found in the environment, and the account of how it ended.
 
-`bertscale pretrain CONFIG` starts ranks by launcher.watch; no command of its own.
+`bertscale pretrain CONFIG` starts ranks by launcher.supervise; no command of its own.
 """
 
 from __future__ import annotations

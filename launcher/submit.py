@@ -29,8 +29,9 @@ from launcher import slurm
 from launcher.events import Events
 from launcher.freeze import about_now, freeze
 from launcher.job import STAGES, JobSpec, render
-from launcher.links import Link, folder_of, links_of, quoted, shown, unfinished
+from launcher.links import Link, folder_of, links_of, quoted, unfinished
 from launcher.nodes.check import bad_nodes
+from launcher.status.found import shown
 
 
 def main(arguments: list[str]) -> int:

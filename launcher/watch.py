@@ -18,7 +18,7 @@ from pathlib import Path
 from bertscale.errors import UserError
 from launcher import slurm
 from launcher.events import Events, read_events
-from launcher.job import JobSpec
+from launcher.job import JobSpec, done_marks
 from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
 from launcher.ranks import STOPPED_AND_SAVED, job_port
 from launcher.steps import SlurmStep
@@ -74,7 +74,7 @@ class Job:
         self.name = f"{env['SLURM_ARRAY_JOB_ID']}_{self.index}" if self.index else self.number
         self.events = Events(self.folder / "events.jsonl", job=self.name)
         self.checkpoints = Path(spec.target, "checkpoints") if spec.stage == "pretrain" else None
-        self.done = self.folder / (f"done-{self.index}.json" if self.index else "done.json")
+        self.done = self.folder / done_marks(spec.array)[int(self.index or 0)]
         listed = slurm.ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"])
         self.nodes = listed.stdout.split()  # in the order in which srun fills them
         self.last: SlurmStep | None = None
@@ -252,8 +252,7 @@ def _unfinished(folder: Path) -> str | None:
         tasks = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8")).array
     except OSError:
         return "job.json"
-    marks = [f"done-{index}.json" for index in range(tasks)] or ["done.json"]
-    return next((mark for mark in marks if not (folder / mark).exists()), None)
+    return next((mark for mark in done_marks(tasks) if not (folder / mark).exists()), None)
 
 
 def _address(nodes: list[str]) -> str:

@@ -52,13 +52,18 @@ def test_a_requeued_job_starts_again(cluster: Cluster) -> None:
 
 def stepd(job: str) -> bool:
     """Whether a slurmstepd of the job lives on any node."""
+    return any(line.startswith(f"slurmstepd: [{job}.") for line in command_lines())
+
+
+def command_lines() -> list[str]:
+    """Of every process of this machine."""
+    lines = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
-                return True
+            lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue  # it ended
-    return False
+    return lines
 
 
 def test_each_fault_takes_its_node_down_and_its_job_is_requeued(cluster: Cluster) -> None:
@@ -114,13 +119,7 @@ def test_jobs_outlive_their_controller(cluster: Cluster) -> None:
 
 def processes_of(folder: Path) -> list[str]:
     """Command lines that name the folder, of every process of this machine."""
-    lines = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue  # it ended
-    return [line for line in lines if str(folder) in line]
+    return [line for line in command_lines() if str(folder) in line]
 
 
 def test_a_cluster_ends_with_the_process_it_watches_and_leaves_nothing(cluster: Cluster) -> None:

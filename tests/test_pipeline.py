@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import pretrain_config, write_corpus
+from tiny import prep_config, pretrain_config, write_corpus
 from virtual import Cluster
 
 from bertscale.checkpoint import open_checkpoint, step_folders
@@ -24,14 +24,6 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 def write_configs(folder: Path) -> Path:
     """A pipeline of four stages on four nodes of two tasks, and all that it names; returns its file."""
     write_corpus(folder / "corpus.jsonl", 600)
-    prep = {
-        "input": [str(folder / "corpus.jsonl")],
-        "output": str(folder / "data"),
-        "train_tokenizer": {"vocab_size": 330, "sample_documents": 300},
-        "validation_fraction": 0.2,
-        "split_bytes": 20_000,
-        "workers": 1,
-    }
     pretrain = pretrain_config(
         folder / "data", folder / "run", parallel={"tensor": 2, "zero_stage": 3}, train={"micro_batch": 2}
     ).model_dump()
@@ -67,9 +59,15 @@ def write_configs(folder: Path) -> Path:
             {"finetune": str(folder / "finetune.yaml")},
         ],
     }
-    for name, values in locals().items():
-        if name in ("prep", "pretrain", "finetune", "cluster", "pipeline"):
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    configs = {
+        "prep": prep_config(folder, split_bytes=20_000),
+        "pretrain": pretrain,
+        "finetune": finetune,
+        "cluster": cluster,
+        "pipeline": pipeline,
+    }
+    for name, values in configs.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     return folder / "pipeline.yaml"
 
 

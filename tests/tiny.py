@@ -28,16 +28,21 @@ def write_corpus(path: Path, documents: int = 300) -> None:
             file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
 
 
-def make_data(folder: Path) -> Path:
-    write_corpus(folder / "corpus.jsonl")
-    config = {
+def prep_config(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Of FOLDER/corpus.jsonl into FOLDER/data, with a vocabulary of 330."""
+    return {
         "input": [str(folder / "corpus.jsonl")],
         "output": str(folder / "data"),
         "train_tokenizer": {"vocab_size": 330, "sample_documents": 300},
         "validation_fraction": 0.2,
         "workers": 1,
+        **changes,
     }
-    prep(PrepConfig.model_validate(config))
+
+
+def make_data(folder: Path) -> Path:
+    write_corpus(folder / "corpus.jsonl")
+    prep(PrepConfig.model_validate(prep_config(folder)))
     return folder / "data"
 
 

@@ -25,7 +25,7 @@ from launcher.nodes.step import Check
 
 RESERVE_SECONDS = 8.0  # of spec.check_seconds, to end the step and to clear it away
 ASK_SECONDS = 30.0  # until Slurm is taken to be silent
-DEAD = ("down", "fail", "error", "unknown", "boot", "power", "reboot")  # beginnings of node states
+DEAD = ("down", "fail", "unk", "boot", "power", "reboot")  # beginnings of node states
 
 
 # -------------------------------------------------------------------------------------- Slurm's opinion
@@ -50,9 +50,7 @@ def node_states(nodes: Sequence[str]) -> dict[str, str]:
 
 def _usable(state: str) -> bool:
     # "*": it does not respond. A draining node still works for the jobs that it has.
-    return not state.endswith("*") and not state.startswith(
-        ("down", "fail", "unk", "boot", "power", "reboot")
-    )
+    return not state.endswith("*") and not state.startswith(DEAD)
 
 
 # ------------------------------------------------------------------------------------------ the check

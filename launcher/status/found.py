@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from bertscale.errors import UserError
-from launcher.job import JobSpec
+from launcher.job import JobSpec, done_marks
 from launcher.status.history import (
     Attempt,
     attempt_folders,
@@ -31,6 +31,12 @@ from launcher.status.history import (
 
 TAIL_BYTES = 2**18  # of metrics.jsonl: some hundred lines, however long the run
 STEADY_SECONDS = 60.0  # a rate over less than this is a guess
+
+
+def shown(path: str | Path) -> str:
+    """A path as a person would type it here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,7 @@ class Place:
     @property
     def shown(self) -> str:
         """The run as a person would type it here."""
-        relative = os.path.relpath(self.run)
-        return str(self.run) if relative.startswith("..") else relative
+        return shown(self.run)
 
 
 @dataclass
@@ -168,7 +173,7 @@ def look(place: Place, now: float) -> Facts:
     logs = log_folder(place, spec)
     stage = spec.stage if spec else "pretrain" if (place.job or place.run).suffix != ".job" else "job"
     tasks = spec.array if spec else 0
-    tasks_done = sum(1 for task in range(tasks) if place.job and (place.job / f"done-{task}.json").is_file())
+    tasks_done = sum(1 for mark in done_marks(tasks) if tasks and place.job and (place.job / mark).is_file())
     facts = Facts(
         stage=stage,
         name=spec.name if spec else place.run.name,
@@ -189,9 +194,7 @@ def look(place: Place, now: float) -> Facts:
 
 def is_done(job: Path, tasks: int) -> bool:
     """Whether the marker of a finished job is there, or those of all `tasks` of an array."""
-    return (job / "done.json").is_file() or (
-        tasks > 0 and all((job / f"done-{task}.json").is_file() for task in range(tasks))
-    )
+    return all((job / mark).is_file() for mark in done_marks(tasks))
 
 
 def _look_at_training(place: Place, facts: Facts, now: float) -> None:
