@@ -31,12 +31,13 @@ from bertscale.convert import to_hugging_face
 from bertscale.device import measured_peak
 from bertscale.engine import Engine
 from bertscale.loader import Loader, MicroBatch
+from bertscale.mixture import Mixture
 from bertscale.model import model_flops_per_token
 from bertscale.optim import parameter_groups
 from bertscale.parallel import seed_dropout, start_ranks
 from bertscale.pretrain import forward
 from bertscale.shards import open_dataset
-from bertscale.tokenizer import Tokenizer
+from bertscale.tokenizer import load_tokenizer
 
 VOCAB = 30_522  # BERT's own; the data's ids are below it
 SMALL = {
@@ -91,10 +92,9 @@ def main() -> int:
             }
         )
         dataset = open_dataset(data)
-        tokenizer = Tokenizer.load(dataset.tokenizer_path)
-        loader = Loader(
-            dataset, tokenizer, config.samples, global_batch=batch, micro_batch=batch, seed=0, rank=0, world=1
-        )
+        tokenizer = load_tokenizer(dataset.tokenizer_path)
+        mixture = Mixture([dataset], [1.0], config.samples, global_batch=batch, seed=0)
+        loader = Loader(mixture, tokenizer, micro_batch=batch, rank=0, world=1)
         batches = [loader.step(k)[0] for k in range(options.rounds + 1)]
         engine = Engine(config, VOCAB, ranks, torch.bfloat16)
         engine.start(0)

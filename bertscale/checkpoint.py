@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-0000100` with
     bertscale.json                 facts, the parameter table, and per file its pieces, size and digest
     shard-t00-d00.safetensors      what tensor rank 0, data rank 0 held: float32 weights and Adam moments
-    tokenizer.model
+    tokenizer.model                or tokenizer.json
 Each shard holds flat pieces named `state:parameter`; the table says where in the tensor rank's flattened
 share of the parameter a piece starts. Parameters that are whole on every tensor rank are written by
 tensor rank 0 alone. The folder is written under a temporary name and renamed: one with the final name
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError, check_config
 from bertscale.shards import file_digest
+from bertscale.tokenizer import load_tokenizer
 
 FORMAT = 1
 STATES = ("weight", "exp_avg", "exp_avg_sq")
@@ -227,7 +228,7 @@ def write_whole(
 ) -> None:
     """Writes full weights (no moments) as a checkpoint of one rank; used for imported weights."""
     partial = fresh_folder(folder)
-    shutil.copyfile(tokenizer, partial / "tokenizer.model")
+    load_tokenizer(tokenizer).save(partial)
     shapes: dict[str, list[int]] = {}
     pieces = []
     for name, value in tensors:

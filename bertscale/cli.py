@@ -65,9 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prep(arguments: list[str]) -> int:
-    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
+    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]
+
+    bertscale prep --inspect FOLDER
+    """
     from bertscale.config import PrepConfig, load_config
 
+    if len(arguments) == 2 and arguments[0] == "--inspect":  # needs no CONFIG
+        return _inspect(arguments[1])
     parser = _parser(
         "prep",
         "Turns raw text into a tokenizer and Arrow token shards. To share the work among several hosts: "
@@ -76,6 +81,11 @@ def prep(arguments: list[str]) -> int:
         PrepConfig,
     )
     part = parser.add_mutually_exclusive_group()
+    part.add_argument(
+        "--inspect",
+        metavar="FOLDER",
+        help="Without CONFIG: show what a prepared folder holds: counts, lengths, digests, samples.",
+    )
     part.add_argument(
         "--verify",
         action="store_true",
@@ -95,6 +105,8 @@ def prep(arguments: list[str]) -> int:
         "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by itself its size."
     )
     options = parser.parse_intermixed_args(arguments)
+    if options.inspect:
+        return _inspect(options.inspect)
     config = load_config(PrepConfig, options.config, options.overrides)
     if options.verify:
         return _verify(config.output)
@@ -117,6 +129,13 @@ def prep(arguments: list[str]) -> int:
         from data_prep.build import prep as build
 
         build(config)
+    return 0
+
+
+def _inspect(folder: str) -> int:
+    from bertscale.inspect import inspect
+
+    inspect(folder)
     return 0
 
 
@@ -349,6 +368,7 @@ def _checked(
     `world_size` is the number of ranks where they are running, None where they are yet to be started.
     """
     from bertscale.config import PretrainConfig, UserError, load_config
+    from bertscale.mixture import check_tokenizers
     from bertscale.samples import check_batch
     from bertscale.shards import open_dataset
     from launcher.ranks import count_gpus
@@ -361,8 +381,9 @@ def _checked(
             f"parallel.tensor={config.parallel.tensor}: the number of ranks (parallel.ranks, or one for "
             "each GPU) must be a multiple of it"
         )
-    check_batch(config.train.global_batch, config.train.micro_batch, count // config.parallel.tensor)
-    open_dataset(config.data, "train", verify=verify)
+    ranks = count // config.parallel.tensor
+    check_batch(config.train.global_batch, config.train.micro_samples, ranks, config.samples.has_pairs)
+    check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
     return config, count
 
 

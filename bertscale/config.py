@@ -23,43 +23,133 @@ class Section(BaseModel):
 
 # ---------------------------------------------------------------------------------------------- prep
 
+_ISO_639_1 = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
+    "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
+    "ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu "
+    "lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu "
+    "rm rn ro ru rw sa sc sd se sg sh si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to "
+    "tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
+LANGUAGES = (*_ISO_639_1.split(), "lines")
+_LANGUAGE_NAMES = {  # what people write for some codes
+    "arabic": "ar", "cn": "zh", "chinese": "zh", "dutch": "nl", "english": "en", "french": "fr",
+    "german": "de", "hindi": "hi", "italian": "it", "japanese": "ja", "jp": "ja", "korean": "ko",
+    "portuguese": "pt", "russian": "ru", "spanish": "es", "swedish": "sv",
+}  # fmt: skip
+
+
+def check_language(language: str) -> str:
+    """`language`, an ISO 639-1 code also with a region or script (pt-BR), or `lines`.
+
+    Raises ValueError that names the nearest codes.
+    """
+    code = language.lower().replace("_", "-").split("-")[0]
+    if code not in LANGUAGES:
+        known = (*LANGUAGES, *_LANGUAGE_NAMES)
+        near = [
+            _LANGUAGE_NAMES.get(name, name)
+            for name in difflib.get_close_matches(code, known, n=3, cutoff=0.6)
+        ]
+        guess = f"; the nearest known: {', '.join(dict.fromkeys(near))}" if near else ""
+        raise ValueError(
+            f"{language!r} is no ISO 639-1 code of a language, such as en or zh, nor lines{guess}"
+        )
+    return language
+
+
+SCRIPTS = (
+    "latin", "cyrillic", "greek", "han", "kana", "hangul", "arabic", "hebrew", "devanagari", "thai",
+)  # fmt: skip
+
 
 class TokenizerTraining(Section):
-    """How a SentencePiece Unigram model is trained."""
+    """How a SentencePiece model is trained."""
 
+    model: Literal["unigram", "bpe"] = Field("unigram", description="Kind of SentencePiece model.")
     vocab_size: int = Field(32_768, ge=300, description="Number of pieces, special and byte pieces included.")
     sample_documents: int = Field(
         200_000, ge=1, description="At most this many documents, drawn at random, train the tokenizer."
+    )
+    character_coverage: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the text's characters that get pieces, the rarest others are spelt in bytes; "
+        "by itself 0.9995, for text with Chinese or Japanese characters 0.9998.",
     )
 
 
 class PrepConfig(Section):
     """Raw text -> tokenizer and Arrow token shards."""
 
-    input: list[str] = Field(min_length=1, description="Files, folders or globs (.jsonl, .txt).")
+    input: list[str] = Field(
+        min_length=1,
+        description="Files, folders or globs: .txt, .md, .jsonl, .csv, .tsv, .parquet, .arrow and "
+        "WikiExtractor output, each also as .gz, .bz2, .xz or .zst.",
+    )
     output: str = Field(description="Folder for the tokenizer, the shards and manifest.json.")
-    text_field: str = Field("text", description="Name of the text field of a jsonl record.")
+    text_field: str = Field("text", description="Name of the text's field or column.")
+    documents: Literal["blank_line", "file"] = Field(
+        "blank_line", description="What ends a document of a .txt file: a blank line, or the file's end."
+    )
+    language: str = Field(
+        "en", description="Language of the text (ISO 639-1), which sentences are split by; `lines`: by lines."
+    )
+    normalization: Literal["nfc", "nfkc"] = Field("nfc", description="Unicode normalisation.")
+    min_characters: int = Field(1, ge=1, description="Shorter documents are dropped and counted.")
+    max_characters: int | None = Field(None, ge=1, description="Longer documents are dropped and counted.")
+    min_letters: float = Field(
+        0, ge=0, le=1, description="Documents with a smaller share of letters are dropped and counted."
+    )
+    scripts: list[str] = Field(
+        [], description="Scripts such as latin, han or cyrillic; documents mostly in others are dropped."
+    )
+    deduplicate: bool = Field(True, description="Of documents with the same text only the first is kept.")
     tokenizer: str | None = Field(
-        None, description="An existing SentencePiece model; without it one is trained on the input."
+        None,
+        description="An existing SentencePiece model, or the vocab.txt of a WordPiece tokenizer; without it "
+        "one is trained on the input.",
+    )
+    lowercase: bool | None = Field(
+        None,
+        description="Whether a WordPiece tokenizer lowers case and strips accents; by itself, if no piece of "
+        "its vocabulary has a capital letter.",
     )
     train_tokenizer: TokenizerTraining = Field(
         default_factory=lambda: TokenizerTraining(), description="How a tokenizer is trained."
     )
-    min_characters: int = Field(1, ge=1, description="Shorter documents are dropped and counted.")
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of documents, chosen by a hash of their text, held out."
     )
     split_bytes: int = Field(
-        512 * 2**20,
+        128 * 2**20,
         ge=1000,
-        description="Input is cut, between documents, about every so many bytes; "
-        "each piece becomes one shard, about half as large.",
+        description="Input is cut, between documents, about every so many bytes, one process at a time.",
+    )
+    shard_bytes: int = Field(
+        128 * 2**20, ge=1000, description="A shard holds about so many bytes of tokens, of all the input."
     )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="The run fails at its end above this share of unreadable records."
     )
     workers: int = Field(0, ge=0, description="Worker processes; 0 takes one for each core.")
-    seed: int = Field(0, ge=0, description="Seed of the tokenizer's sample.")
+    seed: int = Field(0, ge=0, description="Seed of the order of documents and of the tokenizer's sample.")
+
+    @field_validator("language")
+    @classmethod
+    def _check_language(cls, language: str) -> str:
+        return check_language(language)
+
+    @field_validator("scripts")
+    @classmethod
+    def _check_scripts(cls, scripts: list[str]) -> list[str]:
+        for script in scripts:
+            if script not in SCRIPTS:
+                near = difflib.get_close_matches(script.lower(), SCRIPTS, 1)
+                hint = f"did you mean {near[0]}?" if near else f"the scripts are {', '.join(SCRIPTS)}"
+                raise ValueError(f"there is no script {script!r}; {hint}")
+        return scripts
 
 
 # ------------------------------------------------------------------------------------------ pretrain
@@ -93,15 +183,49 @@ class ModelConfig(Section):
         return self
 
 
+class Corpus(Section):
+    """One of several data sets that are mixed."""
+
+    path: str = Field(description="Output folder of `bertscale prep`.")
+    weight: float = Field(1.0, gt=0, description="Its share of the samples, relative to the others'.")
+
+
+PAIRS = ("nsp", "sop")  # kinds of samples of two segments, which a second head tells apart
+
+
 class SamplesConfig(Section):
     """How training samples are made of documents."""
 
+    kind: Literal["nsp", "sop", "document", "packed"] = Field(
+        "nsp",
+        description="What a sample is: nsp: two segments, half of them of different documents; sop: two "
+        "segments side by side, half of them swapped; document: consecutive sentences of one document; "
+        "packed: exactly max_length tokens, of as many documents as they hold.",
+    )
     max_length: int = Field(128, ge=8, description="Longest sample in tokens, [CLS] and [SEP] included.")
+    warmup: list[tuple[int, int]] = Field(
+        [],
+        description="Shorter samples at first: [[steps, max_length], ...], each for so many steps of "
+        "train.global_batch samples.",
+    )
+    window_blocks: int = Field(
+        64, ge=1, description="Blocks of 2**19 tokens, drawn at random, inside which samples are shuffled."
+    )
+    mask_unit: Literal["token", "word", "span"] = Field(
+        "token", description="What is masked as a whole: tokens, words, or spans of words."
+    )
     mask_rate: float = Field(0.15, gt=0, lt=1, description="Share of tokens chosen for prediction.")
     mask_token_rate: float = Field(0.8, ge=0, le=1, description="Share of the chosen that become [MASK].")
     random_token_rate: float = Field(
         0.1, ge=0, le=1, description="Share of the chosen that become a random piece; the rest stay."
     )
+    span_p: float = Field(0.2, gt=0, le=1, description="Of the geometric distribution of a span's words.")
+    span_max: int = Field(10, ge=1, description="Longest span in words.")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether samples are two segments with a label."""
+        return self.kind in PAIRS
 
     @model_validator(mode="after")
     def _check(self) -> SamplesConfig:
@@ -110,6 +234,12 @@ class SamplesConfig(Section):
                 f"mask_token_rate={self.mask_token_rate} and random_token_rate={self.random_token_rate} "
                 "add up to more than 1"
             )
+        for steps, length in self.warmup:
+            if steps < 1 or not 8 <= length <= self.max_length:
+                raise ValueError(
+                    f"warmup: [{steps}, {length}] is not at least one step of samples of 8 to "
+                    f"max_length={self.max_length} tokens"
+                )
         return self
 
 
@@ -134,6 +264,9 @@ class TrainConfig(Section):
     )
     global_batch: int = Field(256, ge=1, description="Samples in one optimizer step, over all ranks.")
     micro_batch: int = Field(32, ge=1, description="Samples in one forward pass of one rank.")
+    micro_tokens: int | None = Field(
+        None, ge=8, description="Tokens in one forward pass of one rank at most, instead of micro_batch."
+    )
     seed: int = Field(0, ge=0, description="Seed of initial weights, order, masks and dropout.")
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the device multiplies it natively, else float32."
@@ -143,6 +276,11 @@ class TrainConfig(Section):
     eval_samples: int = Field(1024, ge=1, description="Samples of a held-out loss.")
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+    @property
+    def micro_samples(self) -> int | None:
+        """Samples of a micro-batch; None where a budget of tokens decides."""
+        return None if self.micro_tokens else self.micro_batch
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -184,13 +322,38 @@ class PretrainConfig(Section):
     """Token shards -> checkpoints."""
 
     run: str = Field(description="Folder for checkpoints, TensorBoard events and logs.")
-    data: str = Field(description="Output folder of `bertscale prep`.")
+    data: str | list[Corpus] = Field(
+        description="Output folder of `bertscale prep`, or several mixed: [{path: A, weight: 0.7}, ...]."
+    )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The encoder.")
     samples: SamplesConfig = Field(default_factory=lambda: SamplesConfig(), description="The samples.")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="AdamW.")
     train: TrainConfig = Field(description="Length and rhythm of the run.")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="The ranks.")
     launch: LaunchConfig = Field(default_factory=lambda: LaunchConfig(), description="Failing ranks.")
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The data sets, one or several."""
+        return [Corpus(path=self.data, weight=1.0)] if isinstance(self.data, str) else self.data
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _check_data(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return data
+        if not isinstance(data, list) or not data:
+            raise ValueError(f"{data} is neither a folder nor a list of folders with their weights")
+        # Checked here, so that a wrong key is told once, and not for each of the two types.
+        corpora = []
+        for number, one in enumerate(data):
+            values = {"path": one} if isinstance(one, str) else one
+            where = f"number {number + 1}"
+            corpora.append(one if isinstance(one, Corpus) else check_config(Corpus, values, where))
+        paths = [corpus.path for corpus in corpora]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"{', '.join(paths)} names a data set twice; give it one weight")
+        return corpora
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
@@ -211,9 +374,14 @@ class PretrainConfig(Section):
                     f"parallel.tensor={self.parallel.tensor} does not divide model.{name}={size}; "
                     f"sizes that do: {', '.join(map(str, fit))}"
                 )
-        if self.train.global_batch % 2:
+        if self.train.micro_tokens is not None and self.train.micro_tokens < self.samples.max_length:
             raise ValueError(
-                f"train.global_batch={self.train.global_batch} is odd: half of a batch are random pairs"
+                f"train.micro_tokens={self.train.micro_tokens} is less than one sample of "
+                f"samples.max_length={self.samples.max_length}"
+            )
+        if self.samples.has_pairs and self.train.global_batch % 2:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is odd: half of a batch are other pairs"
             )
         return self
 

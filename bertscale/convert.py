@@ -10,7 +10,6 @@ whose rows are in the order head, (query, key, value), feature; Hugging Face hol
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ from bertscale.config import ModelConfig, UserError, check_config
 from bertscale.layers import Layers
 from bertscale.model import PretrainingModel, padded_vocab_size
 from bertscale.shards import file_digest
-from bertscale.tokenizer import Tokenizer
+from bertscale.tokenizer import find_tokenizer, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 ORIGIN = "bertscale_checkpoint"  # key of config.json: digest of the checkpoint's table
@@ -176,8 +175,10 @@ def convert(source: Path, output: Path, show: bool) -> None:
     few masks. Raises UserError when `output` is there and is something else.
     """
     weights = open_weights(source)
-    if not (weights.folder / "tokenizer.model").is_file():
-        raise UserError(f"{weights.folder} holds no SentencePiece model tokenizer.model; put it there")
+    if not find_tokenizer(weights.folder).is_file():
+        raise UserError(
+            f"{weights.folder} holds no tokenizer.model, tokenizer.json or vocab.txt; put its tokenizer there"
+        )
     if isinstance(weights, HuggingFaceWeights):
         _check_output(output, TABLE)
         import_weights(weights, output)
@@ -198,7 +199,7 @@ def convert(source: Path, output: Path, show: bool) -> None:
 
 def export(weights: Weights, output: Path, origin: str) -> None:
     """Writes a folder that transformers loads as BertForPreTraining, tokenizer included."""
-    model, tokenizer = weights.model, Tokenizer.load(weights.folder / "tokenizer.model")
+    model, tokenizer = weights.model, load_tokenizer(find_tokenizer(weights.folder))
     tensors: dict[str, Tensor] = {}
     for name in weights.parameters:
         tensors |= to_hugging_face(name, weights.tensor(name), model.num_attention_heads, weights.vocab_size)
@@ -218,7 +219,7 @@ def export(weights: Weights, output: Path, origin: str) -> None:
     }
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.export_hugging_face(partial, model.max_position_embeddings)
-    shutil.copyfile(weights.folder / "tokenizer.model", partial / "tokenizer.model")
+    tokenizer.save(partial)
     put_in_place(partial, output)
 
 
@@ -229,11 +230,11 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> None:
         for name in weights.parameters:
             yield name, weights.tensor(name)
 
-    tokenizer = weights.folder / "tokenizer.model"
+    tokenizer = find_tokenizer(weights.folder)
     table = {
         "model": weights.model.model_dump(),
         "vocab_size": weights.vocab_size,
-        "tokenizer_sha256": Tokenizer.load(tokenizer).sha256,
+        "tokenizer_sha256": load_tokenizer(tokenizer).sha256,
         "data_digest": None,
         "config": None,
     }

@@ -55,10 +55,11 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for this run."""
     train = config.train
+    micro = train.micro_samples or 1  # with a budget of tokens the engine is told when a step ends
     return {
         "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * ranks.data),
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": train.global_batch // (micro * ranks.data),
         "gradient_clipping": config.optimizer.gradient_clipping if clip else 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": config.parallel.zero_stage},
@@ -104,6 +105,11 @@ class Engine:
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.deepspeed(*inputs)
         return outputs
+
+    def begin(self, *, last: bool) -> None:
+        """Begins a micro-step; `last`: the global step ends with it."""
+        if self.config.train.micro_tokens:
+            self.deepspeed.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of `loss`, which the caller has divided by all that it must be divided by."""
@@ -309,4 +315,4 @@ def _attempt(work: Callable[[], None]) -> str | None:
 
 
 def _make_folder(final: Path, tokenizer: Path) -> None:
-    shutil.copyfile(tokenizer, fresh_folder(final) / "tokenizer.model")
+    shutil.copyfile(tokenizer, fresh_folder(final) / tokenizer.name)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -51,7 +50,7 @@ from bertscale.tasks import (
     score,
     training_batches,
 )
-from bertscale.tokenizer import Tokenizer
+from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 EVERY = 10  # steps between two looks at the loss, each of which waits for the device
 
@@ -64,7 +63,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     weights = open_weights(Path(config.encoder))
-    tokenizer = Tokenizer.load(weights.folder / "tokenizer.model")
+    tokenizer = load_tokenizer(find_tokenizer(weights.folder))
     check_fit(config, weights, tokenizer)
     train = read_examples(config.train, config.text_field, config.label_field)
     test = read_examples(config.test, config.text_field, config.label_field)
@@ -326,7 +325,7 @@ def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
     settings = config.model_dump(exclude={"encoder", "train", "test", "output"})
     table_file = weights.folder / "bertscale.json"  # it holds the digests of a checkpoint's shards
     files = [table_file] if table_file.exists() else sorted(weights.folder.glob("*.safetensors"))
-    others = [weights.folder / name for name in ("config.json", "tokenizer.model")]
+    others = [weights.folder / "config.json", find_tokenizer(weights.folder)]
     digests = [file_digest(file) for file in (*files, *others) if file.exists()]
     return {
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32],
@@ -354,11 +353,11 @@ def written_files(output: Path) -> list[str]:
 def write_model(
     folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Writes model.safetensors, config.json and tokenizer.model: `folder` is whole or not there."""
+    """Writes model.safetensors, config.json and the tokenizer: `folder` is whole or not there."""
     partial = fresh_folder(folder)
     save_tensors(partial / "model.safetensors", tensors)
     write_json(partial / "config.json", facts)
-    shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+    tokenizer.save(partial)
     put_in_place(partial, folder)
 
 
@@ -391,9 +390,9 @@ def load_classifier(folder: str | Path) -> Classifier:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no classifier: {error}") from error
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(find_tokenizer(folder))
     if tokenizer.sha256 != facts["tokenizer_sha256"]:
-        raise UserError(f"{folder / 'tokenizer.model'} is not the tokenizer that the classifier learnt with")
+        raise UserError(f"{tokenizer.path} is not the tokenizer that the classifier learnt with")
     shape = check_config(ModelConfig, facts["model"], str(folder / "config.json"))
     model = ClassificationModel(shape, facts["vocab_size"], len(facts["labels"]), facts["pooling"])
     model.load_state_dict(load_file(folder / "model.safetensors"))

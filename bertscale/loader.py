@@ -1,13 +1,15 @@
 """Batches as a pure function of (data, seed, step), for the loop that trains and the held-out loss.
 
-    sizes = {"global_batch": 256, "micro_batch": 32, "rank": 0, "world": 1}
-    loader = Loader(dataset, tokenizer, config.samples, seed=0, **sizes)
+    mixture = Mixture([dataset], [1.0], config.samples, global_batch=256, seed=0)
+    loader = Loader(mixture, tokenizer, micro_batch=32, rank=0, world=1)
     for step, micro_batches in loader.iterate(start_step=0, stop_step=1000): ...
 
-Global step k holds the samples k * global_batch .. (k + 1) * global_batch - 1 of the plan, whatever the
-number of ranks: to resume is to begin at another step. Batches are made ahead by one background thread.
+Global step k holds the samples k * global_batch .. (k + 1) * global_batch - 1 of the mixture, whatever the
+number of ranks: to resume is to begin at another step. Batches are made ahead by one background thread,
+many samples at a time, whatever the size of a step.
 
-S: samples, T: tokens, P: masked positions.
+S: samples, Q: sequences ([CLS] ... [SEP]; a packed sample has several), T: tokens, P: masked positions,
+N: pieces.
 """
 
 from __future__ import annotations
@@ -17,31 +19,32 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bertscale.config import SamplesConfig
 from bertscale.masking import Ints, mask_rules, mask_tokens
-from bertscale.samples import PairPlan, Pairs, check_batch
-from bertscale.shards import Dataset
+from bertscale.mixture import Mixture, Stage
+from bertscale.samples import Pieces, check_batch, spread
 from bertscale.tokenizer import Tokenizer
 
 AHEAD = 4  # steps made ahead
+SLAB = 2**17  # tokens made together: enough to forget numpy's cost of a call, few enough for the caches
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """S samples `[CLS] A [SEP] B [SEP]` laid end to end, without padding."""
+    """S samples, Q sequences `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]` laid end to end, without padding."""
 
     tokens: Tensor  # int64 [T], masked input
     token_types: Tensor  # int64 [T], 0 for [CLS] A [SEP], 1 for B [SEP]
-    positions: Tensor  # int64 [T], 0, 1, ... within each sample
-    lengths: tuple[int, ...]  # S sample lengths in tokens, on the host
+    positions: Tensor  # int64 [T], 0, 1, ... within each sequence
+    lengths: tuple[int, ...]  # Q sequence lengths in tokens, on the host; nothing attends beyond its own
     target_positions: Tensor  # int64 [P], ascending, into tokens; P may be 0
     targets: Tensor  # int64 [P], the original ids there
-    next_sentence_label: Tensor  # int64 [S], 0 = B continues A, 1 = B is random
+    next_sentence_label: Tensor | None  # int64 [S], 0 = B continues A, 1 = B is random, or swapped with A
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """On `device`; from pinned memory the copy runs beside the computation."""
@@ -52,6 +55,7 @@ class MicroBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        label = self.next_sentence_label
         return MicroBatch(
             tokens=change(self.tokens),
             token_types=change(self.token_types),
@@ -59,35 +63,38 @@ class MicroBatch:
             lengths=self.lengths,
             target_positions=change(self.target_positions),
             targets=change(self.targets),
-            next_sentence_label=change(self.next_sentence_label),
+            next_sentence_label=None if label is None else change(label),
         )
 
 
 class Loader:
     """This data-parallel rank's share of every global step; `rank` and `world` count those ranks only.
 
+    A micro-batch has `micro_batch` samples, or with `micro_tokens` as many as stay within so many tokens:
+    then the samples of a step are dealt out to as few micro-batches as will do, the same number of them on
+    each rank.
     `data_wait` is the time in seconds that callers of `iterate` have waited for a batch.
-    Raises UserError where the batch does not divide (`check_batch`) or the data makes no pairs.
+    Raises UserError where the batch does not divide (`check_batch`).
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        mixture: Mixture,
         tokenizer: Tokenizer,
-        samples: SamplesConfig,
         *,
-        global_batch: int,
         micro_batch: int,
-        seed: int,
         rank: int,
         world: int,
+        micro_tokens: int | None = None,
     ) -> None:
-        check_batch(global_batch, micro_batch, world)
-        self.global_batch, self.micro_batch, self.seed = global_batch, micro_batch, seed
-        self.share = global_batch // world  # samples
+        samples = mixture.samples
+        check_batch(mixture.global_batch, None if micro_tokens else micro_batch, world, samples.has_pairs)
+        self.mixture, self.micro_batch, self.micro_tokens = mixture, micro_batch, micro_tokens
+        self.global_batch, self.seed = mixture.global_batch, mixture.seed
+        self.rank, self.world = rank, world
+        self.share = self.global_batch // world  # samples
         self.offset = rank * self.share
         self.cls_id, self.sep_id = tokenizer.cls_id, tokenizer.sep_id
-        self.plan = PairPlan(dataset, samples.max_length, seed)
         self.rules = mask_rules(
             vocab_size=tokenizer.vocab_size,
             mask_id=tokenizer.mask_id,
@@ -95,64 +102,96 @@ class Loader:
             mask_rate=samples.mask_rate,
             mask_token_rate=samples.mask_token_rate,
             random_token_rate=samples.random_token_rate,
+            unit=samples.mask_unit,
+            starts_word=None if samples.mask_unit == "token" else tokenizer.starts_word,
+            span_p=samples.span_p,
+            span_max=samples.span_max,
         )
-        self.shard_tokens = [shard.tokens for shard in dataset.shards]
+        self.shard_tokens = [shard.tokens for dataset in mixture.datasets for shard in dataset.shards]
         sizes = [len(tokens) for tokens in self.shard_tokens]
         self.shard_start = np.cumsum([0, *sizes[:-1]])  # number of each shard's first token
         self.data_wait = 0.0
 
     def step(self, k: int) -> list[MicroBatch]:
         """This rank's micro-batches of global step `k`, shorter samples first."""
-        begin = k * self.global_batch + self.offset
-        samples = np.arange(begin, begin + self.share)
-        pairs = self.plan.pairs(samples)
-        # Equal lengths sit together, which lets attention take them as one batch.
-        order = np.argsort(pairs.a_length + pairs.b_length, kind="stable")
-        samples, pairs = samples[order], Pairs(*(values[order] for values in pairs))
-        lengths = pairs.a_length + pairs.b_length + 3
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        tokens = self._read(pairs, starts, ends)
-        masked, places, targets = mask_tokens(tokens, lengths, samples, self.rules, self.seed)
-        types = np.repeat(
-            np.tile(np.array([0, 1]), self.share),
-            np.stack([pairs.a_length + 2, pairs.b_length + 1], axis=1).ravel(),
-        )
-        positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
+        return self.steps(self.mixture.stage_of(k), k, k + 1)[0]
 
+    def steps(self, stage: Stage, first: int, last: int) -> list[list[MicroBatch]]:
+        """`step(k)` for k = first .. last - 1, all of one stage."""
+        # With a budget each rank looks at the whole batch, to know how all of it is dealt out.
+        share, offset = (self.global_batch, 0) if self.micro_tokens else (self.share, self.offset)
+        samples = np.arange(first, last)[:, None] * self.global_batch + offset + np.arange(share)
+        pieces = self.mixture.pieces(stage, samples.ravel())
+        extents = pieces.length + 1 + (pieces.kind == 0)  # [SEP], and [CLS] if it begins a sequence
+        sizes = np.bincount(pieces.row, extents, samples.size).astype(np.int64).reshape(samples.shape)
+        orders, counts = zip(*map(self._deal, sizes), strict=True)  # in each step
+        order = np.concatenate([own + share * step for step, own in enumerate(orders)])
+        samples, sizes, pieces = samples.ravel()[order], sizes.ravel()[order], _reorder(pieces, order)
+
+        begins = pieces.kind == 0
+        extents = pieces.length + 1 + begins
+        ends = np.cumsum(extents)
+        tokens = self._read(pieces, ends - 1 - pieces.length, int(ends[-1]))
+        tokens[ends - 1] = self.sep_id
+        first_piece = np.flatnonzero(begins)
+        sequence_start = (ends - extents)[first_piece]
+        tokens[sequence_start] = self.cls_id
+        sequence_length = np.diff(sequence_start, append=len(tokens))
+        masked, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
+        types = np.zeros(len(tokens), np.int64)
+        if pieces.label is not None:
+            types = np.repeat(pieces.kind, extents)
+        positions = spread(np.zeros_like(sequence_start), sequence_length)
+
+        edges = np.cumsum([0, *(count for step in counts for count in step)])  # of micro-batches, in samples
+        token_edges = np.concatenate([[0], np.cumsum(sizes)])[edges]
+        target_edges = np.searchsorted(places, token_edges)
+        places -= np.repeat(token_edges[:-1], np.diff(target_edges))
+        sequence_edges = np.searchsorted(sequence_start, token_edges)
+        lengths = sequence_length.tolist()
+        flat = [torch.from_numpy(values) for values in (masked, types, positions, places, targets)]
+        labels = None if pieces.label is None else torch.from_numpy(pieces.label)
         batches = []
-        for row in range(0, self.share, self.micro_batch):
-            rows = slice(row, row + self.micro_batch)
-            start, end = int(starts[row]), int(ends[rows][-1])
-            chosen = slice(*np.searchsorted(places, [start, end]))
+        cuts = zip(*(e.tolist() for e in (edges, token_edges, target_edges, sequence_edges)), strict=True)
+        row, token, target, sequence = next(cuts)
+        for row_end, token_end, target_end, sequence_end in cuts:
             batches.append(
                 MicroBatch(
-                    tokens=torch.from_numpy(masked[start:end]),
-                    token_types=torch.from_numpy(types[start:end]),
-                    positions=torch.from_numpy(positions[start:end]),
-                    lengths=tuple(lengths[rows].tolist()),
-                    target_positions=torch.from_numpy(places[chosen] - start),
-                    targets=torch.from_numpy(targets[chosen]),
-                    next_sentence_label=torch.from_numpy(pairs.next_sentence_label[rows]),
+                    tokens=flat[0][token:token_end],
+                    token_types=flat[1][token:token_end],
+                    positions=flat[2][token:token_end],
+                    lengths=tuple(lengths[sequence:sequence_end]),
+                    target_positions=flat[3][target:target_end],
+                    targets=flat[4][target:target_end],
+                    next_sentence_label=None if labels is None else labels[row:row_end],
                 )
             )
-        return batches
+            row, token, target, sequence = row_end, token_end, target_end, sequence_end
+        left = iter(batches)
+        return [list(islice(left, len(step))) for step in counts]
 
-    def _read(self, pairs: Pairs, starts: Ints, ends: Ints) -> Ints:
-        """The unmasked tokens of the samples, end to end [T]."""
-        tokens = np.empty(int(ends[-1]), np.int64)
-        tokens[starts] = self.cls_id
-        tokens[starts + pairs.a_length + 1] = self.sep_id
-        tokens[ends - 1] = self.sep_id
-        source = np.concatenate([pairs.a_start, pairs.b_start])
-        length = np.concatenate([pairs.a_length, pairs.b_length])
-        target = np.concatenate([starts + 1, starts + pairs.a_length + 2])
-        shard = np.searchsorted(self.shard_start, source, side="right") - 1
-        source -= self.shard_start[shard]
-        for s, at, to, size in zip(
-            shard.tolist(), source.tolist(), target.tolist(), length.tolist(), strict=True
-        ):
-            tokens[to : to + size] = self.shard_tokens[s][at : at + size]
+    def _deal(self, sizes: Ints) -> tuple[Ints, list[int]]:
+        """Which samples of a step, of these sizes in tokens, are this rank's, micro-batch by micro-batch,
+        and how many each of those has. Equal lengths sit together: attention takes them as one batch."""
+        if not self.micro_tokens:
+            return np.argsort(sizes, kind="stable"), [self.micro_batch] * (self.share // self.micro_batch)
+        bins = deal(sizes, self.micro_tokens, self.world)
+        own = np.flatnonzero(bins % self.world == self.rank)
+        turn = bins[own] // self.world
+        return own[np.lexsort((sizes[own], turn))], np.bincount(turn).tolist()
+
+    def _read(self, pieces: Pieces, places: Ints, size: int) -> Ints:
+        """The tokens of the pieces, each from its place on, in an array of `size`; the rest is undefined."""
+        tokens = np.empty(size, np.int64)
+        shard = np.searchsorted(self.shard_start, pieces.start, side="right") - 1
+        order = np.argsort(shard, kind="stable")
+        shard, length = shard[order], pieces.length[order]
+        source = spread(pieces.start[order] - self.shard_start[shard], length)
+        target = spread(places[order], length)
+        edges = np.flatnonzero(np.diff(shard, prepend=-1))  # first piece of each shard
+        token_edges = np.append((np.cumsum(length) - length)[edges], len(source)).tolist()
+        for number, begin, end in zip(shard[edges].tolist(), token_edges, token_edges[1:], strict=False):
+            tokens[target[begin:end]] = self.shard_tokens[number].take(source[begin:end], mode="clip")
         return tokens
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
@@ -168,13 +207,18 @@ class Loader:
             try:
                 if device is not None:
                     torch.cuda.set_device(device)
-                for k in range(start_step, stop_step):
-                    batches = self.step(k)
-                    if device is not None:
-                        batches = [batch.pin_memory() for batch in batches]
-                    if stop.is_set():
-                        return
-                    ready.put((k, batches))
+                step = start_step
+                while step < stop_step:
+                    stage = self.mixture.stage_of(step)
+                    end = self.mixture.end_of(stage) or stop_step
+                    together = max(1, SLAB // (self.share * stage.max_length))
+                    for batches in self.steps(stage, step, min(step + together, end, stop_step)):
+                        if device is not None:
+                            batches = [batch.pin_memory() for batch in batches]
+                        if stop.is_set():
+                            return
+                        ready.put((step, batches))
+                        step += 1
             except BaseException as error:
                 ready.put(error)
 
@@ -193,3 +237,34 @@ class Loader:
             while not ready.empty():  # room for the one batch that the thread may be handing over
                 ready.get()
             thread.join()
+
+
+def deal(sizes: Ints, budget: int, world: int) -> Ints:
+    """The micro-batch of each sample, none above `budget` tokens, a multiple of `world` in all.
+
+    Samples are dealt out from the longest to the shortest, to and fro, so that the sums are about even.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    turn = np.arange(len(sizes))
+    number = world * -(-int(sizes.sum()) // (budget * world))
+    while True:
+        hand, place = np.divmod(turn, number)
+        bins = np.empty(len(sizes), np.int64)
+        bins[order] = np.where(hand & 1, number - 1 - place, place)
+        if np.bincount(bins, sizes).max() <= budget:
+            return bins
+        number += world
+
+
+def _reorder(pieces: Pieces, order: Ints) -> Pieces:
+    """The pieces of the samples `order`, in that order."""
+    count = np.bincount(pieces.row)
+    if (count == count[0]).all():  # the same number of pieces in each sample
+        each = int(count[0])
+        index = (order[:, None] * each + np.arange(each)).ravel()
+    else:
+        first = np.cumsum(count) - count
+        index = spread(first[order], count[order])
+    row = np.repeat(np.arange(len(order)), count[order])
+    label = None if pieces.label is None else pieces.label[order]
+    return Pieces(pieces.start[index], pieces.length[index], pieces.kind[index], row, label)

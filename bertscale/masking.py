@@ -6,10 +6,26 @@ choices. A sample's number counts on through the epochs (`epoch = sample // chun
 comes back in another epoch gets other masks.
 
     rules = mask_rules(vocab_size=8192, mask_id=4, special_ids=range(5), mask_rate=0.15,
-                       mask_token_rate=0.8, random_token_rate=0.1)
+                       mask_token_rate=0.8, random_token_rate=0.1,
+                       unit="word", starts_word=tokenizer.starts_word)
     masked, positions, targets = mask_tokens(tokens, lengths, samples, rules, seed=0)
 
-T: tokens, S: samples, P: masked positions, N: counters.
+What is chosen as a whole is a token, a word, or a span of words. The expected share of predicted tokens
+is `mask_rate` with each of them, in every sample, however short.
+
+- token: BERT (Devlin et al. 2019, section 3.1). Each token alone, by chance.
+- word: BERT's whole-word masking (its repository, release of 2019-05-31; Cui et al. 2019 for Chinese).
+  Each word alone, by chance; then every token of it becomes [MASK], a random piece, or stays, by its own
+  chance, as in the code of that release. That code takes shuffled words up to a rounded count instead.
+  What a word is, the tokenizer's table says: with a vocabulary of single Chinese characters, a character.
+- span: SpanBERT (Joshi et al. 2020, section 3.1). Spans of whole words from random words on, their
+  lengths geometric, cut off at the longest and scaled to 1, until the share is reached; a run of chosen
+  words becomes [MASK], random pieces, or stays, together. As in its code, spans that overlap or touch
+  make one run. Unlike it: a span may begin inside one drawn before; any word is as likely as another to
+  begin one, however many pieces it has; the share is not rounded up, and the last span ends with a whole
+  word, left out by chance, so that the expected share is exact; no span passes a special token.
+
+T: tokens, S: samples, W: words, P: masked positions, N: counters.
 """
 
 from __future__ import annotations
@@ -17,12 +33,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from math import log1p
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint32]
 
 _LOW = np.uint64(0xFFFFFFFF)
@@ -42,6 +60,8 @@ class Draw(IntEnum):
     PAIR = 2
     CUT = 3
     ORDER = 4
+    EXTENT = 5
+    ROUND = 6
 
 
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, seed: int) -> Words:
@@ -96,16 +116,22 @@ def draw_below(limit: Any, words: Words, finer: Words | None = None) -> Ints:
 
 @dataclass(frozen=True)
 class MaskRules:
-    """Who may be masked and how often. A word w drawn for a token says all: w < `mask_below`: it
-    becomes [MASK]; else w < `random_below`: a random piece; else w < `chosen_below`: it stays but is
-    predicted; else it is left alone."""
+    """Who may be masked and how often, as bounds of 32-bit random numbers; see `mask_rules`.
 
-    special: npt.NDArray[np.bool_]  # [vocabulary]: never chosen, never drawn as a replacement
+    With tokens, the number n that chooses a token says all: n < `mask_below`: it becomes [MASK]; else n <
+    `random_below`: a random piece; else n < `chosen_below`: it stays but is predicted; else it is left
+    alone. With words and spans one number is held against `chosen_below`, another against the two others.
+    """
+
+    special: Bools  # [vocabulary]: never chosen, never drawn as a replacement, never inside a word
     ordinary: Ints  # the other ids
     mask_id: int
     mask_below: int
     random_below: int
     chosen_below: int
+    unit: Literal["token", "word", "span"]
+    starts_word: Bools  # [vocabulary]; empty with tokens
+    longer_below: tuple[int, ...]  # a span is longer than d words if its number is below the d-th
 
 
 def mask_rules(
@@ -116,17 +142,38 @@ def mask_rules(
     mask_rate: float,
     mask_token_rate: float,
     random_token_rate: float,
+    unit: Literal["token", "word", "span"] = "token",
+    starts_word: Bools | None = None,
+    span_p: float = 0.2,
+    span_max: int = 10,
 ) -> MaskRules:
-    """The rules of BERT (Devlin et al. 2019, section 3.1) at these rates, exact to 2**-32."""
+    """The rules at these rates, exact to 2**-32.
+
+    `starts_word` [vocabulary], which words and spans need: whether a piece begins a word. `span_p` and
+    `span_max` (words): the chance of n words is in proportion to (1 - span_p)**(n - 1), n = 1 .. span_max;
+    the defaults are SpanBERT's and give 3.8 words in the mean.
+    """
     special = np.zeros(vocab_size, np.bool_)
     special[list(special_ids)] = True
+    if starts_word is None:
+        if unit != "token":
+            raise ValueError(f"unit={unit!r} needs starts_word")
+        starts_word = np.zeros(0, np.bool_)
+    elif starts_word.shape != (vocab_size,):
+        raise ValueError(f"starts_word has shape {starts_word.shape}, not ({vocab_size},)")
+    decided = 2**32 * mask_rate if unit == "token" else 2**32
+    chances = (1 - span_p) ** np.arange(span_max)  # of 1, 2, ... words, up to a factor
+    longer = np.append(np.cumsum(chances[::-1])[::-1] / chances.sum(), 0.0)
     return MaskRules(
         special=special,
         ordinary=np.flatnonzero(~special),
         mask_id=mask_id,
-        mask_below=round(2**32 * mask_rate * mask_token_rate),
-        random_below=round(2**32 * mask_rate * (mask_token_rate + random_token_rate)),
+        mask_below=round(decided * mask_token_rate),
+        random_below=round(decided * (mask_token_rate + random_token_rate)),
         chosen_below=round(2**32 * mask_rate),
+        unit=unit,
+        starts_word=starts_word,
+        longer_below=tuple(round(2**32 * share) for share in longer.tolist()),
     )
 
 
@@ -135,32 +182,160 @@ def mask_tokens(
 ) -> tuple[Ints, Ints, Ints]:
     """Chooses positions to predict and hides most of them.
 
-    `tokens` [T] are samples laid end to end, of `lengths` [S] and numbers `samples` [S]. Each token
-    that is not special is chosen independently; the choice depends on (seed, sample, position in the
-    sample) and on nothing else in the batch. Returns the masked tokens [T], the chosen places in
-    them, ascending [P], and the original ids there [P]. P may be 0.
+    `tokens` [T] are samples laid end to end, of `lengths` [S] and numbers `samples` [S]. What is chosen
+    depends on (seed, sample, its tokens) and on nothing else in the batch; special tokens are never
+    chosen and end a word or span. Returns the masked tokens [T], the chosen places in them, ascending
+    [P], and the original ids there [P]. P may be 0.
     """
-    # One Philox counter serves four neighbouring positions; the last one of a sample may be part idle.
-    blocks = (lengths + 3) // 4
-    block_start = np.cumsum(blocks) - blocks
     token_start = np.cumsum(lengths) - lengths
-    sample_of_block = np.repeat(np.arange(len(lengths)), blocks)  # [N]
-    block = np.arange(len(sample_of_block)) - block_start[sample_of_block]
     low, high = words_of(samples)
-    words = philox4x32(block, low[sample_of_block], high[sample_of_block], Draw.CHOOSE, seed).ravel()
+    if rules.unit == "token":
+        row, position, fate = _draw_share(lengths, low, high, rules, seed)
+        place = token_start[row] + position
+        inside = ~rules.special[tokens[place]]
+        row, position, place, fate = row[inside], position[inside], place[inside], fate[inside]
+    else:
+        words = _find_words(tokens, token_start, rules)
+        if rules.unit == "word":
+            row, number, _ = _draw_share(words.count, low, high, rules, seed)
+            number += words.first[row]
+            inside = ~words.special[number]
+            row, number = row[inside], number[inside]
+        else:
+            row, number = _draw_spans(words, low, high, rules, seed)
+        size = words.size[number]
+        place = np.repeat(words.begin[number] - (np.cumsum(size) - size), size)
+        place += np.arange(len(place))
+        row = np.repeat(row, size)
+        position = decider = place - token_start[row]
+        if rules.unit == "span":  # the first token of a run of chosen ones decides for all of it
+            leads = np.ones(len(place), np.bool_)
+            leads[1:] = (np.diff(place) > 1) | (np.diff(row) > 0)
+            decider = position[np.flatnonzero(leads)[np.cumsum(leads) - 1]]
+        fate = philox4x32(decider, low[row], high[row], Draw.REPLACE, seed)[:, 1]
 
-    drawn = np.flatnonzero(words < rules.chosen_below)
-    row = sample_of_block[drawn >> 2]
-    position = drawn - 4 * block_start[row]
-    place = token_start[row] + position
-    inside = position < lengths[row]
-    inside[inside] = ~rules.special[tokens[place[inside]]]
-    drawn, row, position, place = drawn[inside], row[inside], position[inside], place[inside]
-
-    word = words[drawn]
     masked = tokens.copy()
-    masked[place[word < rules.mask_below]] = rules.mask_id
-    random = (word >= rules.mask_below) & (word < rules.random_below)
+    masked[place[fate < rules.mask_below]] = rules.mask_id
+    random = (fate >= rules.mask_below) & (fate < rules.random_below)
     fresh = philox4x32(position[random], low[row[random]], high[row[random]], Draw.REPLACE, seed)
     masked[place[random]] = rules.ordinary[draw_below(len(rules.ordinary), fresh[:, 0])]
     return masked, place, tokens[place]
+
+
+@dataclass(frozen=True)
+class _WordTable:
+    """The words of a batch. A special token is a word, and so are the pieces between a sample's start,
+    or a special token, and the first piece that begins a word."""
+
+    begin: Ints  # [W] place of the first token
+    size: Ints  # [W] tokens
+    special: Bools  # [W]
+    first: Ints  # [S] number of the sample's first word
+    count: Ints  # [S] words
+
+
+def _find_words(tokens: Ints, token_start: Ints, rules: MaskRules) -> _WordTable:
+    special = rules.special[tokens]
+    begins = rules.starts_word[tokens]
+    begins |= special
+    begins[1:] |= special[:-1]
+    begins[token_start[token_start < len(tokens)]] = True  # an empty sample has no first token
+    begin = np.flatnonzero(begins)
+    first = np.searchsorted(begin, token_start)
+    return _WordTable(
+        begin=begin,
+        size=np.diff(begin, append=len(tokens)),
+        special=special[begin],
+        first=first,
+        count=np.diff(first, append=len(begin)),
+    )
+
+
+def _draw(counts: Ints, low: Ints, high: Ints, seed: int) -> tuple[Words, Ints, Ints]:
+    """`counts` [S] random numbers for the samples. Returns them [4N], the sample of each counter [N], and
+    the first counter of each sample [S]. A counter gives four; a sample's last one may be part idle."""
+    blocks = (counts + 3) // 4
+    block_start = np.cumsum(blocks) - blocks
+    row = np.repeat(np.arange(len(counts)), blocks)
+    block = np.arange(len(row)) - block_start[row]
+    return philox4x32(block, low[row], high[row], Draw.CHOOSE, seed).ravel(), row, block_start
+
+
+def _draw_share(counts: Ints, low: Ints, high: Ints, rules: MaskRules, seed: int) -> tuple[Ints, Ints, Words]:
+    """Draws each of `counts` [S] things of the samples with the chance of `mask_rate`. Returns the sample
+    and the number in it of those drawn, in order, and the random numbers that drew them."""
+    random, row_of_block, block_start = _draw(counts, low, high, seed)
+    drawn = np.flatnonzero(random < rules.chosen_below)
+    row = row_of_block[drawn >> 2]
+    number = drawn - 4 * block_start[row]
+    inside = number < counts[row]
+    return row[inside], number[inside], random[drawn[inside]]
+
+
+def _draw_spans(words: _WordTable, low: Ints, high: Ints, rules: MaskRules, seed: int) -> tuple[Ints, Ints]:
+    """The words in spans: the sample and the number of each, in order.
+
+    Every ordinary word begins one span, and the spans take their turns in random order. So the turn of a
+    word is that of the earliest span that reaches it: no loop over spans, and any share is reached.
+    """
+    samples, number = len(words.count), len(words.begin)
+    row = np.repeat(np.arange(samples), words.count)  # [W]
+    drawn, _, block_start = _draw(words.count, low, high, seed)
+    own_turn = drawn[np.arange(number) + np.repeat(4 * block_start - words.first, words.count)]
+    size = np.where(words.special, 0, words.size)  # tokens that may be masked
+    total = np.bincount(row, size, samples).astype(np.int64)  # [S]
+    # A span ends with the last word of its sample, or before a special token, at the latest.
+    stops = words.special.copy()
+    stops[words.first[words.count > 0]] = True
+    stop = np.flatnonzero(stops)
+    behind = np.append(stop, number)[1:]
+    end = np.repeat(behind, behind - stop)  # [W]
+
+    # Late turns do not matter, so only `early` ones are worked out. What is early is an estimate for speed;
+    # where it falls short of the share, all of the sample is done. The outcome is the same for any estimate.
+    early = _early_turns(words.count, rules)
+    while True:
+        begin = np.flatnonzero((own_turn < early[row]) & ~words.special)
+        at = row[begin]
+        extent = philox4x32(begin - words.first[at], low[at], high[at], Draw.EXTENT, seed)[:, 0]
+        room, begin_turn = end[begin] - begin, own_turn[begin]
+        turn = np.full(number, 0xFFFFFFFF, np.uint32)
+        turn[begin] = begin_turn
+        for further in range(1, len(rules.longer_below) - 1):
+            reaching = np.flatnonzero((extent < rules.longer_below[further]) & (room > further))
+            if not len(reaching):
+                break
+            begin, begin_turn = begin[reaching], begin_turn[reaching]
+            extent, room = extent[reaching], room[reaching]
+            turn[begin + further] = np.minimum(turn[begin + further], begin_turn)
+        word = np.flatnonzero((turn < early[row]) & ~words.special)
+        reached = np.bincount(row[word], size[word], samples).astype(np.int64)
+        lacking = (reached << 32 < rules.chosen_below * total) & (early < 1 << 32)
+        if not lacking.any():
+            break
+        early[lacking] = 1 << 32
+
+    # By sample, turn, and place in the text: a radix sort, which numpy has for two bytes.
+    low_turn, high_turn = turn.astype(np.uint16), (turn >> 16).astype(np.uint16)
+    for key in (low_turn, high_turn, row.astype(np.min_scalar_type(samples))):
+        word = word[np.argsort(key[word], kind="stable")]
+    at, size = row[word], size[word]
+    before = np.cumsum(size) - size
+    before -= (np.cumsum(reached) - reached)[at]
+    # What is left of the share, in tokens * 2**32. The word that would pass it is taken by chance, so
+    # that the mean is the share; for those after it nothing is left.
+    left = rules.chosen_below * total[at] - (before << 32)
+    chance = philox4x32(0, low, high, Draw.ROUND, seed)[:, 0].astype(np.int64)
+    chosen = np.zeros(number, np.bool_)
+    chosen[word[chance[at] * size < left]] = True
+    return row[chosen], np.flatnonzero(chosen)
+
+
+def _early_turns(count: Ints, rules: MaskRules) -> Ints:
+    """A turn of 0 .. 2**32 for each sample of `count` [S] words, so late that the spans before it reach
+    the share but for rare chance: their mean number, five standard deviations and a few."""
+    rate = min(rules.chosen_below, 2**32 - 1) / 2**32
+    spans = -log1p(-rate) / (sum(rules.longer_below) / 2**32) * count
+    early = (spans + 5 * np.sqrt(spans) + 8) / np.maximum(count, 1)
+    turns: Ints = (2.0**32 * np.minimum(early, 1)).astype(np.int64)
+    return turns

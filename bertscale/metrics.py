@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertscale.config import ModelConfig
+from torch import Tensor
+
+from bertscale.config import PAIRS, ModelConfig
 from bertscale.model import model_flops_per_token
 from bertscale.parallel import Ranks
+from bertscale.progress import show_count
 
 
 class Rate:
@@ -100,3 +103,66 @@ def read_journal(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
+
+
+def means(
+    prefix: str, kind: str, totals: Tensor, masked: float, samples: float, ranks: Ranks
+) -> dict[str, float]:
+    """Mean losses and accuracies from this rank's sums [4] and the counts over all ranks; those of pairs
+    are called nsp or sop, after the kind of samples, and missing where there are none."""
+    sums = ranks.sum(*totals.tolist())
+    mlm, pairs, mlm_right, pairs_right = (value / ranks.tensor for value in sums)
+    figures = {
+        f"{prefix}/loss": mlm / masked + pairs / samples,
+        f"{prefix}/mlm_loss": mlm / masked,
+        f"{prefix}/mlm_accuracy": mlm_right / masked,
+    }
+    if kind in PAIRS:
+        figures |= {
+            f"{prefix}/{kind}_loss": pairs / samples,
+            f"{prefix}/{kind}_accuracy": pairs_right / samples,
+        }
+    return figures
+
+
+def brief(figures: dict[str, float]) -> dict[str, str]:
+    """The figures that fit on a progress line."""
+    return {
+        "loss": f"{figures['train/loss']:.3f}",
+        "MLM": f"{figures['train/mlm_loss']:.3f}",
+        **{
+            f"{kind.upper()} accuracy": f"{figures[f'train/{kind}_accuracy']:.0%}"
+            for kind in PAIRS
+            if f"train/{kind}_accuracy" in figures
+        },
+        "tokens/s": show_count(figures["speed/tokens_per_second"]),
+        "MFU": f"{figures['speed/mfu']:.0%}",
+    }
+
+
+def heldout_brief(figures: dict[str, float]) -> str:
+    """`MLM loss 6.1234, NSP accuracy 51.2%`"""
+    words = [f"MLM loss {figures['heldout/mlm_loss']:.4f}"]
+    for kind in PAIRS:
+        if f"heldout/{kind}_accuracy" in figures:
+            words.append(f"{kind.upper()} accuracy {figures[f'heldout/{kind}_accuracy']:.1%}")
+    return ", ".join(words)
+
+
+def result(run: Path) -> dict[str, float]:
+    """First and last losses of the run, from its journal."""
+    entries = read_journal(run)
+    trained = [entry for entry in entries if "train/loss" in entry]
+    heldout = [entry for entry in entries if "heldout/loss" in entry]
+    return {
+        "steps": trained[-1]["step"],
+        "first_loss": trained[0]["train/loss"],
+        "last_loss": trained[-1]["train/loss"],
+        "heldout_mlm_loss": heldout[-1]["heldout/mlm_loss"],
+        "heldout_mlm_accuracy": heldout[-1]["heldout/mlm_accuracy"],
+        **{
+            f"heldout_{kind}_accuracy": heldout[-1][f"heldout/{kind}_accuracy"]
+            for kind in PAIRS
+            if f"heldout/{kind}_accuracy" in heldout[-1]
+        },
+    }

@@ -134,7 +134,7 @@ class Predictions(nn.Module):
 
 
 class PretrainingModel(nn.Module):
-    """Encoder with the masked-language and next-sentence heads.
+    """Encoder with the masked-language head and that of sentence pairs (next sentence or order).
 
     `vocab_size` is the tokenizer's; the word embedding has `padded_vocab_size` rows.
     """
@@ -156,10 +156,11 @@ class PretrainingModel(nn.Module):
         lengths: Sequence[int],
         target_positions: Tensor,
         targets: Tensor,
-        next_sentence_label: Tensor,
+        next_sentence_label: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch, float32 scalars: masked-language loss over P positions,
-        next-sentence loss over S samples, and how many of each were predicted right.
+        """Sums over the micro-batch, float32 scalars: masked-language loss over P positions, the pairs'
+        loss over S samples, and how many of each were predicted right. Without labels a sample is no pair
+        and may hold several sequences, each with a length of its own; the pairs' sums are 0.
 
         The projection to the vocabulary runs on the P masked positions only.
         """
@@ -167,6 +168,10 @@ class PretrainingModel(nn.Module):
         logits = self.predictions(F.embedding(target_positions, hidden))  # [P, V]
         masked_correct = self.parallel.correct(logits, targets)
         masked_loss = self.parallel.cross_entropy(logits, targets).sum()
+        if next_sentence_label is None:
+            # Zero, but of every weight: the sharded optimizers wait for the gradients of all of them.
+            nothing = 0.0 * self.seq_relationship(pooled[:1]).float().sum()
+            return masked_loss, nothing, masked_correct, torch.zeros_like(masked_correct)
         relation = self.seq_relationship(pooled).float()  # [S, 2]
         relation_loss = F.cross_entropy(relation, next_sentence_label, reduction="sum")
         relation_correct = (relation.detach().argmax(dim=-1) == next_sentence_label).sum().float()

@@ -27,12 +27,13 @@ from bertscale.device import choose_precision, describe, local_device, peak_flop
 from bertscale.engine import Engine
 from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
-from bertscale.metrics import Journal, Rate, read_journal
+from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result
+from bertscale.mixture import Mixture, data_digest
 from bertscale.optim import learning_rate
 from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
 from bertscale.progress import Progress, show_count
-from bertscale.shards import Dataset, open_dataset, write_json
-from bertscale.tokenizer import Tokenizer
+from bertscale.shards import Dataset, Split, open_dataset, write_json
+from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 STOPPED = 75  # exit code: stopped by a signal, saved, goes on when started again
 
@@ -55,10 +56,10 @@ def pretrain(config: PretrainConfig) -> int:
 
 def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     train, run, first = config.train, Path(config.run), ranks.rank == 0
-    data = open_dataset(config.data, "train")
-    tokenizer = Tokenizer.load(data.tokenizer_path)
-    loader = make_loader(config, data, tokenizer, ranks)
-    heldout = make_loader(config, open_dataset(config.data, "validation"), tokenizer, ranks, heldout=True)
+    data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
+    tokenizer = load_tokenizer(data[0].tokenizer_path)
+    loader = make_loader(config, tokenizer, ranks, "train", data)
+    heldout = make_loader(config, tokenizer, ranks, "validation")
     dtype, reason = choose_precision(train.precision, ranks.device)
 
     checkpoint = newest_sound(run, ranks)
@@ -94,6 +95,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             lr = learning_rate(step, train.schedule_steps or train.steps, config.optimizer)
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(engine.model.parallel, train.seed, step, micro_step, ranks)
+                engine.begin(last=micro_step == len(micro_batches) - 1)
                 sums = forward(engine, batch.to(ranks.device))
                 loss = sums[0] / step_masked + sums[1] / train.global_batch
                 engine.backward(loss * ranks.data)  # DeepSpeed takes the mean over the data ranks
@@ -106,10 +108,11 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             samples += train.global_batch
 
             if done % train.log_every == 0 or done in (start + 1, train.steps):
-                figures = means("train", totals, masked, samples, ranks)  # waits for the device
+                figures = means("train", config.samples.kind, totals, masked, samples, ranks)  # waits
                 figures |= {"train/learning_rate": lr, "train/gradient_norm": engine.gradient_norm()}
                 figures |= rate.close(ranks, warming_up=done == start + 1)
                 figures["speed/data_wait_seconds"] = loader.data_wait
+                figures |= epochs(config, loader, done)
                 if not math.isfinite(figures["train/loss"]):
                     raise UserError(
                         f"the loss is {figures['train/loss']} at step {done}; the last checkpoint is of "
@@ -124,10 +127,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 figures = evaluate(engine, heldout, train.eval_samples, ranks, done)
                 if journal:
                     journal.write(done, figures)
-                progress.say(
-                    f"step {done}: held-out MLM loss {figures['heldout/mlm_loss']:.4f}, "
-                    f"NSP accuracy {figures['heldout/nsp_accuracy']:.1%}"
-                )
+                progress.say(f"step {done}: held-out {heldout_brief(figures)}")
                 rate.restart()
             if done == train.steps and first:  # before the checkpoint that makes the run a finished one
                 facts = {
@@ -201,23 +201,35 @@ def _lock(file: IO[str]) -> bool:
 
 
 def make_loader(
-    config: PretrainConfig, data: Dataset, tokenizer: Tokenizer, ranks: Ranks, *, heldout: bool = False
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    split: Split,
+    data: list[Dataset] | None = None,
 ) -> Loader:
-    """Training batches, or those of the held-out loss: the same ones each time, whatever the run's seed."""
-    return Loader(
-        data,
-        tokenizer,
-        config.samples,
+    """Training batches, or those of the held-out loss: the same ones each time, of the full length,
+    whatever the run's seed."""
+    samples, training = config.samples, split == "train"
+    mixture = Mixture(
+        data or [open_dataset(corpus.path, split) for corpus in config.corpora],
+        [corpus.weight for corpus in config.corpora],
+        samples if training else samples.model_copy(update={"warmup": []}),
         global_batch=config.train.global_batch,
+        seed=config.train.seed if training else 0,
+        peers=ranks,
+    )
+    return Loader(
+        mixture,
+        tokenizer,
         micro_batch=config.train.micro_batch,
-        seed=0 if heldout else config.train.seed,
+        micro_tokens=config.train.micro_tokens,
         rank=ranks.data_rank,
         world=ranks.data,
     )
 
 
 def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
-    """Sums of the micro-batch: masked-language loss, next-sentence loss, right ones of each."""
+    """Sums of the micro-batch: masked-language loss, that of the pairs, right ones of each."""
     return engine(
         batch.tokens,
         batch.token_types,
@@ -227,19 +239,6 @@ def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
         batch.targets,
         batch.next_sentence_label,
     )
-
-
-def means(prefix: str, totals: Tensor, masked: float, samples: float, ranks: Ranks) -> dict[str, float]:
-    """Mean losses and accuracies from this rank's sums [4] and the counts over all ranks."""
-    sums = ranks.sum(*totals.tolist())
-    mlm, nsp, mlm_right, nsp_right = (value / ranks.tensor for value in sums)
-    return {
-        f"{prefix}/loss": mlm / masked + nsp / samples,
-        f"{prefix}/mlm_loss": mlm / masked,
-        f"{prefix}/nsp_loss": nsp / samples,
-        f"{prefix}/mlm_accuracy": mlm_right / masked,
-        f"{prefix}/nsp_accuracy": nsp_right / samples,
-    }
 
 
 @torch.no_grad()
@@ -256,7 +255,8 @@ def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: i
             beat(done)
     engine.model.train()
     all_masked = ranks.sum(masked / ranks.tensor)[0]
-    return means("heldout", totals, all_masked, float(steps * loader.global_batch), ranks)
+    kind = loader.mixture.samples.kind
+    return means("heldout", kind, totals, all_masked, float(steps * loader.global_batch), ranks)
 
 
 def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
@@ -278,39 +278,40 @@ def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
     return None
 
 
-def check_same_run(checkpoint: Checkpoint, config: PretrainConfig, data: Dataset) -> None:
+def check_same_run(checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset]) -> None:
     """Refuses to go on with other data or with settings that would change what the steps before meant."""
-    if checkpoint.table["data_digest"] != data.manifest_digest:
+    if checkpoint.table["data_digest"] != data_digest(data, config.corpora):
         raise UserError(
-            f"{config.data} is not the data that {checkpoint.folder} was trained on "
-            "(the manifest's digest differs); choose another run folder"
+            f"{', '.join(corpus.path for corpus in config.corpora)} is not the data that "
+            f"{checkpoint.folder} was trained on (the digest of manifests and weights differs); choose "
+            "another run folder"
         )
-    before, now = checkpoint.table["config"], config.model_dump()
+    before, now = checkpoint.table["config"], config.model_dump(mode="json")
     for section, key in [
         *(("model", key) for key in now["model"] if "dropout" not in key),
         *(("samples", key) for key in now["samples"]),
         ("train", "global_batch"),
         ("train", "seed"),
     ]:
-        if before[section][key] != now[section][key]:
+        if before[section].get(key) != now[section][key]:
             raise UserError(
                 f"{section}.{key}={now[section][key]!r}, but {checkpoint.folder} was trained with "
-                f"{before[section][key]!r}; choose another run folder or give the old value"
+                f"{before[section].get(key)!r}; choose another run folder or give the old value"
             )
 
 
-def save(engine: Engine, step: int, data: Dataset) -> None:
+def save(engine: Engine, step: int, data: list[Dataset]) -> None:
     """A checkpoint of `step`; older ones past train.keep_checkpoints go."""
     config = engine.config
     run = Path(config.run)
     facts = {
         "step": step,
         "samples_consumed": step * config.train.global_batch,
-        "tokenizer_sha256": data.manifest["tokenizer_sha256"],
-        "data_digest": data.manifest_digest,
+        "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
+        "data_digest": data_digest(data, config.corpora),
     }
     beat(step)
-    engine.save(run / "checkpoints" / f"step-{step:07d}", facts, data.tokenizer_path)
+    engine.save(run / "checkpoints" / f"step-{step:07d}", facts, data[0].tokenizer_path)
     beat(step)
     if engine.ranks.rank == 0:
         for folder in step_folders(run)[: -config.train.keep_checkpoints]:
@@ -319,7 +320,7 @@ def save(engine: Engine, step: int, data: Dataset) -> None:
 
 def banner(
     config: PretrainConfig,
-    data: Dataset,
+    data: list[Dataset],
     loader: Loader,
     ranks: Ranks,
     precision: str,
@@ -329,50 +330,47 @@ def banner(
 ) -> list[str]:
     """What a person wants to know before a long run, in a few lines."""
     sizes = config.model
-    epochs = (config.train.steps - start) * config.train.global_batch / loader.plan.num_chunks
     lines = [
         f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}; "
         f"{precision} ({reason})",
-        f"data      {show_count(data.num_tokens)} tokens, {data.num_documents:,} documents, "
-        f"{loader.plan.num_chunks:,} pairs; {epochs:.1f} epochs to go",
+        *data_lines(config, data, loader, start),
         f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
         f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
         f"{show_count(peak)} FLOP/s at most together",
         f"watch     tensorboard --logdir {config.run}/tensorboard",
     ]
-    if loader.plan.single_sentence_documents:
-        lines.insert(
-            2, f"          {loader.plan.single_sentence_documents:,} documents of one sentence make no pair"
-        )
     if start:
         lines.append(f"resumed   from step {start} of {config.train.steps}")
     return lines
 
 
-def brief(figures: dict[str, float]) -> dict[str, str]:
-    """The figures that fit on a progress line."""
-    return {
-        "loss": f"{figures['train/loss']:.3f}",
-        "MLM": f"{figures['train/mlm_loss']:.3f}",
-        "NSP accuracy": f"{figures['train/nsp_accuracy']:.0%}",
-        "tokens/s": show_count(figures["speed/tokens_per_second"]),
-        "MFU": f"{figures['speed/mfu']:.0%}",
-    }
+def epochs(config: PretrainConfig, loader: Loader, done: int) -> dict[str, float]:
+    """How often the data, or each of several corpora, has been gone through after `done` steps."""
+    passed = loader.mixture.epochs(done)
+    if len(passed) == 1:
+        return {"data/epochs": passed[0]}
+    return {f"data/epochs/{c.path}": value for c, value in zip(config.corpora, passed, strict=True)}
 
 
-def result(run: Path) -> dict[str, float]:
-    """First and last losses of the run, from its journal."""
-    entries = read_journal(run)
-    trained = [entry for entry in entries if "train/loss" in entry]
-    heldout = [entry for entry in entries if "heldout/loss" in entry]
-    return {
-        "steps": trained[-1]["step"],
-        "first_loss": trained[0]["train/loss"],
-        "last_loss": trained[-1]["train/loss"],
-        "heldout_mlm_loss": heldout[-1]["heldout/mlm_loss"],
-        "heldout_mlm_accuracy": heldout[-1]["heldout/mlm_accuracy"],
-        "heldout_nsp_accuracy": heldout[-1]["heldout/nsp_accuracy"],
-    }
+def data_lines(config: PretrainConfig, data: list[Dataset], loader: Loader, start: int) -> list[str]:
+    """Size of each corpus, how often it will be gone through, and what of it makes no sample."""
+    mixture, kind = loader.mixture, config.samples.kind
+    name = {"nsp": "NSP pairs", "sop": "SOP pairs", "document": "samples", "packed": "packed samples"}[kind]
+    before, behind = mixture.epochs(start), mixture.epochs(config.train.steps)
+    lines = []
+    for number, (one, plan) in enumerate(zip(data, mixture.stages[-1].plans, strict=True)):
+        share = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
+        lines.append(
+            f"{'' if number else 'data':<10}{show_count(one.num_tokens)} tokens, {one.num_documents:,} "
+            f"documents, {plan.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
+            f"{behind[number] - before[number]:.1f} epochs to go"
+            + (f"; {one.folder}, {share:.1%} of the samples" if len(data) > 1 else "")
+        )
+        if plan.left_out:
+            lines.append(f"{'':<10}{plan.left_out:,} documents of one token make no pair")
+    for steps, length in config.samples.warmup:
+        lines.append(f"{'':<10}{steps:,} steps of {length} tokens at most before")
+    return lines
 
 
 def say(ranks: Ranks, line: str) -> None:

@@ -1,215 +1,226 @@
-"""Which tokens make which sample: the plan of next-sentence pairs, a pure function of (data, seed, sample).
+"""Which tokens make which sample: the plans of every kind, pure functions of (data, seed, sample).
 
-Documents are cut into chunks of consecutive sentences that fill one sample, once, at open. An epoch is
-a keyed permutation of the chunks. Sample p (0, 1, 2, ... through all epochs) takes the first sentences
-of its chunk as segment A; segment B is the rest of the chunk (p even) or a run of sentences of another
-document (p odd), so every even number of neighbouring samples is exactly half random. The draws follow
-the data creation published with BERT (Devlin et al. 2019); nothing is stored, nothing moves along.
+| kind     | a sample                                                                  | label          |
+| -------- | ------------------------------------------------------------------------- | -------------- |
+| nsp      | [CLS] A [SEP] B [SEP]: B follows A, or is of another document of the window | 1 = another   |
+| sop      | [CLS] A [SEP] B [SEP]: segments side by side, in order or swapped         | 1 = swapped    |
+| document | [CLS] A [SEP]: consecutive sentences of one document                      | none           |
+| packed   | [CLS] A [SEP] [CLS] B [SEP] ...: max_length tokens of several documents   | none           |
 
-    plan = PairPlan(open_dataset("runs/data", "train"), max_length=128, seed=0)
-    pairs = plan.pairs(np.arange(256))
+nsp follows the data creation published with BERT (Devlin et al. 2019), sop that of ALBERT (Lan et al.
+2020); samples with even numbers keep their segments, those with odd numbers do not, so an even number
+of neighbours is exactly half and half. Nothing is stored, nothing moves along.
 
-S: samples, n: chunks, D: documents. Sentences and tokens are numbered through all shards of the split.
+    plan = Plan(open_dataset("runs/data", "train"), "nsp", max_length=128, window_blocks=64, seed=0)
+    pieces = plan.pieces(np.arange(256), np.arange(256))
+
+S: samples, N: pieces, D: documents. Tokens are numbered through all shards of the split.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from bertscale.config import UserError
+from bertscale.chunks import FORMS, Blocks, Table, read_ahead
+from bertscale.config import PAIRS, UserError
+from bertscale.index import BlockIndex, Peers, load_index
 from bertscale.masking import Draw, Ints, draw_below, philox4x32, words_of
+from bertscale.order import Order
 from bertscale.shards import Dataset
 
-_ORDER_ROUNDS = 8
 _REMEDIES = {
     "train": "separate the documents of the input, or add some",
     "validation": "raise validation_fraction of `bertscale prep`, or add documents",
 }
 
 
-class Pairs(NamedTuple):
-    """S samples as token ranges: segment A and segment B, each at least one token long."""
+class Pieces(NamedTuple):
+    """S samples as ranges of tokens, sample after sample; each piece is followed by [SEP]."""
 
-    a_start: Ints  # [S] number of the first token
-    a_length: Ints  # [S] tokens
-    b_start: Ints
-    b_length: Ints
-    next_sentence_label: Ints  # [S] as in Hugging Face: 0 = B continues A, 1 = B is random
+    start: Ints  # [N] number of the first token
+    length: Ints  # [N] tokens, at least one
+    kind: Ints  # [N] 0: [CLS] stands before it and a sequence begins; 1: it is a second segment
+    row: Ints  # [N] its sample, 0 .. S - 1, ascending
+    label: Ints | None  # [S] see the module; None where the kind has none
 
 
-class PairPlan:
-    """Next-sentence pairs of at most `max_length` tokens, [CLS] and two [SEP] included.
+class Plan:
+    """The samples of one corpus at one length; `num_samples` of them make an epoch.
 
-    Raises UserError where the data cannot make a pair. Holds 8 bytes for each sentence, 8 for each
-    document and 12 for each chunk.
+    `stage` tells apart the plans of a run that trains on several lengths, one after another. Raises
+    UserError where the data makes no sample. Holds the index and the tables of two windows.
     """
 
-    def __init__(self, dataset: Dataset, max_length: int, seed: int) -> None:
-        self.budget = max_length - 3  # tokens of A and B together
-        self.seed = seed
-        self.sentence_start, self.document_start = _sentences(dataset)
-        self.num_documents = len(self.document_start) - 1
-        sentences = np.diff(self.document_start)
-        self.single_sentence_documents = int((sentences == 1).sum())  # partners only, never a chunk
-        if self.num_documents < 2:
+    def __init__(
+        self,
+        dataset: Dataset,
+        kind: str,
+        max_length: int,
+        window_blocks: int,
+        seed: int,
+        stage: int = 0,
+        peers: Peers | None = None,
+        index: BlockIndex | None = None,
+    ) -> None:
+        self.dataset, self.kind, self.max_length, self.seed = dataset, kind, max_length, seed
+        self.form = FORMS[kind]
+        self.index = index or load_index(dataset, self.form, max_length, peers)
+        self.num_documents = int(self.index.documents.sum(dtype=np.int64))
+        # Documents that make no sample of their own; with nsp they still are other samples' B.
+        self.left_out = int(self.index.one_token.sum(dtype=np.int64)) if kind in PAIRS else 0
+        self._check()
+        # Another document is sought in the window, so a window has two blocks at least, if there are two.
+        window_blocks = max(window_blocks, 2) if kind == "nsp" else window_blocks
+        self.order = Order(self.index.samples.astype(np.int64), window_blocks, seed, stage)
+        self.num_samples = self.order.num_samples
+        self.blocks = Blocks(*(column.astype(np.int64) for column in self.index[:3]))
+        self._table = lru_cache(maxsize=2)(self._make_table)
+        self._reading = (-1, -1)  # the last window that came
+
+    def _check(self) -> None:
+        where = f"the {self.dataset.split} split of {self.dataset.folder}"
+        needed = 2 if self.kind == "nsp" else 1
+        if self.num_documents < needed:
             raise UserError(
-                f"the {dataset.split} split of {dataset.folder} holds {self.num_documents} document(s) with "
-                "text; next-sentence pairs need at least two: " + _REMEDIES[dataset.split]
+                f"{where} holds {self.num_documents} document(s) with text; samples.kind={self.kind} needs "
+                f"at least {('one', 'two')[needed - 1]}: {_REMEDIES[self.dataset.split]}"
             )
-        first, last = _chunks(self.sentence_start, self.document_start, self.budget)
-        pair = last - first >= 2
-        self.single_sentence_chunks = int((~pair).sum())  # left out: there is nothing to split
-        self.chunk_first = first[pair]  # [n] number of the first sentence
-        self.chunk_sentences = (last - first)[pair].astype(np.int32)
-        self.num_chunks = len(self.chunk_first)  # samples in an epoch
-        if not self.num_chunks:
-            raise UserError(
-                f"none of the {self.num_documents:,} documents of the {dataset.split} split of "
-                f"{dataset.folder} has two sentences side by side that fit into "
-                f"samples.max_length={max_length}; next-sentence pairs need such documents"
-            )
+        if not self.index.samples.any():
+            raise UserError(f"the {self.num_documents:,} documents of {where} have one token each: no pairs")
 
-    def pairs(self, samples: Ints) -> Pairs:
-        """The pairs of the samples of these numbers [S]; a batch may reach over epochs."""
-        epoch, place = np.divmod(samples, self.num_chunks)
-        chunk = np.empty_like(place)
-        for one in np.unique(epoch):
-            rows = epoch == one
-            chunk[rows] = permute(place[rows], self.num_chunks, self.seed, int(one))
-        low, high = words_of(samples)
-        words = philox4x32(0, low, high, Draw.PAIR, self.seed)  # [S, 4]
+    def pieces(self, numbers: Ints, samples: Ints) -> Pieces:
+        """The samples `numbers` [S] of this plan, which count on through the epochs. Draws and labels
+        go by `samples` [S], their numbers in the run."""
+        parts, rows = [], []
+        for stretch in self.order.find(numbers):
+            table = self._table(tuple(stretch.blocks.tolist()))
+            if self._reading < (stretch.epoch, stretch.window):
+                self._reading = (stretch.epoch, stretch.window)
+                if self.order.num_windows > 1:
+                    read_ahead(
+                        self.dataset, self.blocks, self.order.blocks(stretch.epoch, stretch.window + 1)
+                    )
+            part = self._pieces(table, stretch.places, samples[stretch.rows])
+            parts.append(part)
+            rows.append(stretch.rows[part.row])
+        label = samples & 1 if self.kind in PAIRS else None
+        if len(parts) == 1:
+            return parts[0]._replace(label=label)
+        row = np.concatenate(rows)
+        order = np.argsort(row, kind="stable")
+        start, length, kind = (np.concatenate(column)[order] for column in list(zip(*parts, strict=True))[:3])
+        return Pieces(start, length, kind, row[order], label)
 
-        start = self.sentence_start
-        first = self.chunk_first[chunk]
-        count = self.chunk_sentences[chunk]
-        split = first + 1 + draw_below(count - 1, words[:, 0])  # first sentence of a real B
-        a_start, b_start = start[first], start[split]
-        a_length, b_length = b_start - a_start, start[first + count] - b_start
+    def _make_table(self, blocks: tuple[int, ...]) -> Table:
+        return Table(self.dataset, self.blocks, np.array(blocks, np.int64), self.form, self.max_length)
 
-        label = samples & 1
-        rows = np.flatnonzero(label)
-        own = np.searchsorted(self.document_start, first[rows], side="right") - 1
-        other = draw_below(self.num_documents - 1, words[rows, 1], finer=words[rows, 3])
-        other += other >= own
-        begin, end = self.document_start[other], self.document_start[other + 1]
-        begin += draw_below(end - begin, words[rows, 2])
-        # Whole sentences until the room that A leaves is filled. A chunk stops with the sentence that
-        # fills the budget and A lacks that one, so there is room for a token at least.
-        filled = np.searchsorted(start, start[begin] + self.budget - a_length[rows])
-        b_start[rows] = start[begin]
-        b_length[rows] = start[np.minimum(filled, end)] - start[begin]
-
-        cut_a, cut_b = _cuts(a_length, b_length, self.budget)
-        a_start += _heads(cut_a, 0, low, high, self.seed)
-        b_start += _heads(cut_b, 1, low, high, self.seed)
-        return Pairs(a_start, a_length - cut_a, b_start, b_length - cut_b, label)
+    def _pieces(self, table: Table, places: Ints, samples: Ints) -> Pieces:
+        if self.kind == "packed":
+            return _packed(table, places)
+        if self.kind == "document":
+            first, last = table.chunk_first[places], table.chunk_last[places]
+            start, end = table.unit_start[first], table.unit_start[last]
+            rows = np.arange(len(places))
+            return Pieces(table.locate(start), end - start, np.zeros_like(rows), rows, None)
+        return _pairs(table, places, samples, self.seed, other_documents=self.kind == "nsp")
 
 
-def check_batch(global_batch: int, micro_batch: int, world: int) -> int:
-    """Micro-batches of one rank in one step, for `world` data-parallel ranks.
+def check_batch(global_batch: int, micro_batch: int | None, world: int, pairs: bool = True) -> int:
+    """Micro-batches of one rank in one step, for `world` data-parallel ranks; without `micro_batch`,
+    which a budget of tokens replaces, samples of one rank.
 
-    Raises UserError, with sizes that would do, where the global batch (samples) does not divide.
+    Raises UserError, with sizes that would do, where the global batch (samples) does not divide, or is
+    odd though half of it are to be other `pairs`.
     """
-    unit = world * micro_batch
-    if global_batch % 2:
-        raise UserError(f"train.global_batch={global_batch} is odd: exactly half of it are random pairs")
+    unit = world * (micro_batch or 1)
+    if pairs and global_batch % 2:
+        raise UserError(f"train.global_batch={global_batch} is odd: exactly half of it are other pairs")
     if global_batch % unit == 0:
         return global_batch // unit
-    even = unit * (1 + unit % 2)
+    even = unit * (1 + unit % 2) if pairs else unit
     sizes = [str(size) for size in (global_batch // even * even, -(-global_batch // even) * even) if size]
+    each = f" x train.micro_batch={micro_batch}" if micro_batch else ""
     message = (
-        f"train.global_batch={global_batch} is not a multiple of {unit} ({world} data-parallel rank(s) x "
-        f"train.micro_batch={micro_batch}); train.global_batch={' or '.join(sizes)} would do"
+        f"train.global_batch={global_batch} is not a multiple of {unit} ({world} data-parallel "
+        f"rank(s){each}); train.global_batch={' or '.join(sizes)} would do"
     )
-    if global_batch % world == 0:
+    if micro_batch and global_batch % world == 0:
         share = global_batch // world
         fit = max(size for size in range(1, min(share, micro_batch) + 1) if share % size == 0)
         message += f", or train.micro_batch={fit}"
     raise UserError(message)
 
 
-def permute(place: Ints, size: int, seed: int, epoch: int) -> Ints:
-    """Where `place` (each in 0 .. size - 1) goes in the epoch's permutation of 0 .. size - 1.
+def _pairs(table: Table, places: Ints, samples: Ints, seed: int, *, other_documents: bool) -> Pieces:
+    """Segments A and B of each sample, cut to the budget as published."""
+    low, high = words_of(samples)
+    words = philox4x32(0, low, high, Draw.PAIR, seed)  # [S, 4]
+    start, budget = table.unit_start, table.budget
+    first, last = table.chunk_first[places], table.chunk_last[places]
+    a_start, end = start[first], start[last]
+    # A unit that is alone is split between two of its tokens.
+    by_unit = start[first + 1 + draw_below(np.maximum(last - first - 1, 1), words[:, 0])]
+    by_token = a_start + 1 + draw_below(end - a_start - 1, words[:, 0])
+    b_start = np.where(last - first > 1, by_unit, by_token)
+    a_length, b_length = b_start - a_start, end - b_start
 
-    A Feistel network on a grid of a x b >= size cells with modular addition, walked on where it leaves
-    the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): any place is computed
-    alone, so an epoch of any size starts at once, takes no memory, and is the same on every machine.
-    """
-    a = isqrt(size - 1) + 1  # the square root, rounded up
-    b = -(-size // a)
-    keys = _round_keys(seed, epoch)
-    here = place.astype(np.uint64)
-    astray = np.arange(len(here))
-    while len(astray):  # a x b - size < a cells lie outside: seldom more than two turns
-        right, left = np.divmod(here[astray], np.uint64(a))
-        for turn in range(0, _ORDER_ROUNDS, 2):
-            left = (left + _mix(right + keys[turn]) % np.uint64(a)) % np.uint64(a)
-            right = (right + _mix(left + keys[turn + 1]) % np.uint64(b)) % np.uint64(b)
-        here[astray] = left + np.uint64(a) * right
-        astray = astray[here[astray] >= size]
-    return here.astype(np.int64)
+    odd = np.flatnonzero(samples & 1)
+    if other_documents:
+        alone = odd[(last - first == 1)[odd]]
+        a_length[alone] = end[alone] - a_start[alone]
+        own = np.searchsorted(table.document_unit, first[odd], side="right") - 1
+        other = draw_below(table.num_documents - 1, words[odd, 1], finer=words[odd, 3])
+        other += other >= own
+        begin, stop = table.document_unit[other], table.document_unit[other + 1]
+        begin += draw_below(stop - begin, words[odd, 2])
+        # Whole units until the room that A leaves is filled, one at least.
+        room = np.maximum(budget - a_length[odd], 1)
+        filled = np.searchsorted(start, start[begin] + room)
+        b_start[odd] = start[begin]
+        b_length[odd] = start[np.minimum(filled, stop)] - start[begin]
+    else:
+        a_start[odd], b_start[odd] = b_start[odd], a_start[odd]
+        a_length[odd], b_length[odd] = b_length[odd], a_length[odd]
 
-
-@lru_cache(maxsize=16)
-def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:
-    low, high = epoch & 0xFFFFFFFF, epoch >> 32
-    words = philox4x32(np.arange(_ORDER_ROUNDS), low, high, Draw.ORDER, seed).astype(np.uint64)
-    return words[:, 0] << np.uint64(32) | words[:, 1]
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _sentences(dataset: Dataset) -> tuple[Ints, Ints]:
-    """First token of each sentence [sentences + 1] and first sentence of each document [D + 1],
-    with the total behind each; documents without a sentence are left out."""
-    sentence_parts: list[Ints] = []
-    document_parts: list[Ints] = []
-    tokens = sentences = 0
-    for shard in dataset.shards:
-        lengths, offsets = shard.sentence_lengths, shard.sentence_offsets.astype(np.int64)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        bounds = np.concatenate([np.zeros(1, np.int64), ends])
-        found = bounds.take(offsets, mode="clip")  # a damaged offset may point anywhere
-        if (lengths == 0).any() or not np.array_equal(found, shard.token_offsets):
-            raise UserError(
-                f"the shard {shard.path} is damaged: its sentences do not add up to its documents; "
-                "delete it and run `bertscale prep` again"
-            )
-        sentence_parts.append(bounds[:-1] + tokens)
-        document_parts.append(offsets[:-1][np.diff(offsets) > 0] + sentences)
-        tokens += int(bounds[-1])
-        sentences += len(lengths)
-    return (
-        np.concatenate([*sentence_parts, np.array([tokens])]),
-        np.concatenate([*document_parts, np.array([sentences])]),
+    cut_a, cut_b = _cuts(a_length, b_length, budget)
+    a_start += _heads(cut_a, 0, low, high, seed)
+    b_start += _heads(cut_b, 1, low, high, seed)
+    rows = np.arange(2 * len(places))
+    return Pieces(
+        start=table.locate(np.stack([a_start, b_start], axis=1).ravel()),
+        length=np.stack([a_length - cut_a, b_length - cut_b], axis=1).ravel(),
+        kind=rows & 1,
+        row=rows >> 1,
+        label=None,
     )
 
 
-def _chunks(sentence_start: Ints, document_start: Ints, budget: int) -> tuple[Ints, Ints]:
-    """Cuts each document from its start into runs of sentences that reach the budget, or end with the
-    document. Returns the first sentence of each chunk and the one behind its last, in text order."""
-    firsts: list[Ints] = []
-    lasts: list[Ints] = []
-    here, stop = document_start[:-1], document_start[1:]
-    while len(here):  # one turn cuts the next chunk of every document that is not finished
-        last = np.minimum(np.searchsorted(sentence_start, sentence_start[here] + budget), stop)
-        firsts.append(here)
-        lasts.append(last)
-        more = last < stop
-        here, stop = last[more], stop[more]
-    first, last = np.concatenate(firsts), np.concatenate(lasts)
-    order = np.argsort(first)
-    return first[order], last[order]
+def _packed(table: Table, places: Ints) -> Pieces:
+    """A bin is `budget` places of the stream between a [CLS] and a [SEP]; where it begins or ends inside
+    the two places between documents, the sequence without a token is left away."""
+    low = places * table.budget
+    high = low + table.budget
+    length = np.diff(table.document_start)
+    first = np.searchsorted(table.stream_start + length, low, side="right")
+    last = np.searchsorted(table.stream_start, high)
+    row = np.repeat(np.arange(len(places)), last - first)
+    document = spread(first, last - first)
+    stream = table.stream_start[document]
+    begin = np.maximum(stream, low[row])
+    end = np.minimum(stream + length[document], high[row])
+    start = table.document_start[document] + begin - stream
+    return Pieces(table.locate(start), end - begin, np.zeros_like(row), row, None)
+
+
+def spread(first: Ints, count: Ints) -> Ints:
+    """first[0], first[0] + 1, ... (count[0] of them), first[1], ..."""
+    ends = np.cumsum(count)
+    numbers = np.repeat(first - (ends - count), count)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 def _cuts(a: Ints, b: Ints, budget: int) -> tuple[Ints, Ints]:

@@ -3,7 +3,7 @@
 A data set is a folder:
 
     manifest.json           written last: format version, tokenizer digest, settings, counters, shard list
-    tokenizer.model         the SentencePiece model that made the tokens
+    tokenizer.model         or tokenizer.json: what made the tokens
     train-00000.arrow ...   and validation-00000.arrow ...
 
 A shard is an uncompressed Arrow IPC file of one record batch with a row for each document:
@@ -24,8 +24,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -36,10 +36,10 @@ import pyarrow as pa
 import xxhash
 
 from bertscale.config import UserError
+from bertscale.tokenizer import find_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.model"
 LARGEST_SHARD = 2**31 - 1  # tokens: list offsets are int32
 
 Split = Literal["train", "validation"]
@@ -68,67 +68,61 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 65_535 else np.uint32)
 
 
-class ShardBuilder:
-    """Collects the documents of one shard: `add` each, then `write`.
-
-    Holds 2 bytes a token (4 for a large vocabulary) and 4 a sentence, so that a whole shard fits in memory.
-    """
-
-    def __init__(self, dtype: npt.DTypeLike) -> None:
-        self.dtype = np.dtype(dtype)
-        self.tokens = array("H" if self.dtype == np.uint16 else "I")
-        self.token_offsets, self.sentence_offsets = array("i", [0]), array("i", [0])
-        self.sentence_lengths, self.numbers = array("I"), array("Q")
-
-    def add(self, number: int, sentences: Iterable[Sequence[int]]) -> None:
-        """Adds the document `number`; raises OverflowError for an id that the dtype cannot hold."""
-        for sentence in sentences:
-            self.tokens.extend(sentence)
-            self.sentence_lengths.append(len(sentence))
-        if len(self.tokens) > LARGEST_SHARD:
-            raise UserError(f"a shard would hold more than {LARGEST_SHARD:,} tokens; lower split_bytes")
-        self.token_offsets.append(len(self.tokens))
-        self.sentence_offsets.append(len(self.sentence_lengths))
-        self.numbers.append(number)
-
-    def write(self, path: Path, split: str) -> ShardEntry:
-        """Writes the shard, which appears under its name only when it is whole and on the disk."""
-        columns = [
-            pa.ListArray.from_arrays(_arrow(self.token_offsets), _arrow(self.tokens)),
-            pa.ListArray.from_arrays(_arrow(self.sentence_offsets), _arrow(self.sentence_lengths)),
-            _arrow(self.numbers),
-        ]
-        batch = pa.record_batch(columns, schema=_schema(self.dtype))
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                sink = _DigestingFile(file)
-                with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
-                    writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return ShardEntry(
-            name=path.name,
-            split=split,
-            rows=len(self.numbers),
-            sentences=len(self.sentence_lengths),
-            tokens=len(self.tokens),
-            bytes=sink.size,
-            digest=sink.hash.hexdigest(),
-        )
-
-
 def write_shard(
     path: str | Path, documents: Iterable[Document], dtype: npt.DTypeLike, split: str = "train"
 ) -> ShardEntry:
-    """Writes `documents` as the shard `path` and returns its manifest entry."""
-    shard = ShardBuilder(dtype)
-    for number, sentences in documents:
-        shard.add(number, sentences)
-    return shard.write(Path(path), split)
+    """Writes `documents` as the shard `path` and returns its manifest entry.
+
+    Raises OverflowError for an id that `dtype` cannot hold. For tests and small sets; `write_columns` does
+    the work.
+    """
+    rows = list(documents)
+    sentences = [sentence for _, some in rows for sentence in some]
+    return write_columns(
+        path,
+        split,
+        documents=np.array([number for number, _ in rows], np.uint64),
+        tokens=np.array([i for sentence in sentences for i in sentence], np.dtype(dtype)),
+        token_offsets=_offsets([sum(map(len, some)) for _, some in rows]),
+        sentence_lengths=np.array([len(sentence) for sentence in sentences], np.uint32),
+        sentence_offsets=_offsets([len(some) for _, some in rows]),
+    )
+
+
+def write_columns(
+    path: str | Path,
+    split: str,
+    *,
+    documents: npt.NDArray[np.uint64],
+    tokens: Ids,
+    token_offsets: npt.NDArray[np.int32],
+    sentence_lengths: npt.NDArray[np.uint32],
+    sentence_offsets: npt.NDArray[np.int32],
+) -> ShardEntry:
+    """Writes a shard of these columns (as in `Shard`) without a copy of them.
+
+    It appears under its name only when it is whole and on the disk.
+    """
+    path = Path(path)
+    columns = [
+        pa.ListArray.from_arrays(pa.array(token_offsets), pa.array(tokens)),
+        pa.ListArray.from_arrays(pa.array(sentence_offsets), pa.array(sentence_lengths)),
+        pa.array(documents),
+    ]
+    batch = pa.record_batch(columns, schema=_schema(tokens.dtype))
+    with whole_file(path) as file:
+        sink = _DigestingFile(file)
+        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
+            writer.write_batch(batch)
+    return ShardEntry(
+        name=path.name,
+        split=split,
+        rows=len(documents),
+        sentences=len(sentence_lengths),
+        tokens=len(tokens),
+        bytes=sink.size,
+        digest=sink.hash.hexdigest(),
+    )
 
 
 def write_manifest(
@@ -143,6 +137,7 @@ def write_manifest(
     """Makes `folder` a data set; call it last, when every shard lies under its name."""
     manifest = {
         "format_version": FORMAT_VERSION,
+        "tokenizer": find_tokenizer(folder).name,
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": vocab_size,
         "settings": settings,
@@ -159,11 +154,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary name, flushes it to the disk and renames it to `path`."""
+    """Writes `content` so that `path` is either the old file or the whole new one."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to under a temporary name; at the end it is flushed to the disk and renamed to `path`.
+
+    After an exception, `path` is what it was, and nothing else is left.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -231,7 +236,7 @@ class Dataset:
     def __init__(self, folder: Path, split: Split, manifest: dict[str, Any], shards: list[Shard]) -> None:
         self.folder, self.split, self.manifest, self.shards = folder, split, manifest, shards
         self.manifest_digest = manifest_digest(manifest)
-        self.tokenizer_path = folder / TOKENIZER_NAME
+        self.tokenizer_path = find_tokenizer(folder)
         self.num_documents = sum(shard.entry.rows for shard in shards)
         self.num_tokens = sum(shard.entry.tokens for shard in shards)
 
@@ -244,7 +249,7 @@ def open_dataset(folder: str | Path, split: Split = "train", verify: bool = Fals
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    tokenizer = folder / TOKENIZER_NAME
+    tokenizer = find_tokenizer(folder)
     if not tokenizer.is_file():
         raise UserError(f"the tokenizer {tokenizer} is missing; {_REMEDY}")
     found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
@@ -336,6 +341,5 @@ def _schema(dtype: npt.DTypeLike) -> Any:
     )
 
 
-def _arrow(values: array[int]) -> Any:
-    """An Arrow array over the memory of `values`, without a copy."""
-    return pa.array(np.frombuffer(values, dtype=values.typecode))
+def _offsets(sizes: list[int]) -> npt.NDArray[np.int32]:
+    return np.cumsum([0, *sizes]).astype(np.int32)

@@ -115,7 +115,7 @@ class Batch:
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
     """Ids of `[CLS] text [SEP]` for each text; longer ones lose their end."""
-    pieces = tokenizer.encode([normalize(text) for text in texts])
+    pieces = tokenizer.encode([tokenizer.normalize(text) for text in texts])
     return [[tokenizer.cls_id, *ids[: max_length - 2], tokenizer.sep_id] for ids in pieces]
 
 

@@ -2,20 +2,26 @@
 
 bertscale prep configs/data/quickstart.yaml workers=2
 
-The input is cut, between documents, into splits; each split is one unit of work for one process, which writes
-its shards and then a done record. A rerun keeps the splits whose record and shards are whole, so the bytes
-depend on the input and the settings alone: not on the number of workers, nor on where a run was killed, nor
-on how many hosts shared the splits:
+Two passes. In the first the input is cut, between documents, into splits; each is one unit of work for one
+process, which writes its documents, sorted by their key, to pieces and then a done record. In the second each
+shard is such a unit: it takes its range of keys from all pieces (see data_prep/shuffle.py), so that documents
+of the whole input are mixed and the same text meets itself. A rerun keeps what has a record and is whole, so
+the bytes depend on the input and the settings alone: not on the number of workers, nor on where a run was
+killed, nor on how many hosts shared the first pass:
 
 bertscale prep CONFIG --tokenizer-only                     # once, first
 bertscale prep CONFIG --task-index 0 --task-count 4        # 0, 1, 2, 3: at the same time, on any hosts
-bertscale prep CONFIG --finish --task-count 4              # once, last
+bertscale prep CONFIG --finish --task-count 4              # once, last: the second pass
 
     OUTPUT/tokenizer.model, train-00000.arrow, validation-00000.arrow, ...
-    OUTPUT/.prep/plan.json           settings and inputs; when they differ, everything is made anew
-    OUTPUT/.prep/tokenizer.json      its digest; written when tokenizer.model is whole
-    OUTPUT/.prep/split-00000.json    done record: shard entries and counters
-    OUTPUT/manifest.json             last
+    OUTPUT/quarantine.jsonl                records that cannot be read: place, reason, excerpt
+    OUTPUT/manifest.json                   last
+    OUTPUT/.prep/plan.json                 settings and inputs; when they differ, everything is made anew
+    OUTPUT/.prep/tokenizer.json            its digest; written when the tokenizer is whole
+    OUTPUT/.prep/split-00000.json          done record of a split: pieces and counters
+    OUTPUT/.prep/split-00000-*.piece       and .bad.jsonl; removed after the manifest is written
+    OUTPUT/.prep/pieces.json               all pieces, for the second pass
+    OUTPUT/.prep/shard-train-00000.json    done record of a shard
 """
 
 from __future__ import annotations
@@ -23,30 +29,39 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
 from bertscale.progress import Progress
-from bertscale.shards import MANIFEST_NAME, ShardBuilder, ShardEntry, token_dtype, write_json, write_manifest
+from bertscale.shards import (
+    MANIFEST_NAME,
+    ShardEntry,
+    token_dtype,
+    whole_file,
+    write_columns,
+    write_json,
+    write_manifest,
+)
 from bertscale.tokenizer import Tokenizer
-from data_prep.clean import clean
-from data_prep.plan import Plan, Unit, no_tokenizer
-from data_prep.read import Bad
-from data_prep.segment import split_sentences
-from data_prep.train_tokenizer import finished_tokenizer, held_out, make_tokenizer
+from data_prep.encode import PLACES_SHOWN, SPLITS, encode_split
+from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
+from data_prep.shuffle import Piece, merge, number_of_shards
+from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
 from data_prep.workers import number_of_cores, worker_pool
 
-DOCUMENTS_AT_ONCE = 256  # encoded in one call
-PLACES_SHOWN = 3  # of each kind of bad record
 MISSING_SHOWN = 20  # splits
+# Tokens and sentence lengths take about 0.45 bytes for a byte of text; less is asked for, lest text with much
+# else in its files be refused.
+BYTES_OF_TEXT = 0.35
 
 
 def prep(config: PrepConfig) -> dict[str, Any]:
@@ -58,17 +73,16 @@ def prep(config: PrepConfig) -> dict[str, Any]:
     later continues.
     """
     began = time.monotonic()
-    with _stops_explained(config):
-        plan = Plan(config)
+    plan = Plan(config)
+    with _stops_explained(config), plan.alone():
         plan.begin()
         if (manifest := plan.finished()) is not None:
-            print(f"already prepared: {plan.output}")
-            return _summary(manifest, began, reused=True)
+            return _reused(plan, manifest, began)
         (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
-        with worker_pool(_workers(config, plan.units)) as pool:
+        with worker_pool(_workers(config)) as pool:
             tokenizer = make_tokenizer(pool, plan)
             _encode(pool, plan, plan.units, tokenizer)
-        manifest = _finish(plan, tokenizer)
+            manifest = _finish(pool, plan, tokenizer)
     return _summary(manifest, began, reused=False)
 
 
@@ -77,14 +91,14 @@ def prep(config: PrepConfig) -> dict[str, Any]:
 
 def prep_tokenizer(config: PrepConfig) -> None:
     """The first part of `prep`: the plan and the tokenizer. It alone may start over, as `prep` may."""
-    with _stops_explained(config):
-        plan = Plan(config)
+    plan = Plan(config)
+    with _stops_explained(config), plan.alone():
         plan.begin()
         if plan.finished() is not None:
             print(f"already prepared: {plan.output}")
             return
         (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
-        with worker_pool(_workers(config, plan.units)) as pool:
+        with worker_pool(_workers(config)) as pool:
             tokenizer = make_tokenizer(pool, plan)
         print(f"tokenizer: ready with {tokenizer.vocab_size:,} pieces; {len(plan.units):,} splits to build")
 
@@ -102,28 +116,29 @@ def prep_share(config: PrepConfig, index: int, count: int) -> None:
             f"prep: task {index} of {count} builds {len(units):,} of {len(plan.units):,} splits", flush=True
         )
         if units:
-            with worker_pool(_workers(config, units)) as pool:
+            with worker_pool(_workers(config)) as pool:
                 _encode(pool, plan, units, tokenizer)
         plan.check_input()
 
 
 def prep_finish(config: PrepConfig, count: int | None = None) -> dict[str, Any]:
-    """The last part: writes the manifest and returns the summary of `prep`.
+    """The last part: the second pass and the manifest; returns the summary of `prep`.
 
     Raises UserError that names the splits that are missing and, where `count` is known, their tasks.
     """
     began = time.monotonic()
     with _stops_explained(config):
         plan, tokenizer = _join(config)
-        if (manifest := plan.finished()) is not None:
-            print(f"already prepared: {plan.output}")
-            return _summary(manifest, began, reused=True)
-        if missing := [unit.number for unit in plan.units if not unit.is_done(tokenizer)]:
-            raise UserError(
-                f"{len(missing):,} of {len(plan.units):,} splits of {plan.output} are not built: "
-                f"{_whose(missing, count)}. Run those tasks again: finished splits are kept"
-            )
-        manifest = _finish(plan, tokenizer)
+        with plan.alone():
+            if (manifest := plan.finished()) is not None:
+                return _reused(plan, manifest, began)
+            if missing := [unit.number for unit in plan.units if not unit.done(tokenizer)]:
+                raise UserError(
+                    f"{len(missing):,} of {len(plan.units):,} splits of {plan.output} are not built: "
+                    f"{_whose(missing, count)}. Run those tasks again: finished splits are kept"
+                )
+            with worker_pool(_workers(config)) as pool:
+                manifest = _finish(pool, plan, tokenizer)
     return _summary(manifest, began, reused=False)
 
 
@@ -148,8 +163,8 @@ def _whose(missing: list[int], count: int | None) -> str:
     return f"{'; '.join(words)}{more}"
 
 
-def _workers(config: PrepConfig, units: list[Unit]) -> int:
-    return min(config.workers or number_of_cores(), len(units))
+def _workers(config: PrepConfig) -> int:
+    return config.workers or number_of_cores()  # a pool starts no more than it has work for
 
 
 @contextmanager
@@ -158,144 +173,181 @@ def _stops_explained(config: PrepConfig) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\nprep: stopped; the same command continues, finished splits are kept", file=sys.stderr)
+        print("\nprep: stopped; the same command continues, finished work is kept", file=sys.stderr)
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"the disk is full at {config.output} ({error.strerror}): free some space and run the same "
-            "command again; finished splits are kept"
+            "command again; finished work is kept"
         ) from error
 
 
-# --------------------------------------------------------------------------------------------- encode
+# ------------------------------------------------------------------------------------------ first pass
 
 
 def _encode(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit], tokenizer: Tokenizer) -> None:
-    remaining = [unit for unit in units if not unit.is_done(tokenizer)]
+    remaining = [unit for unit in units if not unit.done(tokenizer)]
     plan.remove_leftovers(remaining)
     total, left = (sum(unit.bytes for unit in some) for some in (units, remaining))
+    text = plan.text_bytes() / sum(file.size for file in plan.files)  # bytes for a byte of input
+    plan.check_space(BYTES_OF_TEXT * text * (left + total), "the sorted pieces and the shards")
     with Progress("encode", total, "bytes", start=total - left) as progress:
         if len(remaining) < len(units):
             kept = len(units) - len(remaining)
             progress.say(f"encode: {kept:,} of {len(units):,} splits are finished and kept")
-        futures = {pool.submit(_encode_split, unit, tokenizer.path): unit for unit in remaining}
+        futures = {pool.submit(encode_split, unit, tokenizer.path): unit for unit in remaining}
         for future in as_completed(futures):
             future.result()
             progress.advance(futures[future].bytes)
 
 
-def _encode_split(unit: Unit, tokenizer_path: Path) -> None:
-    """Writes the shards of one split, then its done record."""
-    config = unit.config
-    try:
-        tokenizer = Tokenizer.load(tokenizer_path)
-    finally:
-        unit.check_plan()  # the better reason where the tokenizer is gone
-    new_shard = partial(ShardBuilder, token_dtype(tokenizer.vocab_size))
-    shards = {"train": new_shard(), "validation": new_shard()}
-    counters, bad, dropped = Counter[str](), Counter[str](), Counter[str]()
-    places: dict[str, list[str]] = {}
-    batch: list[tuple[str, int, list[str]]] = []
+# ----------------------------------------------------------------------------------------- second pass
 
-    def flush() -> None:
-        ids = iter(tokenizer.encode([sentence for _, _, some in batch for sentence in some]))
-        for split, document, some in batch:
-            sentences = [one for one in (next(ids) for _ in some) if one]
-            shards[split].add(document, sentences)
-            counters["sentences"] += len(sentences)
-        batch.clear()
 
-    for number, record in enumerate(unit.records()):
-        counters["records"] += 1
-        if isinstance(record, Bad):
-            bad[record.reason] += 1
-            if bad[record.reason] <= PLACES_SHOWN:
-                places.setdefault(record.reason, []).append(record.place)
-            continue
-        text, reason = clean(record, config.min_characters)
-        if reason:
-            dropped[reason] += 1
-            continue
-        counters["documents"] += 1
-        counters["text_bytes"] += len(text.encode())
-        split = "validation" if held_out(text, config.validation_fraction) else "train"
-        batch.append((split, unit.number << 32 | number, split_sentences(text)))
-        if len(batch) == DOCUMENTS_AT_ONCE:
-            flush()
-    flush()
+def _shuffle(
+    pool: ProcessPoolExecutor, plan: Plan, pieces: dict[str, list[Piece]], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """Writes the shards that are missing; returns the done records of all of them, in order."""
+    dtype, units = token_dtype(tokenizer.vocab_size), list[ShardUnit]()
+    for split, some in pieces.items():
+        count = number_of_shards(some, dtype.itemsize, plan.config.shard_bytes)
+        units += [ShardUnit(plan.config, plan.digest, split, number, count) for number in range(count)]
+    remaining = [unit for unit in units if not unit.done(tokenizer)]
+    size = sum(piece.bytes for some in pieces.values() for piece in some)
+    plan.check_space(size * len(remaining) / len(units), "the shards")
+    write_json(plan.pieces, {split: [dataclasses.asdict(p) for p in some] for split, some in pieces.items()})
+    kept = len(units) - len(remaining)
+    with Progress("shuffle", len(units), "shards", start=kept) as progress:
+        if kept:
+            progress.say(f"shuffle: {kept:,} of {len(units):,} shards are finished and kept")
+        futures = [pool.submit(merge_shard, unit, dtype.str, tokenizer.sha256) for unit in remaining]
+        for future in as_completed(futures):
+            future.result()
+            progress.advance(1)
+    return [read_json(unit.record) for unit in units]
+
+
+def merge_shard(unit: ShardUnit, dtype: str, tokenizer_sha256: str) -> None:
+    """Writes one shard, or nothing where no document has its keys, and then its done record."""
+    pieces = [piece for piece in _all_pieces(unit.pieces, unit.plan) if piece.split == unit.split]
+    merged = merge(unit.inner, pieces, dtype, unit.number, unit.count, unit.config.deduplicate)
     unit.check_plan()
-    entries = []
-    for split, shard in shards.items():
-        if shard.numbers:
-            entry = shard.write(unit.shard(split), split)
-            counters["tokens"] += entry.tokens
-            entries.append(dataclasses.asdict(entry))
+    entry = None
+    if merged.documents:
+        entry = dataclasses.asdict(write_columns(unit.path, unit.split, **merged.columns))
     done = {
         "plan": unit.plan,
-        "tokenizer_sha256": tokenizer.sha256,
-        "shards": entries,
-        "counters": counters,
-        "bad": bad,
-        "dropped": dropped,
-        "places": places,
+        "tokenizer_sha256": tokenizer_sha256,
+        "count": unit.count,
+        "shard": entry,
+        "text_bytes": merged.text_bytes,
+        "duplicates": merged.duplicates,
     }
     write_json(unit.record, done)
+
+
+@lru_cache(maxsize=1)
+def _all_pieces(path: Path, plan: str) -> list[Piece]:
+    """The list of all pieces, read once by a process; `plan` because another one has others."""
+    return [Piece(**piece) for some in json.loads(path.read_bytes()).values() for piece in some]
 
 
 # -------------------------------------------------------------------------------------------- the end
 
 
-def _finish(plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Adds the done records up, judges them and writes the manifest."""
-    records = [json.loads(unit.record.read_bytes()) for unit in plan.units]
-    counters = _add_up(records)
-    _judge(counters, [record["places"] for record in records], plan.config)
-    plan.check_input()
-    shards = [ShardEntry(**entry) for record in records for entry in record["shards"]]
-    plan.remove_all_but({shard.name for shard in shards})
-    return write_manifest(
-        plan.output,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        settings=plan.content["settings"],
-        counters=counters,
-        shards=shards,
-    )
-
-
-def _add_up(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Judges the first pass, makes the second one, and writes the manifest."""
+    records = [read_json(unit.record) for unit in plan.units]
     sums = {key: Counter[str]() for key in ("counters", "bad", "dropped")}
     for record in records:
         for key, counter in sums.items():
             counter.update(record[key])
-    names = ("records", "documents", "sentences", "tokens", "text_bytes")
+    _judge(plan, sums, [record["places"] for record in records])
+    plan.check_input()
+    pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
+    for record in records:
+        for piece in record["pieces"]:
+            pieces[piece["split"]].append(Piece(**piece))
+    if not any(pieces.values()):
+        raise UserError(
+            f"input: {', '.join(plan.config.input)}: no document is left of it; {'; '.join(_dropped(sums))}"
+        )
+    made = _shuffle(pool, plan, pieces, tokenizer)
+    if duplicates := sum(record["duplicates"] for record in made):
+        sums["dropped"]["duplicate"] += duplicates
+    for line in _dropped(sums):
+        print(f"prep: {line}")
+    plan.check_input()
+    shards = [ShardEntry(**record["shard"]) for record in made if record["shard"]]
+    plan.remove_all_but({shard.name for shard in shards})
+    manifest = write_manifest(
+        plan.output,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        settings=plan.content["settings"],
+        counters=_counters(sums, made),
+        shards=shards,
+    )
+    plan.remove_pieces()
+    return manifest
+
+
+def _counters(sums: dict[str, Counter[str]], made: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest counts: what was read, what was left out and why, and what stands in the shards."""
+    splits = {split: Counter[str](documents=0, sentences=0, tokens=0, text_bytes=0) for split in SPLITS}
+    for record in made:
+        if shard := record["shard"]:
+            splits[shard["split"]].update(
+                documents=shard["rows"],
+                sentences=shard["sentences"],
+                tokens=shard["tokens"],
+                text_bytes=record["text_bytes"],
+            )
     return {
-        **{name: sums["counters"][name] for name in names},
+        **dict(sorted(sums["counters"].items())),
+        **sum(splits.values(), Counter[str]()),
+        "splits": {split: dict(counter) for split, counter in splits.items()},
         "bad": dict(sorted(sums["bad"].items())),
         "dropped": dict(sorted(sums["dropped"].items())),
     }
 
 
-def _judge(counters: dict[str, Any], places: list[dict[str, list[str]]], config: PrepConfig) -> None:
-    """Shows what was left out; raises UserError if that is too much or everything."""
+def _dropped(sums: dict[str, Counter[str]]) -> list[str]:
+    return [f"{count:,} dropped: {reason}" for reason, count in sorted(sums["dropped"].items())]
+
+
+def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, list[str]]]) -> None:
+    """Shows the bad records and writes the quarantine file; raises UserError if they are too many."""
+    quarantine = plan.output / QUARANTINE_NAME
+    count, records = sums["bad"].total(), sums["counters"]["records"]
+    if not count:
+        quarantine.unlink(missing_ok=True)
+        return
+    with whole_file(quarantine) as file:
+        for unit in plan.units:
+            with open(unit.bad_records, "rb") as some:
+                shutil.copyfileobj(some, file)
     lines = []
-    for reason, count in counters["bad"].items():
-        some = [place for split in places for place in split.get(reason, [])][:PLACES_SHOWN]
-        lines.append(f"{count:,} bad: {reason} ({'; '.join(some)}{'; ...' if count > len(some) else ''})")
-    lines += [f"{count:,} dropped: {reason}" for reason, count in counters["dropped"].items()]
+    for reason, number in sorted(sums["bad"].items()):
+        few = [place for split in places for place in split.get(reason, [])][:PLACES_SHOWN]
+        lines.append(f"{number:,} bad: {reason} ({'; '.join(few)}{'; ...' if number > len(few) else ''})")
     for line in lines:
         print(f"prep: {line}")
-    bad = sum(counters["bad"].values())
-    if bad > config.max_bad_fraction * counters["records"]:
+    print(f"prep: all {count:,} bad records, with place and excerpt: {quarantine}")
+    if count > plan.config.max_bad_fraction * records:
         raise UserError(
-            f"{bad:,} of {counters['records']:,} records cannot be read, more than "
-            f"max_bad_fraction={config.max_bad_fraction} allows: {'; '.join(lines[: len(counters['bad'])])}. "
-            "Mend them, or raise max_bad_fraction: finished splits are kept"
+            f"{count:,} of {records:,} records cannot be read, more than "
+            f"max_bad_fraction={plan.config.max_bad_fraction} allows: {'; '.join(lines)}. They are listed in "
+            f"{quarantine}. Mend them, or raise max_bad_fraction: finished work is kept"
         )
-    if not counters["documents"]:
-        raise UserError(f"input: {', '.join(config.input)}: no document is left of it; {'; '.join(lines)}")
+
+
+def _reused(plan: Plan, manifest: dict[str, Any], began: float) -> dict[str, Any]:
+    print(f"already prepared: {plan.output}")
+    plan.remove_pieces()  # a kill just after the manifest leaves them
+    return _summary(manifest, began, reused=True)
 
 
 def _summary(manifest: dict[str, Any], began: float, *, reused: bool) -> dict[str, Any]:

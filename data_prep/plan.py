@@ -10,28 +10,36 @@ new one.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
+import platform
+import re
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
-from bertscale.shards import MANIFEST_NAME, TOKENIZER_NAME, Shard, ShardEntry, open_dataset, write_json
-from bertscale.tokenizer import Tokenizer
-from data_prep.read import Bad, InputFile, Part, cut_into_splits, find_files, read_records
+from bertscale.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset, write_json
+from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
+from data_prep.compressed import COMPRESSIONS
+from data_prep.read import InputFile, Part, Record, cut_into_splits, find_files, read_records
 
-PLAN_VERSION = 1  # raise it when the same settings begin to give other bytes
+PLAN_VERSION = 2  # raise it when the same settings begin to give other bytes
+QUARANTINE_NAME = "quarantine.jsonl"
+LOCK_NAME = "lock"
+_SAME_AGAIN = "run the same command again: it begins with the input as it then is"
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One split: the unit of work, with all that its worker needs to know."""
+class Work:
+    """One split of the input, or one shard of the output: work for a process, with all it needs to know."""
 
-    number: int
-    parts: list[Part]
     config: PrepConfig
     plan: str  # digest of the plan that it belongs to
 
@@ -40,47 +48,115 @@ class Unit:
         return Path(self.config.output)
 
     @property
-    def bytes(self) -> int:
-        return sum(part.end - part.start for part in self.parts)
-
-    @property
-    def record(self) -> Path:
-        return self.output / ".prep" / f"split-{self.number:05d}.json"
-
-    @property
-    def sample(self) -> Path:
-        return self.output / ".prep" / f"sample-{self.number:05d}.txt"
-
-    def shard(self, split: str) -> Path:
-        return self.output / f"{split}-{self.number:05d}.arrow"
-
-    def records(self) -> Iterator[str | Bad]:
-        for part in self.parts:
-            yield from read_records(part, self.config.text_field)
+    def inner(self) -> Path:
+        return self.output / ".prep"
 
     def check_plan(self) -> None:
-        """Raises UserError if somebody has started over in the output folder since this unit was planned."""
-        found = read_json(self.output / ".prep" / "plan.json")
+        """Raises UserError if somebody has started over in the output folder since this was planned."""
+        found = read_json(self.inner / "plan.json")
         if found is None or _digest(found) != self.plan:
             raise UserError(
                 f"output: {self.output} was begun anew with other settings or input while this ran; "
                 "nothing was overwritten by it. Let only one prep work there at a time"
             )
 
-    def is_done(self, tokenizer: Tokenizer) -> bool:
-        """Whether the record and the shards are there, whole, and made for this plan with this tokenizer."""
-        record = read_json(self.record)
-        if record is None or (record.get("plan"), record["tokenizer_sha256"]) != (
-            self.plan,
-            tokenizer.sha256,
-        ):
-            return False
+    def _record(self, path: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """The done record `path`, if it was written for this plan with this tokenizer."""
+        record: dict[str, Any] | None = read_json(path)
+        if record is None:
+            return None
+        made_for = (record.get("plan"), record.get("tokenizer_sha256"))
+        return record if made_for == (self.plan, tokenizer.sha256) else None
+
+
+@dataclass(frozen=True)
+class Unit(Work):
+    """Of the first pass: a split of the input."""
+
+    number: int
+    parts: list[Part]
+    files: list[InputFile]  # those of the parts
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def record(self) -> Path:
+        return self.inner / f"split-{self.number:05d}.json"
+
+    @property
+    def sample(self) -> Path:
+        return self.inner / f"sample-{self.number:05d}.txt"
+
+    @property
+    def bad_records(self) -> Path:
+        return self.inner / f"split-{self.number:05d}.bad.jsonl"
+
+    def piece(self, split: str, number: int) -> Path:
+        return self.inner / f"split-{self.number:05d}-{split}-{number:03d}.piece"
+
+    def records(self) -> Iterator[Record]:
+        for part in self.parts:
+            yield from read_records(part, self.config)
+
+    def check_input(self) -> None:
+        """Raises UserError if a file of this split is not what it was when it was planned."""
+        for file in self.files:
+            try:
+                status = os.stat(file.name)
+            except OSError as error:
+                raise UserError(f"input: {file.name} is gone ({error.strerror}); {_SAME_AGAIN}") from error
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise UserError(f"input: {file.name} changed while it was read; {_SAME_AGAIN}")
+
+    def done(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """The done record, if it and the pieces are there, whole, and made for this plan and tokenizer."""
+        record = self._record(self.record, tokenizer)
+        if record is None:
+            return None
+        sizes = {piece["name"]: piece["bytes"] for piece in record["pieces"]}
+        sizes[self.bad_records.name] = record["quarantine_bytes"]
+        for name, size in sizes.items():
+            try:
+                if (self.inner / name).stat().st_size != size:
+                    return None
+            except FileNotFoundError:
+                return None
+        return record
+
+
+@dataclass(frozen=True)
+class ShardUnit(Work):
+    """Of the second pass: shard `number` of the `count` of a data split."""
+
+    split: str
+    number: int
+    count: int
+
+    @property
+    def path(self) -> Path:
+        return self.output / f"{self.split}-{self.number:05d}.arrow"
+
+    @property
+    def pieces(self) -> Path:
+        return self.inner / "pieces.json"
+
+    @property
+    def record(self) -> Path:
+        return self.inner / f"shard-{self.split}-{self.number:05d}.json"
+
+    def done(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """The done record, if it and the shard are there, whole, and made for this plan and tokenizer."""
+        record = self._record(self.record, tokenizer)
+        if record is None or record["count"] != self.count:
+            return None
         try:
-            for entry in record["shards"]:
-                Shard(self.output / entry["name"], ShardEntry(**entry))
+            if record["shard"]:
+                Shard(self.path, ShardEntry(**record["shard"]))
         except UserError:
-            return False
-        return True
+            return None
+        return record
 
 
 class Plan:
@@ -89,36 +165,86 @@ class Plan:
     def __init__(self, config: PrepConfig) -> None:
         self.config, self.output = config, Path(config.output)
         self.files: list[InputFile] = find_files(config.input)
+        settings = PrepConfig.model_validate(config.model_dump())  # a default of 0 is 0.0, as if it was given
+        given = load_tokenizer(config.tokenizer, config.lowercase).sha256 if config.tokenizer else None
         self.content: dict[str, Any] = {
             "version": PLAN_VERSION,
-            "settings": config.model_dump(exclude={"output", "workers", "max_bad_fraction"}),
-            "tokenizer": Tokenizer.load(config.tokenizer).sha256 if config.tokenizer else None,
+            "settings": settings.model_dump(exclude={"output", "workers", "max_bad_fraction"}),
+            "tokenizer": given,
             "files": [dataclasses.asdict(file) for file in self.files],
         }
         self.digest = _digest(self.content)
 
     @cached_property
     def units(self) -> list[Unit]:
-        splits = cut_into_splits(self.files, self.config.split_bytes)
-        return [Unit(number, parts, self.config, self.digest) for number, parts in enumerate(splits)]
+        files = {file.name: file for file in self.files}
+        return [
+            Unit(self.config, self.digest, number, parts, [files[n] for n in {p.name: None for p in parts}])
+            for number, parts in enumerate(cut_into_splits(self.files, self.config))
+        ]
+
+    @property
+    def inner(self) -> Path:
+        return self.output / ".prep"
 
     @property
     def path(self) -> Path:
-        return self.output / ".prep" / "plan.json"
+        return self.inner / "plan.json"
 
-    def begin(self) -> None:
-        """Makes this the output folder's plan, and removes the pieces of an earlier run with another one."""
+    @property
+    def pieces(self) -> Path:
+        return self.inner / "pieces.json"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raises UserError while another process prepares the whole of the output folder.
+
+        The lock is the kernel's: it goes with the process, however that ends. On a file system without locks
+        nothing is held.
+        """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.inner.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise UserError(f"output: cannot make the folder {self.output}: {error.strerror}") from error
+        with open(self.inner / LOCK_NAME, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"output: another bertscale prep ({file.read().strip() or 'just begun'}) is at work in "
+                    f"{self.output}; wait until it has ended, or choose another folder"
+                ) from error
+            except OSError:
+                pass  # no locks here
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
+    def check_space(self, needed: float, what: str) -> None:
+        """Raises UserError if fewer than `needed` bytes are free in the output folder."""
+        free = shutil.disk_usage(self.output).free
+        if free < needed:
+            raise UserError(
+                f"output: {self.output} has {free / 1e9:.1f} GB free, and {what} of this input take about "
+                f"{needed / 1e9:.1f} GB: free some space, or choose another folder"
+            )
+
+    def text_bytes(self) -> int:
+        """The input's size, compressed files counted as what is in them, roughly."""
+        return sum(file.size * (3 if file.name.endswith(COMPRESSIONS) else 1) for file in self.files)
+
+    def begin(self) -> None:
+        """Makes this the output folder's plan, and removes what an earlier run with another one left."""
         given = self.config.tokenizer
-        if given and Path(given).resolve() == (self.output / TOKENIZER_NAME).resolve():
+        if given and Path(given).resolve() in [(self.output / name).resolve() for name in TOKENIZER_NAMES]:
             raise UserError(f"tokenizer: {given} is prep's own output; copy it to another place first")
         old = read_json(self.path)
         if old is not None and _digest(old) == self.digest:
             return
-        stale = [self.output / MANIFEST_NAME, self.output / TOKENIZER_NAME, *_shards(self.output)]
+        own = (MANIFEST_NAME, *TOKENIZER_NAMES, QUARANTINE_NAME)
+        stale = [*(self.output / name for name in own), *_shards(self.output)]
         if old is not None:
             print(
                 f"prep: {self._difference(old)} changed since the last run into {self.output}: starting over"
@@ -133,7 +259,8 @@ class Plan:
         # what is half-written stays, to be removed at the end.
         (self.output / MANIFEST_NAME).unlink(missing_ok=True)
         write_json(self.path, self.content)
-        records = [f for f in self.path.parent.iterdir() if f != self.path and ".tmp-" not in f.name]
+        kept = (self.path.name, LOCK_NAME)
+        records = [f for f in self.inner.iterdir() if f.name not in kept and ".tmp-" not in f.name]
         for file in [*stale, *records]:
             file.unlink(missing_ok=True)
 
@@ -158,7 +285,7 @@ class Plan:
     def check_input(self) -> None:
         """Raises UserError if an input file is not what it was when this plan was made."""
         if find_files(self.config.input) != self.files:
-            raise UserError("input: a file changed while it was read; run the same command again")
+            raise UserError(f"input: a file changed while it was read; {_SAME_AGAIN}")
 
     def finished(self) -> dict[str, Any] | None:
         """The manifest, if every file it names is there in full size."""
@@ -170,19 +297,23 @@ class Plan:
 
     def remove_leftovers(self, units: list[Unit]) -> None:
         """Removes what killed workers left half-written of `units`; what belongs to others may be alive."""
-        own = {path.name for u in units for path in (u.record, u.shard("train"), u.shard("validation"))}
-        for leftover in self._half_written():
-            if leftover.name.rpartition(".tmp-")[0] in own:
+        own = {unit.record.stem for unit in units}
+        for leftover in self.inner.glob("split-*.tmp-*"):
+            if re.split(r"[.-]\D", leftover.name)[0] in own:
                 leftover.unlink(missing_ok=True)
 
     def remove_all_but(self, names: set[str]) -> None:
         """Removes all half-written files, and shards that are not in `names`: nobody has more to write."""
-        for file in [*self._half_written(), *_shards(self.output)]:
+        half_written = [*self.output.glob("*.tmp-*"), *self.inner.glob("*.tmp-*")]
+        for file in [*half_written, *_shards(self.output)]:
             if file.name not in names:
                 file.unlink(missing_ok=True)
 
-    def _half_written(self) -> list[Path]:
-        return [*self.output.glob("*.tmp-*"), *self.path.parent.glob("*.tmp-*")]
+    def remove_pieces(self) -> None:
+        """Removes the first pass's files, when the manifest says that nobody needs them any more."""
+        for pattern in ("split-*.piece", "split-*.bad.jsonl"):
+            for file in self.inner.glob(pattern):
+                file.unlink(missing_ok=True)
 
 
 def no_tokenizer(output: Path) -> str:

@@ -1,27 +1,43 @@
 """Input files -> records, each a text or the reason why it cannot be read.
 
-    files = find_files(["corpus", "more/*.jsonl"])
-    for part in cut_into_splits(files, split_bytes=512 * 2**20)[0]:
-        for record in read_records(part, text_field="text"): ...
+    files = find_files(["corpus", "more/*.jsonl.zst"])
+    for part in cut_into_splits(files, config)[0]:
+        for record in read_records(part, config):
+            if isinstance(record, Bad):         # counted by record.reason; record.place, record.excerpt
+            elif isinstance(record, Dropped):   # counted by record.reason, as what `clean` drops
+            else:                               # a text; if it is a Cut, it goes on from the record before it
 
-Formats: .jsonl, one JSON object a line, the text in one of its fields; .txt, a blank line between documents.
+.txt (`config.documents`: blank lines or the file's end between documents), .md, WikiExtractor's output (any
+name), .jsonl, .csv, .tsv, .parquet and .arrow (`config.text_field`), each also as .gz, .bz2, .xz or .zst.
+However large a file, a line or a document is, memory holds a few MiB of it: a document is cut at paragraphs
+or sentences into texts of at most LONGEST characters. Only a line of .jsonl or .tsv, a record of .csv and a
+text out of a table are held whole, and are Bad above RECORD_BYTES.
 """
 
 from __future__ import annotations
 
 import glob
-import json
-import re
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
-from bertscale.config import UserError
+from bertscale.config import PrepConfig, UserError
+from data_prep import formats, tables
+from data_prep.compressed import DAMAGE, compression_of, open_stream
+from data_prep.formats import RECORD_BYTES as RECORD_BYTES
+from data_prep.records import LONGEST as LONGEST
+from data_prep.records import Bad as Bad
+from data_prep.records import Cut as Cut
+from data_prep.records import Dropped as Dropped
+from data_prep.records import Record as Record
+from data_prep.records import bad, printable
 
-SUFFIXES = (".jsonl", ".txt")
-_BOM = b"\xef\xbb\xbf"
-_lone_surrogate = re.compile("[\ud800-\udfff]")
+FORMATS = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+KINDS = f"{', '.join(FORMATS)}, each also as .gz, .bz2, .xz or .zst, and WikiExtractor's <doc> files"
+_WIKI = "wiki"
+_DOC = b"<doc "
 
 
 @dataclass(frozen=True)
@@ -29,157 +45,252 @@ class InputFile:
     name: str
     size: int  # bytes
     mtime_ns: int
+    named: bool = False  # by the user, not found in a folder
 
 
 @dataclass(frozen=True)
 class Part:
-    """A byte range of a file that starts and ends between documents."""
+    """A byte range of a file: of .parquet the row groups that begin in it, of other kinds whole documents."""
 
     name: str
     start: int
     end: int
 
+    @property
+    def bytes(self) -> int:
+        """Its weight, for progress bars."""
+        return self.end - self.start
 
-@dataclass(frozen=True)
-class Bad:
-    """A record that cannot be read."""
 
-    reason: str
-    place: str
+# ------------------------------------------------------------------------------------------------ find
 
 
 def find_files(inputs: list[str]) -> list[InputFile]:
     """The files that `inputs` name (files, folders searched through, globs), each once, in a fixed order.
 
-    Raises UserError for one that names nothing, and for a file of another kind.
+    Hidden files and folders count only when named. Raises UserError for one that names nothing that can be
+    read, and for a named file of another kind.
     """
-    found: dict[str, None] = {}
+    found: dict[str, InputFile] = {}
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            names = [str(file) for file in sorted(path.rglob("*")) if _is_input(file.relative_to(path))]
-            if not names:
-                raise UserError(f"input: the folder {name} has no {' or '.join(SUFFIXES)} files")
+        if os.path.isdir(name):
+            some = list(_search(name))
+            if not some:
+                raise UserError(f"input: the folder {printable(name)} has no file of the kinds {KINDS}")
+        elif os.path.exists(name):
+            some = [_look_at(name, named=True)]
+            if not _format(name):
+                raise UserError(f"input: {printable(name)} is none of {KINDS}")
         else:
-            names = [name] if path.exists() else sorted(glob.glob(name, recursive=True))
-            if not names:
-                raise UserError(f"input: there is no file, folder or match for {name}")
-            for other in names:
-                if not other.endswith(SUFFIXES):
-                    raise UserError(f"input: {other} is neither {' nor '.join(SUFFIXES)}")
-        found.update(dict.fromkeys(names))
-    files = []
-    for name in found:
-        status = Path(name).stat()
-        files.append(InputFile(name, status.st_size, status.st_mtime_ns))
+            matches = sorted(glob.glob(name, recursive=True))
+            if not matches:
+                raise UserError(f"input: there is no file, folder or match for {printable(name)}")
+            some = [_look_at(match) for match in matches if os.path.isfile(match) and _format(match)]
+            some += [file for match in matches if os.path.isdir(match) for file in _search(match)]
+            if not some:
+                raise UserError(f"input: no match of {printable(name)} is one of {KINDS}")
+        for file in some:
+            found.setdefault(os.path.normpath(file.name), file)
+    files = list(found.values())
     if not sum(file.size for file in files):
-        raise UserError(f"input: {', '.join(inputs)}: every file is empty")
+        raise UserError(f"input: {', '.join(map(printable, inputs))}: every file is empty")
     return files
 
 
-def _is_input(path: Path) -> bool:
-    """Whether a file found in a folder counts: hidden ones, among them prep's own, do not."""
-    return path.suffix in SUFFIXES and not any(part.startswith(".") for part in path.parts)
-
-
-def cut_into_splits(files: list[InputFile], split_bytes: int) -> list[list[Part]]:
-    """Cuts the input, in order and between documents, about every `split_bytes` bytes."""
-    splits: list[list[Part]] = [[]]
-    room = split_bytes
-    for input_file in files:
-        start = 0
-        with _open(input_file.name) as file:
-            while start < input_file.size:
-                if room <= 0:
-                    splits.append([])
-                    room = split_bytes
-                end = input_file.size
-                if start + room < end:
-                    end = min(_next_document(file, start + room), input_file.size)
-                splits[-1].append(Part(input_file.name, start, end))
-                room -= end - start
-                start = end
-    return splits
-
-
-def read_records(part: Part, text_field: str) -> Iterator[str | Bad]:
-    """The records of `part` in order; memory holds one record."""
-    with _open(part.name) as file:
-        file.seek(part.start)
-        if part.start == 0 and file.read(len(_BOM)) != _BOM:
-            file.seek(0)
-        records = _lines(file, part.end) if part.name.endswith(".jsonl") else _paragraphs(file, part.end)
-        for start, content in records:
-            text, reason = "", ""
-            try:
-                text = content.decode("utf-8")
-            except UnicodeDecodeError:
-                reason = "invalid UTF-8"
-            if not reason and part.name.endswith(".jsonl"):
-                text, reason = _text_of_json(text, text_field)
-            if not reason and not text.strip():
-                reason = "blank"
-            if not reason and not text.isascii() and _lone_surrogate.search(text):
-                reason = "lone surrogate"
-            yield Bad(reason, f"{part.name}, byte {start}") if reason else text
-
-
-def _text_of_json(line: str, field: str) -> tuple[str, str]:
-    """(text, "") or ("", reason)."""
-    if not line.strip():
-        return "", "blank"
+def _look_at(name: str, named: bool = False) -> InputFile:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return "", "broken JSON"
-    if not isinstance(record, dict):
-        return "", "not a JSON object"
-    if field not in record:
-        return "", f"no field {field!r}"
-    text = record[field]
-    if not isinstance(text, str):
-        return "", f"field {field!r} is null" if text is None else f"field {field!r} is not a string"
-    return text, ""
-
-
-def _lines(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
-    position = file.tell()
-    while position < end and (line := file.readline()):
-        yield position, line
-        position += len(line)
-
-
-def _paragraphs(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
-    start, lines = file.tell(), list[bytes]()
-    for position, line in _lines(file, end):
-        if line.strip():
-            if not lines:
-                start = position
-            lines.append(line)
-        elif lines:
-            yield start, b"".join(lines)
-            lines.clear()
-    if lines:
-        yield start, b"".join(lines)
-
-
-def _next_document(file: BinaryIO, position: int) -> int:
-    """Where the first document after `position` starts; the file's size if none does."""
-    file.seek(position)
-    file.readline()  # the rest of a line that may have begun before `position`
-    if file.name.endswith(".txt"):
-        while (line := file.readline()) and line.strip():
-            pass
-        while line and not line.strip():
-            start = file.tell()
-            line = file.readline()
-            if line.strip():
-                return start
-    return file.tell()
-
-
-def _open(name: str) -> BinaryIO:
-    try:
-        return open(name, "rb", buffering=2**20)
+        status = os.stat(name)
     except OSError as error:
-        raise UserError(f"input: cannot read {name}: {error.strerror or error}") from error
+        raise UserError(f"input: cannot read {printable(name)}: {error.strerror}") from error
+    return InputFile(name, status.st_size, status.st_mtime_ns, named)
+
+
+def _search(folder: str) -> Iterator[InputFile]:
+    """The input files in `folder` and in those within it, sorted by path; each folder once."""
+    seen, names = set[tuple[int, int]](), []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        prepared = ".prep" in folders  # by us: our output is no input
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [
+            os.path.join(path, name)
+            for name in files
+            if not name.startswith(".") and not (prepared and name.endswith((".arrow", "quarantine.jsonl")))
+        ]
+    for name in sorted(names, key=lambda name: Path(name).parts):
+        if os.path.isfile(name) and _format(name):
+            yield _look_at(name)
+
+
+def _format(name: str) -> str:
+    """One of FORMATS by the name's end, _WIKI for another file that begins as one, or ""."""
+    stem = name.lower().removesuffix(compression_of(name))
+    suffix = next((suffix for suffix in FORMATS if stem.endswith(suffix)), "")
+    return suffix or (_WIKI if _begins_as_wiki(name) else "")
+
+
+def _begins_as_wiki(name: str) -> bool:
+    try:
+        with open_stream(name) as stream:
+            return _is_wiki(stream)
+    except (*DAMAGE, UserError):
+        return False
+
+
+def _is_wiki(stream: BufferedReader) -> bool:
+    """Whether what comes is a <doc> block; skips a byte order mark."""
+    formats.skip_bom(stream)
+    return stream.peek(len(_DOC))[: len(_DOC)] == _DOC
+
+
+# ------------------------------------------------------------------------------------------------- cut
+
+
+def cut_into_splits(files: list[InputFile], config: PrepConfig) -> list[list[Part]]:
+    """Cuts the input, in order and between documents, about every `config.split_bytes` bytes.
+
+    Plain .txt (unless a file is a document), WikiExtractor, .jsonl and .tsv files are cut anywhere between
+    documents, .parquet between row groups, others not. Raises UserError for a table without the column
+    `config.text_field`, and for a damaged file that the user named; others are left to `read_records`.
+    """
+    splits: list[list[Part]] = [[]]
+    room = config.split_bytes
+    for file in files:
+        start = 0
+        for end in _ends(file, config, room):
+            weight = end - start
+            # A file that cannot be cut begins a split if it would pass the end of this one by more than half.
+            if room <= 0 or (splits[-1] and weight > 2 * room):
+                splits.append([])
+                room = config.split_bytes
+            splits[-1].append(Part(file.name, start, end))
+            room -= weight
+            start = end
+    return [parts for parts in splits if parts]
+
+
+def _ends(file: InputFile, config: PrepConfig, room: int) -> Iterator[int]:
+    """Where the parts of `file` end: the first after about `room` bytes, others after split_bytes."""
+    kind = _format(file.name) if file.size else ""
+    if not kind:
+        return
+    table = kind in (".parquet", ".arrow", ".csv", ".tsv")
+    large = file.size > max(room, 1)
+    cuttable = not compression_of(file.name) and kind not in (".arrow", ".csv", ".md")
+    if not (table or file.named or (large and cuttable)):
+        yield file.size
+        return
+    try:
+        _check(file.name, kind, config)
+        if not (large and cuttable):
+            yield file.size
+        elif kind == ".parquet":
+            yield from _ends_of_groups(file, config, room)
+        else:
+            yield from _ends_of_documents(file, kind, config, room)
+    except DAMAGE as error:
+        if file.named or (isinstance(error, OSError) and error.errno):
+            raise UserError(f"input: cannot read {printable(file.name)}: {_one_line(error)}") from error
+        yield file.size
+
+
+def _check(name: str, kind: str, config: PrepConfig) -> None:
+    """Opens the file and looks at its beginning."""
+    if kind == ".parquet":
+        with tables.open_parquet(name) as parquet:
+            tables.text_column(parquet.schema_arrow, config.text_field, name)
+        return
+    with open_stream(name) as stream:
+        if kind == ".arrow":
+            tables.text_column(tables.arrow_schema(stream), config.text_field, name)
+            return
+        formats.skip_bom(stream)
+        if kind == ".csv":
+            formats.csv_column(stream, name, config.text_field)
+        elif kind == ".tsv":
+            formats.tsv_column(stream, name, config.text_field)
+
+
+def _ends_of_groups(file: InputFile, config: PrepConfig, room: int) -> Iterator[int]:
+    with tables.open_parquet(file.name) as parquet:
+        starts = tables.group_starts(parquet)
+    begin, size = 0, max(room, 1)
+    for start in starts[1:]:
+        if start - begin >= size:
+            yield start
+            begin, size = start, config.split_bytes
+    yield file.size
+
+
+def _ends_of_documents(file: InputFile, kind: str, config: PrepConfig, room: int) -> Iterator[int]:
+    with open_stream(file.name) as stream:
+        if kind == ".txt" and _is_wiki(stream):
+            kind = _WIKI
+        if kind == ".txt" and config.documents == "file":
+            yield file.size
+            return
+        following = {_WIKI: formats.next_article, ".txt": formats.next_paragraph}.get(kind, formats.next_line)
+        end = following(stream, max(room, 1))
+        while end < file.size:
+            yield end
+            end = following(stream, end + config.split_bytes)
+        yield file.size
+
+
+# ------------------------------------------------------------------------------------------------ read
+
+
+def read_records(part: Part, config: PrepConfig) -> Iterator[Record]:
+    """The records of `part`, in order.
+
+    Where the file turns out to be damaged the rest of it is one Bad. Raises UserError if it cannot be opened
+    or the disk fails, or if a table lacks the column.
+    """
+    count = 0
+    try:
+        for record in _records(part, config):
+            yield record
+            count += 1
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"input: cannot read {printable(part.name)}: {error.strerror}") from error
+        what = "the whole file" if not count else f"all after record {count}"
+        yield bad("a damaged file, the rest of it lost", part.name, what, _one_line(error))
+
+
+def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
+    name, kind = part.name, _format(part.name)
+    if kind == ".parquet":
+        yield from tables.read_parquet(name, part.start, part.end, config.text_field)
+        return
+    if kind == ".arrow":
+        yield from tables.read_arrow(name, config.text_field)
+        return
+    with open_stream(name) as stream:
+        wiki = _is_wiki(stream) and kind in (_WIKI, ".txt")
+        index = formats.tsv_column(stream, name, config.text_field) if kind == ".tsv" else 0
+        if part.start:
+            stream.seek(part.start)
+        end = None if compression_of(name) else part.end
+        if wiki:
+            yield from formats.read_wiki(stream, name, end)
+        elif kind == ".txt" and config.documents == "file":
+            yield from formats.read_whole(stream, name)
+        elif kind == ".txt":
+            yield from formats.read_paragraphs(stream, name, end)
+        elif kind == ".md":
+            yield from formats.read_markdown(stream, name)
+        elif kind == ".jsonl":
+            yield from formats.read_jsonl(stream, name, end, config.text_field)
+        elif kind == ".csv":
+            yield from formats.read_csv(stream, name, config.text_field)
+        elif kind == ".tsv":
+            yield from formats.read_tsv(stream, name, end, index)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,77 +1,82 @@
-"""A document -> its sentences, by rules for English.
+"""A document -> its sentences.
 
-split_sentences("Dr. Smith paid 3.50 dollars. (He was late.) Why?")
-# ["Dr. Smith paid 3.50 dollars.", "(He was late.)", "Why?"]
+split = splitter("de")
+split("Am 3. Mai kam er. „Warum?“ Niemand weiß es.")  # ["Am 3. Mai kam er.", "„Warum?“", "Niemand weiß es."]
 
-One regular expression finds the places where a sentence may end: a full stop, question or exclamation mark,
-closing quotes or brackets, a space, and a word that does not begin in lower case. Only after a full stop is
-the word before it looked at: abbreviations, initials and list numbers do not end a sentence.
+Languages in Latin script with tables of abbreviations, and Chinese and Japanese, are split by rules of our
+own; all others by the library sentencex.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from functools import partial
 
-# The character after the space: a digit, or a letter that is not a lower-case one of ASCII.
-_candidate = re.compile(r"""([.!?…]+)(["'”’»)\]}*`]*)\ (?=["'“‘«(\[{*`_]*([^\Wa-z_]|`))""", re.VERBOSE)
-_word_before = re.compile(r"[^\s(\[{\"'“‘«/]*\Z")
-_word_after = re.compile(r"\w+")
-_letters_with_stops = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]\Z")  # U.S, e.g, a.m
+from bertscale.config import UserError, check_language
+from data_prep import segment_cjk, segment_latin
+
+_LATIN = {
+    "en": segment_latin.ENGLISH,
+    "fr": segment_latin.FRENCH,
+    "de": segment_latin.GERMAN,
+    "es": segment_latin.SPANISH,
+    "it": segment_latin.ITALIAN,
+    "pt": segment_latin.PORTUGUESE,
+    "nl": segment_latin.DUTCH,
+    "sv": segment_latin.SWEDISH,
+    "da": segment_latin.DANISH_NORWEGIAN,
+    "no": segment_latin.DANISH_NORWEGIAN,
+    "nb": segment_latin.DANISH_NORWEGIAN,
+    "nn": segment_latin.DANISH_NORWEGIAN,
+}
+
+Splitter = Callable[[str], list[str]]
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def splitter(language: str) -> Splitter:
+    """The function that gives the sentences of a cleaned text (one line for each paragraph, single spaces).
 
-
-# Never the last word of a sentence.
-_TITLES = _words(
-    "mr mrs ms dr prof st mt gen sen rep gov capt lt col sgt maj cmdr rev hon pres messrs mme mlle "
-    "vs cf viz eg ie e.g i.e fig figs eq eqs eqn sec sect ch chap vol pp ref refs tab thm lem prop def "
-    "approx resp incl excl esp ca wrt w.r.t nr"
-)
-# Abbreviations only when a number follows.
-_BEFORE_NUMBERS = _words("no nos p art jan feb mar apr jun jul aug sep sept oct nov dec v ver r max min")
-# May end a sentence: they do if the next word is one that often begins a sentence.
-_EITHER = _words("etc inc ltd co corp bros jr sr al ed eds dept univ assn est ave blvd rd ph.d")
-_STARTERS = _words(
-    "A After All Also Although An And Any As At Because Before But By Each For From He Her Here His How "
-    "However I If In It Its Many More Most My No Not Note On One Or Other Our Returns See She Since So "
-    "Some Such That The Their Then There Therefore These They This Those Thus To Use Used Using We What "
-    "When Where Which While Who Why With You Your"
-)
+    `language` is an ISO 639-1 code, also with a region or script (`pt-BR`), or `lines`: then each line is a
+    sentence. A newline always ends a sentence, no character but spaces is lost, and no sentence is blank.
+    Raises UserError for a code that nobody knows.
+    """
+    try:
+        check_language(language)
+    except ValueError as error:
+        raise UserError(f"language: {error}") from error
+    code = language.lower().replace("_", "-").split("-")[0]
+    if code == "lines":
+        return partial(_split_lines, _whole)
+    if code in _LATIN:
+        return partial(_split_lines, partial(segment_latin.split, rules=_LATIN[code]))
+    if code in ("zh", "ja"):
+        return partial(_split_lines, segment_cjk.split)
+    return partial(_split_lines, partial(_split_by_library, code))
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of normalised `text`; a newline always ends one. No character but spaces is lost."""
-    sentences = []
-    for line in text.split("\n"):
-        start = 0
-        for match in _candidate.finditer(line):
-            if match[3].islower() or (match[1] == "." and not _ends(line, start, match)):
-                continue
-            sentences.append(line[start : match.end()].rstrip(" "))
-            start = match.end()
-        if rest := line[start:].strip(" "):
-            sentences.append(rest)
-    return sentences
+    """The sentences of a cleaned English `text`."""
+    return _split_lines(_split_english, text)
 
 
-def _ends(line: str, start: int, match: re.Match[str]) -> bool:
-    """Whether the full stop of `match` ends the sentence that began at `start`."""
-    stop = match.start()
-    before = _word_before.search(line, max(start, stop - 40), stop)
-    word = before[0] if before else ""
-    if not word:
-        return True
-    lower = word.lower()
-    if lower in _TITLES:
-        return False
-    if stop - start == len(word) and (word.isdigit() or len(word) == 1):
-        return False  # "1. Introduction", "B. Methods"
-    after = match[3]
-    if lower in _BEFORE_NUMBERS and after.isdigit():
-        return False
-    if lower in _EITHER or _letters_with_stops.match(word) or (len(word) == 1 and word.isupper()):
-        following = _word_after.search(line, match.end())
-        return following is not None and following[0] in _STARTERS
-    return True
+def _split_lines(split: Splitter, text: str) -> list[str]:
+    if "\n" not in text:
+        return split(text)
+    return [sentence for line in text.split("\n") for sentence in split(line)]
+
+
+def _whole(line: str) -> list[str]:
+    return [stripped] if (stripped := line.strip(" ")) else []
+
+
+def _split_english(line: str) -> list[str]:
+    return segment_latin.split(line, segment_latin.ENGLISH)
+
+
+def _split_by_library(code: str, line: str) -> list[str]:
+    from sentencex import segment  # a compiled library that most runs do without
+
+    parts = segment(code, line)
+    if "".join(parts) != line:
+        parts = [line]
+    return [stripped for part in parts if (stripped := part.strip(" "))]

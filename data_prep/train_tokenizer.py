@@ -1,69 +1,89 @@
-"""Sentences of a random sample of the documents -> a SentencePiece Unigram model.
+"""Sentences of a random sample of the documents -> a SentencePiece model, Unigram or BPE.
 
 The result depends on the input, the settings and the seed alone: not on the number of workers (the sample is
 drawn split by split) and not on the machine (the trainer's sums depend on its number of threads, so that
-number is fixed).
+number is fixed). The sample is bounded in documents and in bytes, so that memory is, whatever the input.
 
 Unigram: Kudo, "Subword Regularization", 2018, https://arxiv.org/abs/1804.10959
+BPE: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016,
+https://arxiv.org/abs/1508.07909
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import random
 import re
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import pairwise
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
+from dataclasses import dataclass, fields
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Literal
 
-import sentencepiece
 import xxhash
 
 from bertscale.config import UserError
-from bertscale.progress import Progress
-from bertscale.shards import TOKENIZER_NAME, write_bytes, write_json
-from bertscale.tokenizer import CLS, MASK, PAD, SEP, UNK, Tokenizer
+from bertscale.progress import Progress, show_count, show_duration
+from bertscale.shards import write_bytes, write_json
+from bertscale.tokenizer import (  # fmt: skip
+    CLS,
+    MASK,
+    PAD,
+    SENTENCE_PIECE_NAME,
+    SEP,
+    UNK,
+    Tokenizer,
+    han_or_kana,
+    load_tokenizer,
+)
 from data_prep.clean import clean
 from data_prep.plan import Plan, Unit, read_json
-from data_prep.segment import split_sentences
+from data_prep.segment import splitter
 
+SAMPLE_BYTES = 100_000_000  # of all splits; Unigram takes about twenty times that in memory while it trains
+SAMPLE_SPLITS = 256  # at most so many are read for the sample
+EXCERPT = 2**16  # characters: longer documents are drawn in parts
 TRAINER_THREADS = 16
 LONGEST_SENTENCE = 2**16  # bytes; the trainer leaves longer ones out
+COVERAGE, WIDE_COVERAGE = 0.9995, 0.9998  # of characters, WIDE where Han and Kana are many
+WIDE_SHARE = 1 / 3  # of the letters
+COMPARED = 10_000  # sentences, at most, for the agreement with the Hugging Face form
+STILL_SECONDS = 20.0  # between two lines that say that the trainer is working
 
 
 def finished_tokenizer(plan: Plan) -> Tokenizer | None:
     """The tokenizer in the output folder, if it is whole and was made for this plan."""
-    path, made = plan.output / TOKENIZER_NAME, read_json(_record(plan))
-    if not made or made.get("plan") != plan.digest or not path.is_file():
+    made = read_json(_record(plan))
+    if not made or made.get("plan") != plan.digest:
         return None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != made["sha256"]:
+    path = plan.output / made["name"]
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != made["sha256"]:
         return None
-    return Tokenizer.load(path)
+    return load_tokenizer(path)
 
 
 def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
     """The tokenizer in the output folder: kept, copied there, or trained."""
     if (kept := finished_tokenizer(plan)) is not None:
         return kept
-    config, path = plan.config, plan.output / TOKENIZER_NAME
     _record(plan).unlink(missing_ok=True)
-    if config.tokenizer:
-        write_bytes(path, Path(config.tokenizer).read_bytes())
+    if plan.config.tokenizer:
+        given = load_tokenizer(plan.config.tokenizer, plan.config.lowercase)
+        path = plan.output / given.file_name
+        write_bytes(path, given.content)
+        print(f"tokenizer: {plan.config.tokenizer}: {given}")
     else:
-        documents = _sample(pool, plan)
-        size = config.train_tokenizer.vocab_size
-        print(f"tokenizer: training {size:,} pieces on {documents:,} documents", flush=True)
-        began = time.monotonic()
-        samples = [unit.sample for unit in plan.units]
-        pool.submit(train_tokenizer, samples, size, path).result()
-        print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
-        for sample in samples:
-            sample.unlink()
-    tokenizer = Tokenizer.load(path)
-    write_json(_record(plan), {"sha256": tokenizer.sha256, "plan": plan.digest})
+        path = plan.output / SENTENCE_PIECE_NAME
+        _sample_and_train(pool, plan, path)
+    tokenizer = load_tokenizer(path)
+    made = {"name": path.name, "sha256": tokenizer.sha256, "plan": plan.digest}
+    write_json(_record(plan), made)
     return tokenizer
 
 
@@ -71,24 +91,89 @@ def _record(plan: Plan) -> Path:
     return plan.output / ".prep" / "tokenizer.json"
 
 
+def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path) -> None:
+    config, training = plan.config, plan.config.train_tokenizer
+    units = _drawn_units(plan)
+    sample = _sample(pool, plan, units)
+    wide = sample.wide > WIDE_SHARE * sample.letters
+    coverage = training.character_coverage or (WIDE_COVERAGE if wide else COVERAGE)
+    share = sample.characters / sample.seen * sum(u.bytes for u in units) / sum(u.bytes for u in plan.units)
+    print(
+        f"tokenizer: training {training.vocab_size:,} {training.model} pieces on {sample.documents:,} "
+        f"documents: {sample.bytes / 1e6:,.1f} MB, {show_count(sample.characters)} characters, "
+        f"{_percent(share)} of the text; {_percent(coverage)} of its characters get pieces",
+        flush=True,
+    )
+    began = time.monotonic()
+    files = [unit.sample for unit in units]
+    rule: Literal["nfkc", "identity"] = "nfkc" if config.normalization == "nfkc" else "identity"
+    _wait(pool.submit(train_tokenizer, files, path, training.model, training.vocab_size, coverage, rule))
+    print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
+    same, compared = pool.submit(compare_with_hugging_face, path, files, sample.sentences).result()
+    print(
+        f"tokenizer: its Hugging Face form gives the same ids for {same:,} of {compared:,} sentences "
+        f"({_percent(same / compared)})",
+        flush=True,
+    )
+    for file in files:
+        file.unlink()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _wait(training: Future[None]) -> None:
+    began = time.monotonic()
+    while not wait([training], STILL_SECONDS).done:
+        print(f"tokenizer: still training, for {show_duration(time.monotonic() - began)}", flush=True)
+    training.result()
+
+
 # ------------------------------------------------------------------------------------------ the sample
 
 
-def _sample(pool: ProcessPoolExecutor, plan: Plan) -> int:
-    """Writes each split's share of the sample; returns the number of documents in all of them."""
-    documents, sizes = 0, [unit.bytes for unit in plan.units]
-    shares = _share(plan.config.train_tokenizer.sample_documents, sizes)
+@dataclass
+class Sample:
+    """What was drawn, of one split or of all; `seen` counts the characters of all text it was drawn from."""
+
+    documents: int = 0
+    sentences: int = 0
+    bytes: int = 0
+    characters: int = 0
+    letters: int = 0
+    wide: int = 0  # letters that are Han or Kana
+    seen: int = 0
+
+    def add(self, other: Sample) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+def _drawn_units(plan: Plan) -> list[Unit]:
+    """All splits, or of very many some, so that the sample of a terabyte does not take a day to draw."""
+    if len(plan.units) <= SAMPLE_SPLITS:
+        return plan.units
+    drawn = random.Random(f"{plan.config.seed}-splits").sample(plan.units, SAMPLE_SPLITS)
+    return sorted(drawn, key=lambda unit: unit.number)
+
+
+def _sample(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit]) -> Sample:
+    """Writes each split's share of the sample; returns the sums over all of them."""
+    sample, sizes = Sample(), [unit.bytes for unit in units]
+    documents = _share(plan.config.train_tokenizer.sample_documents, sizes)
+    lengths = _share(SAMPLE_BYTES, sizes)
     with Progress("sample", sum(sizes), "bytes") as progress:
         futures = {
-            pool.submit(_sample_split, unit, share): unit
-            for unit, share in zip(plan.units, shares, strict=True)
+            pool.submit(_sample_split, unit, *share): unit
+            for unit, *share in zip(units, documents, lengths, strict=True)
         }
         for future in as_completed(futures):
-            documents += future.result()
+            sample.add(future.result())
             progress.advance(futures[future].bytes)
-    if not documents:
+    if not sample.sentences:
         raise UserError(f"input: {', '.join(plan.config.input)}: no readable document in it")
-    return documents
+    return sample
 
 
 def _share(total: int, weights: list[int]) -> list[int]:
@@ -100,15 +185,33 @@ def _share(total: int, weights: list[int]) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-def _sample_split(unit: Unit, size: int) -> int:
-    """Writes the sentences of `size` random training documents of one split; returns how many there were."""
-    config = unit.config
-    texts = (clean(r, config.min_characters)[0] for r in unit.records() if isinstance(r, str))
-    kept = (text for text in texts if text and not held_out(text, config.validation_fraction))
-    sample = draw_sample(kept, size, f"{config.seed}-{unit.number}")
-    lines = [f"{sentence}\n" for text in sample for sentence in split_sentences(text)]
-    unit.sample.write_text("".join(lines), encoding="utf-8", newline="\n")
-    return len(sample)
+def _sample_split(unit: Unit, documents: int, size: int) -> Sample:
+    """Writes the sentences of training documents of one split: at most so many documents and bytes."""
+    config, sample, counts = unit.config, Sample(), Counter[str]()
+    split = splitter(config.language)
+
+    def texts() -> Iterator[str]:
+        for record in unit.records():
+            text = clean(record, config)[0] if isinstance(record, str) else ""
+            if text and not held_out(text, config.validation_fraction):
+                sample.seen += len(text)
+                yield text
+
+    drawn = draw_sample(texts(), documents, size, f"{config.seed}-{unit.number}")
+    sample.documents = len({number for number, _ in drawn})
+    with open(unit.sample, "w", encoding="utf-8", newline="\n") as file:
+        for _, content in drawn:
+            text = content.decode()
+            sample.bytes += len(content)
+            counts.update(text)
+            for sentence in split(text):
+                file.write(f"{sentence}\n")
+                sample.sentences += 1
+    sample.characters = counts.total()
+    letters = {character: count for character, count in counts.items() if character.isalpha()}
+    sample.letters = sum(letters.values())
+    sample.wide = sum(count for character, count in letters.items() if han_or_kana.match(character))
+    return sample
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -116,35 +219,69 @@ def held_out(text: str, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
 
 
-def draw_sample(documents: Iterable[str], size: int, seed: str) -> list[str]:
-    """`size` documents, or all if there are fewer, each with the same chance (reservoir sampling, R)."""
+def draw_sample(texts: Iterable[str], documents: int, size: int, seed: str) -> list[tuple[int, bytes]]:
+    """At random, in order, at most so many documents and bytes: (number of the document, its text as UTF-8).
+
+    Each document has the same chance; of one longer than EXCERPT, each part has. Memory holds the sample
+    alone.
+    """
     generator = random.Random(seed)
-    sample: list[str] = []
-    for count, document in enumerate(documents):
-        if count < size:
-            sample.append(document)
-        elif (place := generator.randrange(count + 1)) < size:
-            sample[place] = document
-    return sample
+    # Each part gets a random key; those with the smallest are kept, as many as there is room for.
+    kept: list[tuple[float, int, int, bytes]] = []  # a heap: the largest key first
+    held, limit = 0, 1.0
+    for number, text in enumerate(texts):
+        for place, part in enumerate(_excerpts(text)):
+            key = generator.random()
+            if key >= limit:
+                continue
+            content = part.encode()
+            heapq.heappush(kept, (-key, number, place, content))
+            held += len(content)
+            while len(kept) > documents or held > size:
+                key, _, _, out = heapq.heappop(kept)
+                limit, held = -key, held - len(out)
+    return [(number, content) for _, number, _, content in sorted(kept, key=lambda part: part[1:3])]
+
+
+def _excerpts(text: str) -> Iterator[str]:
+    """`text` in parts of at most EXCERPT characters, cut at spaces where there are any."""
+    start = 0
+    while len(text) - start > EXCERPT:
+        end = start + EXCERPT
+        cut = max(text.rfind(" ", start + EXCERPT // 2, end), text.rfind("\n", start + EXCERPT // 2, end))
+        end = cut + 1 if cut >= 0 else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 # --------------------------------------------------------------------------------------------- the model
 
 
-def train_tokenizer(sentences: list[Path], vocab_size: int, output: Path) -> None:
+def train_tokenizer(
+    sentences: list[Path],
+    output: Path,
+    model: Literal["unigram", "bpe"] = "unigram",
+    vocab_size: int = 32_768,
+    coverage: float = COVERAGE,
+    rule: Literal["nfkc", "identity"] = "identity",
+) -> None:
     """Trains on files with a sentence a line and writes the model to `output`.
 
-    Raises UserError if the text has too few different words, or too many characters, for `vocab_size`.
+    `rule` is the Unicode normalisation that the model does by itself; text in NFC needs none. Raises
+    UserError if the text has too few different words, or too many characters, for `vocab_size`.
     """
-    model = io.BytesIO()
+    import sentencepiece  # reading the sample does without it
+
+    trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(sentences),
-            model_writer=model,
-            model_type="unigram",
+            model_writer=trained,
+            model_type=model,
             vocab_size=vocab_size,
-            normalization_rule_name="identity",  # `normalize` did it
-            character_coverage=0.9995,  # the rarest characters are spelt in bytes
+            normalization_rule_name=rule,
+            character_coverage=coverage,  # the rarest characters are spelt in bytes
             byte_fallback=True,
             pad_id=0,
             unk_id=1,
@@ -158,18 +295,18 @@ def train_tokenizer(sentences: list[Path], vocab_size: int, output: Path) -> Non
             minloglevel=2,
         )
     except RuntimeError as error:
-        limit = re.search(r"value <= (\d+)", str(error))
-        if limit:
+        if limit := re.search(r"value <= (\d+)", str(error)):
             raise UserError(
                 f"train_tokenizer.vocab_size={vocab_size} is too large for this text; "
                 f"the largest that fits is {limit[1]}"
             ) from error
-        if "smaller than required_chars" in str(error):
+        if limit := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", str(error)):
             raise UserError(
-                f"train_tokenizer.vocab_size={vocab_size} is too small for the characters of this text"
+                f"train_tokenizer.vocab_size={vocab_size} is too small for the characters of this text; the "
+                f"smallest that fits is {limit[1]}, or lower train_tokenizer.character_coverage={coverage}"
             ) from error
         raise
-    write_bytes(output, model.getvalue())
+    write_bytes(output, trained.getvalue())
 
 
 def _lines(files: list[Path]) -> Iterator[str]:
@@ -177,3 +314,15 @@ def _lines(files: list[Path]) -> Iterator[str]:
         with open(path, encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield line.rstrip("\n")
+
+
+def compare_with_hugging_face(model: Path, files: list[Path], sentences: int) -> tuple[int, int]:
+    """(for how many the model's Hugging Face form gives the same ids, how many were compared).
+
+    Compared are COMPARED of all the `sentences` in the files, at even distances.
+    """
+    tokenizer = load_tokenizer(model)
+    some = list(islice(_lines(files), 0, None, -(-sentences // COMPARED)))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.export_hugging_face(folder, max_length=512)
+        return round(tokenizer.agreement(folder, some) * len(some)), len(some)

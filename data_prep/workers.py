@@ -43,7 +43,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         if isinstance(error, BrokenProcessPool):
             raise UserError(
                 "a prep worker was killed, most likely because memory ran out: use fewer workers or a "
-                "smaller split_bytes; the same command continues, finished splits are kept"
+                "smaller shard_bytes; the same command continues, finished work is kept"
             ) from error
         raise
     pool.shutdown()

@@ -219,7 +219,7 @@ def _inputs(link: Link) -> list[str]:
     if isinstance(config, PrepConfig):
         return [*config.input, *([config.tokenizer] if config.tokenizer else [])]
     if isinstance(config, PretrainConfig):
-        return [config.data]
+        return [corpus.path for corpus in config.corpora]
     if isinstance(config, FinetuneConfig):
         return [config.encoder, config.train, config.test]
     assert link.source is not None
@@ -232,8 +232,14 @@ def matches(name: str) -> list[Path]:
 
 
 def _changed(name: str) -> float:
-    """When the newest file of a file, folder or glob was written, in seconds since 1970."""
-    files = [file for path in matches(name) for file in (path.rglob("*") if path.is_dir() else [path])]
+    """When the newest file of a file, folder or glob was written, in seconds since 1970; hidden ones, such
+    as a run leaves beside its data, do not count."""
+    files = [
+        file
+        for path in matches(name)
+        for file in (path.rglob("*") if path.is_dir() else [path])
+        if not path.is_dir() or not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
     return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 

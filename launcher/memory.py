@@ -97,7 +97,7 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     gradients = width * parameters / (data if stage >= 2 else 1)
     optimizer = (8 if wide else 12) * parameters if stage == 0 else 16 * parameters / data
 
-    tokens = config.train.micro_batch * config.samples.max_length
+    tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
     layer = width / 2 * (10 * hidden + (8 * hidden + 4 * inside) / degree)
     head = config.samples.mask_rate * rows / degree * (2 * width + 4)
     activations = tokens * (model.num_hidden_layers * layer + head + 3 * width * hidden)

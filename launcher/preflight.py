@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
@@ -150,11 +151,13 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
                 "would be shared between nodes, which is slow; a tensor degree within a node is better"
             )
     vocab_size = promises.vocab_size or TokenizerTraining().vocab_size
-    if not promises.hold(config.data):
-        _collect(report, lambda: open_dataset(config.data, "train"))
-        _collect(report, lambda: open_dataset(config.data, "validation"))
+    for corpus in config.corpora:
+        if promises.hold(corpus.path):
+            continue
+        _collect(report, partial(open_dataset, corpus.path, "train"))
+        _collect(report, partial(open_dataset, corpus.path, "validation"))
         with contextlib.suppress(UserError, OSError):  # said already
-            vocab_size = read_manifest(Path(config.data))["vocab_size"]
+            vocab_size = read_manifest(Path(corpus.path))["vocab_size"]
     _check_memory(link, config, vocab_size, report)
     size = checkpoint_bytes(config.model, vocab_size)
     there = len(list((Path(config.run) / "checkpoints").glob("step-*")))
@@ -167,7 +170,8 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
 def check_batch_of(config: PretrainConfig, ranks: int) -> int:
     """Micro-batches of a rank in a step; raises UserError where the batch cannot be shared out."""
     train = config.train
-    return check_batch(train.global_batch, train.micro_batch, ranks // config.parallel.tensor)
+    ranks //= config.parallel.tensor
+    return check_batch(train.global_batch, train.micro_samples, ranks, config.samples.has_pairs)
 
 
 def _check_memory(link: Link, config: PretrainConfig, vocab_size: int, report: Report) -> None:
@@ -201,9 +205,9 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
             size += sum(file.stat().st_size for file in files if file.is_file())
     if config.tokenizer is not None and not promises.hold(config.tokenizer):
         _check_readable(f"tokenizer={config.tokenizer}", Path(config.tokenizer), report)
-    # About four characters make a token of two bytes.
+    # About four characters make a token of two bytes; pieces and shards stand side by side for a while.
     why = f"token shards of {gb(size)} of text"
-    _check_space(f"output={config.output}", Path(config.output), size / 2, why, report)
+    _check_space(f"output={config.output}", Path(config.output), size, why, report)
 
 
 def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) -> None:

@@ -137,7 +137,7 @@ def supervise(
         if stop.count:
             return STOPPED_UNSAVED
         step = start()
-        hang = watch(step, limits, events, checkpoints, stop)
+        hang = watch(step, limits, events, checkpoints, stop, reached)
         exits = step.exits()
         if sys.stdout.isatty():  # a rank killed under its progress bar has left the cursor hidden
             print("\x1b[?25h", end="", flush=True)
@@ -166,10 +166,18 @@ def supervise(
 
 
 def watch(
-    step: Step, limits: Limits, events: Events, checkpoints: Path | None, stop: StopRequests
+    step: Step,
+    limits: Limits,
+    events: Events,
+    checkpoints: Path | None,
+    stop: StopRequests,
+    reached: int,
 ) -> Hang | None:
-    """Returns when all ranks have ended; a Hang when they stood still and had to be killed."""
-    reached, last_beat, next_look = newest_step(checkpoints), "", 0.0
+    """Returns when all ranks have ended; a Hang when they stood still and had to be killed.
+
+    `reached`: step of the newest checkpoint before they were started.
+    """
+    last_beat, next_look = "", 0.0
     alive = time.monotonic()  # when the last sign of life was seen
     asked: float | None = None
     while step.running():

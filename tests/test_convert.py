@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoToke
 
 from bertscale.checkpoint import open_checkpoint
 from bertscale.convert import convert, native_model
-from bertscale.tokenizer import Tokenizer
+from bertscale.tokenizer import load_tokenizer
 
 
 def train(data: str, folder: str) -> int:
@@ -80,7 +80,7 @@ def test_masked_model_and_pipeline_load_the_folder_as_it_is(exported: Path) -> N
 
 
 def test_the_exported_tokenizer_is_the_native_one(exported: Path) -> None:
-    native = Tokenizer.load(exported / "tokenizer.model")
+    native = load_tokenizer(exported / "tokenizer.model")
     fast = AutoTokenizer.from_pretrained(exported)
     text = "My neighbour remembers the long road at 42."
     assert fast(text)["input_ids"] == [native.cls_id, *native.encode([text])[0], native.sep_id]

@@ -20,7 +20,7 @@ from bertscale.config import FinetuneConfig, ModelConfig, UserError
 from bertscale.finetune import encoder_tensors, finetune, fingerprint, load_classifier, make_model
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.tasks import encode, find_classes, read_examples, score, training_batches
-from bertscale.tokenizer import Tokenizer
+from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 SHAPE = ModelConfig(
     num_hidden_layers=2,
@@ -86,7 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_id=-1,
         minloglevel=2,
     )
-    write_encoder(folder / "encoder", Tokenizer.load(folder / "tokenizer.model"))
+    write_encoder(folder / "encoder", load_tokenizer(folder / "tokenizer.model"))
     return folder
 
 
@@ -235,7 +235,7 @@ def test_a_finished_output_is_used_again(
 
 
 def test_another_encoder_or_other_examples_are_another_task(world: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(world / "tokenizer.model")
+    tokenizer = load_tokenizer(world / "tokenizer.model")
     write_encoder(tmp_path / "same", tokenizer)
     write_encoder(tmp_path / "other", tokenizer, seed=8)
     changed = write_rows(tmp_path / "train.jsonl", rows(97, seed=1))
@@ -336,7 +336,7 @@ def test_command(world: Path, tmp_path: Path, bertscale: Any, capsys: pytest.Cap
 
 
 def test_batches(world: Path) -> None:
-    tokenizer = Tokenizer.load(world / "tokenizer.model")
+    tokenizer = load_tokenizer(world / "tokenizer.model")
     samples = encode([row["text"] for row in rows(50, seed=5)], tokenizer, max_length=8)
     assert max(map(len, samples)) == 8
     assert all((ids[0], ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id) for ids in samples)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 import threading
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from bertscale import index
 from bertscale.config import SamplesConfig, UserError
-from bertscale.loader import Loader, MicroBatch
+from bertscale.loader import Loader, MicroBatch, deal
+from bertscale.mixture import Mixture, Stage
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 from bertscale.tokenizer import Tokenizer
 
@@ -30,6 +37,11 @@ class Special:
     sep_id: int = SEP
     mask_id: int = MASK
     special_ids: tuple[int, ...] = (0, 1, CLS, SEP, MASK)
+
+    @cached_property
+    def starts_word(self) -> npt.NDArray[np.bool_]:
+        starts: npt.NDArray[np.bool_] = np.arange(self.vocab_size) % 3 == 0
+        return starts
 
 
 @pytest.fixture
@@ -62,23 +74,28 @@ def make_loader(
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
+    micro_tokens: int | None = None,
+    **samples: object,
 ) -> Loader:
+    config = SamplesConfig.model_validate({"max_length": 64, **samples})
+    mixture = Mixture([dataset], [1.0], config, global_batch=global_batch, seed=seed)
     return Loader(
-        dataset,
+        mixture,
         cast(Tokenizer, Special()),
-        SamplesConfig(max_length=64),
-        global_batch=global_batch,
         micro_batch=micro_batch,
-        seed=seed,
+        micro_tokens=micro_tokens,
         rank=rank,
         world=world,
     )
 
 
 def samples_of(batches: list[MicroBatch]) -> list[Sample]:
+    """Sequence by sequence, each with its sample's label, if that has one."""
     found: list[Sample] = []
     for batch in batches:
         start = 0
+        label = batch.next_sentence_label
+        assert label is None or len(label) == len(batch.lengths)
         for row, length in enumerate(batch.lengths):
             inside = (batch.target_positions >= start) & (batch.target_positions < start + length)
             found.append(
@@ -88,12 +105,19 @@ def samples_of(batches: list[MicroBatch]) -> list[Sample]:
                     tuple(batch.positions[start : start + length].tolist()),
                     tuple((batch.target_positions[inside] - start).tolist()),
                     tuple(batch.targets[inside].tolist()),
-                    (int(batch.next_sentence_label[row]),),
+                    () if label is None else (int(label[row]),),
                 )
             )
             start += length
         assert start == len(batch.tokens)
     return found
+
+
+def originals(sample: Sample) -> np.ndarray:
+    """The tokens before they were masked."""
+    tokens = np.array(sample[0])
+    tokens[list(sample[3])] = sample[4]
+    return tokens
 
 
 def same(one: list[MicroBatch], other: list[MicroBatch]) -> bool:
@@ -152,17 +176,155 @@ def test_micro_batches_are_dense_int64_and_sorted_by_length(dataset: Dataset) ->
         assert batch.to("meta").tokens.device.type == "meta"
 
 
-def test_a_step_is_the_same_for_any_number_of_ranks(dataset: Dataset) -> None:
+@pytest.mark.parametrize("kind", ["document", "packed"])
+def test_sequences_of_other_kinds_are_runs_of_one_document(dataset: Dataset, kind: str) -> None:
+    ends = np.concatenate([s.token_offsets[1:] + (s is dataset.shards[1]) * len(dataset.shards[0].tokens)
+                           for s in dataset.shards])  # fmt: skip
+    loader = make_loader(dataset, kind=kind)
+    plan = loader.mixture.stages[0].plans[0]
+    epoch = -(-plan.num_samples // 32)
+    seen = np.zeros(dataset.num_tokens, np.int64)
+    for step in range(epoch):
+        batches = loader.step(step)
+        assert all(batch.next_sentence_label is None for batch in batches)
+        for sample in samples_of(batches):
+            tokens = originals(sample)
+            assert tokens[0] == CLS
+            assert tokens[-1] == SEP
+            inner = tokens[1:-1] - FIRST
+            assert (inner >= 0).all()
+            assert (np.diff(inner) == 1).all()
+            owner = np.searchsorted(ends, inner, side="right")
+            assert (owner == owner[0]).all()
+            seen[inner] += 1
+            assert sample[1] == (0,) * len(tokens)
+            assert sample[2] == tuple(range(len(tokens)))
+        rows = [sum(batch.lengths) for batch in batches]
+        assert max(rows) <= 4 * 64
+        if kind == "packed":
+            assert sum(rows) >= 0.97 * 32 * 64  # a small corpus: the last bin is a good part of it
+    assert seen.min() == 1  # all of the corpus, and the beginning of the next epoch
+    assert seen.sum() - dataset.num_tokens < 32 * 64
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_whole_words_are_masked(dataset: Dataset, unit: str) -> None:
+    """A word of the corpus begins with each token that 3 divides, and with each sequence."""
+    chosen = total = 0
+    for sample in samples_of(make_loader(dataset, kind="packed", mask_unit=unit).step(0)):
+        tokens, places = originals(sample), set(sample[3])
+        words = np.cumsum(
+            np.append(True, (tokens[1:] % 3 == 0) | (tokens[1:] < FIRST) | (tokens[:-1] < FIRST))
+        )
+        for word in np.unique(words):
+            where = np.flatnonzero(words == word).tolist()
+            assert len(places & set(where)) in (0, len(where))
+        chosen, total = chosen + len(places), total + len(tokens) - 2
+    assert 0.1 < chosen / total < 0.2
+
+
+KINDS = st.sampled_from(["nsp", "sop", "document", "packed"])
+
+
+@pytest.mark.parametrize("kind", ["nsp", "sop", "document", "packed"])
+def test_a_step_is_the_same_for_any_number_of_ranks(dataset: Dataset, kind: str) -> None:
     for step in (0, 7, 1000):
         unions = []
         for world, micro_batch in ((1, 32), (1, 2), (2, 4), (4, 8)):
             ranks = [
-                samples_of(make_loader(dataset, rank=rank, world=world, micro_batch=micro_batch).step(step))
+                make_loader(dataset, rank=rank, world=world, micro_batch=micro_batch, kind=kind).step(step)
                 for rank in range(world)
             ]
-            assert all(len(samples) == 32 // world for samples in ranks)
-            unions.append(sorted(sample for samples in ranks for sample in samples))
+            assert all(len(batches) * micro_batch == 32 // world for batches in ranks)
+            unions.append(sorted(sample for batches in ranks for sample in samples_of(batches)))
         assert all(union == unions[0] for union in unions)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=KINDS,
+    seed=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 2000),
+    stops=st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from([1, 8, 3, 4, 2, 24])), min_size=1, max_size=4
+    ),
+    warmup=st.sampled_from([[], [(1004, 16)], [(3, 8), (1500, 32)]]),
+)
+def test_any_ranks_and_stops_give_the_stream_of_one_rank(
+    dataset: Dataset,
+    kind: str,
+    seed: int,
+    first: int,
+    stops: list[tuple[int, int]],
+    warmup: list[tuple[int, int]],
+) -> None:
+    """1 -> 8 -> 3 -> 4 ranks and any other way: each step as one rank alone makes it, in one go."""
+    settings: dict[str, Any] = {
+        "global_batch": 48,
+        "seed": seed,
+        "kind": kind,
+        "warmup": warmup,
+        "window_blocks": 2,
+    }
+    with mock.patch.object(index, "BLOCK_TOKENS", 1000):
+        alone = make_loader(dataset, micro_batch=48, **settings)
+        step = first
+        for steps, world in [(2, 1), (2, 8), (2, 3), (2, 4), *stops]:
+            ranks = [
+                make_loader(dataset, rank=rank, world=world, micro_batch=2, **settings)
+                for rank in range(world)
+            ]
+            streams = [dict(loader.iterate(step, step + steps)) for loader in ranks]
+            for k in range(step, step + steps):
+                union = sorted(sample for stream in streams for sample in samples_of(stream[k]))
+                assert union == sorted(samples_of(alone.step(k)))
+            step += steps
+
+
+@pytest.mark.parametrize("kind", ["nsp", "document", "packed"])
+def test_a_budget_of_tokens_is_kept_and_filled_and_changes_no_batch(dataset: Dataset, kind: str) -> None:
+    batch, budget = 240, 1024
+    for step in (0, 3):
+        expected = sorted(samples_of(make_loader(dataset, global_batch=batch, kind=kind).step(step)))
+        for world in (1, 2, 4):
+            settings: dict[str, Any] = {
+                "global_batch": batch,
+                "kind": kind,
+                "world": world,
+                "micro_tokens": budget,
+            }
+            loaders = [make_loader(dataset, rank=rank, **settings) for rank in range(world)]
+            ranks = [loader.step(step) for loader in loaders]
+            assert len({len(batches) for batches in ranks}) == 1
+            sizes = [sum(b.lengths) for batches in ranks for b in batches]
+            assert max(sizes) <= budget
+            # No fewer would do; beyond that the ranks' equal number of micro-batches leaves room.
+            assert len(sizes) <= world * (sum(sizes) // (0.95 * budget * world) + 1)
+            assert sorted(sample for batches in ranks for sample in samples_of(batches)) == expected
+            assert all(loader.steps(loader.mixture.stages[0], step, step + 2) for loader in loaders)
+
+
+@given(
+    st.lists(st.integers(5, 128), min_size=1, max_size=300),
+    st.integers(128, 5000),
+    st.sampled_from([1, 2, 3]),
+)
+def test_samples_are_dealt_within_the_budget(sizes: list[int], budget: int, world: int) -> None:
+    sizes = sizes * world  # a batch that the ranks share
+    bins = deal(np.array(sizes), budget, world)
+    sums = np.bincount(bins, sizes)
+    assert sums.max() <= budget
+    assert np.bincount(bins).min() > 0  # none is empty
+    assert len(np.bincount(bins)) % world == 0
+
+
+def test_many_samples_of_mixed_lengths_fill_their_budget() -> None:
+    sizes = np.random.default_rng(0).integers(5, 129, 4096)
+    for world, number in ((1, 68), (8, 72)):  # their tokens would fill 66.96
+        sums = np.bincount(deal(sizes, 4096, world), sizes)
+        assert len(sums) == number
+        assert sums.mean() >= (0.98 if world == 1 else 0.93) * 4096
+        assert sums.max() - sums.min() <= 16
 
 
 def test_another_step_or_seed_is_another_batch(dataset: Dataset) -> None:
@@ -171,21 +333,32 @@ def test_another_step_or_seed_is_another_batch(dataset: Dataset) -> None:
     assert not set(first) & set(samples_of(make_loader(dataset, seed=1).step(0)))
 
 
-def test_the_stream_is_the_one_that_earlier_versions_gave(dataset: Dataset) -> None:
-    """A change of this digest means that no run resumes into the samples it began with: say so in the
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("nsp", "a2c2c39a109594b4f9cea25b61873a56"),
+        ("sop", "0d1a4cf79fa76048ad2f64cc0fe649f1"),
+        ("document", "a75affcff4b6471d15366f9a21d25634"),
+        ("packed", "a9fc523f2133165eacc81a009572e93b"),
+    ],
+)
+def test_the_stream_is_the_one_that_earlier_versions_gave(dataset: Dataset, kind: str, expected: str) -> None:
+    """A change of a digest means that no run resumes into the samples it began with: say so in the
     CHANGELOG."""
     digest = xxhash.xxh3_128()
+    loader = make_loader(dataset, seed=2**40 + 1, kind=kind)
     for step in (0, 1, 2**33):
-        for batch in make_loader(dataset, seed=2**40 + 1).step(step):
+        for batch in loader.step(step):
             for field in fields(MicroBatch):
                 value = getattr(batch, field.name)
-                digest.update(np.asarray(value, np.int64).tobytes())
-    assert digest.hexdigest() == "ae0e8d8b9ea1d360e743a991c9750022"
+                if value is not None:
+                    digest.update(np.asarray(value, np.int64).tobytes())
+    assert digest.hexdigest() == expected
 
 
 def test_a_chunk_gets_other_masks_in_another_epoch(dataset: Dataset) -> None:
     loader = make_loader(dataset, global_batch=2, micro_batch=2)
-    n = loader.plan.num_chunks
+    n = loader.mixture.stages[0].plans[0].num_samples
     seen: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for step in range(10 * n // 2):
         for masked, _, _, places, originals, _ in samples_of(loader.step(step)):
@@ -230,15 +403,15 @@ def test_leaving_the_loop_ends_the_thread(dataset: Dataset) -> None:
 def test_an_error_of_the_thread_is_raised_to_the_caller(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = make_loader(dataset)
-    plain = loader.step
+    loader = make_loader(dataset, global_batch=2048, micro_batch=64)  # one step at a time
+    plain = loader.steps
 
-    def step(k: int) -> list[MicroBatch]:
-        if k == 3:
+    def steps_of(stage: Stage, first: int, last: int) -> list[list[MicroBatch]]:
+        if first == 3:
             raise OSError("the disk went away")
-        return plain(k)
+        return plain(stage, first, last)
 
-    monkeypatch.setattr(loader, "step", step)
+    monkeypatch.setattr(loader, "steps", steps_of)
     steps = loader.iterate(0, 100)
     assert [next(steps)[0] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="the disk went away"):

@@ -322,7 +322,7 @@ def test_space_for_checkpoints_and_shards(site: Slurm, desk: Desk, monkeypatch: 
         file.truncate(3 * 10**9)
     prep = write(desk.folder / "prep.yaml", {"input": [str(corpus)], "output": str(desk.folder / "data")})
     (line,) = desk.check([PipelineStage(prep=prep)], {"cpus_per_task": 8}).problems
-    assert "1.5 GB are needed for token shards of 3.0 GB of text" in line
+    assert "3.0 GB are needed for token shards of 3.0 GB of text" in line
 
 
 def test_a_python_that_is_not_there(site: Slurm, desk: Desk) -> None:

@@ -37,6 +37,7 @@ def config_for(folder: Path, output: str, **changes: Any) -> PrepConfig:
         "output": str(folder / output),
         "train_tokenizer": {"vocab_size": 320, "sample_documents": 100},
         "split_bytes": 8_000,
+        "shard_bytes": 20_000,
         "validation_fraction": 0.1,
         "workers": 1,
     }
@@ -101,7 +102,7 @@ def test_tasks_at_the_same_time_one_of_them_killed(corpus: Path, tmp_path: Path)
     tasks[1].send_signal(signal.SIGKILL)
     tasks[1].communicate()  # returns when its workers, who hold the pipe too, are gone
     # What a kill in the midst of a write leaves, of this task and, still being written, of the other one.
-    own, other = (output / f"train-0000{number}.arrow.tmp-1" for number in (7, 8))
+    own, other = (output / ".prep" / f"split-0000{number}-train-000.piece.tmp-1" for number in (7, 8))
     (output / ".prep" / "split-00007.json").unlink(missing_ok=True)
     for leftover in (own, other):
         leftover.write_bytes(b"half")
@@ -169,16 +170,17 @@ def test_starting_over_under_a_task_that_still_runs(tmp_path: Path) -> None:
     while not (output / ".prep" / "split-00002.json").exists():
         assert task.poll() is None, task.communicate()[0]
         time.sleep(0.001)
-    stray = {name: (output / ".prep" / name).read_bytes() for name in ("split-00001.json",)}
-    stray_shard = (output / "train-00001.arrow").read_bytes()
+    names = [f"split-00001{end}" for end in (".json", ".bad.jsonl", "-train-000.piece")]
+    stray = {name: (output / ".prep" / name).read_bytes() for name in names}
     prep_tokenizer(new)
     text, _ = task.communicate()
     assert task.returncode == 2, text
     assert "was begun anew with other settings or input while this ran" in text
     assert "Traceback" not in text
-    (output / ".prep" / "split-00001.json").write_bytes(stray["split-00001.json"])
-    (output / "train-00001.arrow").write_bytes(stray_shard)
-    (output / "train-00999.arrow").write_bytes(stray_shard)
+    for name, content in stray.items():
+        (output / ".prep" / name).write_bytes(content)
+    (output / ".prep" / "split-00001-train-001.piece").write_bytes(stray[names[2]])
+    (output / "train-00999.arrow").write_bytes(b"of an earlier plan")
     prep_share(new, 0, 1)
     prep_finish(new)
     assert bytes_of(output) == bytes_of(tmp_path / "whole")

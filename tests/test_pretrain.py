@@ -198,3 +198,72 @@ def test_a_run_does_not_go_on_with_other_settings_or_data(
     assert process.returncode == 2
     assert "train.seed=5, but" in printed
     assert "Traceback" not in printed
+
+
+def test_packed_samples_train_without_pairs(tiny_data: Path, tmp_path: Path, start: Start) -> None:
+    run = tmp_path / "packed"
+    process = start(tiny_data, run, "samples.kind=packed", "train.steps=6", "train.eval_every=6")
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    figures = losses(run)
+    assert sorted(figures) == list(range(1, 7))
+    assert figures[6][0] < figures[1][0]
+    assert "held-out MLM loss" in printed
+    assert "packed samples of 48 tokens at most" in printed
+    written = (run / "metrics.jsonl").read_text() + (run / "result.json").read_text() + printed
+    assert "nsp" not in written.lower()
+    entry = read_journal(run)[-1]
+    assert entry["heldout/loss"] == entry["heldout/mlm_loss"]
+    model = open_checkpoint(run)
+    assert not model.tensor("seq_relationship.weight", "exp_avg").any()
+
+
+def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
+    tiny_data: Path, tmp_path: Path, start: Start
+) -> None:
+    import shutil
+
+    other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["settings"]["note"] = "as if of other text"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    changes: dict[str, Any] = {
+        "parallel": {"tensor": 1, "ranks": 2},
+        "samples": {"max_length": 48, "kind": "sop", "warmup": [[5, 16]]},
+        "train": {**TRAIN, "steps": 10, "schedule_steps": 10},
+    }
+    mixed = f"data=[{{path: {tiny_data}, weight: 3}}, {other}]"
+    whole, stopped = tmp_path / "unstopped", tmp_path / "stopped"
+    process = start(tiny_data, whole, mixed, **changes)
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    assert "5 steps of 16 tokens at most before" in printed
+    assert f"{other}, 25.0% of the samples" in printed
+    assert "SOP accuracy" in printed
+    entries = [entry for entry in read_journal(whole) if "train/loss" in entry]
+    assert all("train/sop_accuracy" in entry and "train/nsp_loss" not in entry for entry in entries)
+    assert entries[-1][f"data/epochs/{tiny_data}"] > entries[-1][f"data/epochs/{other}"] > 0
+
+    for overrides in (["train.steps=4"], []):
+        process = start(tiny_data, stopped, mixed, *overrides, **changes)
+        printed = process.communicate()[0]
+        assert process.returncode == 0, printed
+    assert losses(stopped) == losses(whole)
+    process = start(tiny_data, stopped, mixed.replace("weight: 3", "weight: 2"), **changes)
+    printed = process.communicate()[0]
+    assert process.returncode == 2
+    assert "is not the data that" in printed
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2, "zero_stage": 3}, {"tensor": 1, "ranks": 2}])
+def test_a_budget_of_tokens_gives_the_losses_of_equal_batches(
+    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str], parallel: dict[str, Any]
+) -> None:
+    run = tmp_path / "budget"
+    process = start(tiny_data, run, "train.micro_tokens=90", parallel=parallel)
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    found, expected = losses(run), losses(whole[0])
+    assert sorted(found) == sorted(expected)
+    for step in found:
+        assert found[step] == pytest.approx(expected[step], rel=1e-3), step

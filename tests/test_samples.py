@@ -1,24 +1,45 @@
-"""The plan of pairs against the documents. Every token of the corpus is its own number, so a range of
-tokens says where it comes from."""
+"""The plans of every kind against the documents. Every token of the corpus is its own number, so a range
+of tokens says where it comes from."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from bertscale import index
 from bertscale.config import UserError
-from bertscale.samples import PairPlan, _cuts, _heads, check_batch, permute
+from bertscale.samples import Pieces, Plan, _cuts, _heads, check_batch
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 
 Sizes = list[list[int]]  # documents as the lengths of their sentences
 MAX_LENGTH = 48
 BUDGET = MAX_LENGTH - 3
+KINDS = ("nsp", "sop", "document", "packed")
+
+SENTENCES = st.lists(st.integers(1, 30) | st.integers(1, 200), max_size=12)
+CORPORA = st.lists(st.lists(SENTENCES, max_size=12), min_size=1, max_size=4).filter(
+    lambda shards: sum(sum(d) >= 2 for sizes in shards for d in sizes) >= 2
+)
+SETTINGS = st.tuples(
+    CORPORA,
+    st.integers(8, 64),  # max_length
+    st.integers(1, 4),  # window_blocks
+    st.sampled_from([32, 256, 2**19]),  # tokens of a block
+    st.integers(0, 2**64 - 1),  # seed
+)
 
 
 def make_dataset(folder: Path, shards: list[Sizes], split: str = "train") -> Dataset:
@@ -42,6 +63,27 @@ def make_dataset(folder: Path, shards: list[Sizes], split: str = "train") -> Dat
     return open_dataset(folder, "train")
 
 
+@contextmanager
+def dataset_of(shards: list[Sizes], block_tokens: int) -> Iterator[Dataset]:
+    """For hypothesis, which makes many corpora in one test; nothing is waited for on the disk."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(index, "BLOCK_TOKENS", block_tokens),
+        mock.patch.object(os, "fsync"),
+    ):
+        yield make_dataset(Path(folder), shards)
+
+
+def make_plan(
+    dataset: Dataset, kind: str = "nsp", max_length: int = MAX_LENGTH, window_blocks: int = 64, seed: int = 0
+) -> Plan:
+    return Plan(dataset, kind, max_length, window_blocks, seed)
+
+
+def pieces_of(plan: Plan, numbers: np.ndarray) -> Pieces:
+    return plan.pieces(numbers, numbers)
+
+
 def random_sizes(documents: int, seed: int) -> Sizes:
     rng = np.random.default_rng(seed)
     counts = np.where(
@@ -49,6 +91,7 @@ def random_sizes(documents: int, seed: int) -> Sizes:
     )
     sizes = [rng.integers(1, 20, count).tolist() for count in counts]
     sizes[3] = [5, 200, 7, 90, 3]  # sentences far beyond the budget
+    sizes[4] = [1]
     return sizes
 
 
@@ -56,123 +99,228 @@ SHARDS = [random_sizes(100, 1), random_sizes(37, 2), [], random_sizes(120, 3)]
 DOCUMENTS: Sizes = [sentences for sizes in SHARDS for sentences in sizes]
 
 
-@pytest.fixture
-def plan(tmp_path: Path) -> PairPlan:
-    return PairPlan(make_dataset(tmp_path, SHARDS), MAX_LENGTH, seed=0)
+def document_starts(shards: list[Sizes]) -> np.ndarray:
+    """First token of each document, empty ones too, [D + 1]."""
+    return np.cumsum([0] + [sum(sentences) for sizes in shards for sentences in sizes])
 
 
-def boundaries() -> tuple[np.ndarray, np.ndarray]:
-    """First token of each document [D + 1] and of each sentence [sentences + 1]."""
-    documents = np.cumsum([0] + [sum(sentences) for sentences in DOCUMENTS])
-    sentences = np.cumsum([0] + [size for sizes in DOCUMENTS for size in sizes])
-    return documents, sentences
+def owners(shards: list[Sizes], tokens: np.ndarray) -> np.ndarray:
+    return np.searchsorted(document_starts(shards), tokens, side="right") - 1
 
 
-def reference_chunks() -> list[tuple[int, int]]:
-    """(first sentence, sentences) by the loop of the published data creation."""
-    chunks, number = [], 0
-    for sentences in DOCUMENTS:
-        count = tokens = 0
-        for place, size in enumerate(sentences):
-            count, tokens = count + 1, tokens + size
-            if tokens >= BUDGET or place == len(sentences) - 1:
-                if count >= 2:
-                    chunks.append((number + place + 1 - count, count))
-                count = tokens = 0
-        number += len(sentences)
+def units_of(sentences: list[int], budget: int) -> list[int]:
+    """The sentences, those beyond the budget in parts that are as even as can be."""
+    units = []
+    for size in sentences:
+        parts = -(-size // budget)
+        units += [size // parts + (part < size % parts) for part in range(parts)]
+    return units
+
+
+def reference_chunks(shards: list[Sizes], budget: int, *, fill: bool) -> list[tuple[int, int]]:
+    """(first token, tokens) of each chunk: with `fill` as the loop of the published data creation, which
+    takes sentences until the budget is reached; else as many as stay within it."""
+    chunks, token = [], 0
+    for sizes in shards:
+        for sentences in sizes:
+            held = 0
+            for size in units_of(sentences, budget):
+                if not fill and held + size > budget:
+                    chunks.append((token - held, held))
+                    held = 0
+                token, held = token + size, held + size
+                if fill and held >= budget:
+                    chunks.append((token - held, held))
+                    held = 0
+            if held:
+                chunks.append((token - held, held))
     return chunks
 
 
-def test_chunks_are_those_of_the_published_loop(plan: PairPlan) -> None:
-    found = list(zip(plan.chunk_first.tolist(), plan.chunk_sentences.tolist(), strict=True))
-    assert found == reference_chunks()
-    assert plan.single_sentence_documents == sum(len(sentences) == 1 for sentences in DOCUMENTS) > 0
-    assert plan.num_documents == sum(len(sentences) > 0 for sentences in DOCUMENTS) < len(DOCUMENTS)
-    assert plan.single_sentence_chunks > plan.single_sentence_documents
+@settings(deadline=None, max_examples=60)
+@given(SETTINGS, st.sampled_from(["document", "packed"]))
+def test_every_token_is_used_once_an_epoch(
+    setting: tuple[list[Sizes], int, int, int, int], kind: str
+) -> None:
+    shards, max_length, window_blocks, block_tokens, seed = setting
+    with dataset_of(shards, block_tokens) as dataset:
+        plan = make_plan(dataset, kind, max_length, window_blocks, seed)
+        n = plan.num_samples
+        for epoch in range(2):
+            pieces = pieces_of(plan, epoch * n + np.arange(n))
+            ranges = sorted(zip(pieces.start.tolist(), pieces.length.tolist(), strict=True))
+            at = 0
+            for start, length in ranges:
+                assert start == at
+                at += length
+            assert at == dataset.num_tokens
+            np.testing.assert_array_equal(
+                owners(shards, pieces.start), owners(shards, pieces.start + pieces.length - 1)
+            )
+            assert pieces.label is None
+            assert not pieces.kind.any()
+            sizes = np.bincount(pieces.row, pieces.length + 2, n)
+            assert sizes.max() <= max_length
+            if kind == "document":
+                assert ranges == reference_chunks(shards, max_length - 2, fill=False)
+                assert pieces.row.tolist() == list(range(n))
+            else:  # all but the last of a block are full, up to a cut inside [SEP] [CLS] at either end
+                assert (sizes < max_length - 4).sum() <= len(plan.index.shard)
 
 
-def test_a_real_pair_is_contiguous_and_a_random_one_has_another_document(plan: PairPlan) -> None:
-    documents, sentences = boundaries()
-    pairs = plan.pairs(np.arange(20 * plan.num_chunks))
-    real = pairs.next_sentence_label == 0
-    a_end, b_end = pairs.a_start + pairs.a_length, pairs.b_start + pairs.b_length
-    owner_a = np.searchsorted(documents, pairs.a_start, side="right") - 1
-    owner_b = np.searchsorted(documents, pairs.b_start, side="right") - 1
+@settings(deadline=None, max_examples=60)
+@given(SETTINGS, st.sampled_from(["nsp", "sop"]))
+def test_an_epoch_of_pairs_takes_every_chunk_of_every_document_once(
+    setting: tuple[list[Sizes], int, int, int, int], kind: str
+) -> None:
+    shards, max_length, window_blocks, block_tokens, seed = setting
+    budget = max_length - 3
+    with dataset_of(shards, block_tokens) as dataset:
+        plan = make_plan(dataset, kind, max_length, window_blocks, seed)
+        n = plan.num_samples
+        chunks = [c for c in reference_chunks(shards, budget, fill=True) if c[1] >= 2]
+        assert len(chunks) == n
+        documents = [sum(sentences) for sizes in shards for sentences in sizes]
+        assert plan.num_documents == sum(size > 0 for size in documents)
+        assert plan.left_out == documents.count(1)
+        chunk_starts = np.array([start for start, _ in chunks])
+        chunk_ends = np.array([start + size for start, size in chunks])
+        assert set(owners(shards, chunk_starts).tolist()) == {d for d, s in enumerate(documents) if s > 1}
+        for epoch in range(2):  # even numbers: no pair is changed
+            pieces = plan.pieces(epoch * n + np.arange(n), 2 * np.arange(n))
+            a, b = pieces.start[::2], pieces.start[1::2]
+            of_a, of_b = pieces.length[::2], pieces.length[1::2]
+            chunk = np.searchsorted(chunk_starts, a, side="right") - 1
+            np.testing.assert_array_equal(np.sort(chunk), np.arange(n))
+            assert (a + of_a <= b).all()
+            assert (b + of_b <= chunk_ends[chunk]).all()
+            np.testing.assert_array_equal(of_a + of_b, np.minimum(chunk_ends - chunk_starts, budget)[chunk])
 
-    assert pairs.a_length.min() >= 1
-    assert pairs.b_length.min() >= 1
-    assert (pairs.a_length + pairs.b_length).max() == BUDGET
-    assert (a_end <= documents[owner_a + 1]).all()  # no segment leaves its document
-    assert (b_end <= documents[owner_b + 1]).all()
-    assert (owner_a == owner_b)[real].all()
-    assert (owner_a != owner_b)[~real].all()
-    assert set(owner_b[~real]) == {n for n, sizes in enumerate(DOCUMENTS) if sizes}  # every document serves
 
-    full = pairs.a_length + pairs.b_length < BUDGET  # nothing was cut
+@settings(deadline=None, max_examples=60)
+@given(SETTINGS, st.integers(0, 2**40))
+def test_next_sentence_pairs_are_labelled_right(
+    setting: tuple[list[Sizes], int, int, int, int], first: int
+) -> None:
+    shards, max_length, window_blocks, block_tokens, seed = setting
+    starts = document_starts(shards)
+    with dataset_of(shards, block_tokens) as dataset:
+        plan = make_plan(dataset, "nsp", max_length, window_blocks, seed)
+        numbers = first + np.arange(2 * plan.num_samples)
+        pieces = pieces_of(plan, numbers)
+        assert pieces.label is not None
+        np.testing.assert_array_equal(pieces.label, numbers % 2)
+        np.testing.assert_array_equal(pieces.row, np.repeat(np.arange(len(numbers)), 2))
+        np.testing.assert_array_equal(pieces.kind, np.tile([0, 1], len(numbers)))
+        assert pieces.length.min() >= 1
+        owner = owners(shards, pieces.start)
+        assert (pieces.start + pieces.length <= starts[owner + 1]).all()  # no segment leaves its document
+        a, b = owner[::2], owner[1::2]
+        np.testing.assert_array_equal(a != b, pieces.label == 1)
+        assert (pieces.length[::2] + pieces.length[1::2]).max() <= max_length - 3
+        for stretch in plan.order.find(numbers):  # partners are of the same window, so that reads stay there
+            documents = set()
+            for block in stretch.blocks.tolist():
+                rows = plan.index.row[block] + np.arange(plan.index.rows[block])
+                before = sum(len(sizes) for sizes in shards[: plan.index.shard[block]])
+                documents |= set((before + rows).tolist())
+            assert set(b[stretch.rows].tolist()) <= documents
+            assert set(a[stretch.rows].tolist()) <= documents
+
+
+@settings(deadline=None, max_examples=60)
+@given(SETTINGS)
+def test_sentence_order_pairs_are_the_same_in_order_and_swapped(
+    setting: tuple[list[Sizes], int, int, int, int],
+) -> None:
+    shards, max_length, window_blocks, block_tokens, seed = setting
+    with dataset_of(shards, block_tokens) as dataset:
+        plan = make_plan(dataset, "sop", max_length, window_blocks, seed)
+        numbers = np.arange(2 * plan.num_samples)
+        pieces = pieces_of(plan, numbers)
+        assert pieces.label is not None
+        np.testing.assert_array_equal(pieces.label, numbers % 2)
+        a, b = pieces.start[::2], pieces.start[1::2]
+        np.testing.assert_array_equal(owners(shards, a), owners(shards, b))
+        np.testing.assert_array_equal(a > b, pieces.label == 1)
+        first, second = np.minimum(a, b), np.maximum(a, b)
+        size = np.where(a < b, pieces.length[::2], pieces.length[1::2])
+        assert (first + size <= second).all()
+        whole = pieces.length[::2] + pieces.length[1::2] < max_length - 3  # nothing was cut
+        np.testing.assert_array_equal((first + size)[whole], second[whole])  # side by side
+
+
+def test_uncut_segments_are_of_whole_sentences_and_partners_of_all_documents(tmp_path: Path) -> None:
+    plan = make_plan(make_dataset(tmp_path, SHARDS))
+    documents = document_starts(SHARDS)
+    sentences = np.cumsum([0] + [size for sizes in DOCUMENTS for size in units_of(sizes, BUDGET)])
+    pieces = pieces_of(plan, np.arange(40 * plan.num_samples))
+    a, b = pieces.start[::2], pieces.start[1::2]
+    a_end, b_end = a + pieces.length[::2], b + pieces.length[1::2]
+    real = pieces.label == 0
+    full = a_end - a + b_end - b < BUDGET  # nothing was cut
+    split = np.isin(a_end, sentences) | ~real  # a lone sentence is split between two tokens
     assert full.any()
-    np.testing.assert_array_equal(a_end[real & full], pairs.b_start[real & full])
-    for ends in (pairs.a_start, a_end, pairs.b_start, b_end):
-        assert np.isin(ends[full], sentences).all()
+    assert 0.8 < split[full].mean() < 1
+    for ends in (a, b, b_end):
+        assert np.isin(ends[full & split], sentences).all()
     # A random partner that fills no room ended with its document.
     assert np.isin(b_end[full & ~real], documents).all()
-    # What was cut from a real pair was cut around the seam or at the outer ends: still in order.
-    assert (a_end <= pairs.b_start)[real].all()
+    owner_b = owners(SHARDS, b)
+    assert set(owner_b[~real]) == {n for n, sizes in enumerate(DOCUMENTS) if sizes}  # every document serves
 
 
-def test_half_is_random_in_every_batch_across_epochs(tmp_path: Path) -> None:
-    plan = PairPlan(make_dataset(tmp_path, [[[9, 8, 7, 30], [5, 6], [40, 10, 3]]]), MAX_LENGTH, seed=0)
-    assert plan.num_chunks == 3
-    for batch in (2, 6, 32):
-        for step in range(40):
-            pairs = plan.pairs(np.arange(step * batch, (step + 1) * batch))
-            assert int(pairs.next_sentence_label.sum()) * 2 == batch
-
-
-def test_an_epoch_takes_every_chunk_once_in_an_order_of_its_own(plan: PairPlan) -> None:
-    n = plan.num_chunks
-    orders = [permute(np.arange(n), n, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    for order in orders:
-        np.testing.assert_array_equal(np.sort(order), np.arange(n))
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (orders[one] == orders[other]).sum() < 10
-    # The label alternates with the place, so a chunk must be real about half of the time.
-    real = np.zeros(n)
+def test_a_chunk_is_left_alone_about_half_of_the_time(tmp_path: Path) -> None:
+    plan = make_plan(make_dataset(tmp_path, SHARDS), "sop")
+    n = plan.num_samples
+    real = np.zeros(document_starts(SHARDS)[-1])
     for epoch in range(100):
-        order = permute(np.arange(n), n, 0, epoch)
-        real[order[(np.arange(n) + epoch * n) % 2 == 0]] += 1
-    assert abs(real - 50).max() <= 5 * sqrt(100 / 4)  # five sigmas
-    assert abs(((real - 50) ** 2).mean() - 25) <= 5 * 25 * sqrt(2 / n)
+        numbers = epoch * n + np.arange(n)
+        pieces = plan.pieces(numbers, numbers)
+        first = np.minimum(pieces.start[::2], pieces.start[1::2])
+        np.add.at(real, owners(SHARDS, first[pieces.label == 0]), 1)
+    chunks = np.bincount(
+        owners(SHARDS, np.array([s for s, size in reference_chunks(SHARDS, BUDGET, fill=True) if size > 1])),
+        minlength=len(DOCUMENTS),
+    )
+    used = np.flatnonzero(chunks)
+    deviation = np.abs(real[used] - 50 * chunks[used]) / np.sqrt(25 * chunks[used])
+    assert deviation.max() <= 5  # sigmas
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 10, 97, 1000, 65_537])
-def test_permutations_of_any_size(size: int) -> None:
-    for epoch in range(3):
-        np.testing.assert_array_equal(np.sort(permute(np.arange(size), size, 7, epoch)), np.arange(size))
-    one = np.array([size - 1])
-    np.testing.assert_array_equal(permute(one, size, 7, 0), permute(np.arange(size), size, 7, 0)[-1:])
-
-
-def test_every_place_of_a_permutation_is_even() -> None:
-    epochs, size = 3000, 5
-    counts = np.zeros((size, size))
-    for epoch in range(epochs):
-        counts[np.arange(size), permute(np.arange(size), size, 0, epoch)] += 1
-    assert abs(counts - epochs / size).max() <= 5 * sqrt(epochs * 0.2 * 0.8)  # five sigmas
-
-
-def test_a_sample_depends_on_its_number_alone(plan: PairPlan) -> None:
-    numbers = np.arange(3 * plan.num_chunks)
-    together = plan.pairs(numbers)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_depends_on_its_number_alone(tmp_path: Path, kind: str) -> None:
+    with mock.patch.object(index, "BLOCK_TOKENS", 700):
+        plan = make_plan(make_dataset(tmp_path, SHARDS), kind, window_blocks=3)
+    assert plan.order.num_windows > 3
+    numbers = np.arange(3 * plan.num_samples)
+    together = pieces_of(plan, numbers)
     shuffled = np.random.default_rng(0).permutation(numbers)
     for some in (shuffled[:200], shuffled[200:201]):
-        for one, other in zip(plan.pairs(some), together, strict=True):
-            np.testing.assert_array_equal(one, other[some])
+        found = pieces_of(plan, some)
+        expected = [np.flatnonzero(together.row == number) for number in some]
+        rows = np.concatenate(expected)
+        np.testing.assert_array_equal(found.start, together.start[rows])
+        np.testing.assert_array_equal(found.length, together.length[rows])
+        np.testing.assert_array_equal(found.kind, together.kind[rows])
+        np.testing.assert_array_equal(found.row, np.repeat(np.arange(len(some)), list(map(len, expected))))
+        if together.label is not None:
+            np.testing.assert_array_equal(found.label, together.label[some])
 
 
-def test_another_seed_gives_other_pairs(tmp_path: Path, plan: PairPlan) -> None:
-    other = PairPlan(make_dataset(tmp_path, SHARDS), MAX_LENGTH, seed=1)
-    one, two = plan.pairs(np.arange(300)), other.pairs(np.arange(300))
-    assert (one.a_start == two.a_start).mean() < 0.05
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_gives_another_order(tmp_path: Path, kind: str) -> None:
+    dataset = make_dataset(tmp_path, SHARDS)
+    one, two = (pieces_of(make_plan(dataset, kind, seed=seed), np.arange(300)) for seed in (0, 1))
+    size = min(len(one.start), len(two.start))
+    assert (one.start[:size] == two.start[:size]).mean() < 0.05
+
+
+def test_packed_samples_of_long_documents_are_dense(tmp_path: Path) -> None:
+    plan = make_plan(make_dataset(tmp_path, [[[20] * 5] * 300] * 2), "packed", max_length=128)
+    pieces = pieces_of(plan, np.arange(plan.num_samples))
+    tokens = int((pieces.length + 2).sum())
+    assert tokens >= 0.99 * 128 * plan.num_samples
 
 
 def test_cuts_are_those_of_the_published_loop() -> None:
@@ -199,29 +347,32 @@ def test_front_and_back_are_cut_by_fair_coins(flips: int) -> None:
     assert abs(heads.var() - flips / 4) <= 5 * (flips / 4) * sqrt(2 / trials) + 1e-3
 
 
-def test_any_length_works_without_new_shards(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, SHARDS)
-    for max_length in (8, 9, 16, 512):
-        pairs = PairPlan(dataset, max_length, seed=0).pairs(np.arange(500))
-        assert min(pairs.a_length.min(), pairs.b_length.min()) >= 1
-        assert (pairs.a_length + pairs.b_length).max() <= max_length - 3
-
-
 @pytest.mark.parametrize(
-    ("shards", "message"),
+    ("shards", "kind", "message"),
     [
-        ([], "holds 0 document"),
-        ([[[4, 5, 6]]], "holds 1 document"),
-        ([[[4, 5, 6], []]], "holds 1 document"),
-        ([[[4], [5], [6]]], "none of the 3 documents"),
-        ([[[100, 4], [200, 100]]], "none of the 2 documents"),
+        ([], "nsp", "holds 0 document"),
+        ([], "packed", "holds 0 document"),
+        ([[[], []]], "document", "holds 0 document"),
+        ([[[4, 5, 6]]], "nsp", "holds 1 document.* needs at least two"),
+        ([[[4, 5, 6], []]], "nsp", "holds 1 document"),
+        ([[[1], [1], [1]]], "nsp", "the 3 documents .* one token each"),
+        ([[[1], [1], [1]]], "sop", "the 3 documents .* one token each"),
     ],
 )
-def test_data_without_pairs_is_refused(tmp_path: Path, shards: list[Sizes], message: str) -> None:
+def test_data_without_samples_is_refused(
+    tmp_path: Path, shards: list[Sizes], kind: str, message: str
+) -> None:
     dataset = make_dataset(tmp_path, shards)
     with pytest.raises(UserError, match=message) as error:
-        PairPlan(dataset, MAX_LENGTH, seed=0)
+        make_plan(dataset, kind)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["sop", "document", "packed"])
+def test_one_document_is_enough_for_other_kinds(tmp_path: Path, kind: str) -> None:
+    plan = make_plan(make_dataset(tmp_path, [[[4, 5, 6]]]), kind)
+    assert plan.num_samples == 1
+    assert pieces_of(plan, np.arange(4)).length.sum() == 4 * 15
 
 
 def test_a_shard_that_does_not_add_up_is_refused_by_name(tmp_path: Path) -> None:
@@ -232,13 +383,121 @@ def test_a_shard_that_does_not_add_up_is_refused_by_name(tmp_path: Path) -> None
     at = content.index(lengths)
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     with pytest.raises(UserError, match=r"train-00001\.arrow is damaged"):
-        PairPlan(open_dataset(tmp_path, "train"), MAX_LENGTH, seed=0)
+        make_plan(open_dataset(tmp_path, "train"))
+
+
+# --------------------------------------------------------------------------------------------- index
+
+
+def test_samples_are_counted_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_dataset(tmp_path, SHARDS)
+    first = make_plan(dataset, "nsp")
+    kept = list((tmp_path / ".index").iterdir())
+    assert len(kept) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "cut_blocks", lambda dataset: pytest.fail("counted again"))
+        for kind in ("nsp", "sop"):  # both are of the same chunks
+            again = make_plan(open_dataset(tmp_path, "train"), kind)
+            for one, other in zip(first.index, again.index, strict=True):
+                np.testing.assert_array_equal(one, other)
+        with pytest.raises(BaseException, match="counted again"):
+            make_plan(dataset, "nsp", max_length=MAX_LENGTH + 1)
+
+    content = kept[0].read_bytes()
+    for damaged in (b"", content[:-1], content[:40] + bytes([content[40] ^ 1]) + content[41:]):
+        kept[0].write_bytes(damaged)
+        assert make_plan(dataset).num_samples == first.num_samples
+        assert kept[0].read_bytes() == content  # mended
+
+
+def test_other_shards_are_counted_anew(tmp_path: Path) -> None:
+    before = make_plan(make_dataset(tmp_path, SHARDS)).num_samples
+    dataset = make_dataset(tmp_path, SHARDS[:1])
+    assert make_plan(dataset).num_samples < before
+    assert len(list((tmp_path / ".index").iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_does(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, SHARDS)
+    (tmp_path / ".index").write_text("a file where the folder would be")  # root writes to any folder
+    assert make_plan(dataset).num_samples > 0
+
+
+def test_ranks_count_together(tmp_path: Path) -> None:
+    class Peer:
+        """One of three ranks; what the others gather is known beforehand."""
+
+        world = 3
+
+        def __init__(self, rank: int, shares: list[object]) -> None:
+            self.rank, self.shares = rank, shares
+
+        def broadcast(self, value: object) -> object:
+            return None
+
+        def gather(self, value: object) -> list[object]:
+            self.shares[self.rank] = value
+            return self.shares
+
+    with mock.patch.object(index, "BLOCK_TOKENS", 500):
+        alone = index.load_index(make_dataset(tmp_path, SHARDS), "pairs", MAX_LENGTH)
+        (name,) = (tmp_path / ".index").iterdir()
+        name.unlink()
+        dataset = open_dataset(tmp_path, "train")
+        count = index._count(
+            dataset, index.cut_blocks(dataset), "pairs", MAX_LENGTH, np.arange(len(alone.shard)), 0
+        )
+        for rank in (2, 1, 0):
+            shares: list[object] = [count[:, one::3] for one in range(3)]
+            together = index.load_index(dataset, "pairs", MAX_LENGTH, Peer(rank, shares))
+            assert name.exists() == (rank == 0)  # the first rank writes
+            for one, other in zip(alone, together, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_damage_that_one_rank_meets_is_told_by_all(tmp_path: Path) -> None:
+    error = UserError("a shard is damaged")
+    peers = mock.Mock(rank=0, world=2)
+    peers.broadcast.return_value = None
+    peers.gather = lambda mine: [mine, error]
+    with pytest.raises(UserError, match="a shard is damaged"):
+        index.load_index(make_dataset(tmp_path, SHARDS), "pairs", MAX_LENGTH, peers)
+    assert not (tmp_path / ".index").exists()
+
+
+@settings(deadline=None, max_examples=60)
+@given(SETTINGS)
+def test_blocks_are_runs_of_whole_documents_that_cover_the_shards(
+    setting: tuple[list[Sizes], int, int, int, int],
+) -> None:
+    shards, _, _, block_tokens, _ = setting
+    with dataset_of(shards, block_tokens) as dataset:
+        blocks = index.cut_blocks(dataset)
+        for number, sizes in enumerate(shards):
+            mine = blocks.shard == number
+            rows = [
+                row
+                for first, count in zip(blocks.row[mine], blocks.rows[mine], strict=True)
+                for row in range(first, first + count)
+            ]
+            assert len(set(rows)) == len(rows)
+            assert {row for row, sentences in enumerate(sizes) if sentences} <= set(rows)
+            tokens = [
+                sum(sum(sizes[row]) for row in range(first, first + count))
+                for first, count in zip(blocks.row[mine], blocks.rows[mine], strict=True)
+            ]
+            longest = max((sum(sentences) for sentences in sizes), default=0)
+            assert all(0 < size < 1.5 * block_tokens + longest + 1 for size in tokens)
+
+
+# --------------------------------------------------------------------------------------------- batch
 
 
 def test_a_batch_that_divides_gives_the_micro_batches_of_a_rank() -> None:
     assert check_batch(256, 32, 1) == 8
     assert check_batch(256, 32, 4) == 2
     assert check_batch(6, 3, 1) == 2
+    assert check_batch(15, 5, 1, pairs=False) == 3
 
 
 @pytest.mark.parametrize(
@@ -251,6 +510,7 @@ def test_a_batch_that_divides_gives_the_micro_batches_of_a_rank() -> None:
         ((16, 32, 1), r"; train\.global_batch=32 would do, or train\.micro_batch=16$"),
         ((256, 32, 3), r"train\.global_batch=192 or 288 would do$"),
         ((10, 3, 1), r"train\.global_batch=6 or 12 would do, or train\.micro_batch=2$"),
+        ((10, 3, 1, False), r"train\.global_batch=9 or 12 would do, or train\.micro_batch=2$"),
         ((15, 5, 1), "is odd"),
     ],
 )

@@ -12,7 +12,6 @@ import pytest
 from bertscale.config import UserError
 from bertscale.shards import (
     MANIFEST_NAME,
-    TOKENIZER_NAME,
     Shard,
     manifest_digest,
     open_dataset,
@@ -26,7 +25,7 @@ DOCUMENTS = [(7, [[5, 6, 7], [8]]), (8, [[9, 10]]), (2**40, [[11], [12, 13], [65
 
 def make_dataset(folder: Path) -> Path:
     folder.mkdir()
-    (folder / TOKENIZER_NAME).write_bytes(b"a tokenizer")
+    (folder / "tokenizer.model").write_bytes(b"a tokenizer")
     sha256 = hashlib.sha256(b"a tokenizer").hexdigest()
     entry = write_shard(folder / "train-00000.arrow", DOCUMENTS, np.uint16, "train")
     write_manifest(
@@ -118,10 +117,10 @@ def test_a_flipped_byte_is_found_by_its_digest(tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data")
-    (folder / TOKENIZER_NAME).write_bytes(b"another tokenizer")
+    (folder / "tokenizer.model").write_bytes(b"another tokenizer")
     with pytest.raises(UserError, match=r"tokenizer\.model .* is not the one that made the shards"):
         open_dataset(folder)
-    (folder / TOKENIZER_NAME).unlink()
+    (folder / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.model is missing"):
         open_dataset(folder)
 

@@ -1,4 +1,4 @@
-"""The tokenizer never lets text write a special piece, and its Hugging Face form gives the same ids."""
+"""SentencePiece: text never writes a special piece, offsets are the text's, the Hugging Face form agrees."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import sentencepiece
 
 from bertscale.config import UserError
-from bertscale.tokenizer import Tokenizer, normalize
+from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, normalize
+from bertscale.tokenizer_base import normalize_with_places
 from data_prep.train_tokenizer import train_tokenizer
 
 SENTENCES = [
@@ -22,15 +23,23 @@ SENTENCES = [
     for line in topic.split("\n\n")
     if len(sentence := normalize(line)) > 40
 ]
+HAN = ["北京 是 中国 的 首都", "东京是日本的首都。", "我们学习日本語とカタカナ。"] * 150
+MODELS: list[tuple[Literal["unigram", "bpe"], Literal["nfkc", "identity"]]] = [
+    ("unigram", "identity"),
+    ("bpe", "identity"),
+    ("unigram", "nfkc"),
+]
+Forms = Literal["NFC", "NFKC"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+@pytest.fixture(scope="module", params=MODELS, ids=" ".join)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    model, rule = request.param
     folder = tmp_path_factory.mktemp("tokenizer")
-    lines = [*SENTENCES, "The apple is red."]
+    lines = [*SENTENCES, *HAN, "The apple is red."]
     (folder / "sentences.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    train_tokenizer([folder / "sentences.txt"], 1500, folder / "tokenizer.model")
-    return Tokenizer.load(folder / "tokenizer.model")
+    train_tokenizer([folder / "sentences.txt"], folder / "tokenizer.model", model, 1500, rule=rule)
+    return load_tokenizer(find_tokenizer(folder))
 
 
 @pytest.fixture(scope="module")
@@ -46,61 +55,134 @@ def test_ids_and_attributes(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 1500
     assert tokenizer.piece(tokenizer.mask_id) == "[MASK]"
     text = "The apple is red, and 東京 is far."
-    assert tokenizer.decode(tokenizer.encode([text])[0]) == text
+    ids = tokenizer.encode([text])[0]
+    assert tokenizer.decode([tokenizer.cls_id, *ids, tokenizer.sep_id]) == text
 
 
 @pytest.mark.parametrize(
     "text", ["[MASK]", "a [CLS] b [SEP] c [PAD]", "[UNK]", "<s> </s> <unk> <pad>", "<0x41>", "東 😀 \ue000"]
 )
-def test_text_cannot_write_a_special_piece(tokenizer: Tokenizer, text: str) -> None:
+def test_text_cannot_write_a_special_piece(tokenizer: Tokenizer, exported: Path, text: str) -> None:
     [ids] = tokenizer.encode([text])
     assert ids
     assert not set(ids) & set(tokenizer.special_ids)
     assert tokenizer.decode(ids) == text
+    assert tokenizer.agreement(exported, [text]) == 1
 
 
-def test_normalize() -> None:
+def test_normalize(tokenizer: Tokenizer) -> None:
     assert normalize("  a \t\n b\u00a0\u3000c\r\n") == "a b c"
     assert normalize("e\u0301") == "é"
     assert normalize("a\x00b\x07c\u00add\ufeffe\ud800") == "abcde"
     assert normalize("\x1c \u2028 \x85") == ""
     assert normalize(normalize("x\u0301 \u200d 👩\u200d💻")) == normalize("x\u0301 \u200d 👩\u200d💻")
+    assert normalize("①\u00a8ﬁ", "NFKC") == "1 \u0308fi"
+
+    # The model itself knows by which rule it was trained.
+    compatible = "NFKC" in str(tokenizer)
+    assert tokenizer.normalize("ﬁrst\n") == ("first" if compatible else "ﬁrst")
+    ours = tokenizer.encode(["first"])
+    assert (tokenizer.encode(["ﬁrst"]) == ours) is compatible
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("abc", "a b c"),
+        ("  a \n b ", "a| \n |b"),
+        ("e\u0301\u0323x", "e\u0301\u0323|e\u0301\u0323|x"),  # two characters, of three
+        ("e\x00\u0301 y", "e\x00\u0301| |y"),
+        ("\ufeffa\ud800b", "a|b"),
+        ("\u1112\u1161\u11ab글", "\u1112\u1161\u11ab|글"),
+        ("カ\u3099ゝ\u3099", "カ\u3099|ゝ\u3099"),
+        ("", ""),
+    ],
+)
+def test_places_of_normalised_characters(text: str, spans: str, form: Forms) -> None:
+    clean, places = normalize_with_places(text, form)
+    assert clean == normalize(text, form)
+    expected = spans.split("|") if "|" in spans else spans.split()
+    assert [text[begin:end] for begin, end in places] == expected
+
+
+def test_offsets_are_places_in_the_given_text(tokenizer: Tokenizer) -> None:
+    text = "  The\u00a0apple is\n re\x00d: cafe\u0301 😀東x\ufeff y. "
+    [(ids, spans)] = tokenizer.encode_with_offsets([text])
+    assert [ids] == tokenizer.encode([tokenizer.normalize(text)])
+    found = [(tokenizer.piece(i), text[begin:end]) for i, (begin, end) in zip(ids, spans, strict=True)]
+    assert [place for piece, place in found if piece.startswith("<0x")].count("😀") == 4
+    # What the pieces cover is the whole text but white space and what `normalize` drops, in order.
+    covered = sorted({place for begin, end in spans for place in range(begin, end)})
+    assert normalize("".join(text[i] for i in covered)) == normalize(text).replace(" ", "")
+    assert spans == sorted(spans)
+    for piece, place in found:
+        assert place == place.strip()
+        if not piece.startswith("<0x"):
+            assert piece.replace("▁", "") == normalize(place)
+    assert tokenizer.encode_with_offsets(["", " \n"]) == [([], []), ([], [])]
+
+
+def test_a_character_that_becomes_many(tmp_path: Path) -> None:
+    (tmp_path / "s.txt").write_text("株式会社 の 名 first name\n" * 50, encoding="utf-8")
+    train_tokenizer([tmp_path / "s.txt"], tmp_path / "tokenizer.model", "bpe", 300, rule="nfkc")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    [(ids, spans)] = tokenizer.encode_with_offsets(["ﬁrst ㍿ 名"])
+    assert tokenizer.decode(ids) == "first 株式会社 名"
+    for i, (begin, end) in zip(ids, spans, strict=True):
+        if set(tokenizer.piece(i)) & set("株式会社"):
+            assert (begin, end) == (5, 6)
+
+
+def test_which_pieces_start_words(tokenizer: Tokenizer) -> None:
+    starts = {tokenizer.piece(i): bool(start) for i, start in enumerate(tokenizer.starts_word)}
+    assert tokenizer.starts_word.shape == (tokenizer.vocab_size,)
+    assert all(starts[name] for name in ("[PAD]", "[MASK]", "▁", ".", "日", "カ", "<0xE4>", "<0xF0>"))
+    assert not any(starts[name] for name in ("e", "7", "<0x80>", "<0xBF>", "<0x41>", "<0xC3>"))
+    for piece, start in starts.items():
+        if piece.startswith("▁"):
+            assert start
+        elif piece.isascii() and piece.isalnum():
+            assert not start
 
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the tokenizer .*nothing\.model: No such file"):
-        Tokenizer.load(tmp_path / "nothing.model")
+    with pytest.raises(UserError, match=r"cannot read the tokenizer .*tokenizer\.model: No such file"):
+        load_tokenizer(find_tokenizer(tmp_path))
     for content in (b"", b"text, not a model"):
         (tmp_path / "x.model").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.model is not a SentencePiece model"):
-            Tokenizer.load(tmp_path / "x.model")
+            load_tokenizer(tmp_path / "x.model")
 
 
-def test_models_without_control_symbols(tmp_path: Path) -> None:
-    user: dict[str, Any] = {"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1}
-    user |= {"pad_piece": "[PAD]", "unk_piece": "[UNK]"}
-    user |= {"user_defined_symbols": ["[CLS]", "[SEP]", "[MASK]"]}
-    for extra, message in [({}, "has no .* piece"), (user, r"the piece \[CLS\] is ordinary text")]:
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(SENTENCES[:500]),
-            model_writer=model,
-            vocab_size=400,
-            minloglevel=2,
-            **extra,
-        )
-        (tmp_path / "model").write_bytes(model.getvalue())
-        with pytest.raises(UserError, match=message):
-            Tokenizer.load(tmp_path / "model")
+def train_plainly(path: Path, **settings: Any) -> Tokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES[:500]), model_writer=model, vocab_size=400, minloglevel=2, **settings
+    )
+    path.write_bytes(model.getvalue())
+    return load_tokenizer(path)
 
 
-def test_training_is_deterministic_and_says_what_fits(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    train_tokenizer([tokenizer.path.parent / "sentences.txt"], 1500, tmp_path / "again.model")
-    assert Tokenizer.load(tmp_path / "again.model").sha256 == tokenizer.sha256
-    (tmp_path / "few.txt").write_text("one two three\nfour five six\n")
-    with pytest.raises(UserError, match=r"vocab_size=5000 is too large .* largest that fits is \d+"):
-        train_tokenizer([tmp_path / "few.txt"], 5000, tmp_path / "few.model")
-    assert not (tmp_path / "few.model").exists()
+def test_given_models(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no .* piece; leave `tokenizer` out"):
+        train_plainly(tmp_path / "llama.model")
+    names: dict[str, Any] = {"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1}
+    ours = names | {"pad_piece": "[PAD]", "unk_piece": "[UNK]"}
+    with pytest.raises(UserError, match=r"the piece \[CLS\] is ordinary text"):
+        train_plainly(tmp_path / "user.model", **ours, user_defined_symbols=["[CLS]", "[SEP]", "[MASK]"])
+
+    # As ALBERT's: other names, a rule of its own with lower case, no bytes.
+    albert = train_plainly(
+        tmp_path / "albert.model",
+        **names,
+        control_symbols=["[CLS]", "[SEP]", "[MASK]"],
+        normalization_rule_name="nmt_nfkc_cf",
+    )
+    assert [albert.piece(i) for i in albert.special_ids] == ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    assert albert.encode(["THE STATEMENT"]) == albert.encode(["the statement"])
+    albert.export_hugging_face(tmp_path / "albert", 128)
+    assert albert.agreement(tmp_path / "albert", ["<pad> THE 東京 ①", *SENTENCES[500:600]]) >= 0.98
 
 
 def test_hugging_face_gives_the_same_ids(tokenizer: Tokenizer, exported: Path) -> None:
@@ -108,8 +190,18 @@ def test_hugging_face_gives_the_same_ids(tokenizer: Tokenizer, exported: Path) -
     plain = [sentence for sentence in SENTENCES if not set("*-=.#xX_") & set(sentence)]
     assert tokenizer.agreement(exported, plain) >= 0.995
     assert tokenizer.agreement(exported, SENTENCES) >= 0.98
-    odd = ["  two  spaces ", "", " ", "a\u00a0b\x00c", "e\u0301", "東京 😀", "[MASK] and [CLS]", "▁low ▁"]
-    assert tokenizer.agreement(exported, odd) == 1.0
+    odd = [
+        "  two  spaces ",
+        "",
+        " ",
+        "a\u00a0b\x00c",
+        "e\u0301",
+        "東京 😀",
+        "[MASK] and [CLS]",
+        "▁low ▁",
+        "①ﬁ㍿",
+    ]
+    assert tokenizer.agreement(exported, [*odd, "①ﬁ㍿"]) == 1.0
 
 
 def test_transformers_loads_the_export(tokenizer: Tokenizer, exported: Path) -> None:
@@ -131,7 +223,7 @@ def test_transformers_loads_the_export(tokenizer: Tokenizer, exported: Path) -> 
 
 
 def test_importing_loads_no_heavy_library() -> None:
-    heavy = ["torch", "transformers", "tokenizers"]
+    heavy = ["torch", "transformers", "tokenizers", "sentencepiece"]
     code = (
         f"import sys, bertscale.tokenizer, bertscale.shards; print([m for m in {heavy} if m in sys.modules])"
     )

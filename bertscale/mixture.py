@@ -1,0 +1,167 @@
+"""Several corpora mixed by weight, and stages of growing length: which sample is whose, in O(1) memory.
+
+Every 1,024 samples each corpus has its quota of them, in an order permuted by key; quotas change by one
+from period to period, so that after 2**20 samples the shares are the weights to 2**-20.
+
+    mixture = Mixture([dataset, other], [0.7, 0.3], config.samples, global_batch=256, seed=0)
+    pieces = mixture.pieces(mixture.stage_of(step), samples)
+
+S: samples, C: corpora.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+
+from bertscale.config import Corpus, SamplesConfig, UserError
+from bertscale.index import Peers
+from bertscale.masking import Ints
+from bertscale.order import permute, round_keys
+from bertscale.samples import Pieces, Plan
+from bertscale.shards import Dataset
+
+PERIOD = 1024  # samples; a superperiod is PERIOD periods
+SLOTS = 2**32 - 2  # in the place of a window, in the key of a period's permutation
+
+
+class Stage:
+    """Steps of one sample length; `plans` has one for each corpus, `first_sample` is where it begins."""
+
+    def __init__(self, first_step: int, first_sample: int, max_length: int, plans: list[Plan]) -> None:
+        self.first_step, self.first_sample = first_step, first_sample
+        self.max_length, self.plans = max_length, plans
+
+
+class Mixture:
+    """The samples of a run: of each stage, and of each corpus in it.
+
+    Raises UserError where the corpora were not made with one tokenizer.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float],
+        samples: SamplesConfig,
+        *,
+        global_batch: int,
+        seed: int,
+        peers: Peers | None = None,
+    ) -> None:
+        self.datasets, self.samples, self.global_batch, self.seed = datasets, samples, global_batch, seed
+        check_tokenizers(datasets)
+        self.quotas = Quotas(weights)
+        sizes = [sum(shard.entry.tokens for shard in dataset.shards) for dataset in datasets]
+        self.first_token = np.cumsum([0, *sizes[:-1]])
+        self.stages: list[Stage] = []
+        step = 0
+        for number, (steps, length) in enumerate([*samples.warmup, (0, samples.max_length)]):
+            plans = [
+                Plan(data, samples.kind, length, samples.window_blocks, seed, stage=number, peers=peers)
+                for data in datasets
+            ]
+            self.stages.append(Stage(step, step * global_batch, length, plans))
+            step += steps
+
+    def stage_of(self, step: int) -> Stage:
+        """The stage that global step `step` belongs to."""
+        return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
+
+    def end_of(self, stage: Stage) -> int | None:
+        """The first step behind the stage; None for the last."""
+        return next((one.first_step for one in self.stages if one.first_step > stage.first_step), None)
+
+    def pieces(self, stage: Stage, samples: Ints) -> Pieces:
+        """The samples of these numbers [S], all of one stage; tokens are numbered through all corpora."""
+        numbers = samples - stage.first_sample
+        if len(stage.plans) == 1:
+            return stage.plans[0].pieces(numbers, samples)
+        corpus, own = self.quotas.share_out(numbers, self.seed)
+        parts = []
+        for number in np.unique(corpus).tolist():
+            rows = np.flatnonzero(corpus == number)
+            part = stage.plans[number].pieces(own[rows], samples[rows])
+            parts.append((part.start + self.first_token[number], part.length, part.kind, rows[part.row]))
+        start, length, kind, row = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(row, kind="stable")
+        label = None if part.label is None else samples & 1
+        return Pieces(start[order], length[order], kind[order], row[order], label)
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each corpus has been gone through when `step` global steps are done."""
+        done = np.zeros(len(self.datasets))
+        for stage in self.stages:
+            end = self.end_of(stage)
+            steps = max(0, (step if end is None else min(step, end)) - stage.first_step)
+            sizes = np.array([plan.num_samples for plan in stage.plans])
+            done += self.quotas.taken(steps * self.global_batch) / sizes
+        return [float(value) for value in done]
+
+
+class Quotas:
+    """Shares C corpora in periods of 1,024 samples by weights, which are rounded to 2**-20.
+
+    What a corpus gets beyond its even share, r of 1,024 periods one sample more, is laid out on a line;
+    period j takes the points j, j + 1024, ... of it (systematic sampling), so that every period is full.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        share = np.asarray(weights, np.float64) / sum(weights)
+        whole = np.maximum(np.round(share * PERIOD**2), 1).astype(np.int64)
+        whole[np.argmax(whole)] += PERIOD**2 - whole.sum()
+        self.weights = whole  # [C] samples of 2**20
+        self.bounds = np.concatenate([[0], np.cumsum(whole)])  # [C + 1]
+        self.even = np.concatenate([[0], np.cumsum(whole // PERIOD)])  # of a period
+        self.line = np.concatenate([[0], np.cumsum(whole % PERIOD)])
+
+    def _begun(self, period: Ints) -> Ints:
+        """Samples of the corpora 0 .. c - 1 in all periods before `period` [N], as [N, C + 1]."""
+        above, here = np.divmod(period[:, None], PERIOD)
+        turns, rest = np.divmod(self.line, PERIOD)
+        extra = turns * here + np.minimum(rest, here)  # points of the line that those periods took
+        begun: Ints = above * self.bounds + here * self.even + extra
+        return begun
+
+    def taken(self, samples: int) -> Ints:
+        """How many of the first `samples` are of each corpus, [C], to a period."""
+        begun: Ints = np.diff(self._begun(np.array([samples // PERIOD]))[0])
+        begun += self.weights * (samples % PERIOD) // PERIOD**2
+        return begun
+
+    def share_out(self, numbers: Ints, seed: int) -> tuple[Ints, Ints]:
+        """The corpus of each sample [S], and its number in that corpus: 0, 1, ... for each, none twice."""
+        period, place = np.divmod(numbers, PERIOD)
+        slot = np.empty_like(place)
+        for one in np.unique(period).tolist():
+            rows = period == one
+            slot[rows] = permute(place[rows], PERIOD, round_keys(seed, 0, one, SLOTS))
+        begun = self._begun(period)  # [S, C + 1]
+        bounds = self._begun(period + 1) - begun
+        corpus = (slot[:, None] >= bounds[:, 1:]).sum(axis=1)  # corpora whose slots are all before it
+        rows = np.arange(len(numbers))
+        before = begun[rows, corpus + 1] - begun[rows, corpus]
+        return corpus, before + slot - bounds[rows, corpus]
+
+
+def check_tokenizers(datasets: Sequence[Dataset]) -> None:
+    """Raises UserError where two data sets have different tokenizers: their ids mean different pieces."""
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
+            raise UserError(
+                f"data: {other.folder} was made with another tokenizer than {first.folder}; run `bertscale "
+                f"prep` for it with tokenizer={first.tokenizer_path}"
+            )
+
+
+def data_digest(datasets: Sequence[Dataset], corpora: Sequence[Corpus]) -> str:
+    """What a checkpoint keeps of the data: the manifest's digest, or one of all digests and weights."""
+    if len(datasets) == 1:
+        return datasets[0].manifest_digest
+    parts = [
+        f"{data.manifest_digest} {corpus.weight!r}" for data, corpus in zip(datasets, corpora, strict=True)
+    ]
+    return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())

@@ -1,0 +1,160 @@
+"""First pass: one split of the input -> its pieces, its bad records and its done record.
+
+    encode_split(plan.units[0], Path("runs/data/tokenizer.model"))
+
+A process runs it for one split at a time; memory holds a piece, whatever the size of the split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bertscale.shards import Ids, token_dtype, whole_file, write_json
+from bertscale.tokenizer import Tokenizer, load_tokenizer
+from data_prep.clean import clean
+from data_prep.plan import Unit
+from data_prep.read import Bad, Cut, Dropped
+from data_prep.segment import splitter
+from data_prep.shuffle import ROW, Digest, Piece, PieceBuilder, Rows
+from data_prep.train_tokenizer import held_out
+
+SPLITS = ("train", "validation")
+BATCH_CHARACTERS = 2**18  # of text encoded in one call
+PLACES_SHOWN = 3  # of each kind of bad record
+
+
+def encode_split(unit: Unit, tokenizer_path: Path) -> None:
+    """Writes the pieces of one split and its bad records, then its done record."""
+    config = unit.config
+    try:
+        tokenizer = load_tokenizer(tokenizer_path)
+    finally:
+        unit.check_plan()  # the better reason where the tokenizer is gone
+    counters, bad, dropped = Counter[str](), Counter[str](), Counter[str]()
+    places: dict[str, list[str]] = {}
+    writer = _Writer(unit, tokenizer)
+    with whole_file(unit.bad_records) as quarantine:
+        for number, record in enumerate(unit.records()):
+            counters["records"] += 1
+            if isinstance(record, Bad):
+                bad[record.reason] += 1
+                if bad[record.reason] <= PLACES_SHOWN:
+                    places.setdefault(record.reason, []).append(record.place)
+                quarantine.write(_quarantine_line(record))
+                continue
+            if isinstance(record, Dropped):
+                dropped[record.reason] += 1
+                continue
+            counters["cut"] += isinstance(record, Cut)
+            text, reason = clean(record, config)
+            if reason:
+                dropped[reason] += 1
+                continue
+            writer.add(unit.number << 32 | number, text)
+        quarantine_bytes = quarantine.tell()
+    writer.finish()
+    dropped.update(writer.dropped)
+    unit.check_input()
+    unit.check_plan()
+    done = {
+        "plan": unit.plan,
+        "tokenizer_sha256": tokenizer.sha256,
+        "pieces": [asdict(piece) for piece in writer.pieces],
+        "quarantine_bytes": quarantine_bytes,
+        "counters": counters,
+        "bad": bad,
+        "dropped": dropped,
+        "places": places,
+    }
+    write_json(unit.record, done)
+
+
+def _quarantine_line(record: Bad) -> bytes:
+    line = {
+        "place": record.place,
+        "reason": record.reason,
+        "excerpt": record.excerpt,
+    }
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+class _Writer:
+    """Documents -> sentences -> tokens -> the pieces of each data split."""
+
+    def __init__(self, unit: Unit, tokenizer: Tokenizer) -> None:
+        self.unit, self.tokenizer = unit, tokenizer
+        config = unit.config
+        self.split = splitter(config.language)
+        self.digest = Digest(config.seed, config.deduplicate)
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.builders = {split: PieceBuilder(self.dtype, config.deduplicate) for split in SPLITS}
+        self.pieces: list[Piece] = []
+        self.dropped = Counter[str]()
+        self._empty()
+
+    def _empty(self) -> None:
+        self.characters = 0
+        self.sentences: list[str] = []  # of all documents
+        self.documents: list[tuple[int, int, int, int, int]] = []  # number, key, check, bytes, sentences
+        self.validation: list[bool] = []
+
+    def add(self, number: int, text: str) -> None:
+        sentences = self.split(text)
+        content = text.encode()
+        self.documents.append((number, *self.digest(content, number), len(content), len(sentences)))
+        self.validation.append(held_out(text, self.unit.config.validation_fraction))
+        self.sentences += sentences
+        self.characters += len(text)
+        if self.characters >= BATCH_CHARACTERS:
+            self._flush()
+
+    def _flush(self) -> None:
+        encoded = self.tokenizer.encode(self.sentences)
+        lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
+        tokens = np.fromiter(chain.from_iterable(encoded), self.dtype, int(lengths.sum(dtype=np.int64)))
+        columns = np.array(self.documents, np.uint64)
+        validation = np.array(self.validation)
+        self._empty()
+        del encoded
+
+        rows = np.zeros(len(columns), ROW)
+        rows["document"], rows["key"], rows["check"], rows["text_bytes"] = columns.T[:4]
+        owner = np.repeat(np.arange(len(rows)), columns[:, 4].astype(np.int64))
+        rows["tokens"] = np.bincount(owner, weights=lengths, minlength=len(rows))
+        owner, lengths = owner[lengths > 0], lengths[lengths > 0]
+        rows["sentences"] = np.bincount(owner, minlength=len(rows))
+        if nothing := int((rows["tokens"] == 0).sum()):
+            self.dropped["no token is left of it"] += nothing
+        for split, held in zip(SPLITS, (False, True), strict=True):
+            own = (validation == held) & (rows["tokens"] > 0)
+            if own.all():
+                self._add(split, rows, lengths, tokens)
+            elif own.any():
+                self._add(split, rows[own], lengths[own[owner]], tokens[np.repeat(own, rows["tokens"])])
+
+    def _add(self, split: str, rows: Rows, lengths: npt.NDArray[np.uint32], tokens: Ids) -> None:
+        builder = self.builders[split]
+        if builder.rows and not builder.has_room(rows, lengths, tokens):
+            self._write(split)
+        builder.add(rows, lengths, tokens)
+
+    def _write(self, split: str) -> None:
+        number = sum(piece.split == split for piece in self.pieces)
+        self.pieces.append(self.builders[split].write(self.unit.piece(split, number), split))
+
+    def finish(self) -> None:
+        """Writes what is left."""
+        if self.documents:
+            self._flush()
+        for split, builder in self.builders.items():
+            if builder.rows:
+                self._write(split)
+            if builder.duplicates:
+                self.dropped["duplicate"] += builder.duplicates

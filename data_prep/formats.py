@@ -1,0 +1,395 @@
+"""The records of .txt, .md, WikiExtractor, .jsonl, .csv and .tsv files, in bounded memory.
+
+Each reader takes an open stream, which stands at the start of a document, and the byte of the (decompressed)
+content where its share ends, between documents. `next_*` finds such a place.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import html
+import json
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from io import BufferedReader
+
+from bertscale.config import UserError
+from data_prep.markdown import MarkdownText
+from data_prep.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
+
+# A .jsonl, .csv or .tsv record is read as a whole. Python needs up to eight times as much memory for it.
+RECORD_BYTES = 16 * 2**20
+CHUNK = 2**20  # bytes of a longer document that are read at a time
+_BOM = codecs.BOM_UTF8
+_title = re.compile(rb'title="(.*)"\s*>')
+_tag = re.compile(r"<(/?[a-z]+[^<>]*)>", re.IGNORECASE)
+
+Chunk = tuple[int, bytes, bool]  # where the document starts, some bytes of it, whether they are its last
+Strip = Callable[[str, bool], str]  # (some text of a document, whether it is the last) -> what is kept of it
+
+
+def skip_bom(stream: BufferedReader) -> None:
+    if stream.peek(len(_BOM))[: len(_BOM)] == _BOM:
+        stream.read(len(_BOM))
+
+
+# -------------------------------------------------------------------------------------- lines of records
+
+
+def bounded_lines(stream: BufferedReader, end: int | None) -> Iterator[tuple[int, bytes, bool]]:
+    """(where it starts, the line, whether it is whole); of a line above RECORD_BYTES only its beginning."""
+    position = stream.tell()
+    while (end is None or position < end) and (line := stream.readline(RECORD_BYTES)):
+        start, position = position, position + len(line)
+        whole = len(line) < RECORD_BYTES or line.endswith(b"\n")
+        if not whole:
+            position += _skip_line(stream)
+        yield start, line, whole
+
+
+def _skip_line(stream: BufferedReader) -> int:
+    """Reads to the end of the line; returns how many bytes that were."""
+    count = 0
+    while line := stream.readline(CHUNK):
+        count += len(line)
+        if line.endswith(b"\n"):
+            break
+    return count
+
+
+def next_line(stream: BufferedReader, position: int) -> int:
+    """Where the first line after `position` starts."""
+    stream.seek(position)
+    return position + _skip_line(stream)
+
+
+TOO_LONG = f"a record of more than {RECORD_BYTES // 2**20} MiB"
+
+
+def read_jsonl(stream: BufferedReader, name: str, end: int | None, field: str) -> Iterator[Record]:
+    """A JSON object a line, the text in one of its fields."""
+    for start, line, whole in bounded_lines(stream, end):
+        where = f"byte {start}"
+        if not whole:
+            yield bad(TOO_LONG, name, where, line)
+            continue
+        text, reason = _text_of_json(line, field)
+        if reason:
+            yield bad(reason, name, where, line)
+        else:
+            yield from judged(text, name, where)
+
+
+def _text_of_json(line: bytes, field: str) -> tuple[str, str]:
+    """(text, "") or ("", reason)."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "", "invalid UTF-8"
+    except (ValueError, RecursionError):
+        return "", "broken JSON" if line.strip() else "blank"
+    if not isinstance(record, dict):
+        return "", "not a JSON object"
+    if field not in record:
+        return "", f"no field {field!r}"
+    text = record[field]
+    if not isinstance(text, str):
+        return "", f"field {field!r} is null" if text is None else f"field {field!r} is not a string"
+    return text, ""
+
+
+def column_index(names: list[str], column: str, name: str) -> int:
+    """Raises UserError, with the columns there are, if `column` is not among `names`."""
+    if column in names:
+        return names.index(column)
+    near = get_close_matches(column, names, 1, 0.5)
+    raise UserError(
+        f"text_field: {printable(name)} has no column {column!r}"
+        f"{f'; did you mean {near[0]!r}?' if near else ''}; its columns are {', '.join(map(repr, names))}"
+    )
+
+
+def tsv_column(stream: BufferedReader, name: str, column: str) -> int:
+    """The index of `column`, from the first line."""
+    header = stream.readline(CHUNK).decode("utf-8", "replace").rstrip("\r\n").removeprefix("\ufeff")
+    return column_index(header.split("\t"), column, name)
+
+
+def read_tsv(stream: BufferedReader, name: str, end: int | None, index: int) -> Iterator[Record]:
+    """A record a line, columns between tabs. A quotation mark is a character like any other."""
+    for start, line, whole in bounded_lines(stream, end):
+        where, cells = f"byte {start}", line.rstrip(b"\r\n").split(b"\t")
+        if not whole:
+            yield bad(TOO_LONG, name, where, line)
+        elif len(cells) <= index:
+            reason = "a row with too few columns" if line.strip() else "blank"
+            yield bad(reason, name, where, line)
+        else:
+            yield from judged(cells[index], name, where)
+
+
+# ------------------------------------------------------------------------------------------------- csv
+
+
+class _CsvLines:
+    """The lines of a .csv for csv.reader, which reads as many as a record has."""
+
+    def __init__(self, stream: BufferedReader) -> None:
+        self._stream = stream
+        self.number = 0  # lines read
+        self.begin()
+
+    def begin(self) -> None:
+        """A new record begins."""
+        self.size, self._quotes, self.head = 0, 0, b""
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(RECORD_BYTES)
+        if not line:
+            raise StopIteration
+        self.head = self.head or line
+        self.size += len(line)
+        self._count(line)
+        if self.size >= RECORD_BYTES:
+            self._skip(line)
+            raise OverflowError
+        return line.decode("utf-8", "surrogateescape")
+
+    def _count(self, line: bytes) -> None:
+        self._quotes += line.count(b'"')
+        self.number += line.endswith(b"\n")
+
+    def _skip(self, line: bytes) -> None:
+        """To the end of the record: the end of a line where the quotation marks are closed."""
+        while (self._quotes % 2 or not line.endswith(b"\n")) and (line := self._stream.readline(CHUNK)):
+            self._count(line)
+
+
+def csv_column(stream: BufferedReader, name: str, column: str) -> int:
+    """The index of `column`, from the first record."""
+    return _csv_header(csv.reader(_CsvLines(stream)), name, column)
+
+
+def _csv_header(reader: Iterator[list[str]], name: str, column: str) -> int:
+    csv.field_size_limit(RECORD_BYTES)  # of this process
+    try:
+        header = next(reader, [])
+    except (csv.Error, OverflowError):
+        header = []
+    return column_index([_shown(cell) for cell in header], column, name)
+
+
+def _shown(cell: str) -> str:
+    return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def read_csv(stream: BufferedReader, name: str, column: str) -> Iterator[Record]:
+    """RFC 4180, https://www.rfc-editor.org/rfc/rfc4180: text in quotation marks may hold commas and lines."""
+    lines = _CsvLines(stream)
+    reader = csv.reader(lines)
+    index = _csv_header(reader, name, column)
+    while True:
+        lines.begin()
+        where = f"line {lines.number + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except OverflowError:
+            yield bad(TOO_LONG, name, where, lines.head)
+            continue
+        except csv.Error as error:
+            yield bad(f"broken CSV: {error}", name, where, lines.head)
+            continue
+        if len(cells) <= index:
+            yield bad("a row with too few columns" if cells else "blank", name, where, lines.head)
+        else:
+            try:
+                cells[index].encode()
+            except UnicodeEncodeError:
+                yield bad("invalid UTF-8", name, where, lines.head)
+            else:
+                yield from judged(cells[index], name, where)
+
+
+# ---------------------------------------------------------------------------------------- running text
+
+
+def read_paragraphs(stream: BufferedReader, name: str, end: int | None) -> Iterator[Record]:
+    """A .txt file whose documents end at blank lines."""
+    return _documents(_between_blank_lines(stream, end), name)
+
+
+def read_whole(stream: BufferedReader, name: str) -> Iterator[Record]:
+    """A .txt file that is one document."""
+    return _documents(_all_of(stream), name)
+
+
+def read_markdown(stream: BufferedReader, name: str) -> Iterator[Record]:
+    """A Markdown file, one document, without its marks."""
+    return _documents(_all_of(stream), name, MarkdownText().feed, "Markdown without a text")
+
+
+def read_wiki(stream: BufferedReader, name: str, end: int | None) -> Iterator[Record]:
+    """WikiExtractor's <doc id= url= title=> blocks, each a document without its title; a line a paragraph.
+
+    https://github.com/attardi/wikiextractor
+    """
+    article = _Article()
+    return _documents(_doc_blocks(stream, end, article), name, article.text, "an article with a title only")
+
+
+def _all_of(stream: BufferedReader) -> Iterator[Chunk]:
+    data, start = stream.read(CHUNK), 0
+    while data:
+        following = stream.read(CHUNK)
+        yield start, data, not following
+        data = following
+
+
+def _between_blank_lines(stream: BufferedReader, end: int | None) -> Iterator[Chunk]:
+    lines = list[bytes]()
+    position = start = stream.tell()
+    size, begun, line_start = 0, False, True
+    while (end is None or position < end) and (line := stream.readline(CHUNK)):
+        if line_start and line.isspace():
+            if begun:
+                yield start, b"".join(lines), True
+                lines.clear()
+                size, begun = 0, False
+        else:
+            if not begun:
+                start, begun = position, True
+            if size >= CHUNK:
+                yield start, b"".join(lines), False
+                lines.clear()
+                size = 0
+            lines.append(line)
+            size += len(line)
+        position += len(line)
+        line_start = line.endswith(b"\n")
+    if begun:
+        yield start, b"".join(lines), True
+
+
+def next_paragraph(stream: BufferedReader, position: int) -> int:
+    """Where the first document after `position` starts, after a blank line; the end if none does."""
+    position = next_line(stream, position)  # the rest of a line that may have begun before `position`
+    after_blank, line_start = False, True
+    while line := stream.readline(CHUNK):
+        blank = line_start and line.isspace()
+        if after_blank and line_start and not blank:
+            return position
+        after_blank = blank
+        position += len(line)
+        line_start = line.endswith(b"\n")
+    return position
+
+
+def _doc_blocks(stream: BufferedReader, end: int | None, article: _Article) -> Iterator[Chunk]:
+    """What stands between <doc ...> and </doc>; tells `article` the tag.
+
+    Searches blocks of bytes, because articles are often short and lines cost the most.
+    """
+    base, buffer = stream.tell() - 1, b"\n"  # every tag follows a newline
+    start, inside, data = base, False, buffer
+    while data:
+        room = CHUNK if end is None else min(CHUNK, end - base - len(buffer))
+        data = stream.read(room)
+        buffer, at = buffer + data, 0  # buffer[at] comes before what is to be looked at
+        while True:
+            if not inside:
+                tag = buffer.find(b"\n<doc ", at)
+                text = buffer.find(b"\n", tag + 1) if tag >= 0 else -1
+                if text < 0:
+                    cut_off = tag >= 0 and len(buffer) - tag < CHUNK
+                    at = tag if cut_off else max(at, len(buffer) - len(b"\n<doc"))
+                    break
+                start, inside, at = base + tag + 1, True, text
+                article.begin(buffer[tag + 1 : text])
+            close = buffer.find(b"\n</doc>", at)
+            following = buffer.find(b"\n<doc ", at, len(buffer) if close < 0 else close)
+            stop = close if following < 0 else following
+            if stop >= 0:
+                yield start, buffer[at + 1 : stop + 1], True
+                inside, at = False, stop + (following < 0)
+            elif not data:
+                yield start, buffer[at + 1 :], True
+                return
+            else:
+                keep = len(buffer) - len(b"\n</doc>") - 1  # a tag may have begun
+                if keep - at > CHUNK:
+                    yield start, buffer[at + 1 : keep + 1], False
+                    at = keep
+                break
+        buffer, base = buffer[at:], base + at
+
+
+def next_article(stream: BufferedReader, position: int) -> int:
+    """Where the first <doc ...> after `position` starts; the end if none does."""
+    position, line_start = next_line(stream, position), True
+    while (line := stream.readline(CHUNK)) and not (line_start and line.startswith(b"<doc ")):
+        position += len(line)
+        line_start = line.endswith(b"\n")
+    return position
+
+
+class _Article:
+    """The text of a <doc> block: no title, HTML or emptied brackets, a blank line after each line."""
+
+    def begin(self, tag: bytes) -> None:
+        title = _title.search(tag)
+        self._title: str | None = title[1].decode("utf-8", "replace") if title else ""
+
+    def text(self, text: str, last: bool) -> str:
+        if "&" in text or "<" in text:
+            text = _tag.sub(" ", html.unescape(text))
+        if self._title is not None:
+            title = html.unescape(self._title).strip()
+            if text.startswith(title):
+                first_line = text.find("\n", len(title)) % (len(text) + 1)
+                if not text[len(title) : first_line].strip():
+                    text = text[first_line:]
+            self._title = None
+        return text.replace(" ()", "").replace("（）", "").replace("\n", "\n\n")
+
+
+def _documents(
+    chunks: Iterator[Chunk], name: str, strip: Strip | None = None, empty: str = ""
+) -> Iterator[Record]:
+    """Texts of the documents that `chunks` make; a long one is given while it is read, cut.
+
+    A document of which `strip` leaves nothing is Dropped as `empty`.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    nothing = Dropped(empty)
+    rest, kind, given, wrong, head = "", str, False, False, b""
+    for start, data, last in chunks:
+        head = head or data
+        if not wrong:
+            try:
+                # The decoder keeps the beginning of a character that goes on in the next chunk.
+                text = data.decode() if last and head is data else decoder.decode(data, last)
+            except UnicodeDecodeError:
+                decoder.reset()
+                yield bad("invalid UTF-8", name, f"byte {start}", head)
+                wrong = True
+            else:
+                rest += strip(text, last) if strip else text
+                while len(rest) > LONGEST:
+                    end = cut_at(rest, 0)
+                    if not (piece := rest[:end]).isspace():
+                        yield kind(piece)
+                        kind, given = Cut, True
+                    rest = rest[end:]
+        if last:
+            if not wrong and rest and not rest.isspace():
+                yield kind(rest)
+            elif not wrong and not given:
+                yield nothing if strip else bad("blank", name, f"byte {start}", rest)
+            rest, kind, given, wrong, head = "", str, False, False, b""

@@ -1,0 +1,111 @@
+"""What a reader yields, and the cutting of documents that are too long to be one.
+
+A record is
+
+    str      the text of a document
+    Cut      a str, too: the text goes on from the record before it, whose document was longer than LONGEST
+    Dropped  a document that is left out for what it is, such as an article without a text
+    Bad      what cannot be read: why, where, and how it begins
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+LONGEST = 2**20  # characters of a record's text
+EXCERPT = 200  # characters
+
+_blank_line = re.compile(r"\n\s*\n")
+_sentence_end = re.compile(r"[.!?…][\"'”’»)\]]*\s|[。！？][”’」』）]*")
+_lone_surrogate = re.compile("[\ud800-\udfff]")
+
+
+class Cut(str):
+    """The continuation of a document that was longer than LONGEST."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A document that is left out for what it is."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A record that cannot be read.
+
+    reason: one of few, to count by. place: the file and the byte (of its text, if it is compressed), line or
+    row. excerpt: the first 200 characters.
+    """
+
+    reason: str
+    place: str
+    excerpt: str = ""
+
+
+Record = str | Dropped | Bad
+
+
+def bad(reason: str, name: str, where: str, content: bytes | str = "") -> Bad:
+    """A Bad whose place and excerpt can be printed whatever the file's name and `content` hold."""
+    if isinstance(content, bytes):
+        content = content[: 4 * EXCERPT].decode("utf-8", "replace")
+    excerpt = content[:EXCERPT].encode("utf-8", "replace").decode()
+    return Bad(reason, f"{printable(name)}, {where}", excerpt)
+
+
+def printable(name: str) -> str:
+    """A file's name without the lone surrogates that stand for bytes that are no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def judged(content: bytes | str, name: str, where: str) -> Iterator[Record]:
+    """The records of one whole text: itself, its parts if it is too long, or why it is bad."""
+    text = content
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError:
+            yield bad("invalid UTF-8", name, where, content)
+            return
+    if not text or text.isspace():
+        yield bad("blank", name, where, text)
+    elif not text.isascii() and _lone_surrogate.search(text):
+        yield bad("lone surrogate", name, where, text)
+    elif len(text) <= LONGEST:
+        yield text
+    else:
+        yield from pieces(text)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """`text`, cut where it must be; every piece but the first is a Cut."""
+    start, kind = 0, str
+    while len(text) - start > LONGEST:
+        end = cut_at(text, start)
+        yield kind(text[start:end])
+        start, kind = end, Cut
+    yield kind(text[start:])
+
+
+def cut_at(text: str, start: int) -> int:
+    """Where to cut what follows `start`, in the second half of LONGEST characters.
+
+    The last blank line; if there is none the last end of a sentence, white space, or the very end.
+    """
+    middle, end = start + LONGEST // 2, start + LONGEST
+    for pattern in (_blank_line, _sentence_end):
+        for size in (LONGEST // 128, LONGEST // 2):  # most often it is near
+            last = 0
+            for match in pattern.finditer(text, end - size, end):
+                last = match.end()
+            if last:
+                return last
+    space = max(text.rfind(" ", middle, end), text.rfind("\n", middle, end))
+    return space + 1 if space >= 0 else end

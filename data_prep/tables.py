@@ -1,0 +1,149 @@
+"""The records of Parquet and Arrow files: one column, a few rows at a time.
+
+Parquet is read by row group, a page at a time; of an Arrow file the pages that were read are given back.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from itertools import pairwise
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bertscale.config import UserError
+from data_prep.compressed import compression_of, open_file, open_stream
+from data_prep.formats import RECORD_BYTES, TOO_LONG, column_index
+from data_prep.records import EXCERPT, Record, bad, judged, printable
+
+BATCH_BYTES = 2**21  # of text in Python's memory at a time, about
+_ARROW_FILE = b"ARROW1\0\0"  # then what a stream has, then a footer
+
+
+def text_column(schema: Any, column: str, name: str) -> int:
+    """The index of `column`; raises UserError if there is none, or if it holds no text."""
+    index = column_index(schema.names, column, name)
+    kind = schema.field(index).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if values not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise UserError(f"text_field: the column {column!r} of {printable(name)} holds {kind}, not text")
+    return index
+
+
+# --------------------------------------------------------------------------------------------- parquet
+
+
+@contextmanager
+def open_parquet(name: str) -> Iterator[Any]:
+    """A compressed one is unpacked into a temporary file first: Parquet is read from its end."""
+    with open_file(name) as plain, tempfile.TemporaryFile() as copy:
+        file = plain
+        if compression_of(name):
+            with open_stream(name) as stream:
+                shutil.copyfileobj(stream, copy, 2**20)
+            file = copy  # type: ignore[assignment]
+        yield pq.ParquetFile(pa.PythonFile(file, "r"), buffer_size=2**20, page_checksum_verification=True)
+
+
+def group_starts(parquet: Any) -> list[int]:
+    """The byte of the file where each row group begins; rising, or else empty."""
+    starts = []
+    for group in range(parquet.num_row_groups):
+        column = parquet.metadata.row_group(group).column(0)
+        dictionary = column.dictionary_page_offset
+        starts.append(dictionary if dictionary else column.data_page_offset)
+    return starts if all(a < b for a, b in pairwise(starts)) else []
+
+
+def read_parquet(name: str, start: int, end: int, column: str) -> Iterator[Record]:
+    """The rows of the row groups that begin in [start, end) of the file."""
+    with open_parquet(name) as parquet:
+        text_column(parquet.schema_arrow, column, name)
+        starts = group_starts(parquet) if not compression_of(name) else []
+        row = 0
+        for group in range(parquet.num_row_groups):
+            about = parquet.metadata.row_group(group)
+            if (start <= starts[group] < end) if starts else start == 0:
+                size = about.column(_leaf(parquet, column)).total_uncompressed_size
+                rows = max(1, min(1024, BATCH_BYTES * about.num_rows // max(size, 1)))
+                at = row
+                for batch in parquet.iter_batches(rows, [group], [column], use_threads=False):
+                    yield from _texts(batch.column(0), name, at)
+                    at += batch.num_rows
+            row += about.num_rows
+
+
+def _leaf(parquet: Any, column: str) -> int:
+    """The index of `column` among the leaves: nested columns before it have several."""
+    paths = [parquet.schema.column(i).path for i in range(len(parquet.schema.names))]
+    return paths.index(column)
+
+
+# ----------------------------------------------------------------------------------------------- arrow
+
+
+def arrow_schema(stream: BufferedReader) -> Any:
+    return _open_arrow(stream).schema
+
+
+def _open_arrow(stream: Any) -> Any:
+    if stream.peek(len(_ARROW_FILE))[: len(_ARROW_FILE)] == _ARROW_FILE:
+        stream.read(len(_ARROW_FILE))
+    return pa.ipc.open_stream(stream)
+
+
+def read_arrow(name: str, column: str) -> Iterator[Record]:
+    """The rows of an Arrow IPC file or stream, in order."""
+    with open_stream(name) as stream:
+        if compression_of(name):
+            yield from _rows(_open_arrow(stream), name, column, None)
+            return
+        # Closed when the last of the arrays that look into it is gone.
+        memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        start = len(_ARROW_FILE) if memory[: len(_ARROW_FILE)] == _ARROW_FILE else 0
+        yield from _rows(pa.ipc.open_stream(pa.py_buffer(memory).slice(start)), name, column, memory)
+
+
+def _rows(batches: Any, name: str, column: str, memory: mmap.mmap | None) -> Iterator[Record]:
+    index = text_column(batches.schema, column, name)
+    row = unreleased = 0
+    for batch in batches:
+        array = batch.column(index)
+        rows = max(1, min(1024, BATCH_BYTES * len(array) // max(array.nbytes, 1)))
+        for start in range(0, len(array), rows):
+            some = array.slice(start, rows)
+            yield from _texts(some, name, row + start)
+            unreleased += some.nbytes
+            if memory is not None and unreleased > 8 * BATCH_BYTES:
+                memory.madvise(mmap.MADV_DONTNEED)  # they are read again from the file where they are needed
+                unreleased = 0
+        row += len(array)
+
+
+def _texts(array: Any, name: str, row: int) -> Iterator[Record]:
+    """The texts of an array whose first row is number `row` of the file."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    # As bytes, because Arrow does not look whether they are UTF-8 when it reads them.
+    array = array.cast(pa.large_binary())
+    array.validate(full=True)  # offsets of a damaged file point anywhere
+    lengths = pc.binary_length(array)
+    whole = (pc.sum(lengths).as_py() or 0) <= 4 * BATCH_BYTES
+    values = array.to_pylist() if whole else None
+    for at in range(len(array)):
+        where = f"row {row + at}"
+        if values is None and (lengths[at].as_py() or 0) > RECORD_BYTES:
+            yield bad(TOO_LONG, name, where, array[at].as_buffer()[: 4 * EXCERPT].to_pybytes())
+            continue
+        value = array[at].as_py() if values is None else values[at]
+        if value is None:
+            yield bad("the text is null", name, where)
+        else:
+            yield from judged(value, name, where)

@@ -1,0 +1,156 @@
+"""Corpora mixed by weight, and stages of growing length."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bertscale.config import Corpus, SamplesConfig, UserError
+from bertscale.mixture import PERIOD, Mixture, Quotas, data_digest
+from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
+
+WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=8)
+
+
+def make_dataset(folder: Path, documents: int, first: int = 0, model: bytes = b"no model") -> Dataset:
+    """One shard of documents of three sentences of five tokens; tokens are first, first + 1, ..."""
+    rows = [
+        (number, [list(range(first + 15 * number + at, first + 15 * number + at + 5)) for at in (0, 5, 10)])
+        for number in range(documents)
+    ]
+    folder.mkdir()
+    entry = write_shard(folder / "train-00000.arrow", rows, np.uint16, "train")
+    (folder / "tokenizer.model").write_bytes(model)
+    digest = hashlib.sha256(model).hexdigest()
+    write_manifest(
+        folder, tokenizer_sha256=digest, vocab_size=65_000, settings={}, counters={}, shards=[entry]
+    )
+    return open_dataset(folder, "train")
+
+
+def mix(
+    datasets: Sequence[Dataset], weights: Sequence[float], *, global_batch: int = 8, **samples: object
+) -> Mixture:
+    config = SamplesConfig.model_validate({"kind": "document", "max_length": 32, **samples})
+    return Mixture(datasets, weights, config, global_batch=global_batch, seed=0)
+
+
+@settings(deadline=None)
+@given(WEIGHTS, st.integers(0, 2**64 - 1), st.integers(0, 5000))
+def test_each_corpus_is_numbered_without_gap_or_repetition(
+    weights: list[float], seed: int, first_period: int
+) -> None:
+    quotas = Quotas(weights)
+    numbers = np.arange(first_period * PERIOD, (first_period + 4) * PERIOD)
+    corpus, own = quotas.share_out(numbers, seed)
+    begun = np.array([quotas.taken(first_period * PERIOD), quotas.taken((first_period + 4) * PERIOD)])
+    for number in range(len(weights)):
+        mine = own[corpus == number]
+        np.testing.assert_array_equal(np.sort(mine), np.arange(*begun[:, number]))
+        for at in range(4):  # and period by period, so that what is read stays together
+            part = slice(at * PERIOD, (at + 1) * PERIOD)
+            inside = own[part][corpus[part] == number]
+            assert len(inside) == 0 or inside.max() - inside.min() == len(inside) - 1
+    share = np.array(weights) / sum(weights)
+    counts = np.bincount(corpus[:PERIOD], minlength=len(weights))
+    assert np.abs(counts - PERIOD * share).max() <= 1 + len(weights) / PERIOD
+
+
+@given(WEIGHTS)
+def test_the_weights_are_kept_to_a_millionth(weights: list[float]) -> None:
+    taken = Quotas(weights).taken(PERIOD**2)
+    assert taken.sum() == PERIOD**2
+    share = np.array(weights) / sum(weights)
+    assert np.abs(taken / PERIOD**2 - share).max() <= len(weights) / PERIOD**2
+    assert taken.min() >= 1
+    for samples in (1, 1000, 10**7, 10**12):
+        assert abs(int(Quotas(weights).taken(samples).sum()) - samples) <= len(weights)
+
+
+def test_a_sample_is_shared_out_by_its_number_alone() -> None:
+    quotas = Quotas([5, 2, 1])
+    numbers = np.arange(5000)
+    corpus, own = quotas.share_out(numbers, 3)
+    some = np.random.default_rng(0).permutation(numbers)[:100]
+    for found, whole in zip(quotas.share_out(some, 3), (corpus, own), strict=True):
+        np.testing.assert_array_equal(found, whole[some])
+    other, _ = quotas.share_out(numbers, 4)
+    assert (other != corpus).any()
+
+
+def test_tokens_come_from_the_corpora_by_weight(tmp_path: Path) -> None:
+    datasets = [make_dataset(tmp_path / "a", 40), make_dataset(tmp_path / "b", 10)]
+    mixture = mix(datasets, [3, 1])
+    pieces = mixture.pieces(mixture.stages[0], np.arange(4 * PERIOD))
+    assert (np.diff(pieces.row) >= 0).all()
+    second = pieces.start >= 40 * 15
+    assert second.sum() == PERIOD
+    assert pieces.start.max() < 50 * 15
+    # Each corpus goes through its own epochs.
+    counts = np.bincount(pieces.start[second] // 15 - 40)
+    assert counts.max() - counts.min() <= 1
+    counts = np.bincount(pieces.start[~second] // 15)
+    assert counts.max() - counts.min() <= 1
+    np.testing.assert_allclose(mixture.epochs(4 * PERIOD // 8), [3 * PERIOD / 40, PERIOD / 10])
+
+
+def test_half_of_every_batch_of_a_mixture_are_other_pairs(tmp_path: Path) -> None:
+    datasets = [make_dataset(tmp_path / "a", 40), make_dataset(tmp_path / "b", 10)]
+    mixture = mix(datasets, [0.8, 0.2], kind="nsp")
+    for step in range(50):
+        pieces = mixture.pieces(mixture.stages[0], np.arange(8 * step, 8 * step + 8))
+        assert pieces.label is not None
+        assert pieces.label.tolist() == [0, 1] * 4
+        same = pieces.start[::2] // 15 == pieces.start[1::2] // 15
+        np.testing.assert_array_equal(same, pieces.label == 0)
+        assert ((pieces.start[::2] < 600) == (pieces.start[1::2] < 600)).all()  # of one corpus
+
+
+def test_stages_follow_the_steps(tmp_path: Path) -> None:
+    mixture = mix([make_dataset(tmp_path / "a", 40)], [1], warmup=[[3, 8], [2, 16]])
+    lengths = [mixture.stage_of(step).max_length for step in range(7)]
+    assert lengths == [8, 8, 8, 16, 16, 32, 32]
+    assert [mixture.end_of(stage) for stage in mixture.stages] == [3, 5, None]
+    for step in range(7):
+        stage = mixture.stage_of(step)
+        pieces = mixture.pieces(stage, np.arange(8 * step, 8 * step + 8))
+        assert 0 < pieces.length.max() <= stage.max_length - 2
+    # A document of 15 tokens is three samples of at most 8 tokens, two of 16, one of 32.
+    assert [stage.plans[0].num_samples for stage in mixture.stages] == [120, 80, 40]
+    np.testing.assert_allclose(mixture.epochs(4), [24 / 120 + 8 / 80])
+    np.testing.assert_allclose(mixture.epochs(10), [24 / 120 + 16 / 80 + 40 / 40])
+
+
+def test_the_first_stage_does_not_give_its_order_to_the_next(tmp_path: Path) -> None:
+    mixture = mix([make_dataset(tmp_path / "a", 400)], [1], warmup=[[50, 32]])
+    first, second = (
+        mixture.pieces(stage, stage.first_sample + np.arange(400)).start for stage in mixture.stages
+    )
+    assert (first == second).sum() < 12
+    np.testing.assert_array_equal(np.sort(first), np.sort(second))
+
+
+def test_corpora_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
+    datasets = [make_dataset(tmp_path / "a", 4), make_dataset(tmp_path / "b", 4, model=b"another")]
+    with pytest.raises(UserError, match=r"b was made with another tokenizer than .*a; run `bertscale prep`"):
+        mix(datasets, [1, 1])
+
+
+def test_the_digest_of_a_mixture_is_of_its_parts_and_weights(tmp_path: Path) -> None:
+    datasets = [make_dataset(tmp_path / "a", 4), make_dataset(tmp_path / "b", 5)]
+
+    def digest(numbers: Sequence[int], weights: Sequence[float]) -> str:
+        corpora = [
+            Corpus(path=str(datasets[n].folder), weight=w) for n, w in zip(numbers, weights, strict=True)
+        ]
+        return data_digest([datasets[n] for n in numbers], corpora)
+
+    assert digest([0], [7.0]) == datasets[0].manifest_digest
+    found = {digest([0, 1], [1, 1]), digest([1, 0], [1, 1]), digest([0, 1], [1, 2]), digest([0], [1])}
+    assert len(found) == 4

@@ -1,0 +1,163 @@
+"""The tokenizer's sample is uniform, bounded and the same for any number of workers; so is the model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from bertscale.config import PrepConfig, TokenizerTraining, UserError
+from bertscale.tokenizer import find_tokenizer, load_tokenizer
+from data_prep import train_tokenizer
+from data_prep.plan import Plan
+from data_prep.train_tokenizer import EXCERPT, draw_sample, finished_tokenizer, make_tokenizer
+from data_prep.workers import worker_pool
+
+HAN = "北京是中国的首都我们学习人民大学生活水平东西南北上下左右"
+
+
+def texts(number: int, seed: int = 0) -> list[str]:
+    """Documents of random words that come back."""
+    generator = random.Random(seed)
+    letters = "abcdefghijklmnoprstuvw"
+    words = ["".join(generator.choices(letters, k=generator.randint(2, 8))) for _ in range(300)]
+    return [" ".join(generator.choices(words, k=generator.randint(5, 60))) + "." for _ in range(number)]
+
+
+def prepare(folder: Path, documents: list[str], workers: int = 1, **settings: Any) -> Path:
+    (folder / "input").mkdir(exist_ok=True, parents=True)
+    (folder / "input" / "a.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    output = folder / f"output-{workers}"
+    training = TokenizerTraining(**{"vocab_size": 400} | settings.pop("train_tokenizer", {}))
+    config = PrepConfig(
+        input=[str(folder / "input")],
+        output=str(output),
+        split_bytes=20_000,
+        train_tokenizer=training,
+        workers=workers,
+        **settings,
+    )
+    plan = Plan(config)
+    with plan.alone(), worker_pool(workers) as pool:
+        plan.begin()
+        tokenizer = make_tokenizer(pool, plan)
+    assert not list((output / ".prep").glob("sample*"))
+    again = finished_tokenizer(plan)
+    assert again is not None
+    assert again.sha256 == tokenizer.sha256
+    return find_tokenizer(output)
+
+
+def test_the_sample_is_uniform_and_repeatable() -> None:
+    documents = [str(number) for number in range(40)]
+    everything = [(number, text.encode()) for number, text in enumerate(documents)]
+    assert draw_sample(documents, 100, 1000, "0") == everything
+    one, same, other = (draw_sample(documents, 10, 1000, seed) for seed in ("0", "0", "1"))
+    assert one == same != other
+    drawn = [number for seed in range(400) for number, _ in draw_sample(documents, 10, 1000, str(seed))]
+    counts = np.bincount(drawn, minlength=40)
+    assert counts.sum() == 4000
+    assert 60 < counts.min() <= counts.max() < 140  # 100 expected, standard deviation 8.7
+
+
+def test_the_sample_is_bounded_in_bytes() -> None:
+    # Long ones have the same chance as short ones: none of either sort is put off by its length.
+    documents = ["x" * 10, "y" * 1000] * 200
+    kinds = ""
+    for seed in range(100):
+        drawn = draw_sample(documents, 400, 20_000, str(seed))
+        assert 18_000 < sum(len(content) for _, content in drawn) <= 20_000
+        kinds += "".join(chr(content[0]) for _, content in drawn)
+    assert 0.45 < kinds.count("y") / len(kinds) < 0.55
+
+
+def test_parts_of_giant_documents_are_drawn() -> None:
+    giant = " ".join(f"word{number}" for number in range(100_000))
+    drawn = draw_sample(["small", giant], 1000, 2**24, "0")
+    assert {number for number, _ in drawn} == {0, 1}
+    parts = [content.decode() for number, content in drawn if number == 1]
+    assert max(map(len, parts)) <= EXCERPT
+    assert "".join(parts) == giant
+    assert all(part.startswith("word") for part in parts)
+    some = draw_sample([giant], 1000, 2 * EXCERPT, "0")
+    assert 0 < sum(len(content) for _, content in some) <= 2 * EXCERPT
+    unspaced = draw_sample([HAN * 10_000], 1000, 2**24, "0")
+    assert b"".join(content for _, content in unspaced).decode() == HAN * 10_000
+
+
+def test_the_same_model_for_any_number_of_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = texts(600)
+    one = prepare(tmp_path, documents, 1, train_tokenizer={"sample_documents": 300}).read_bytes()
+    shown = capsys.readouterr().out
+    assert prepare(tmp_path, documents, 3, train_tokenizer={"sample_documents": 300}).read_bytes() == one
+    # What was drawn, and how well the Hugging Face form agrees, is said.
+    assert "training 400 unigram pieces on 300 documents: 0.1 MB" in shown
+    assert "99.95 % of its characters get pieces" in shown
+    assert "its Hugging Face form gives the same ids for 300 of 300 sentences (100 %)" in shown
+    assert prepare(tmp_path, documents, 1, seed=1).read_bytes() != one
+
+
+def test_bpe_and_compatible_forms(tmp_path: Path) -> None:
+    output = prepare(tmp_path, texts(300), normalization="nfkc", train_tokenizer={"model": "bpe"})
+    tokenizer = load_tokenizer(output)
+    assert tokenizer.normalize("①ﬁ") == "1fi"
+    assert tokenizer.encode(["ﬁ"]) == tokenizer.encode(["fi"])
+
+
+def test_coverage_follows_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = random.Random(0)
+    documents = ["".join(generator.choices(HAN, k=60)) + "。" for _ in range(300)]
+    path = prepare(tmp_path, documents, language="zh", train_tokenizer={"vocab_size": 320})
+    assert "99.98 % of its characters" in capsys.readouterr().out
+    tokenizer = load_tokenizer(path)
+    pieces = {tokenizer.piece(i) for i in range(tokenizer.vocab_size)}
+    assert set(HAN) <= pieces
+
+    settings = {"vocab_size": 320, "character_coverage": 0.99}
+    prepare(tmp_path / "other", documents, language="zh", train_tokenizer=settings)
+    assert "99 % of its characters" in capsys.readouterr().out
+
+
+def test_it_says_that_it_is_working(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_tokenizer, "STILL_SECONDS", 0.01)
+    prepare(tmp_path, texts(300))
+    assert "tokenizer: still training, for 0:00" in capsys.readouterr().out
+
+
+def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("one two three\nfour five six\nabcdefghijklmnopqrstuvwxyz\nABCDEFGHIJKLMNOPQRSTUVWXYZ\n")
+    models: tuple[Literal["unigram", "bpe"], ...] = ("unigram", "bpe")
+    for model in models:
+        with pytest.raises(UserError, match=r"vocab_size=5000 is too large .* largest that fits is \d+"):
+            train_tokenizer.train_tokenizer([few], tmp_path / "few.model", model, 5000)
+        with pytest.raises(UserError, match=r"vocab_size=270 is too small .* smallest that fits is 314"):
+            train_tokenizer.train_tokenizer([few], tmp_path / "few.model", model, 270, 1.0)
+    assert not (tmp_path / "few.model").exists()
+
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "##a", "##b", "the", "."]
+
+
+def test_given_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = prepare(tmp_path, texts(100))
+    given = tmp_path / "given.model"
+    given.write_bytes(own.read_bytes())
+    assert prepare(tmp_path / "1", texts(10), tokenizer=str(given)).read_bytes() == given.read_bytes()
+
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(VOCABULARY))
+    stored = prepare(tmp_path / "2", texts(10), tokenizer=str(vocabulary))
+    assert stored.name == "tokenizer.json"
+    assert "WordPiece with 17 pieces, for text in lower case and without accents" in capsys.readouterr().out
+    tokenizer = load_tokenizer(stored)
+    assert tokenizer.encode(["The hab."]) == [[VOCABULARY.index(p) for p in ("the", "h", "##a", "##b", ".")]]
+    # Another kind in the same folder takes the place of the first.
+    stored = prepare(tmp_path / "2", texts(100))
+    assert stored.name == "tokenizer.model"
+    assert not stored.with_name("tokenizer.json").exists()
