@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining
 
 from bertscale.config import ModelConfig, PretrainConfig
-from bertscale.convert import to_hugging_face
 from bertscale.device import measured_peak
 from bertscale.engine import Engine
 from bertscale.loader import Loader, MicroBatch
 from bertscale.mixture import Mixture
 from bertscale.model import model_flops_per_token
+from bertscale.names import to_hugging_face
 from bertscale.optim import parameter_groups
 from bertscale.parallel import seed_dropout, start_ranks
 from bertscale.pretrain import forward
@@ -158,7 +158,7 @@ def their_step(model: ModelConfig, engine: Engine) -> Callable[[MicroBatch], flo
     values = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, parameter in engine.model.named_parameters():
-            for each, value in to_hugging_face(name, parameter, model.num_attention_heads, VOCAB).items():
+            for each, value in to_hugging_face(name, parameter, model, VOCAB).items():
                 values[each].copy_(value)
     optimizer = torch.optim.AdamW(parameter_groups(theirs, 0.01), lr=1e-5, betas=(0.9, 0.98), fused=True)
     theirs.train()

@@ -156,22 +156,59 @@ class PrepConfig(Section):
 
 
 class ModelConfig(Section):
-    """Shape of the encoder; the names are those of a Hugging Face BertConfig."""
+    """Shape of the encoder; the names are those of Hugging Face's configs.
 
-    preset: Literal["bert"] = Field("bert", description="Architecture.")
+    A key that the preset has no use for is refused unless it has its default; defaults that differ by
+    preset are in `PRESET_DEFAULTS`.
+    """
+
+    preset: Literal["bert", "megatron-bert", "modern"] = Field(
+        "bert", description="Architecture: BertForPreTraining, MegatronBertForPreTraining or ModernBert."
+    )
     num_hidden_layers: int = Field(12, ge=1, description="Layers.")
     hidden_size: int = Field(768, ge=1, description="Width of the residual stream.")
     num_attention_heads: int = Field(12, ge=1, description="Attention heads.")
-    intermediate_size: int = Field(3072, ge=1, description="Width inside the feed-forward part.")
+    intermediate_size: int = Field(
+        3072, ge=1, description="Width inside the feed-forward part; of each half where it is gated (modern)."
+    )
     max_position_embeddings: int = Field(512, ge=1, description="Longest sequence, in tokens.")
-    type_vocab_size: int = Field(2, ge=1, description="Segment types.")
-    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states.")
-    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1, description="Dropout of attention.")
-    layer_norm_eps: float = Field(1e-12, gt=0, description="Added to the variance by LayerNorm.")
+    type_vocab_size: int = Field(2, ge=1, description="Segment types; not for modern.")
+    hidden_dropout_prob: float = Field(
+        0.1, ge=0, lt=1, description="Dropout of hidden states; modern: of embeddings and feed-forward, 0."
+    )
+    attention_probs_dropout_prob: float = Field(
+        0.1, ge=0, lt=1, description="Dropout of attention; modern: of its output as well, 0."
+    )
+    layer_norm_eps: float = Field(
+        1e-12, gt=0, description="Added to the variance by LayerNorm (norm_eps of modern: 1e-5)."
+    )
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     matrix_initializer_range: float | None = Field(
         None, gt=0, description="Likewise, of matrices that are no embeddings; without it the same."
     )
+    initializer_cutoff_factor: float = Field(
+        2.0, gt=0, description="Initial weights are cut off at so many deviations; modern alone."
+    )
+    global_attn_every_n_layers: int = Field(
+        3, ge=1, description="Every so-manieth layer attends to the whole sample, the first one too; modern."
+    )
+    local_attention: int = Field(
+        128, ge=2, description="Window of the other layers in tokens, half to each side; modern alone."
+    )
+    global_rope_theta: float = Field(
+        160_000.0, gt=1, description="Base of the rotary positions of global layers; modern alone."
+    )
+    local_rope_theta: float = Field(10_000.0, gt=1, description="Likewise, of local layers.")
+    sentence_head: bool = Field(
+        True, description="A pooler and a head for an objective on sentence pairs; modern: false."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(preset := values.get("preset"), str):
+            return {**PRESET_DEFAULTS.get(preset, {}), **values}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -180,7 +217,50 @@ class ModelConfig(Section):
                 f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+        modern = self.preset == "modern"
+        for key in ("type_vocab_size",) if modern else MODERN_KEYS:
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if value != default:
+                home = "bert and megatron-bert" if modern else "modern"
+                raise ValueError(
+                    f"{key}={value} is a key of preset {home}; preset {self.preset} has no use for it"
+                )
+        if modern and (size := self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} is a "
+                f"head of odd size, {size}; rotary positions take features in pairs"
+            )
+        if modern and self.local_attention % 2:
+            raise ValueError(f"local_attention={self.local_attention} is odd: half of it lies to each side")
         return self
+
+    @property
+    def half_window(self) -> int | None:
+        """Tokens to each side that a local layer attends to; None: there is no local layer."""
+        local = self.preset == "modern" and self.num_hidden_layers > 1 and self.global_attn_every_n_layers > 1
+        return self.local_attention // 2 if local else None
+
+    def is_local(self, layer: int) -> bool:
+        """Whether layer number `layer`, from 0, attends to a window only."""
+        return self.half_window is not None and layer % self.global_attn_every_n_layers > 0
+
+
+MODERN_KEYS = (
+    "initializer_cutoff_factor",
+    "global_attn_every_n_layers",
+    "local_attention",
+    "global_rope_theta",
+    "local_rope_theta",
+)
+# What a preset has where a config is silent and the field's own default is another preset's.
+PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "modern": {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": 1e-5,
+        "sentence_head": False,
+    }
+}
 
 
 class Corpus(Section):
@@ -271,6 +351,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the device multiplies it natively, else float32."
     )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Recomputes in the backward pass, to save memory: selective, attention; full, layers.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between two log points.")
     eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
     eval_samples: int = Field(1024, ge=1, description="Samples of a held-out loss.")
@@ -293,12 +377,23 @@ class ParallelConfig(Section):
     """How a job is spread over ranks."""
 
     tensor: int = Field(1, ge=1, description="Ranks that share each layer (tensor parallel).")
+    sequence: bool = Field(
+        False, description="Those ranks share out the tokens as well, between layers: less memory."
+    )
     zero_stage: int = Field(
         1, ge=0, le=3, description="DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients, 3 weights."
     )
     ranks: int = Field(
         0, ge=0, description="Local processes; 0: one for each GPU, on a CPU one for each tensor rank."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError(
+                "sequence=true shares out tokens among tensor-parallel ranks, and tensor=1 has none"
+            )
+        return self
 
 
 class LaunchConfig(Section):
@@ -357,6 +452,12 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
+        if self.samples.has_pairs and not self.model.sentence_head:
+            raise ValueError(
+                f"samples.kind={self.samples.kind} makes sentence pairs, and "
+                f"model.preset={self.model.preset} has no head for them: take "
+                "samples.kind=packed or document, or model.sentence_head=true"
+            )
         if self.samples.max_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"samples.max_length={self.samples.max_length} is longer than "

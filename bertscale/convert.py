@@ -1,10 +1,10 @@
-"""Checkpoint <-> Hugging Face folder: name tables, both directions, and the check that they agree.
+"""Checkpoint <-> Hugging Face folder: both directions, and the check that they agree.
 
     bertscale convert runs/quickstart/pretrain runs/quickstart/hugging-face   # newest checkpoint of a run
     bertscale convert runs/quickstart/hugging-face runs/imported              # and back
 
-Conversion reads one tensor at a time and needs no GPU. Native query, key and value weights are one matrix
-whose rows are in the order head, (query, key, value), feature; Hugging Face holds three.
+Presets are transformers' BertForPreTraining, MegatronBertForPreTraining and ModernBertForMaskedLM; what
+is called how there is in `names`. Conversion reads one tensor at a time and needs no GPU.
 """
 
 from __future__ import annotations
@@ -19,40 +19,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bertscale.checkpoint import TABLE, fresh_folder, open_checkpoint, put_in_place, save_tensors, write_whole
-from bertscale.config import ModelConfig, UserError, check_config
+from bertscale.config import ModelConfig, UserError
 from bertscale.layers import Layers
-from bertscale.model import PretrainingModel, padded_vocab_size
+from bertscale.model import PretrainingModel, initial_value
+from bertscale.names import (
+    SENTENCE_HEAD,
+    from_hugging_face,
+    hugging_face_config,
+    hugging_face_names,
+    model_of,
+    to_hugging_face,
+)
 from bertscale.shards import file_digest
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 ORIGIN = "bertscale_checkpoint"  # key of config.json: digest of the checkpoint's table
-
-# Native name -> Hugging Face name, outside the layers and within one; `query_key_value` is cut in three.
-OUTSIDE = {
-    "encoder.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
-    "encoder.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
-    "encoder.embeddings.token_type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
-    "encoder.embeddings.LayerNorm.weight": "bert.embeddings.LayerNorm.weight",
-    "encoder.embeddings.LayerNorm.bias": "bert.embeddings.LayerNorm.bias",
-    "encoder.pooler.weight": "bert.pooler.dense.weight",
-    "encoder.pooler.bias": "bert.pooler.dense.bias",
-    "predictions.dense.weight": "cls.predictions.transform.dense.weight",
-    "predictions.dense.bias": "cls.predictions.transform.dense.bias",
-    "predictions.LayerNorm.weight": "cls.predictions.transform.LayerNorm.weight",
-    "predictions.LayerNorm.bias": "cls.predictions.transform.LayerNorm.bias",
-    "predictions.decoder.bias": "cls.predictions.bias",
-    "seq_relationship.weight": "cls.seq_relationship.weight",
-    "seq_relationship.bias": "cls.seq_relationship.bias",
-}
-WITHIN = {
-    "attention.dense": "attention.output.dense",
-    "attention.LayerNorm": "attention.output.LayerNorm",
-    "feed_forward.intermediate": "intermediate.dense",
-    "feed_forward.dense": "output.dense",
-    "feed_forward.LayerNorm": "output.LayerNorm",
-}
-PADDED = ("encoder.embeddings.word_embeddings.weight", "predictions.decoder.bias")
 
 EXAMPLES = (
     "Return a new [MASK] with the same values.",
@@ -84,21 +66,6 @@ def open_weights(path: Path) -> Weights:
     return open_checkpoint(path)
 
 
-# ------------------------------------------------------------------------------------------ the tables
-
-
-def hugging_face_names(name: str) -> list[str]:
-    """Names in a BertForPreTraining of the native parameter `name`: three for query_key_value, else one."""
-    if name in OUTSIDE:
-        return [OUTSIDE[name]]
-    _, _, layer, rest = name.split(".", 3)  # encoder.layers.N.rest
-    module, kind = rest.rsplit(".", 1)
-    prefix = f"bert.encoder.layer.{layer}"
-    if module == "attention.query_key_value":
-        return [f"{prefix}.attention.self.{part}.{kind}" for part in ("query", "key", "value")]
-    return [f"{prefix}.{WITHIN[module]}.{kind}"]
-
-
 def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
     """Every native parameter and its whole shape."""
     with torch.device("meta"):
@@ -106,44 +73,21 @@ def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in skeleton.named_parameters()}
 
 
-def to_hugging_face(name: str, value: Tensor, heads: int, vocab_size: int) -> dict[str, Tensor]:
-    """One native tensor as Hugging Face's one or three; padded vocabulary rows are cut off."""
-    names = hugging_face_names(name)
-    if len(names) == 1:
-        return {names[0]: value[:vocab_size] if name in PADDED else value}
-    parts = value.view(heads, 3, -1, *value.shape[1:]).unbind(dim=1)  # 3 x [A, D, (H)]
-    return {part: each.reshape(-1, *value.shape[1:]) for part, each in zip(names, parts, strict=True)}
-
-
-def from_hugging_face(name: str, values: list[Tensor], heads: int) -> Tensor:
-    """The inverse of `to_hugging_face`; padded vocabulary rows are zero."""
-    if len(values) == 3:
-        parts = [value.view(heads, -1, *value.shape[1:]) for value in values]  # 3 x [A, D, (H)]
-        return torch.stack(parts, dim=1).reshape(-1, *values[0].shape[1:])  # [A, 3, D, (H)] -> [3 H, (H)]
-    value = values[0]
-    if name not in PADDED:
-        return value
-    padded = value.new_zeros(padded_vocab_size(len(value)), *value.shape[1:])
-    padded[: len(value)] = value
-    return padded
-
-
 class HuggingFaceWeights:
-    """A BertForPreTraining folder with safetensors, as native tensors."""
+    """A folder of a model for pretraining or of a masked-language model, with safetensors, as native tensors.
+
+    A bert or megatron-bert that comes without pooler and next-sentence head gets first values of them, and
+    `missing` says so.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        origin = folder / "config.json"
         try:
-            self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.config = json.loads(origin.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {folder / 'config.json'}: {error}") from error
-        if self.config.get("model_type") != "bert" or self.config.get("hidden_act", "gelu") != "gelu":
-            raise UserError(
-                f"{folder} holds a model of type {self.config.get('model_type')!r} with activation "
-                f"{self.config.get('hidden_act')!r}; this version converts 'bert' with 'gelu'"
-            )
-        sizes = {key: self.config[key] for key in ModelConfig.model_fields if key in self.config}
-        self.model: ModelConfig = check_config(ModelConfig, sizes, str(folder / "config.json"))
+            raise UserError(f"cannot read {origin}: {error}") from error
+        self.model: ModelConfig = model_of(self.config, str(origin))
         self.vocab_size: int = self.config["vocab_size"]
         try:
             self.file: Any = safe_open(folder / WEIGHTS, framework="pt")
@@ -154,15 +98,34 @@ class HuggingFaceWeights:
                 "model.save_pretrained(folder), which writes safetensors"
             ) from error
         self.parameters = native_shapes(self.model, self.vocab_size)
+        self.missing = [
+            name for name in self.parameters if name.startswith(SENTENCE_HEAD) and not self._has(name)
+        ]
 
     def tensor(self, name: str) -> Tensor:
         """The native parameter `name`, float32; raises UserError when the folder lacks it."""
+        if name in self.missing:
+            return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
         values = []
-        for each in hugging_face_names(name):
-            if each not in self.names:
-                raise UserError(f"{self.folder / WEIGHTS} lacks {each}: it is not a whole BertForPreTraining")
-            values.append(self.file.get_tensor(each).float())
-        return from_hugging_face(name, values, self.model.num_attention_heads)
+        for each in hugging_face_names(name, self.model.preset):
+            found = self._find(each)
+            if found is None:
+                raise UserError(
+                    f"{self.folder / WEIGHTS} lacks {each}: it is no whole model for pretraining or for "
+                    "masked tokens"
+                )
+            values.append(self.file.get_tensor(found).float())
+        return from_hugging_face(name, values, self.model)
+
+    def _has(self, name: str) -> bool:
+        return all(self._find(each) for each in hugging_face_names(name, self.model.preset) or [""])
+
+    def _find(self, name: str) -> str | None:
+        """The name in the file, which is another one in the oldest exports."""
+        older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+        return next((spelt for spelt in (name, older) if spelt in self.names), None)
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -182,6 +145,8 @@ def convert(source: Path, output: Path, show: bool) -> None:
     if isinstance(weights, HuggingFaceWeights):
         _check_output(output, TABLE)
         import_weights(weights, output)
+        if weights.missing:
+            print(f"missing   {', '.join(weights.missing)}: not in {source}, given their first values")
         print(f"imported  {source} -> {output}, a checkpoint without optimizer state")
         return
     digest = file_digest(weights.folder / TABLE)
@@ -192,33 +157,35 @@ def convert(source: Path, output: Path, show: bool) -> None:
         export(weights, output, digest)
         difference = largest_difference(weights, output)
         print(f"exported  {weights.folder} -> {output}")
+        if left := [
+            name for name in weights.parameters if not hugging_face_names(name, weights.model.preset)
+        ]:
+            print(f"left out  {', '.join(left)}: transformers' class has no place for them")
         print(f"verified  logits of the native and the exported model differ by at most {difference:.1e}")
     if show:
         show_masks(output)
 
 
 def export(weights: Weights, output: Path, origin: str) -> None:
-    """Writes a folder that transformers loads as BertForPreTraining, tokenizer included."""
+    """Writes a folder that transformers loads as the preset's class, tokenizer included."""
     model, tokenizer = weights.model, load_tokenizer(find_tokenizer(weights.folder))
     tensors: dict[str, Tensor] = {}
     for name in weights.parameters:
-        tensors |= to_hugging_face(name, weights.tensor(name), model.num_attention_heads, weights.vocab_size)
+        tensors |= to_hugging_face(name, weights.tensor(name), model, weights.vocab_size)
     partial = fresh_folder(output)
     save_tensors(partial / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
-    sizes = model.model_dump(exclude={"preset"}, exclude_none=True)
     config = {
-        "architectures": ["BertForPreTraining"],
-        "model_type": "bert",
-        "hidden_act": "gelu",
-        "vocab_size": weights.vocab_size,
-        "pad_token_id": tokenizer.pad_id,
-        "tie_word_embeddings": True,
+        **hugging_face_config(model, weights.vocab_size, tokenizer.pad_id),
         "dtype": "float32",
-        **sizes,
         ORIGIN: origin,
     }
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.export_hugging_face(partial, model.max_position_embeddings)
+    if model.preset == "modern":  # it takes no token types
+        path = partial / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(partial)
     put_in_place(partial, output)
 
@@ -253,22 +220,31 @@ def native_model(weights: Weights) -> PretrainingModel:
 @torch.no_grad()
 def largest_difference(weights: Weights, folder: Path) -> float:
     """Largest absolute difference of any logit, native against exported, on a batch of random ids."""
-    from transformers import BertForPreTraining
+    import transformers
 
     _quiet()
-    theirs = BertForPreTraining.from_pretrained(folder, dtype=torch.float32).eval()
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    theirs = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
     ours = native_model(weights)
-    longest = weights.model.max_position_embeddings
+    model = weights.model
+    # Long enough that a local layer does not see everything.
+    longest = max(64, 2 * (model.half_window or 0) + 7)
     generator = torch.Generator().manual_seed(0)
     difference = 0.0
-    for length in sorted({min(7, longest), min(64, longest)}):
+    for length in sorted({min(length, model.max_position_embeddings) for length in (7, longest)}):
         ids = torch.randint(weights.vocab_size, (length,), generator=generator)
         types = (torch.arange(length) > length // 2).long()
         hidden, pooled = ours.encoder(ids, types, torch.arange(length), (length,))
-        output = theirs(input_ids=ids[None], token_type_ids=types[None])
-        masked = ours.predictions(hidden)[:, : weights.vocab_size] - output.prediction_logits[0]
-        relation = ours.seq_relationship(pooled) - output.seq_relationship_logits
-        difference = max(difference, float(masked.abs().max()), float(relation.abs().max()))
+        inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        if model.preset != "modern":
+            inputs["token_type_ids"] = types[None]
+        output = theirs(**inputs)
+        logits = output["prediction_logits" if "ForPreTraining" in kind else "logits"]
+        masked = ours.predictions(hidden)[:, : weights.vocab_size] - logits[0]
+        difference = max(difference, float(masked.abs().max()))
+        if ours.seq_relationship is not None and "seq_relationship_logits" in output:
+            relation = ours.seq_relationship(pooled) - output["seq_relationship_logits"]
+            difference = max(difference, float(relation.abs().max()))
     return difference
 
 

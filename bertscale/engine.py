@@ -87,7 +87,9 @@ class Engine:
             data_parallel_group=ranks.data_group,  # without it shards go over all ranks: silently wrong
             enabled=self.stage == 3,
         ):
-            self.model = PretrainingModel(config.model, vocab_size, ranks.layers())
+            recompute = config.train.activation_checkpointing
+            layers = ranks.layers(config.parallel.sequence)
+            self.model = PretrainingModel(config.model, vocab_size, layers, recompute)
         for name, parameter in self.model.named_parameters():
             # Without the mark DeepSpeed counts the share of one rank alone into the gradient norm.
             parameter.tensor_model_parallel = tensor_parallel_dimension(name) is not None  # type: ignore[attr-defined]

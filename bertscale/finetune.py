@@ -211,11 +211,16 @@ def make_model(config: FinetuneConfig, weights: Weights, classes: int, seed: int
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The encoder's part of the pretrained weights, for `load_state_dict`. Raises UserError if one lacks."""
+    """The encoder's part of the pretrained weights, for `load_state_dict`. Raises UserError if one lacks.
+
+    A pooler that the encoder was trained without stays at its first values.
+    """
     with torch.device("meta"):
         wanted = ClassificationModel(weights.model, weights.vocab_size, classes=2).encoder
     tensors = {}
     for name, parameter in wanted.named_parameters(prefix="encoder"):
+        if name.startswith("encoder.pooler.") and not weights.model.sentence_head:
+            continue
         if name not in weights.parameters:
             raise UserError(f"the encoder {weights.folder} has no parameter {name}")
         tensors[name] = weights.tensor(name)

@@ -9,9 +9,12 @@ Dimensions: T tokens, P masked positions, V vocabulary on this rank (all of it w
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,14 +62,19 @@ class Layers:
 
     degree = 1  # ranks that share a layer
     rank = 0  # this rank's place among them
+    token_multiple = 1  # of the tokens in a forward pass
 
-    def column(self, inputs: int, outputs: int) -> nn.Module:
+    def column(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
         """[.., inputs] -> [.., outputs / degree]: each rank holds a share of the output features."""
-        return Linear(inputs, outputs)
+        return Linear(inputs, outputs, bias)
 
-    def row(self, inputs: int, outputs: int) -> nn.Module:
+    def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
         """[.., inputs / degree] -> [.., outputs]: each rank holds a share of the input features."""
-        return Linear(inputs, outputs)
+        return Linear(inputs, outputs, bias)
+
+    def norm(self, width: int, eps: float, bias: bool = True) -> nn.Module:
+        """LayerNorm of hidden states, between the layers that are shared out."""
+        return nn.LayerNorm(width, eps, bias=bias)
 
     def word_embedding(self, vocab_size: int, width: int) -> nn.Module:
         """Ids [T] -> [T, width]: each rank holds a share of the rows."""
@@ -92,3 +100,44 @@ class Layers:
     def sharded_random(self) -> AbstractContextManager[None]:
         """Random draws inside are this rank's own; outside, all ranks of a layer draw the same."""
         return nullcontext()
+
+    def residual_random(self) -> AbstractContextManager[None]:
+        """For dropout of hidden states between layers: draws are shared unless the tokens are shared out."""
+        return nullcontext()
+
+    def scatter(self, hidden: Tensor) -> Tensor:
+        """[T, H], on every rank -> what this rank holds of it between layers: all, or a share of tokens."""
+        return hidden
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """The inverse of `scatter`."""
+        return hidden
+
+    def checkpoint(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """`function(*inputs)`, computed once more in the backward pass instead of kept (Chen et al., 2016).
+
+        Random draws are repeated, both those that all ranks share and this rank's own.
+        """
+        return checkpoint_of(function, inputs, nullcontext)
+
+
+def checkpoint_of(
+    function: Callable[..., Tensor],
+    inputs: tuple[Any, ...],
+    again: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """torch's activation checkpoint; the recomputation runs inside `again()`."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    recomputing = False
+
+    def run(*inputs: Any) -> Tensor:
+        nonlocal recomputing
+        with again() if recomputing else nullcontext():
+            recomputing = True
+            return function(*inputs)
+
+    # Reentrant: the recomputation has a graph and hooks of its own. Under ZeRO-3 the other kind lets go of
+    # the weights that it has gathered before their gradients are there.
+    output: Tensor = torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=True)
+    return output

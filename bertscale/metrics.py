@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from bertscale.config import PAIRS, ModelConfig
-from bertscale.model import model_flops_per_token
+from bertscale.model import attended_pairs, model_flops_per_token
 from bertscale.parallel import Ranks
 from bertscale.progress import show_count
 
@@ -29,21 +29,25 @@ class Rate:
 
     def restart(self) -> None:
         """Begins a new stretch; time before it (a checkpoint, a held-out loss) does not count."""
-        self.tokens, self.squares, self.masked = 0, 0, 0
+        self.tokens, self.pairs, self.local_pairs, self.masked = 0, 0, 0, 0
         self.began = time.perf_counter()
 
     def add(self, lengths: Sequence[int], masked: int) -> None:
         """One micro-batch of this rank: its sample lengths and its number of predicted tokens."""
         self.tokens += sum(lengths)
-        self.squares += sum(length * length for length in lengths)
+        self.pairs += sum(length * length for length in lengths)
+        half = self.model.half_window
+        self.local_pairs += sum(attended_pairs(length, half) for length in lengths) if half else 0
         self.masked += masked
 
     def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
         """Rates of the stretch over all ranks; one that warms up is left out of `overall`."""
-        sums = ranks.sum(self.tokens, self.squares, self.masked)
-        tokens, squares, masked = (value / ranks.tensor for value in sums)
+        sums = ranks.sum(self.tokens, self.pairs, self.local_pairs, self.masked)
+        tokens, pairs, local, masked = (value / ranks.tensor for value in sums)
         seconds = time.perf_counter() - self.began
-        flops = tokens * model_flops_per_token(self.model, self.vocab_size, squares / tokens, masked / tokens)
+        flops = tokens * model_flops_per_token(
+            self.model, self.vocab_size, pairs / tokens, masked / tokens, local / tokens
+        )
         if not warming_up:
             self.all_tokens += tokens
             self.all_seconds += seconds

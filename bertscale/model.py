@@ -1,15 +1,25 @@
 """The encoder family and its heads, as single-device text: layers that may be sharded come from `layers`.
 
-Preset `bert`: post-LayerNorm, GELU, learned positions, token types, pooler, tied decoder (Devlin et al.,
-2019), numerically equal to transformers' BertForPreTraining from the same weights.
+Each preset is numerically equal to its transformers class from the same weights:
+
+| preset        | class                      | norms | positions            | feed-forward | biases  |
+| ------------- | -------------------------- | ----- | -------------------- | ------------ | ------- |
+| bert          | BertForPreTraining         | after | learned              | GELU         | yes     |
+| megatron-bert | MegatronBertForPreTraining | first | learned              | GELU         | yes     |
+| modern        | ModernBertForMaskedLM      | first | rotary, local layers | GELU, gated  | decoder |
+
+(Devlin et al., 2019; Shoeybi et al., 2019; Warner et al., 2024.) Names are the same in all three, so that
+one table tells which parameters tensor-parallel ranks share out.
 
 Samples are laid end to end without padding. Dimensions:
     T tokens of the micro-batch   S samples   P masked positions   L tokens of one sample
     H hidden size   A attention heads on this rank   D head size   V vocabulary on this rank
+    G groups of feed-forward features on this rank   I features of a group
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertscale.config import ModelConfig
-from bertscale.kernels import Packing, attend
+from bertscale.kernels import Packing, Rotation, attend, rotate, rotation
 from bertscale.layers import Embedding, Layers, Linear, derive_seed
 
 VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
@@ -33,84 +43,178 @@ class Embeddings(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.word_embeddings = layers.word_embedding(padded_vocab_size(vocab_size), width)
-        self.position_embeddings = Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = Embedding(config.type_vocab_size, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if config.preset != "modern":
+            self.position_embeddings = Embedding(config.max_position_embeddings, width)
+            self.token_type_embeddings = Embedding(config.type_vocab_size, width)
+        if config.preset != "megatron-bert":
+            self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps, bias=config.preset == "bert")
+        self.preset = config.preset
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, tokens: Tensor, token_types: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.word_embeddings(tokens) + self.token_type_embeddings(token_types)  # [T, H]
-        hidden = hidden + self.position_embeddings(positions)
-        dropped: Tensor = self.dropout(self.LayerNorm(hidden))
+        hidden: Tensor = self.word_embeddings(tokens)  # [T, H]
+        if self.preset != "modern":
+            hidden = hidden + self.token_type_embeddings(token_types)
+            hidden = hidden + self.position_embeddings(positions)
+        if self.preset != "megatron-bert":
+            hidden = self.LayerNorm(hidden)
+        dropped: Tensor = self.dropout(hidden)
         return dropped
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    """With its norm and its residual connection; `number` is the layer's, from 0."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, number: int, recompute: bool) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.recompute = layers, recompute
+        modern = config.preset == "modern"
         self.heads = config.num_attention_heads // layers.degree
         # Rows in the order head, (query, key, value), feature: a share of rows is a share of heads.
-        self.query_key_value = layers.column(config.hidden_size, 3 * config.hidden_size)
-        self.dense = layers.row(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.query_key_value = layers.column(config.hidden_size, 3 * config.hidden_size, not modern)
+        self.dense = layers.row(config.hidden_size, config.hidden_size, not modern)
+        self.norm_after = config.preset == "bert"
+        self.LayerNorm: nn.Module
+        if modern and number == 0:  # the embeddings' norm has just been there
+            self.LayerNorm = nn.Identity()
+        else:
+            self.LayerNorm = layers.norm(config.hidden_size, config.layer_norm_eps, not modern)
         self.probs_dropout = config.attention_probs_dropout_prob
+        self.dropout = nn.Dropout(self.probs_dropout if modern else config.hidden_dropout_prob)
+        self.half_window = config.half_window if config.is_local(number) else None
 
-    def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
-        projected = self.query_key_value(hidden)  # [T, H] -> [T, A 3 D]
-        projected = projected.view(hidden.shape[0], self.heads, 3, -1)  # -> [T, A, 3, D]
-        with self.layers.sharded_random():  # each rank has other heads
-            attended = attend(projected, packing, self.probs_dropout if self.training else 0.0)
-        output: Tensor = self.dropout(self.dense(attended.flatten(1)))  # [T, A, D] -> [T, H]
-        normed: Tensor = self.LayerNorm(output + hidden)
+    def forward(self, hidden: Tensor, packing: Packing, turn: Rotation | None) -> Tensor:
+        inputs = hidden if self.norm_after else self.LayerNorm(hidden)
+        projected = self.query_key_value(inputs)  # [T, H] -> [T, A 3 D]
+        projected = projected.view(projected.shape[0], self.heads, 3, -1)  # -> [T, A, 3, D]
+        if turn is not None:
+            projected = rotate(projected, turn)
+        if self.recompute and self.training:
+            attended = self.layers.checkpoint(self.attend, projected, packing)
+        else:
+            attended = self.attend(projected, packing)
+        output = self.dense(attended.flatten(1))  # [T, A, D] -> [T, H]
+        with self.layers.residual_random():
+            output = hidden + self.dropout(output)
+        normed: Tensor = self.LayerNorm(output) if self.norm_after else output
         return normed
+
+    def attend(self, projected: Tensor, packing: Packing) -> Tensor:
+        with self.layers.sharded_random():  # each rank has other heads
+            dropout = self.probs_dropout if self.training else 0.0
+            return attend(projected, packing, dropout, self.half_window)
 
 
 class FeedForward(nn.Module):
+    """With its norm and its residual connection. Gated (GeGLU: Shazeer, 2020) in preset `modern`."""
+
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        self.intermediate = layers.column(config.hidden_size, config.intermediate_size)
-        self.dense = layers.row(config.intermediate_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = layers
+        width, inside = config.hidden_size, config.intermediate_size
+        self.gated = config.preset == "modern"
+        # Rows of the gated one in the order group, (input, gate), feature: so a share of rows is a share of
+        # features on any number of ranks, which divides `feed_forward_groups`.
+        self.groups = feed_forward_groups(config) // layers.degree
+        self.intermediate = layers.column(width, 2 * inside if self.gated else inside, not self.gated)
+        self.dense = layers.row(inside, width, not self.gated)
+        self.norm_after = config.preset == "bert"
+        self.LayerNorm = layers.norm(width, config.layer_norm_eps, not self.gated)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        output = self.dropout(self.dense(F.gelu(self.intermediate(hidden))))
-        normed: Tensor = self.LayerNorm(output + hidden)
+        inputs = hidden if self.norm_after else self.LayerNorm(hidden)
+        inside = self.intermediate(inputs)
+        if self.gated:
+            value, gate = inside.view(inside.shape[0], self.groups, 2, -1).unbind(2)  # -> 2 x [T, G, I]
+            inside = (F.gelu(value) * gate).flatten(1)
+            with self.layers.sharded_random():  # each rank has other features
+                inside = self.dropout(inside)
+            gated: Tensor = hidden + self.dense(inside)
+            return gated
+        output = self.dense(F.gelu(inside))
+        with self.layers.residual_random():
+            output = hidden + self.dropout(output)
+        normed: Tensor = self.LayerNorm(output) if self.norm_after else output
         return normed
 
 
+def feed_forward_groups(config: ModelConfig) -> int:
+    """Groups of features that the gated feed-forward part can be shared out by."""
+    return math.gcd(config.num_attention_heads, config.intermediate_size)
+
+
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, number: int, recompute: bool) -> None:
         super().__init__()
-        self.attention = Attention(config, layers)
+        self.attention = Attention(config, layers, number, recompute)
         self.feed_forward = FeedForward(config, layers)
 
-    def forward(self, hidden: Tensor, packing: Packing) -> Tensor:
-        attended: Tensor = self.feed_forward(self.attention(hidden, packing))
+    def forward(self, hidden: Tensor, packing: Packing, turn: Rotation | None) -> Tensor:
+        attended: Tensor = self.feed_forward(self.attention(hidden, packing, turn))
         return attended
 
 
 class Encoder(nn.Module):
-    """Tokens laid end to end -> hidden states."""
+    """Tokens laid end to end -> hidden states, and with `pooler` a vector for each sample.
 
-    def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers) -> None:
+    `recompute`: `none`, `selective` (attention) or `full` (layers): what the backward pass computes anew.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, layers: Layers, pooler: bool, recompute: str = "none"
+    ) -> None:
         super().__init__()
+        self.config, self.parallel, self.recompute = config, layers, recompute == "full"
         self.embeddings = Embeddings(config, vocab_size, layers)
-        self.layers = nn.ModuleList(Layer(config, layers) for _ in range(config.num_hidden_layers))
-        self.pooler = Linear(config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Layer(config, layers, number, recompute == "selective")
+            for number in range(config.num_hidden_layers)
+        )
+        if config.preset != "bert":
+            self.LayerNorm = layers.norm(config.hidden_size, config.layer_norm_eps, config.preset != "modern")
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if pooler else None
 
     def forward(
         self, tokens: Tensor, token_types: Tensor, positions: Tensor, lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Ids [T] each and S lengths -> hidden states [T, H], pooled first tokens [S, H]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids [T] each and S lengths -> hidden states [T, H], pooled first tokens [S, H] or None."""
+        count = len(tokens)
+        if extra := -count % self.parallel.token_multiple:  # a sample more, whose results nobody uses
+            tokens, token_types, positions = (
+                F.pad(ids, (0, extra)) for ids in (tokens, token_types, positions)
+            )
+            lengths = [*lengths, extra]
         packing = Packing.of(lengths, tokens.device)
-        hidden = self.embeddings(tokens, token_types, positions)
-        for layer in self.layers:
-            hidden = layer(hidden, packing)
-        first = hidden.index_select(0, packing.starts[:-1])  # [T, H] -> [S, H]
+        turns = self.rotations(positions)
+        hidden = self.parallel.scatter(self.embeddings(tokens, token_types, positions))
+        for number, layer in enumerate(self.layers):
+            turn = turns[self.config.is_local(number)] if turns else None
+            if self.recompute and self.training:
+                hidden = self.parallel.checkpoint(layer, hidden, packing, turn)
+            else:
+                hidden = layer(hidden, packing, turn)
+        if self.config.preset != "bert":
+            hidden = self.LayerNorm(hidden)
+        hidden = self.parallel.gather(hidden)
+        starts = packing.starts[:-1]
+        if extra:
+            hidden, starts = hidden[:count], starts[:-1]
+        if self.pooler is None:
+            return hidden, None
+        first = hidden.index_select(0, starts)  # [T, H] -> [S, H]
         return hidden, torch.tanh(self.pooler(first))
+
+    def rotations(self, positions: Tensor) -> tuple[Rotation, Rotation] | None:
+        """How global and local layers turn the tokens at `positions` [T]; None without rotary positions."""
+        if self.config.preset != "modern":
+            return None
+        size = self.config.hidden_size // self.config.num_attention_heads
+        longest = self.config.max_position_embeddings
+        return (
+            rotation(positions, longest, size, self.config.global_rope_theta),
+            rotation(positions, longest, size, self.config.local_rope_theta),
+        )
 
 
 class Predictions(nn.Module):
@@ -118,8 +222,9 @@ class Predictions(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers) -> None:
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        bias = config.preset != "modern"
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=bias)
         padded = padded_vocab_size(vocab_size)
         self.decoder = layers.tied_decoder(padded, config.hidden_size)
         here = padded // layers.degree
@@ -134,19 +239,25 @@ class Predictions(nn.Module):
 
 
 class PretrainingModel(nn.Module):
-    """Encoder with the masked-language head and that of sentence pairs (next sentence or order).
+    """Encoder with the masked-language head and, where the config has it, that of sentence pairs.
 
     `vocab_size` is the tokenizer's; the word embedding has `padded_vocab_size` rows.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        layers: Layers | None = None,
+        recompute: str = "none",
+    ) -> None:
         super().__init__()
         layers = layers or Layers()
         self.config, self.vocab_size, self.parallel = config, vocab_size, layers
-        self.encoder = Encoder(config, vocab_size, layers)
+        self.encoder = Encoder(config, vocab_size, layers, config.sentence_head, recompute)
         self.predictions = Predictions(config, vocab_size, layers)
         self.predictions.decoder.weight = self.encoder.embeddings.word_embeddings.weight
-        self.seq_relationship = Linear(config.hidden_size, 2)
+        self.seq_relationship = Linear(config.hidden_size, 2) if config.sentence_head else None
 
     def forward(
         self,
@@ -159,8 +270,8 @@ class PretrainingModel(nn.Module):
         next_sentence_label: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sums over the micro-batch, float32 scalars: masked-language loss over P positions, the pairs'
-        loss over S samples, and how many of each were predicted right. Without labels a sample is no pair
-        and may hold several sequences, each with a length of its own; the pairs' sums are 0.
+        loss over S samples, and how many of each were predicted right. Without labels, or without that
+        head, a sample may hold several sequences, each with a length of its own; the pairs' sums are 0.
 
         The projection to the vocabulary runs on the P masked positions only.
         """
@@ -168,10 +279,13 @@ class PretrainingModel(nn.Module):
         logits = self.predictions(F.embedding(target_positions, hidden))  # [P, V]
         masked_correct = self.parallel.correct(logits, targets)
         masked_loss = self.parallel.cross_entropy(logits, targets).sum()
-        if next_sentence_label is None:
+        if self.seq_relationship is None or next_sentence_label is None:
+            nothing = torch.zeros_like(masked_correct)
+            if self.seq_relationship is None:
+                return masked_loss, nothing, masked_correct, nothing
             # Zero, but of every weight: the sharded optimizers wait for the gradients of all of them.
-            nothing = 0.0 * self.seq_relationship(pooled[:1]).float().sum()
-            return masked_loss, nothing, masked_correct, torch.zeros_like(masked_correct)
+            unused = 0.0 * self.seq_relationship(pooled[:1]).float().sum()
+            return masked_loss, unused, masked_correct, nothing
         relation = self.seq_relationship(pooled).float()  # [S, 2]
         relation_loss = F.cross_entropy(relation, next_sentence_label, reduction="sum")
         relation_correct = (relation.detach().argmax(dim=-1) == next_sentence_label).sum().float()
@@ -189,7 +303,7 @@ class ClassificationModel(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, classes: int, pooling: str = "first") -> None:
         super().__init__()
         self.config, self.vocab_size, self.pooling = config, vocab_size, pooling
-        self.encoder = Encoder(config, vocab_size, Layers())
+        self.encoder = Encoder(config, vocab_size, Layers(), config.sentence_head or pooling == "first")
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.standardize = nn.BatchNorm1d(config.hidden_size, affine=False)
         self.classifier = Linear(config.hidden_size, classes)
@@ -206,7 +320,9 @@ class ClassificationModel(nn.Module):
         """Ids [T] each and S lengths -> one vector a sample [S, H], before it is standardised."""
         hidden, pooled = self.encoder(tokens, token_types, positions, lengths)
         if self.pooling == "first":
-            return pooled  # type: ignore[no-any-return]
+            assert pooled is not None
+            first: Tensor = pooled
+            return first
         return torch.stack([part.mean(dim=0) for part in torch.split(hidden, list(lengths))])
 
     def classify(self, features: Tensor) -> Tensor:
@@ -220,17 +336,23 @@ class ClassificationModel(nn.Module):
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_size: int, seed: int) -> Tensor:
     """The whole first value (float32, CPU) of the parameter `name` of global `shape`.
 
-    | parameter                       | value                            |
-    | ------------------------------- | -------------------------------- |
-    | biases                          | 0                                |
-    | LayerNorm weights               | 1                                |
-    | embeddings                      | normal(0, initializer_range)     |
-    | matrices                        | normal(0, initializer_range or   |
-    |                                 | matrix_initializer_range if set) |
-    | padded rows of the vocabulary   | 0, and they stay 0               |
+    With r = initializer_range, m = matrix_initializer_range or else r, l layers:
 
-    (Devlin et al., 2019, drew matrices truncated at two deviations; transformers draws them
-    untruncated, as here.) It depends on name, shape and seed alone, so that every topology
+    | parameter                     | bert         | megatron-bert           | modern                  |
+    | ----------------------------- | ------------ | ----------------------- | ----------------------- |
+    | biases                        | 0            | 0                       | 0                       |
+    | LayerNorm weights             | 1            | 1                       | 1                       |
+    | embeddings                    | normal(0, r) | normal(0, r)            | cut normal(0, r)        |
+    | attention.dense,              |              |                         |                         |
+    | feed_forward.dense            | normal(0, m) | normal(0, m / sqrt(2 l)) | cut normal(0, m / sqrt(2 l)) |
+    | predictions.dense             | normal(0, m) | normal(0, m)            | cut normal(0, m / sqrt(2 l)) |
+    | other matrices                | normal(0, m) | normal(0, m)            | cut normal(0, m)        |
+    | padded rows of the vocabulary | 0, and they stay 0 (all presets)                                 |
+
+    Cut: at initializer_cutoff_factor deviations. Sources: Devlin et al., 2019, who drew matrices
+    truncated at two deviations, where transformers' Bert draws them untruncated, as here; Shoeybi et al.,
+    2019, and megatron-core, scaled by the 2 l residual branches; Warner et al., 2024, as in transformers'
+    ModernBertPreTrainedModel. It depends on name, shape, config and seed alone, so that every topology
     starts from the same weights.
     """
     if name.endswith("bias"):
@@ -241,20 +363,51 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     deviation = config.initializer_range
     if "embeddings" not in name:
         deviation = config.matrix_initializer_range or deviation
-    value = torch.empty(*shape).normal_(0.0, deviation, generator=generator)
+    ends_branch = name.endswith(("attention.dense.weight", "feed_forward.dense.weight"))
+    if config.preset == "modern":
+        ends_branch |= name == "predictions.dense.weight"
+    if ends_branch and config.preset != "bert":
+        deviation /= math.sqrt(2 * config.num_hidden_layers)
+    value = torch.empty(*shape)
+    if config.preset == "modern":
+        limit = config.initializer_cutoff_factor * deviation
+        nn.init.trunc_normal_(value, 0.0, deviation, -limit, limit, generator=generator)
+    else:
+        value.normal_(0.0, deviation, generator=generator)
     if name.endswith("word_embeddings.weight"):
         value[vocab_size:] = 0.0
     return value
 
 
-def model_flops_per_token(config: ModelConfig, vocab_size: int, attended: float, masked: float) -> float:
+def attended_pairs(length: int, half_window: int | None) -> int:
+    """(query, key) pairs of a sample of `length` tokens; within a window, where it is local."""
+    if half_window is None or length <= half_window:
+        return length * length
+    return length * (2 * half_window + 1) - half_window * (half_window + 1)
+
+
+def model_flops_per_token(
+    config: ModelConfig,
+    vocab_size: int,
+    attended: float,
+    masked: float,
+    attended_locally: float | None = None,
+) -> float:
     """Model FLOPs of one training step for one real token (forward and backward, nothing recomputed).
 
-    `attended` is the mean number of tokens that a token attends to, `masked` the share of
-    predicted tokens: 6 (12 l h^2) + 12 l h a + 6 m (h^2 + h V), with the feed-forward part
-    counted at its real width.
+    `attended` is the mean number of tokens that a token attends to in a global layer, `attended_locally`
+    in a local one (without it the window, or `attended` where that is less), `masked` the share of
+    predicted tokens. With l layers, of which g are global, h wide, and the k matrices h x i of the
+    feed-forward part (2, or 3 where it is gated):
+
+        6 l (4 h^2 + k h i) + 12 h (g attended + (l - g) attended_locally) + 6 masked (h^2 + h V)
     """
     width, depth = config.hidden_size, config.num_hidden_layers
-    layer = 4 * width**2 + 2 * width * config.intermediate_size
+    local = sum(config.is_local(number) for number in range(depth))
+    if attended_locally is None:
+        attended_locally = min(attended, 2 * (config.half_window or 0) + 1)
+    matrices = 3 if config.preset == "modern" else 2
+    layer = 4 * width**2 + matrices * width * config.intermediate_size
+    pairs = (depth - local) * attended + local * attended_locally
     head = width**2 + width * vocab_size
-    return 6 * depth * layer + 12 * depth * width * attended + 6 * masked * head
+    return 6 * depth * layer + 12 * width * pairs + 6 * masked * head

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bertscale.config import UserError
-from bertscale.layers import Layers, derive_seed
+from bertscale.layers import Layers, checkpoint_of, derive_seed
 
 with warnings.catch_warnings():  # it warns of each optional package that is not installed
     warnings.simplefilter("ignore")
@@ -35,6 +35,7 @@ with warnings.catch_warnings():  # it warns of each optional package that is not
         RowParallelLinear,
         VocabParallelEmbedding,
     )
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
 # The dimension of a parameter that is shared out; what is not named here is whole on every rank.
 TENSOR_PARALLEL_DIMENSIONS = (
@@ -85,9 +86,11 @@ class Ranks:
         """The process group of the ranks that hold the same share of each layer."""
         return parallel_state.get_data_parallel_group()
 
-    def layers(self) -> Layers:
-        """What the model is to be built of."""
-        return TensorParallelLayers(self) if self.tensor > 1 else Layers()
+    def layers(self, sequence: bool = False) -> Layers:
+        """What the model is to be built of; `sequence`: ranks that share layers share out tokens as well."""
+        if self.tensor == 1:
+            return Layers()
+        return SequenceParallelLayers(self) if sequence else TensorParallelLayers(self)
 
     def sum(self, *values: float) -> list[float]:
         """Sums host-side numbers over all ranks (float64; on gloo, so that no GPU is waited for)."""
@@ -180,16 +183,16 @@ class TensorParallelLayers(Layers):
         )
         self._own_state = self._generator().get_state()
 
-    def column(self, inputs: int, outputs: int) -> nn.Module:
-        return _Column(inputs, outputs, config=self.config, init_method=_no_values)
+    def column(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        return _Column(inputs, outputs, config=self.config, init_method=_no_values, bias=bias)
 
-    def row(self, inputs: int, outputs: int) -> nn.Module:
+    def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
         return _Row(
             inputs,
             outputs,
             config=self.config,
             init_method=_no_values,
-            bias=True,
+            bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
         )
@@ -231,6 +234,19 @@ class TensorParallelLayers(Layers):
             self._own_state = generator.get_state()
             generator.set_state(shared)
 
+    def checkpoint(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        at_start = self._own_state  # the other stream, torch's own, is put back by torch
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            now, self._own_state = self._own_state, at_start
+            try:
+                yield
+            finally:
+                self._own_state = now
+
+        return checkpoint_of(function, inputs, again)
+
     def seed(self, shared: int, own: int) -> None:
         """Starts both streams anew: `shared` must be equal on all ranks of a layer, `own` must differ."""
         generator = self._generator()
@@ -241,6 +257,121 @@ class TensorParallelLayers(Layers):
         if self.device.type == "cuda":
             return torch.cuda.default_generators[self.device.index or 0]
         return torch.default_generator
+
+
+class SequenceParallelLayers(TensorParallelLayers):
+    """Between the layers that are shared out, each rank holds a share of the tokens: norms, dropout and
+    residuals are not done by all ranks alike, and their activations are kept once (Korthikanti et al., 2022).
+
+    The columns' input is gathered, the rows' output summed and scattered: together the traffic of the
+    all-reduce that they replace. Weights that every rank holds whole see a share of the tokens only; their
+    gradients are summed where they arise. megatron-core's own version runs on CUDA alone.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(ranks)
+        self.token_multiple = ranks.tensor
+
+    def column(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        return _TokenColumn(inputs, outputs, config=self.config, init_method=_no_values, bias=bias)
+
+    def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        return _TokenRow(
+            inputs,
+            outputs,
+            config=self.config,
+            init_method=_no_values,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def norm(self, width: int, eps: float, bias: bool = True) -> nn.Module:
+        return _TokenNorm(width, eps, bias=bias)
+
+    def residual_random(self) -> AbstractContextManager[None]:
+        return self.sharded_random()
+
+    def scatter(self, hidden: Tensor) -> Tensor:
+        share: Tensor = _Scatter.apply(hidden)  # type: ignore[no-untyped-call]
+        return share
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        whole: Tensor = _Gather.apply(hidden)  # type: ignore[no-untyped-call]
+        return whole
+
+
+def _all_gather(share: Tensor) -> Tensor:
+    """[T / degree, ..] -> [T, ..]."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    whole = share.new_empty(len(share) * group.size(), *share.shape[1:])
+    dist.all_gather_into_tensor(whole, share.contiguous(), group=group)
+    return whole
+
+
+def _reduce_scatter(partial: Tensor) -> Tensor:
+    """Summands [T, ..] of each rank -> this rank's share [T / degree, ..] of the sum."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    share = partial.new_empty(len(partial) // group.size(), *partial.shape[1:])
+    dist.reduce_scatter_tensor(share, partial.contiguous(), group=group)
+    return share
+
+
+def _own_share(whole: Tensor) -> Tensor:
+    group = parallel_state.get_tensor_model_parallel_group()
+    share: Tensor = whole.chunk(group.size())[group.rank()]
+    return share
+
+
+class _Scatter(torch.autograd.Function):
+    """What all ranks hold alike -> shares of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor) -> Tensor:
+        return _own_share(whole).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _all_gather(grad)
+
+
+class _Gather(torch.autograd.Function):
+    """Shares of the tokens -> all of them, for what all ranks then do alike."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor) -> Tensor:
+        return _all_gather(share)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _own_share(grad)
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor) -> Tensor:
+        return _reduce_scatter(partial)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _all_gather(grad)
+
+
+class _GatherThenLinear(torch.autograd.Function):
+    """Keeps this rank's share of the input and gathers it anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(share, weight)
+        ctx.has_bias = bias is not None
+        return nn.functional.linear(_all_gather(share), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        share, weight = ctx.saved_tensors
+        of_input = _reduce_scatter(grad @ weight)
+        of_weight = grad.t() @ _all_gather(share)
+        return of_input, of_weight, grad.sum(dim=0) if ctx.has_bias else None
 
 
 def seed_dropout(layers: Layers, seed: int, step: int, micro_step: int, ranks: Ranks) -> None:
@@ -266,6 +397,36 @@ class _Row(RowParallelLinear):  # type: ignore[misc]
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = super().forward(inputs)[0]
         return output
+
+
+class _TokenColumn(_Column):
+    """From a share of the tokens to a share of the features of all tokens."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = _GatherThenLinear.apply(inputs, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _TokenRow(_Row):
+    """From a share of the features of all tokens to a share of the tokens."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = _ReduceScatter.apply(nn.functional.linear(inputs, self.weight))  # type: ignore[no-untyped-call]
+        return output if self.bias is None else output + _summed(self.bias)
+
+
+class _TokenNorm(nn.LayerNorm):
+    """LayerNorm of a share of the tokens."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        bias = None if self.bias is None else _summed(self.bias)
+        return nn.functional.layer_norm(inputs, self.normalized_shape, _summed(self.weight), bias, self.eps)
+
+
+def _summed(parameter: Tensor) -> Tensor:
+    """The parameter itself, whose gradients the ranks of a layer add up."""
+    same: Tensor = copy_to_tensor_model_parallel_region(parameter)
+    return same
 
 
 def _no_values(tensor: Tensor) -> Tensor:

@@ -287,6 +287,7 @@ def check_same_run(checkpoint: Checkpoint, config: PretrainConfig, data: list[Da
             "another run folder"
         )
     before, now = checkpoint.table["config"], config.model_dump(mode="json")
+    before = {**before, "model": checkpoint.model.model_dump()}  # an older one lacks newer keys
     for section, key in [
         *(("model", key) for key in now["model"] if "dropout" not in key),
         *(("samples", key) for key in now["samples"]),

@@ -21,6 +21,9 @@ m = samples.mask_rate:
 
     w / 2 x T x L x (10 H + (8 H + 4 I) / t)  +  T m V / t x (2 w + 4)  +  3 w T H
 
+8 I instead of 4 I where the feed-forward part is gated; with train.activation_checkpointing=full, L layers
+count for one of them and their inputs, w T L H.
+
 To this comes what a process takes before it holds a weight: 2.5 GB on a GPU (CUDA's context, NCCL,
 DeepSpeed's buckets), 0.7 GB on a CPU. Samples shorter than max_length take less: nothing is padded.
 """
@@ -64,12 +67,19 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     """(those that every tensor-parallel rank holds, those that they share out); both in one process."""
     hidden, inside, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    # query, key, value; attention's output; both feed-forward matrices; biases of the first and third
-    shared_out = layers * (4 * hidden * hidden + 2 * hidden * inside + 3 * hidden + inside)
+    modern = model.preset == "modern"
+    # query, key, value; attention's output; the feed-forward matrices, three where it is gated
+    shared_out = layers * (4 * hidden * hidden + (3 if modern else 2) * hidden * inside)
     shared_out += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
-    everywhere = layers * 6 * hidden  # biases after the row-parallel matrices, two LayerNorms
-    everywhere += (model.max_position_embeddings + model.type_vocab_size + 2) * hidden
-    everywhere += 2 * (hidden + 1) * hidden + 2 * hidden + 2 * (hidden + 1)  # pooler, heads
+    if modern:
+        everywhere = (2 * layers + 2) * hidden + hidden * hidden  # norms, the head's dense layer
+    else:
+        shared_out += layers * (3 * hidden + inside)  # biases of the first and third matrix
+        everywhere = layers * 6 * hidden  # biases after the row-parallel matrices, two LayerNorms
+        everywhere += (model.max_position_embeddings + model.type_vocab_size + 2) * hidden
+        everywhere += (hidden + 1) * hidden + 2 * hidden  # the head's dense layer and LayerNorm
+    if model.sentence_head:
+        everywhere += (hidden + 1) * hidden + 2 * (hidden + 1)  # pooler and the head of pairs
     return everywhere, shared_out
 
 
@@ -92,13 +102,17 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     weights = width * parameters
     if stage == 3:
-        matrices = [rows * hidden, *[4 * hidden * hidden, 2 * hidden * inside] * model.num_hidden_layers]
+        feed_forward = (3 if model.preset == "modern" else 2) * hidden * inside
+        matrices = [rows * hidden, *[4 * hidden * hidden, feed_forward] * model.num_hidden_layers]
         weights = weights / data + width * sum(sorted(matrices)[-2:]) / degree
     gradients = width * parameters / (data if stage >= 2 else 1)
     optimizer = (8 if wide else 12) * parameters if stage == 0 else 16 * parameters / data
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
-    layer = width / 2 * (10 * hidden + (8 * hidden + 4 * inside) / degree)
+    widths = 8 if model.preset == "modern" else 4  # gated, both halves and their product are kept
+    layer = width / 2 * (10 * hidden + (8 * hidden + widths * inside) / degree)
+    if config.train.activation_checkpointing == "full":  # a layer's input is kept; one layer is recomputed
+        layer = width * hidden + layer / model.num_hidden_layers
     head = config.samples.mask_rate * rows / degree * (2 * width + 4)
     activations = tokens * (model.num_hidden_layers * layer + head + 3 * width * hidden)
     return Memory(weights, gradients, optimizer, activations, GPU_BASE if gpu else CPU_BASE)

@@ -70,6 +70,22 @@ def test_defaults_file_and_overrides(minimal: Path) -> None:
     assert config.train.global_batch == 256
 
 
+def test_a_preset_has_its_own_defaults(minimal: Path) -> None:
+    modern = load_config(
+        PretrainConfig,
+        minimal,
+        ["model.preset=modern", "model.hidden_dropout_prob=0.2", "samples.kind=packed"],
+    ).model
+    assert (modern.layer_norm_eps, modern.sentence_head) == (1e-5, False)
+    assert (modern.hidden_dropout_prob, modern.attention_probs_dropout_prob) == (0.2, 0.0)
+    assert [modern.is_local(layer) for layer in range(4)] == [False, True, True, False]
+    bert = load_config(PretrainConfig, minimal, []).model
+    assert (bert.layer_norm_eps, bert.sentence_head, bert.hidden_dropout_prob) == (1e-12, True, 0.1)
+    assert not any(bert.is_local(layer) for layer in range(4))
+    for model in (modern, bert):  # as a checkpoint keeps it
+        assert type(model).model_validate(model.model_dump()) == model
+
+
 def test_an_override_is_yaml(tmp_path: Path) -> None:
     path = tmp_path / "prep.yaml"
     path.write_text("input: [a]\noutput: b\ntokenizer: c\n")
@@ -98,6 +114,21 @@ def test_configs_are_frozen(minimal: Path) -> None:
             "train.precision='float16': input should be 'auto', 'bfloat16' or 'float32'",
         ),
         ("model.hidden_size=100", "hidden_size=100 is not a multiple of num_attention_heads=12"),
+        ("model.local_attention=64", "local_attention=64 is a key of preset modern; preset bert has no use"),
+        (
+            "model={preset: modern, type_vocab_size: 3}",
+            "type_vocab_size=3 is a key of preset bert and megatron-bert; preset modern has no use for it",
+        ),
+        ("model={preset: modern, local_attention: 7}", "local_attention=7 is odd"),
+        (
+            "model={preset: modern}",
+            "samples.kind=nsp makes sentence pairs, and model.preset=modern has no head",
+        ),
+        ("model={preset: modern, hidden_size: 36}", "is a head of odd size, 3"),
+        (
+            "model.preset=roberta",
+            "model.preset='roberta': input should be 'bert', 'megatron-bert' or 'modern'",
+        ),
         ("parallel.tensor=5", "parallel.tensor=5 does not divide model.num_attention_heads=12"),
         ("samples.max_length=513", "samples.max_length=513 is longer than model.max_position_embeddings=512"),
         ("samples.random_token_rate=0.5", "add up to more than 1"),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Command
 from dist import run_ranks
+from safetensors.torch import load_file, save_file
 from tiny import pretrain_config
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, pipeline
 
-from bertscale.checkpoint import open_checkpoint
-from bertscale.convert import convert, native_model
+from bertscale.checkpoint import open_checkpoint, write_whole
+from bertscale.config import ModelConfig, UserError
+from bertscale.convert import convert, largest_difference, native_model, native_shapes, open_weights
+from bertscale.model import initial_value
+from bertscale.names import SENTENCE_HEAD
 from bertscale.tokenizer import load_tokenizer
 
 
@@ -56,6 +62,7 @@ def test_transformers_gives_the_native_logits(run: Path, exported: Path, tiny_da
     texts = ["The cat finds some bread at 7.", "A small dog [MASK] the garden."]
     encoded = [tokenizer(text, "Every teacher likes an answer.", return_tensors="pt") for text in texts]
     ours = native_model(open_checkpoint(run))
+    assert ours.seq_relationship is not None
     for inputs in encoded:
         ids, types = inputs["input_ids"][0], inputs["token_type_ids"][0]
         with torch.no_grad():
@@ -114,3 +121,157 @@ def test_what_cannot_be_converted_is_one_line(exported: Path, tmp_path: Path, be
     assert result.returncode == 2
     assert "'roberta'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------ the other presets
+
+SIZES = {
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "intermediate_size": 42,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+PRESETS: dict[str, tuple[dict[str, Any], str]] = {
+    "bert without pairs": ({"preset": "bert", "sentence_head": False}, "BertForMaskedLM"),
+    "megatron-bert": ({"preset": "megatron-bert"}, "MegatronBertForPreTraining"),
+    "modern": (
+        {
+            "preset": "modern",
+            "local_attention": 8,
+            "global_attn_every_n_layers": 2,
+            "local_rope_theta": 500.0,
+        },
+        "ModernBertForMaskedLM",
+    ),
+    "modern with pairs": ({"preset": "modern", "sentence_head": True}, "ModernBertForMaskedLM"),
+}
+
+
+def write_checkpoint(folder: Path, data: Path, values: dict[str, Any]) -> None:
+    """First weights, no biases of zero, as a checkpoint."""
+    model = ModelConfig.model_validate({**SIZES, **values})
+    tokenizer = data / "tokenizer.model"
+    table = {
+        "model": model.model_dump(),
+        "vocab_size": 330,
+        "tokenizer_sha256": load_tokenizer(tokenizer).sha256,
+        "data_digest": None,
+        "config": None,
+    }
+    draw = torch.Generator().manual_seed(1)
+    values_of = (
+        (name, torch.randn(shape, generator=draw) * 0.3)
+        if name.endswith("bias") or "LayerNorm" in name
+        else (name, initial_value(name, shape, model, 330, 1))
+        for name, shape in native_shapes(model, 330).items()
+    )
+    pairs = ((name, padding_is_zero(name, value)) for name, value in values_of)
+    write_whole(folder, table, pairs, tokenizer)
+
+
+def padding_is_zero(name: str, value: torch.Tensor) -> torch.Tensor:
+    if name == "predictions.decoder.bias":
+        value[330:] = 0.0
+    return value
+
+
+@pytest.mark.parametrize("case", PRESETS)
+def test_every_preset_there_and_back(
+    case: str, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values, kind = PRESETS[case]
+    write_checkpoint(tmp_path / "native", tiny_data, values)
+    convert(tmp_path / "native", tmp_path / "hf", show=False)
+    before = open_checkpoint(tmp_path / "native")
+    assert largest_difference(before, tmp_path / "hf") < 1e-4
+    auto = AutoModelForPreTraining if kind.endswith("PreTraining") else AutoModelForMaskedLM
+    model = auto.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == kind
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "hf")).__name__ == kind.replace(
+        "PreTraining", "MaskedLM"
+    )
+    fill = pipeline("fill-mask", model=str(tmp_path / "hf"), tokenizer=str(tmp_path / "hf"), device="cpu")
+    assert len(fill("The cat [MASK] the garden at 9.")) == 5
+
+    model.save_pretrained(tmp_path / "saved by transformers")
+    config = json.loads((tmp_path / "saved by transformers" / "config.json").read_text())
+    config["sentence_head"] = before.model.sentence_head if values["preset"] != "modern" else False
+    (tmp_path / "saved by transformers" / "config.json").write_text(json.dumps(config))
+    for folder in ("hf", "saved by transformers"):
+        after = open_weights(tmp_path / folder)
+        extra = {name for name in before.parameters if name.startswith(SENTENCE_HEAD)}
+        lost = extra if values["preset"] == "modern" else set()
+        assert set(before.parameters) - lost == set(after.parameters)
+        assert before.model.model_copy(update={"sentence_head": False}) == after.model.model_copy(
+            update={"sentence_head": False}
+        )
+        for name in after.parameters:
+            assert before.tensor(name).equal(after.tensor(name)), name
+    said = capsys.readouterr().out
+    assert ("left out  encoder.pooler.weight, " in said) == (case == "modern with pairs")
+
+
+@pytest.mark.parametrize("preset", ["bert", "megatron-bert"])
+def test_a_masked_language_model_gets_a_sentence_head(
+    preset: str, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "native", tiny_data, {"preset": preset})
+    convert(tmp_path / "native", tmp_path / "hf", show=False)
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "masked")
+    config = json.loads((tmp_path / "masked" / "config.json").read_text())
+    config.pop("sentence_head")  # as from somebody else
+    (tmp_path / "masked" / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(tiny_data / "tokenizer.model", tmp_path / "masked" / "tokenizer.model")
+    convert(tmp_path / "masked", tmp_path / "back", show=False)
+    said = capsys.readouterr().out
+    assert "missing   encoder.pooler.weight, encoder.pooler.bias, seq_relationship.weight" in said
+    assert "given their first values" in said
+    before, after = open_checkpoint(tmp_path / "native"), open_checkpoint(tmp_path / "back")
+    assert set(before.parameters) == set(after.parameters)
+    for name in before.parameters:
+        same = before.tensor(name).equal(after.tensor(name))
+        assert same != name.startswith(SENTENCE_HEAD), name
+    assert float(after.tensor("encoder.pooler.weight").std()) > 0.1
+
+
+def test_names_of_the_oldest_exports_are_read(tiny_data: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "native", tiny_data, {})
+    convert(tmp_path / "native", tmp_path / "hf", show=False)
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    norm = "LayerNorm"
+    renamed = {
+        name.replace(f"{norm}.weight", f"{norm}.gamma").replace(f"{norm}.bias", f"{norm}.beta"): value
+        for name, value in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, path)
+    name = "encoder.layers.0.attention.LayerNorm.bias"
+    assert open_weights(tmp_path / "hf").tensor(name).equal(open_checkpoint(tmp_path / "native").tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp_bias": True}, "mlp_bias=True; this version converts bert and megatron-bert with gelu"),
+        ({"hidden_activation": "silu"}, "modernbert with hidden_activation='gelu'"),
+        ({"layer_types": ["sliding_attention"] * 3}, "whose every n-th layer, the first one too"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type='yarn'"),
+        ({"model_type": "electra"}, "of a model of type 'electra'"),
+    ],
+)
+def test_a_modern_model_that_no_preset_equals_is_refused(
+    change: dict[str, Any], message: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "native", tiny_data, {"preset": "modern"})
+    convert(tmp_path / "native", tmp_path / "hf", show=False)
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as caught:
+        open_weights(tmp_path / "hf")
+    (line,) = str(caught.value).splitlines()
+    assert message in line
+    assert str(path) in line

@@ -90,14 +90,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_encoder(folder: Path, tokenizer: Tokenizer, seed: int = 7) -> None:
-    model = PretrainingModel(SHAPE, tokenizer.vocab_size)
+def write_encoder(folder: Path, tokenizer: Tokenizer, seed: int = 7, shape: ModelConfig = SHAPE) -> None:
+    model = PretrainingModel(shape, tokenizer.vocab_size)
     tensors: dict[str, Tensor] = {
-        name: initial_value(name, list(value.shape), SHAPE, tokenizer.vocab_size, seed)
+        name: initial_value(name, list(value.shape), shape, tokenizer.vocab_size, seed)
         for name, value in model.named_parameters()
     }
     table = {
-        "model": SHAPE.model_dump(),
+        "model": shape.model_dump(),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
     }
@@ -155,6 +155,23 @@ def test_it_learns_and_writes_what_it_says(world: Path, tmp_path: Path) -> None:
     assert [label for label, _ in answers] == [row["predicted"] for row in predictions]
     given = [row["probability"] for row in predictions]
     assert [probability for _, probability in answers] == pytest.approx(given, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "pooling"), [("megatron-bert", "first"), ("modern", "first"), ("modern", "mean")]
+)
+def test_every_preset_learns(world: Path, tmp_path: Path, preset: str, pooling: str) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = ModelConfig.model_validate({**sizes, "preset": preset, "initializer_range": 0.1})
+    write_encoder(tmp_path / "encoder", load_tokenizer(world / "tokenizer.model"), shape=shape)
+    output = tmp_path / "output"
+    changes = {"encoder": str(tmp_path / "encoder"), "pooling": pooling, "epochs": 15}
+    result = finetune(configure(world, output, **changes))
+    assert result["pretrained"]["accuracy"] > 0.8
+    test = rows(60, seed=2)
+    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    answers = load_classifier(output / "model")([row["text"] for row in test])
+    assert [label for label, _ in answers] == [row["predicted"] for row in predictions]
 
 
 def test_it_starts_from_the_encoder_and_repeats_itself(world: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ ROWS = (
         "wordpiece",
     ),
     ("chunks", "index", "mixture", "model", "order", "samples"),
-    ("checkpoint", "loader", "optim", "parallel"),
+    ("checkpoint", "loader", "names", "optim", "parallel"),
     ("engine", "inspect", "metrics"),
     ("convert", "finetune", "pretrain", "tasks"),
     ("quickstart",),

@@ -486,9 +486,13 @@ def test_no_slurm(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_parameters_are_those_of_the_model(layers: int) -> None:
+@pytest.mark.parametrize("preset", ["bert", "megatron-bert", "modern"])
+@pytest.mark.parametrize("pairs", [True, False])
+def test_parameters_are_those_of_the_model(layers: int, preset: str, pairs: bool) -> None:
     model = ModelConfig.model_validate(
         {
+            "preset": preset,
+            "sentence_head": pairs,
             "num_hidden_layers": layers,
             "hidden_size": 24,
             "num_attention_heads": 3,
