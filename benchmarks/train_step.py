@@ -144,7 +144,7 @@ def our_step(engine: Engine) -> Callable[[MicroBatch], float]:
         seed_dropout(engine.model.parallel, 0, 0, 0, engine.ranks)
         masked, relation, *_ = forward(engine, batch)
         loss = masked / len(batch.targets) + relation / len(batch.lengths)
-        engine.backward(loss)
+        engine.backward(loss, last=True)
         engine.step(1e-5)
         return loss.item()
 

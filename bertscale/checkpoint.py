@@ -117,20 +117,24 @@ class Checkpoint:
         self.vocab_size: int = table["vocab_size"]
         self.step: int = table["step"]
         self.samples_consumed: int = table["samples_consumed"]
+        self.elapsed_seconds: float = table.get("elapsed_seconds", 0.0)  # of training
         self.parameters: dict[str, dict[str, Any]] = table["parameters"]
         self._open: dict[str, Any] = {}
 
     @property
     def has_moments(self) -> bool:
-        """Whether Adam's moments are here (not in a checkpoint that came from Hugging Face)."""
+        """Whether the optimizer's moments are here (not in a checkpoint from Hugging Face)."""
         return bool(self.table["has_moments"])
 
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """The whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
 
-        Raises KeyError for an unknown parameter, UserError when pieces are missing.
+        Raises KeyError for an unknown parameter or a state that its optimizer does not keep, UserError when
+        pieces are missing.
         """
         entry = self.parameters[name]
+        if state not in entry.get("states", STATES):
+            raise KeyError(f"{state} of {name}")
         shape, dim = entry["shape"], entry["tensor_parallel_dimension"]
         degree = self.table["topology"]["tensor"] if dim is not None else 1
         share = list(shape)

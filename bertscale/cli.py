@@ -369,7 +369,7 @@ def _checked(
     """
     from bertscale.config import PretrainConfig, UserError, load_config
     from bertscale.mixture import check_tokenizers
-    from bertscale.samples import check_batch
+    from bertscale.samples import check_batches
     from bertscale.shards import open_dataset
     from launcher.ranks import count_gpus
 
@@ -381,8 +381,7 @@ def _checked(
             f"parallel.tensor={config.parallel.tensor}: the number of ranks (parallel.ranks, or one for "
             "each GPU) must be a multiple of it"
         )
-    ranks = count // config.parallel.tensor
-    check_batch(config.train.global_batch, config.train.micro_samples, ranks, config.samples.has_pairs)
+    check_batches(config, count // config.parallel.tensor)
     check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
     return config, count
 

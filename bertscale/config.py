@@ -324,25 +324,68 @@ class SamplesConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up and linear decay to zero."""
+    """The optimizer and the course of its learning rate."""
 
+    name: Literal["adamw", "stable-adamw", "lamb", "muon"] = Field(
+        "adamw", description="Algorithm; muon takes the matrices of the layers, AdamW the rest."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate, reached after warm-up.")
-    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
+    schedule: Literal["linear", "cosine", "wsd"] = Field(
+        "linear", description="Way down: a line, half a cosine, or stable and then 1 - sqrt (wsd)."
+    )
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the schedule spent on warm-up.")
+    decay_fraction: float = Field(
+        0.2, gt=0, le=1, description="Share of the schedule, at its end, on the way down; wsd alone."
+    )
+    final_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Learning rate at the end of the schedule, as a share of the highest."
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(0.98, ge=0, lt=1, description="Decay of the second moment.")
     eps: float = Field(1e-6, gt=0, description="Added to the denominator.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of muon's first moment; muon alone.")
+    weight_norm_bounds: tuple[float, float] | None = Field(
+        None, description="The weight's norm in the trust ratio stays between these; lamb alone."
+    )
     weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
     gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
 
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        for key, home, present in (
+            ("momentum", "name: muon", self.name == "muon"),
+            ("weight_norm_bounds", "name: lamb", self.name == "lamb"),
+            ("decay_fraction", "schedule: wsd", self.schedule == "wsd"),
+        ):
+            value = getattr(self, key)
+            if not present and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key}={value!r} is for {home} alone")
+        if self.weight_norm_bounds and not 0 <= self.weight_norm_bounds[0] < self.weight_norm_bounds[1]:
+            raise ValueError(f"weight_norm_bounds={self.weight_norm_bounds}: the first is to be the smaller")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} "
+                "add up to more than 1"
+            )
+        return self
+
 
 class TrainConfig(Section):
-    """Length and rhythm of a run."""
+    """Length and rhythm of a run. Its budget is one of `steps`, `tokens` and `hours`."""
 
-    steps: int = Field(ge=1, description="Optimizer steps.")
+    steps: int | None = Field(None, ge=1, description="Budget in optimizer steps.")
+    tokens: float | None = Field(None, ge=1, description="Budget in tokens, special ones included.")
+    hours: float | None = Field(
+        None, gt=0, description="Budget in hours of training; gives up bitwise repeatability."
+    )
     schedule_steps: int | None = Field(
-        None, ge=1, description="Steps until the learning rate is down to zero; by itself `steps`."
+        None, ge=1, description="Steps until the learning rate is at its end; by itself `steps`."
     )
     global_batch: int = Field(256, ge=1, description="Samples in one optimizer step, over all ranks.")
+    batch_warmup: list[tuple[float, int]] = Field(
+        [],
+        description="Pairs [tokens, samples]: until so many tokens are done, steps of so many samples.",
+    )
     micro_batch: int = Field(32, ge=1, description="Samples in one forward pass of one rank.")
     micro_tokens: int | None = Field(
         None, ge=8, description="Tokens in one forward pass of one rank at most, instead of micro_batch."
@@ -368,8 +411,24 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.schedule_steps is not None and self.schedule_steps < self.steps:
+        budgets = {key: getattr(self, key) for key in ("steps", "tokens", "hours")}
+        given = [f"{key}={value}" for key, value in budgets.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of steps, tokens and hours is the budget, not {' and '.join(given) or 'none'}; "
+                "null takes one away"
+            )
+        if self.schedule_steps is not None and self.steps is None:
+            raise ValueError(f"schedule_steps={self.schedule_steps} goes with a budget in steps alone")
+        if self.schedule_steps is not None and self.steps and self.schedule_steps < self.steps:
             raise ValueError(f"schedule_steps={self.schedule_steps} is less than steps={self.steps}")
+        until = 0.0
+        for tokens, samples in self.batch_warmup:
+            if tokens <= until:
+                raise ValueError(f"batch_warmup={self.batch_warmup}: tokens must go up from stage to stage")
+            if samples < 1:
+                raise ValueError(f"batch_warmup={self.batch_warmup}: {samples} samples are no batch")
+            until = tokens
         return self
 
 
@@ -422,7 +481,9 @@ class PretrainConfig(Section):
     )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The encoder.")
     samples: SamplesConfig = Field(default_factory=lambda: SamplesConfig(), description="The samples.")
-    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="AdamW.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(), description="The optimizer and its learning rate."
+    )
     train: TrainConfig = Field(description="Length and rhythm of the run.")
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="The ranks.")
     launch: LaunchConfig = Field(default_factory=lambda: LaunchConfig(), description="Failing ranks.")
@@ -480,10 +541,12 @@ class PretrainConfig(Section):
                 f"train.micro_tokens={self.train.micro_tokens} is less than one sample of "
                 f"samples.max_length={self.samples.max_length}"
             )
-        if self.samples.has_pairs and self.train.global_batch % 2:
-            raise ValueError(
-                f"train.global_batch={self.train.global_batch} is odd: half of a batch are other pairs"
-            )
+        for key, size in [
+            *(("a batch of train.batch_warmup", samples) for _, samples in self.train.batch_warmup),
+            ("train.global_batch", self.train.global_batch),
+        ]:
+            if self.samples.has_pairs and size % 2:
+                raise ValueError(f"{key}={size} is odd: half of a batch are other pairs")
         return self
 
 

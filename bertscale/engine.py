@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,16 @@ from bertscale.checkpoint import (  # noqa: E402
     write_shard,
 )
 from bertscale.config import PretrainConfig, UserError  # noqa: E402
+from bertscale.layout import Layout, Parameter, Segment  # noqa: E402
 from bertscale.model import PretrainingModel, initial_value  # noqa: E402
-from bertscale.optim import adamw  # noqa: E402
+from bertscale.optim import is_matrix, make_optimizer  # noqa: E402
+from bertscale.optimizers import (  # noqa: E402
+    Lamb,
+    Muon,
+    StableAdamW,
+    WholeOptimizer,
+    first_moments,
+)
 from bertscale.parallel import (  # noqa: E402
     ModelParallelUnit,
     Ranks,
@@ -49,13 +57,16 @@ from bertscale.parallel import (  # noqa: E402
     tensor_parallel_dimension,
 )
 
+# It warns of optimizers that it does not know; ours are tested under each of its stages.
+deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS += [StableAdamW, Lamb, Muon]
+
 
 def deepspeed_config(
     config: PretrainConfig, ranks: Ranks, dtype: torch.dtype, *, clip: bool
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for this run."""
     train = config.train
-    micro = train.micro_samples or 1  # with a budget of tokens the engine is told when a step ends
+    micro = train.micro_samples or 1  # `backward` is told when a step ends, however many there are
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -95,12 +106,17 @@ class Engine:
             parameter.tensor_model_parallel = tensor_parallel_dimension(name) is not None  # type: ignore[attr-defined]
         self.deepspeed, *_ = deepspeed.initialize(
             model=self.model,
-            optimizer=adamw(self.model, config.optimizer),
+            optimizer=make_optimizer(self.model, config.optimizer, config.model, dtype),
             config=settings,
             mpu=mpu,
             dist_init_required=False,
         )
         self.parameters = dict(self.model.named_parameters())
+        self.places = self._places()
+        optimizer = self._optimizer()
+        optimizer.state.clear()  # without ZeRO DeepSpeed has made one step under bfloat16, on no gradient
+        if isinstance(optimizer, WholeOptimizer):
+            self._lay_out(optimizer)
 
     # ------------------------------------------------------------------------------------- training
 
@@ -108,13 +124,12 @@ class Engine:
         outputs: tuple[Tensor, ...] = self.deepspeed(*inputs)
         return outputs
 
-    def begin(self, *, last: bool) -> None:
-        """Begins a micro-step; `last`: the global step ends with it."""
-        if self.config.train.micro_tokens:
-            self.deepspeed.set_gradient_accumulation_boundary(last)
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradients of `loss`, which the caller has divided by all that it must be divided by.
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of `loss`, which the caller has divided by all that it must be divided by."""
+        `last`: of the micro-batches of this global step.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> None:
@@ -154,31 +169,46 @@ class Engine:
                     f"the checkpoint {checkpoint.folder} is of another model: {name} is {entry['shape']}, "
                     f"the config makes it {self._global_shape(name)}"
                 )
+            for state in self._states(name) if checkpoint.has_moments else ():
+                if state not in entry.get("states", STATES):
+                    raise UserError(
+                        f"the checkpoint {checkpoint.folder} has no {state} of {name}, which "
+                        f"optimizer.name={self.config.optimizer.name} needs; go on with muon"
+                    )
         self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
         for state in self._optimizer().state.values():
             state["step"].fill_(checkpoint.step)
 
     def pieces(self) -> list[Piece]:
         """This rank's part of the state, as views: what is written into them is trained on."""
-        optimizer = self._optimizer()
-        for group in optimizer.param_groups:  # moments come to life at the first step; they are needed now
-            for parameter in group["params"]:
-                self._ensure_moments(parameter)
-        find = self._partitioned_piece if self.stage == 3 else self._replicated_piece
-        return [piece for name, parameter in self.parameters.items() for piece in find(name, parameter)]
+        states = self._optimizer().state
+        for tensor, names in self._tensors():  # moments come to life at the first step; they are needed now
+            first_moments(states[tensor], tensor, second="exp_avg_sq" in self._states(names[0]))
+        pieces = []
+        for name, (tensor, offset, start, length) in self.places.items():
+            values = {"weight": tensor.data, **states[tensor]}
+            views = {key: values[key].view(-1).narrow(0, offset, length) for key in self._states(name)}
+            pieces.append(Piece(name, start, views))
+        return pieces
+
+    def _states(self, name: str) -> tuple[str, ...]:
+        """What the optimizer keeps of the parameter, its weight included."""
+        muon = self.config.optimizer.name == "muon" and is_matrix(name)
+        return STATES[:2] if muon else STATES
 
     def _fill(self, read: Callable[[str, str], Tensor], states: tuple[str, ...]) -> None:
-        pieces: dict[str, list[Piece]] = {}
-        for piece in self.pieces():
-            pieces.setdefault(piece.name, []).append(piece)
+        pieces = {piece.name: piece for piece in self.pieces()}
         for name, parameter in self.parameters.items():
             for state in states:
+                whole_too = state == "weight" and self.stage < 3
+                if state not in self._states(name) or not (whole_too or name in pieces):
+                    continue
                 share = take_share(read(name, state), name, self.ranks.tensor, self.ranks.tensor_rank)
-                flat = share.flatten()
-                for piece in pieces.get(name, []):
-                    target = piece.states[state]
-                    target.copy_(flat[piece.start : piece.start + target.numel()])
-                if state == "weight" and self.stage < 3:
+                if name in pieces:
+                    target = pieces[name].states[state]
+                    start = pieces[name].start
+                    target.copy_(share.flatten()[start : start + target.numel()])
+                if whole_too:
                     parameter.data.copy_(share)
         if self.stage == 3:
             zero = self.deepspeed.optimizer
@@ -187,47 +217,87 @@ class Engine:
                 zero._reassign_or_swap_out_partitioned_parameters(group)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """torch's optimizer under DeepSpeed's wrapper; its state is keyed by the flat float32 tensors."""
+        """torch's optimizer under DeepSpeed's wrapper; its state is keyed by the float32 tensors."""
         wrapper = self.deepspeed.optimizer
         inner: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
         return inner
 
-    def _ensure_moments(self, flat: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self._optimizer().state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state["exp_avg"] = torch.zeros_like(flat)
-            state["exp_avg_sq"] = torch.zeros_like(flat)
-        return state
+    def _tensors(self) -> list[tuple[Tensor, list[str]]]:
+        """The float32 tensors that the optimizer updates, and what lies in each, on whichever data rank.
 
-    def _partitioned_piece(self, name: str, parameter: Any) -> list[Piece]:
-        """ZeRO-3: each parameter is cut into equal parts over the data ranks, the last one padded."""
-        zero = self.deepspeed.optimizer
-        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-        flat = zero.fp32_partitioned_groups_flat[group]
-        start = size * self.ranks.data_rank
-        length = max(0, min(size, parameter.ds_numel - start))
-        states = {"weight": flat.data, **self._ensure_moments(flat)}
-        return [Piece(name, start, {key: states[key].narrow(0, offset, length) for key in STATES})]
+        ZeRO lays groups of parameters flat and keeps a part of them; without it they stay what they are,
+        under bfloat16 beside float32 copies.
+        """
+        wrapper, names = self.deepspeed.optimizer, {id(p): name for name, p in self.parameters.items()}
+        groups: Iterable[tuple[Tensor, Iterable[Tensor]]]
+        if self.stage == 3:
+            groups = zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
+        elif self.stage > 0:
+            groups = zip(wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, strict=True)
+        elif hasattr(wrapper, "fp32_groups"):
+            pairs = zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+            groups = ((copy, [p]) for pair in pairs for copy, p in zip(*pair, strict=True))
+        else:
+            groups = ((p, [p]) for p in self.parameters.values())
+        return [(tensor, [names[id(parameter)] for parameter in group]) for tensor, group in groups]
 
-    def _replicated_piece(self, name: str, parameter: Any) -> list[Piece]:
-        """ZeRO-1 and 2: the groups are laid flat and cut over the data ranks; stage 0: whole parameters."""
-        if not hasattr(parameter, "_hp_mapping"):
-            states = {"weight": parameter.data, **self._ensure_moments(parameter)}
-            return [Piece(name, 0, {key: states[key].view(-1) for key in STATES})]
-        mapping = parameter._hp_mapping
-        if mapping is None:  # another data rank's
-            return []
-        offset, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-        flat = self._optimizer().param_groups[mapping.param_group_index]["params"][0]
-        states = {"weight": flat.data, **self._ensure_moments(flat)}
-        return [
-            Piece(
-                name,
-                mapping.lp_fragment_address.start,
-                {key: states[key].narrow(0, offset, length) for key in STATES},
-            )
+    def _places(self) -> dict[str, tuple[Tensor, int, int, int]]:
+        """Where this rank's part of each parameter lies, if it has one: (tensor, offset in it, start in the
+        tensor rank's flattened share, length)."""
+        zero, found = self.deepspeed.optimizer, {}
+        for tensor, names in self._tensors():
+            for name in names:
+                parameter: Any = self.parameters[name]
+                if self.stage == 3:  # each is cut into equal parts over the data ranks, the last one padded
+                    _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                    start = size * self.ranks.data_rank
+                    length = max(0, min(size, parameter.ds_numel - start))
+                elif self.stage == 0:
+                    offset, start, length = 0, 0, tensor.numel()
+                elif parameter._hp_mapping is None:  # another data rank's
+                    continue
+                else:  # the groups are cut into equal parts over the data ranks
+                    mapping = parameter._hp_mapping
+                    offset, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                    start = mapping.lp_fragment_address.start
+                if length:
+                    found[name] = tensor, offset, start, length
+        return found
+
+    def _lay_out(self, optimizer: WholeOptimizer) -> None:
+        """Tells the optimizer what lies where, and whom it shares the tensors with."""
+        ranks, tensors = self.ranks, self._tensors()
+        mine = [
+            [
+                Segment(index, start, offset, length)
+                for index, name in enumerate(names)
+                if name in self.places
+                for _, offset, start, length in [self.places[name]]
+            ]
+            for _, names in tensors
         ]
+        # Without ZeRO the data ranks hold the same; tensor ranks are neighbours.
+        first = ranks.rank - ranks.tensor_rank
+        members = range(ranks.world) if self.stage else range(first, first + ranks.tensor)
+        group = None if self.stage else ModelParallelUnit(ranks).get_model_parallel_group()
+        everyone = ranks.gather(mine) if isinstance(optimizer, Muon) else None
+        for number, (tensor, names) in enumerate(tensors):
+            parameters = []
+            for name in names:
+                shape, dim = self._global_shape(name), tensor_parallel_dimension(name)
+                if dim is not None:
+                    shape[dim] //= ranks.tensor
+                parameters.append(Parameter(name, tuple(shape), dim, ranks.tensor))
+            segments = [() for _ in members] if everyone is None else [everyone[r][number] for r in members]
+            segments[members.index(ranks.rank)] = mine[number]
+            layout = Layout(
+                parameters=tuple(parameters),
+                segments=tuple(tuple(part) for part in segments),
+                tensor_ranks=tuple(member % ranks.tensor for member in members),
+                rank=members.index(ranks.rank),
+                group=group,
+            )
+            optimizer.lay_out(tensor, layout)
 
     def _global_shape(self, name: str) -> list[int]:
         parameter: Any = self.parameters[name]
@@ -252,7 +322,8 @@ class Engine:
             mine = [
                 piece
                 for piece in self.pieces()
-                if ranks.tensor_rank == 0 or tensor_parallel_dimension(piece.name) is not None
+                if (self.stage or ranks.data_rank == 0)  # without ZeRO the data ranks hold the same
+                and (ranks.tensor_rank == 0 or tensor_parallel_dimension(piece.name) is not None)
             ]
 
             def write() -> None:
@@ -276,6 +347,7 @@ class Engine:
                     name: {
                         "shape": self._global_shape(name),
                         "tensor_parallel_dimension": tensor_parallel_dimension(name),
+                        "states": self._states(name),
                     }
                     for name in self.parameters
                 },

@@ -35,8 +35,9 @@ from bertscale.config import FinetuneConfig, ModelConfig, OptimizerConfig, UserE
 from bertscale.convert import Weights, open_weights
 from bertscale.device import choose_precision, describe, local_device
 from bertscale.model import ClassificationModel, initial_value
-from bertscale.optim import adamw, learning_rate
+from bertscale.optim import adamw
 from bertscale.progress import Progress
+from bertscale.schedule import learning_rate
 from bertscale.shards import file_digest, write_bytes, write_json
 from bertscale.tasks import (
     Batch,
@@ -112,7 +113,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
                 for epoch in range(config.epochs):
                     for batch in training_batches(samples, config.batch, seed, epoch):
                         for group in optimizer.param_groups:
-                            group["lr"] = learning_rate(step, steps, optimizer_config)
+                            group["lr"] = learning_rate(step, step + 1, steps, optimizer_config)
                         if fixed is None:
                             logits = forward(model, batch, device, dtype)
                         else:

@@ -4,9 +4,9 @@
     loader = Loader(mixture, tokenizer, micro_batch=32, rank=0, world=1)
     for step, micro_batches in loader.iterate(start_step=0, stop_step=1000): ...
 
-Global step k holds the samples k * global_batch .. (k + 1) * global_batch - 1 of the mixture, whatever the
-number of ranks: to resume is to begin at another step. Batches are made ahead by one background thread,
-many samples at a time, whatever the size of a step.
+Global step k holds the samples k * global_batch .. (k + 1) * global_batch - 1 of the mixture (others where
+batches grow, see `schedule.batch_of`), whatever the number of ranks: to resume is to begin at another step.
+Batches are made ahead by one background thread, many samples at a time, whatever the size of a step.
 
 S: samples, Q: sequences ([CLS] ... [SEP]; a packed sample has several), T: tokens, P: masked positions,
 N: pieces.
@@ -92,8 +92,6 @@ class Loader:
         self.mixture, self.micro_batch, self.micro_tokens = mixture, micro_batch, micro_tokens
         self.global_batch, self.seed = mixture.global_batch, mixture.seed
         self.rank, self.world = rank, world
-        self.share = self.global_batch // world  # samples
-        self.offset = rank * self.share
         self.cls_id, self.sep_id = tokenizer.cls_id, tokenizer.sep_id
         self.rules = mask_rules(
             vocab_size=tokenizer.vocab_size,
@@ -117,10 +115,11 @@ class Loader:
         return self.steps(self.mixture.stage_of(k), k, k + 1)[0]
 
     def steps(self, stage: Stage, first: int, last: int) -> list[list[MicroBatch]]:
-        """`step(k)` for k = first .. last - 1, all of one stage."""
+        """`step(k)` for k = first .. last - 1, all of one stage and one size."""
+        begin, size = self.mixture.batch(first)
         # With a budget each rank looks at the whole batch, to know how all of it is dealt out.
-        share, offset = (self.global_batch, 0) if self.micro_tokens else (self.share, self.offset)
-        samples = np.arange(first, last)[:, None] * self.global_batch + offset + np.arange(share)
+        share, rank = (size, 0) if self.micro_tokens else (size // self.world, self.rank)
+        samples = begin + np.arange(last - first)[:, None] * size + rank * share + np.arange(share)
         pieces = self.mixture.pieces(stage, samples.ravel())
         extents = pieces.length + 1 + (pieces.kind == 0)  # [SEP], and [CLS] if it begins a sequence
         sizes = np.bincount(pieces.row, extents, samples.size).astype(np.int64).reshape(samples.shape)
@@ -174,7 +173,7 @@ class Loader:
         """Which samples of a step, of these sizes in tokens, are this rank's, micro-batch by micro-batch,
         and how many each of those has. Equal lengths sit together: attention takes them as one batch."""
         if not self.micro_tokens:
-            return np.argsort(sizes, kind="stable"), [self.micro_batch] * (self.share // self.micro_batch)
+            return np.argsort(sizes, kind="stable"), [self.micro_batch] * (len(sizes) // self.micro_batch)
         bins = deal(sizes, self.micro_tokens, self.world)
         own = np.flatnonzero(bins % self.world == self.rank)
         turn = bins[own] // self.world
@@ -210,9 +209,9 @@ class Loader:
                 step = start_step
                 while step < stop_step:
                     stage = self.mixture.stage_of(step)
-                    end = self.mixture.end_of(stage) or stop_step
-                    together = max(1, SLAB // (self.share * stage.max_length))
-                    for batches in self.steps(stage, step, min(step + together, end, stop_step)):
+                    share = self.mixture.batch(step)[1] // self.world
+                    end = step + max(1, SLAB // (share * stage.max_length))
+                    for batches in self.steps(stage, step, min(end, self.mixture.end_of(step), stop_step)):
                         if device is not None:
                             batches = [batch.pin_memory() for batch in batches]
                         if stop.is_set():

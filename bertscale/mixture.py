@@ -1,4 +1,5 @@
-"""Several corpora mixed by weight, and stages of growing length: which sample is whose, in O(1) memory.
+"""Several corpora mixed by weight, stages of growing length and growing batches: which sample is whose, in
+O(1) memory.
 
 Every 1,024 samples each corpus has its quota of them, in an order permuted by key; quotas change by one
 from period to period, so that after 2**20 samples the shares are the weights to 2**-20.
@@ -21,24 +22,27 @@ from bertscale.index import Peers
 from bertscale.masking import Ints
 from bertscale.order import permute, round_keys
 from bertscale.samples import Pieces, Plan
+from bertscale.schedule import FOREVER, BatchStage, batch_of, batch_stages
 from bertscale.shards import Dataset
 
 PERIOD = 1024  # samples; a superperiod is PERIOD periods
+MEASURED = 16_384  # samples whose mean length stands for all
 SLOTS = 2**32 - 2  # in the place of a window, in the key of a period's permutation
 
 
 class Stage:
     """Steps of one sample length; `plans` has one for each corpus, `first_sample` is where it begins."""
 
-    def __init__(self, first_step: int, first_sample: int, max_length: int, plans: list[Plan]) -> None:
-        self.first_step, self.first_sample = first_step, first_sample
-        self.max_length, self.plans = max_length, plans
+    def __init__(self, first_step: int, max_length: int, plans: list[Plan]) -> None:
+        self.first_step, self.max_length, self.plans = first_step, max_length, plans
+        self.first_sample = 0
 
 
 class Mixture:
     """The samples of a run: of each stage, and of each corpus in it.
 
-    Raises UserError where the corpora were not made with one tokenizer.
+    Steps have `global_batch` samples, or what `follow` says. Raises UserError where the corpora were not made
+    with one tokenizer.
     """
 
     def __init__(
@@ -63,20 +67,44 @@ class Mixture:
                 Plan(data, samples.kind, length, samples.window_blocks, seed, stage=number, peers=peers)
                 for data in datasets
             ]
-            self.stages.append(Stage(step, step * global_batch, length, plans))
+            self.stages.append(Stage(step, length, plans))
             step += steps
+        self.follow(batch_stages([], global_batch, [(stage.first_step, 1.0) for stage in self.stages]))
+
+    def follow(self, batches: Sequence[BatchStage]) -> None:
+        """Gives the steps their samples; `batches` are cut wherever the length of samples changes."""
+        self.batches = batches
+        for stage in self.stages:
+            stage.first_sample = self.batch(stage.first_step)[0]
+
+    def batch(self, step: int) -> tuple[int, int]:
+        """First sample and number of samples of global step `step`."""
+        return batch_of(step, self.batches)
 
     def stage_of(self, step: int) -> Stage:
         """The stage that global step `step` belongs to."""
         return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
 
-    def end_of(self, stage: Stage) -> int | None:
-        """The first step behind the stage; None for the last."""
-        return next((one.first_step for one in self.stages if one.first_step > stage.first_step), None)
+    def end_of(self, step: int) -> int:
+        """The first step behind `step` whose samples are of another number or length."""
+        return next((batch.first_step for batch in self.batches if batch.first_step > step), FOREVER)
+
+    def tokens_a_sample(self) -> list[tuple[int, float]]:
+        """First step of each stage, and the mean tokens of its first samples, as if the run began with them:
+        a fact of the data, the seed and the `samples` section alone."""
+        numbers = np.arange(MEASURED)
+        found = []
+        for stage in self.stages:
+            pieces = self._pieces(stage, numbers, numbers)
+            tokens = int(pieces.length.sum()) + len(pieces.length) + int((pieces.kind == 0).sum())
+            found.append((stage.first_step, tokens / MEASURED))
+        return found
 
     def pieces(self, stage: Stage, samples: Ints) -> Pieces:
         """The samples of these numbers [S], all of one stage; tokens are numbered through all corpora."""
-        numbers = samples - stage.first_sample
+        return self._pieces(stage, samples - stage.first_sample, samples)
+
+    def _pieces(self, stage: Stage, numbers: Ints, samples: Ints) -> Pieces:
         if len(stage.plans) == 1:
             return stage.plans[0].pieces(numbers, samples)
         corpus, own = self.quotas.share_out(numbers, self.seed)
@@ -93,11 +121,11 @@ class Mixture:
     def epochs(self, step: int) -> list[float]:
         """How often each corpus has been gone through when `step` global steps are done."""
         done = np.zeros(len(self.datasets))
-        for stage in self.stages:
-            end = self.end_of(stage)
-            steps = max(0, (step if end is None else min(step, end)) - stage.first_step)
+        ends = [*(stage.first_step for stage in self.stages[1:]), step]
+        for stage, end in zip(self.stages, ends, strict=True):
+            samples = max(0, self.batch(min(step, end))[0] - stage.first_sample)
             sizes = np.array([plan.num_samples for plan in stage.plans])
-            done += self.quotas.taken(steps * self.global_batch) / sizes
+            done += self.quotas.taken(samples) / sizes
         return [float(value) for value in done]
 
 

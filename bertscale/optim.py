@@ -1,6 +1,6 @@
-"""Parameter groups, the optimizer and its schedule.
+"""Parameter groups and the optimizer of a config.
 
-AdamW (Loshchilov and Hutter, 2019) with linear warm-up and linear decay to zero, as BERT was trained.
+AdamW (Loshchilov and Hutter, 2019) is torch's own, fused; the others are in `optimizers`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bertscale.config import OptimizerConfig
+from bertscale.config import ModelConfig, OptimizerConfig
+from bertscale.optimizers import Lamb, Muon, StableAdamW
 
 
 def decays(name: str) -> bool:
@@ -18,18 +19,33 @@ def decays(name: str) -> bool:
     return not (name.endswith("bias") or "LayerNorm" in name)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay; empty groups are left out."""
-    groups: list[dict[str, Any]] = []
-    for decay in (True, False):
-        members = [p for name, p in model.named_parameters() if decays(name) == decay]
-        if members:
-            groups.append({"params": members, "weight_decay": weight_decay if decay else 0.0})
-    return groups
+def is_matrix(name: str) -> bool:
+    """Whether the parameter is a matrix of a layer, which Muon takes: no embedding, norm, bias or head."""
+    return ".layers." in name and decays(name)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, matrices: bool = False
+) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay, or three: with `matrices` those are the first.
+
+    Empty groups are left out.
+    """
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for kind in ((True, True), (False, True), (False, False)):
+        groups[kind] = {
+            "params": [],
+            "matrices": kind[0],
+            "decays": kind[1],
+            "weight_decay": weight_decay if kind[1] else 0.0,
+        }
+    for name, parameter in model.named_parameters():
+        groups[matrices and is_matrix(name), decays(name)]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """The optimizer; its learning rate is set before each step from `learning_rate`."""
+    """Fused AdamW; its learning rate is set before each step from `schedule.learning_rate`."""
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
@@ -39,9 +55,32 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of `step` (0-based) of `steps`: up to the highest in warm-up, then down to zero."""
-    warmup = round(steps * config.warmup_fraction)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * (steps - step) / max(1, steps - warmup)
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, sizes: ModelConfig, dtype: torch.dtype
+) -> torch.optim.Optimizer:
+    """The optimizer of the config; all but AdamW need `lay_out` before their first step.
+
+    `dtype` is that of the run's matrix products, in which Muon iterates.
+    """
+    if config.name == "adamw":
+        return adamw(model, config)
+    groups = parameter_groups(model, config.weight_decay, matrices=config.name == "muon")
+    if config.name == "stable-adamw":
+        return StableAdamW(groups, config)
+    if config.name == "lamb":
+        return Lamb(groups, config)
+
+    # Rows of query_key_value are in the order head, (query, key, value), feature.
+    def split(name: str, value: Tensor) -> Tensor:
+        if "query_key_value" not in name:
+            return value[None]
+        heads, width = sizes.num_attention_heads, value.shape[1]
+        return value.view(heads, 3, -1, width).transpose(0, 1).reshape(3, -1, width)  # -> [3, A D, H]
+
+    def join(name: str, matrices: Tensor) -> Tensor:
+        if "query_key_value" not in name:
+            return matrices[0]
+        heads, width = sizes.num_attention_heads, matrices.shape[2]
+        return matrices.view(3, heads, -1, width).transpose(0, 1).reshape(-1, width)  # -> [A 3 D, H]
+
+    return Muon(groups, config, split, join, dtype)

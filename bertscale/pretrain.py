@@ -29,9 +29,10 @@ from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
 from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result
 from bertscale.mixture import Mixture, data_digest
-from bertscale.optim import learning_rate
 from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
 from bertscale.progress import Progress, show_count
+from bertscale.samples import check_batches
+from bertscale.schedule import FOREVER, Clock, Course
 from bertscale.shards import Dataset, Split, open_dataset, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,15 +59,18 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     train, run, first = config.train, Path(config.run), ranks.rank == 0
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
     tokenizer = load_tokenizer(data[0].tokenizer_path)
+    check_batches(config, ranks.data)
     loader = make_loader(config, tokenizer, ranks, "train", data)
+    course = Course(config, loader.mixture.tokens_a_sample())
+    loader.mixture.follow(course.stages)
     heldout = make_loader(config, tokenizer, ranks, "validation")
     dtype, reason = choose_precision(train.precision, ranks.device)
 
     checkpoint = newest_sound(run, ranks)
     if checkpoint is not None:
-        check_same_run(checkpoint, config, data)
-        if checkpoint.step >= train.steps:
-            say(ranks, f"already pretrained: {checkpoint.folder} is the last of {train.steps} steps")
+        check_same_run(checkpoint, config, data, course)
+        if course.over(checkpoint.step, checkpoint.elapsed_seconds):
+            say(ranks, f"already pretrained: {checkpoint.folder} is the last of {course.text}")
             return 0
     start = saved = done = checkpoint.step if checkpoint else 0
     engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
@@ -81,33 +85,43 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     if first:
         settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
         (run / "config.yaml").write_text(settings, encoding="utf-8")
-    for line in banner(config, data, loader, ranks, f"{dtype}".removeprefix("torch."), reason, peak, start):
+        (run / "result.json").unlink(missing_ok=True)  # of a shorter budget
+    precision = f"{dtype}".removeprefix("torch.")
+    for line in banner(config, data, loader, ranks, precision, reason, peak, start, course):
         say(ranks, line)
     totals = torch.zeros(4, device=ranks.device)  # sums since the last log point, left on the device
     masked = samples = 0.0  # likewise, over all ranks
+    clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
+    last = False  # whether this step is the last of the budget
 
-    with Progress("pretrain", train.steps, "steps", start=start, hidden=not first) as progress:
-        for step, micro_batches in loader.iterate(start, train.steps):
+    with Progress("pretrain", course.steps, "steps", start=start, hidden=not first) as progress:
+        for step, micro_batches in loader.iterate(start, course.steps or FOREVER):
             own_masked = sum(len(batch.targets) for batch in micro_batches)
-            step_masked, stopping = ranks.sum(own_masked / ranks.tensor, float(stop.asked))
+            now, after = clock.step() if first else (0.0, 0.0)  # the first rank's clock is the run's
+            step_masked, stopping, now, after = ranks.sum(
+                own_masked / ranks.tensor, float(stop.asked), now, after
+            )
             if stopping:
                 break
-            lr = learning_rate(step, train.schedule_steps or train.steps, config.optimizer)
+            last = course.over(step + 1, after)
+            lr = course.learning_rate(step, now)
+            step_samples = course.batch(step)[1]
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(engine.model.parallel, train.seed, step, micro_step, ranks)
-                engine.begin(last=micro_step == len(micro_batches) - 1)
                 sums = forward(engine, batch.to(ranks.device))
-                loss = sums[0] / step_masked + sums[1] / train.global_batch
-                engine.backward(loss * ranks.data)  # DeepSpeed takes the mean over the data ranks
+                loss = sums[0] / step_masked + sums[1] / step_samples
+                # DeepSpeed takes the mean over the data ranks.
+                engine.backward(loss * ranks.data, last=micro_step == len(micro_batches) - 1)
                 engine.step(lr)
                 totals += torch.stack(sums).detach()
                 rate.add(batch.lengths, len(batch.targets))
+            clock.stepped()
             done = step + 1
             beat(done)
             masked += step_masked
-            samples += train.global_batch
+            samples += step_samples
 
-            if done % train.log_every == 0 or done in (start + 1, train.steps):
+            if done % train.log_every == 0 or done == start + 1 or last:
                 figures = means("train", config.samples.kind, totals, masked, samples, ranks)  # waits
                 figures |= {"train/learning_rate": lr, "train/gradient_norm": engine.gradient_norm()}
                 figures |= rate.close(ranks, warming_up=done == start + 1)
@@ -123,29 +137,30 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 if journal:
                     journal.write(done, figures)
                 progress.advance(done - progress.done, **brief(figures))
-            if done % train.eval_every == 0 or done == train.steps:
+            if done % train.eval_every == 0 or last:
                 figures = evaluate(engine, heldout, train.eval_samples, ranks, done)
                 if journal:
                     journal.write(done, figures)
                 progress.say(f"step {done}: held-out {heldout_brief(figures)}")
                 rate.restart()
-            if done == train.steps and first:  # before the checkpoint that makes the run a finished one
-                facts = {
-                    "parameters": engine.num_parameters(),
-                    "precision": f"{dtype}".removeprefix("torch."),
-                }
+            if last and first:  # before the checkpoint that makes the run a finished one
+                facts = {"parameters": engine.num_parameters(), "precision": precision}
                 write_json(
                     run / "result.json", {**result(run), **rate.overall(), **facts, "peak_flops": peak}
                 )
-            if done % train.save_every == 0 or done == train.steps:
-                save(engine, done, data)
+            if done % train.save_every == 0 or last:
+                # A budget in hours is spent when its last step is likely to pass it.
+                spent = (course.seconds or 0.0) if last else 0.0
+                save(engine, done, data, course, max(clock.elapsed(), spent))
                 saved = done
                 rate.restart()
+            if last:
+                break
 
-    if done < train.steps:  # a signal came
+    if not last:  # a signal came
         if saved < done:
-            save(engine, done, data)
-        say(ranks, f"stopped after step {done} of {train.steps}; everything until there is saved")
+            save(engine, done, data, course, clock.elapsed())
+        say(ranks, f"stopped after step {done} of {course.text}; everything until there is saved")
         return STOPPED
     if journal:
         journal.close()
@@ -278,7 +293,9 @@ def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
     return None
 
 
-def check_same_run(checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset]) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset], course: Course
+) -> None:
     """Refuses to go on with other data or with settings that would change what the steps before meant."""
     if checkpoint.table["data_digest"] != data_digest(data, config.corpora):
         raise UserError(
@@ -287,11 +304,14 @@ def check_same_run(checkpoint: Checkpoint, config: PretrainConfig, data: list[Da
             "another run folder"
         )
     before, now = checkpoint.table["config"], config.model_dump(mode="json")
-    before = {**before, "model": checkpoint.model.model_dump()}  # an older one lacks newer keys
+    # An older one lacks newer keys.
+    before = {**before, "model": checkpoint.model.model_dump(mode="json")}
+    before["train"] = {"batch_warmup": [], **before["train"]}
     for section, key in [
         *(("model", key) for key in now["model"] if "dropout" not in key),
         *(("samples", key) for key in now["samples"]),
         ("train", "global_batch"),
+        ("train", "batch_warmup"),
         ("train", "seed"),
     ]:
         if before[section].get(key) != now[section][key]:
@@ -299,15 +319,22 @@ def check_same_run(checkpoint: Checkpoint, config: PretrainConfig, data: list[Da
                 f"{section}.{key}={now[section][key]!r}, but {checkpoint.folder} was trained with "
                 f"{before[section].get(key)!r}; choose another run folder or give the old value"
             )
+    expected = course.batch(checkpoint.step)[0]
+    if checkpoint.samples_consumed != expected:
+        raise UserError(
+            f"{checkpoint.folder} has taken {checkpoint.samples_consumed:,} samples in {checkpoint.step:,} "
+            f"steps, this config takes {expected:,} (train.batch_warmup); choose another run folder"
+        )
 
 
-def save(engine: Engine, step: int, data: list[Dataset]) -> None:
-    """A checkpoint of `step`; older ones past train.keep_checkpoints go."""
+def save(engine: Engine, step: int, data: list[Dataset], course: Course, elapsed: float) -> None:
+    """A checkpoint of `step`, reached after `elapsed` seconds; older ones past train.keep_checkpoints go."""
     config = engine.config
     run = Path(config.run)
     facts = {
         "step": step,
-        "samples_consumed": step * config.train.global_batch,
+        "samples_consumed": course.batch(step)[0],
+        "elapsed_seconds": elapsed,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
     }
@@ -328,20 +355,21 @@ def banner(
     reason: str,
     peak: float,
     start: int,
+    course: Course,
 ) -> list[str]:
     """What a person wants to know before a long run, in a few lines."""
     sizes = config.model
     lines = [
         f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}; "
         f"{precision} ({reason})",
-        *data_lines(config, data, loader, start),
+        *data_lines(config, data, loader, start, course),
         f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
         f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
         f"{show_count(peak)} FLOP/s at most together",
         f"watch     tensorboard --logdir {config.run}/tensorboard",
     ]
     if start:
-        lines.append(f"resumed   from step {start} of {config.train.steps}")
+        lines.append(f"resumed   from step {start} of {course.text}")
     return lines
 
 
@@ -353,24 +381,29 @@ def epochs(config: PretrainConfig, loader: Loader, done: int) -> dict[str, float
     return {f"data/epochs/{c.path}": value for c, value in zip(config.corpora, passed, strict=True)}
 
 
-def data_lines(config: PretrainConfig, data: list[Dataset], loader: Loader, start: int) -> list[str]:
+def data_lines(
+    config: PretrainConfig, data: list[Dataset], loader: Loader, start: int, course: Course
+) -> list[str]:
     """Size of each corpus, how often it will be gone through, and what of it makes no sample."""
     mixture, kind = loader.mixture, config.samples.kind
     name = {"nsp": "NSP pairs", "sop": "SOP pairs", "document": "samples", "packed": "packed samples"}[kind]
-    before, behind = mixture.epochs(start), mixture.epochs(config.train.steps)
+    before, behind = mixture.epochs(start), mixture.epochs(course.steps or start)
     lines = []
     for number, (one, plan) in enumerate(zip(data, mixture.stages[-1].plans, strict=True)):
         share = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
         lines.append(
             f"{'' if number else 'data':<10}{show_count(one.num_tokens)} tokens, {one.num_documents:,} "
             f"documents, {plan.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
-            f"{behind[number] - before[number]:.1f} epochs to go"
+            + (f"{behind[number] - before[number]:.1f} epochs" if course.steps else course.text)
+            + " to go"
             + (f"; {one.folder}, {share:.1%} of the samples" if len(data) > 1 else "")
         )
         if plan.left_out:
             lines.append(f"{'':<10}{plan.left_out:,} documents of one token make no pair")
     for steps, length in config.samples.warmup:
         lines.append(f"{'':<10}{steps:,} steps of {length} tokens at most before")
+    for tokens, size in config.train.batch_warmup:
+        lines.append(f"{'':<10}{size:,} samples a step until {show_count(tokens)} tokens are done")
     return lines
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bertscale.chunks import FORMS, Blocks, Table, read_ahead
-from bertscale.config import PAIRS, UserError
+from bertscale.config import PAIRS, PretrainConfig, UserError
 from bertscale.index import BlockIndex, Peers, load_index
 from bertscale.masking import Draw, Ints, draw_below, philox4x32, words_of
 from bertscale.order import Order
@@ -128,7 +128,21 @@ class Plan:
         return _pairs(table, places, samples, self.seed, other_documents=self.kind == "nsp")
 
 
-def check_batch(global_batch: int, micro_batch: int | None, world: int, pairs: bool = True) -> int:
+def check_batches(config: PretrainConfig, world: int) -> int:
+    """`check_batch` of the batch and of each one of the warm-up before it; what it says of the batch."""
+    train, pairs = config.train, config.samples.has_pairs
+    for _, samples in train.batch_warmup:
+        check_batch(samples, train.micro_samples, world, pairs, "a batch of train.batch_warmup")
+    return check_batch(train.global_batch, train.micro_samples, world, pairs)
+
+
+def check_batch(
+    global_batch: int,
+    micro_batch: int | None,
+    world: int,
+    pairs: bool = True,
+    key: str = "train.global_batch",
+) -> int:
     """Micro-batches of one rank in one step, for `world` data-parallel ranks; without `micro_batch`,
     which a budget of tokens replaces, samples of one rank.
 
@@ -137,15 +151,15 @@ def check_batch(global_batch: int, micro_batch: int | None, world: int, pairs: b
     """
     unit = world * (micro_batch or 1)
     if pairs and global_batch % 2:
-        raise UserError(f"train.global_batch={global_batch} is odd: exactly half of it are other pairs")
+        raise UserError(f"{key}={global_batch} is odd: exactly half of it are other pairs")
     if global_batch % unit == 0:
         return global_batch // unit
     even = unit * (1 + unit % 2) if pairs else unit
     sizes = [str(size) for size in (global_batch // even * even, -(-global_batch // even) * even) if size]
     each = f" x train.micro_batch={micro_batch}" if micro_batch else ""
     message = (
-        f"train.global_batch={global_batch} is not a multiple of {unit} ({world} data-parallel "
-        f"rank(s){each}); train.global_batch={' or '.join(sizes)} would do"
+        f"{key}={global_batch} is not a multiple of {unit} ({world} data-parallel rank(s){each}); "
+        f"{key}={' or '.join(sizes)} would do"
     )
     if micro_batch and global_batch % world == 0:
         share = global_batch // world

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
-from bertscale.samples import check_batch
+from bertscale.samples import check_batches
 from bertscale.shards import open_dataset, read_manifest
 from launcher import limits, slurm
 from launcher.job import JobSpec, render
@@ -144,7 +144,7 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
             f"{spec.tasks_per_node}): ask for another number of nodes, or give another parallel.tensor"
         )
     else:
-        _collect(report, lambda: check_batch_of(config, spec.ranks))
+        _collect(report, lambda: check_batches(config, spec.ranks // degree))
         if spec.tasks_per_node % degree:
             report.warnings.append(
                 f"parallel.tensor={degree} does not divide the {spec.tasks_per_node} ranks of a node: layers "
@@ -165,13 +165,6 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
     keep = f"train.keep_checkpoints={config.train.keep_checkpoints} and the one being written"
     why = f"{more} checkpoints of {gb(size)} ({keep})"
     _check_space(f"run={config.run}", Path(config.run), more * size, why, report)
-
-
-def check_batch_of(config: PretrainConfig, ranks: int) -> int:
-    """Micro-batches of a rank in a step; raises UserError where the batch cannot be shared out."""
-    train = config.train
-    ranks //= config.parallel.tensor
-    return check_batch(train.global_batch, train.micro_samples, ranks, config.samples.has_pairs)
 
 
 def _check_memory(link: Link, config: PretrainConfig, vocab_size: int, report: Report) -> None:

@@ -22,6 +22,7 @@ from bertscale import index
 from bertscale.config import SamplesConfig, UserError
 from bertscale.loader import Loader, MicroBatch, deal
 from bertscale.mixture import Mixture, Stage
+from bertscale.schedule import batch_of, batch_stages
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 from bertscale.tokenizer import Tokenizer
 
@@ -279,6 +280,64 @@ def test_any_ranks_and_stops_give_the_stream_of_one_rank(
                 union = sorted(sample for stream in streams for sample in samples_of(stream[k]))
                 assert union == sorted(samples_of(alone.step(k)))
             step += steps
+
+
+@pytest.mark.parametrize("micro_tokens", [None, 256])
+@pytest.mark.parametrize("kind", ["nsp", "packed"])
+def test_batches_that_grow_are_the_same_for_any_ranks_and_after_any_stop(
+    dataset: Dataset, kind: str, micro_tokens: int | None
+) -> None:
+    """Sizes 8, 16, 24 while samples grow to 16, 32, 64 tokens, all at steps of their own."""
+    lengths = [(0, 10.0), (5, 20.0), (9, 40.0)]
+    stages = batch_stages([(240, 8), (1400, 16)], 24, lengths)
+    assert [stage[:3] for stage in stages] == [
+        (0, 0, 8),
+        (3, 24, 16),
+        (5, 56, 16),
+        (8, 104, 24),
+        (9, 128, 24),
+    ]
+    settings: dict[str, Any] = {
+        "global_batch": 24,
+        "kind": kind,
+        "warmup": [(5, 16), (4, 32)],
+        "micro_batch": 2,
+        "micro_tokens": micro_tokens,
+    }
+
+    def growing(rank: int = 0, world: int = 1) -> Loader:
+        loader = make_loader(dataset, rank=rank, world=world, **settings)
+        loader.mixture.follow(stages)
+        return loader
+
+    alone = [growing().step(k) for k in range(14)]
+    for k, batches in enumerate(alone):
+        first, size = batch_of(k, stages)
+        found = samples_of(batches)
+        length = 16 if k < 5 else 32 if k < 9 else 64
+        if kind == "nsp":
+            assert len(found) == size
+            assert sum(sample[-1][0] for sample in found) == size // 2
+            assert 8 < max(len(sample[0]) for sample in found) <= length
+        else:
+            assert sum(len(sample[0]) for sample in found) in range(size * (length - 2), size * length + 1)
+        # They are the samples of these numbers, as one step of the stage's own plan would take them.
+        mixture = growing().mixture
+        stage = mixture.stage_of(k)
+        pieces = mixture.pieces(stage, np.arange(first, first + size))
+        same = stage.plans[0].pieces(
+            np.arange(first, first + size) - {0: 0, 5: 56, 9: 128}[stage.first_step],
+            np.arange(first, first + size),
+        )
+        np.testing.assert_array_equal(pieces.start, same.start)
+        total = pieces.length.sum() + len(pieces.length) + (pieces.kind == 0).sum()
+        assert sum(len(batch.tokens) for batch in batches) == total
+    for start, world in ((0, 1), (0, 2), (2, 4), (4, 2), (6, 1), (8, 4), (11, 2)):
+        streams = [dict(growing(rank, world).iterate(start, 14)) for rank in range(world)]
+        for k in range(start, 14):
+            assert len({len(stream[k]) for stream in streams}) == 1
+            union = sorted(sample for stream in streams for sample in samples_of(stream[k]))
+            assert union == sorted(samples_of(alone[k]))
 
 
 @pytest.mark.parametrize("kind", ["nsp", "document", "packed"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bertscale.config import Corpus, SamplesConfig, UserError
 from bertscale.mixture import PERIOD, Mixture, Quotas, data_digest
+from bertscale.schedule import FOREVER, batch_stages
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=8)
@@ -116,7 +117,7 @@ def test_stages_follow_the_steps(tmp_path: Path) -> None:
     mixture = mix([make_dataset(tmp_path / "a", 40)], [1], warmup=[[3, 8], [2, 16]])
     lengths = [mixture.stage_of(step).max_length for step in range(7)]
     assert lengths == [8, 8, 8, 16, 16, 32, 32]
-    assert [mixture.end_of(stage) for stage in mixture.stages] == [3, 5, None]
+    assert [mixture.end_of(step) for step in range(6)] == [3, 3, 3, 5, 5, FOREVER]
     for step in range(7):
         stage = mixture.stage_of(step)
         pieces = mixture.pieces(stage, np.arange(8 * step, 8 * step + 8))
@@ -125,6 +126,30 @@ def test_stages_follow_the_steps(tmp_path: Path) -> None:
     assert [stage.plans[0].num_samples for stage in mixture.stages] == [120, 80, 40]
     np.testing.assert_allclose(mixture.epochs(4), [24 / 120 + 8 / 80])
     np.testing.assert_allclose(mixture.epochs(10), [24 / 120 + 16 / 80 + 40 / 40])
+
+
+def test_batches_and_lengths_grow_together(tmp_path: Path) -> None:
+    mixture = mix([make_dataset(tmp_path / "a", 40)], [1], warmup=[[3, 8], [2, 16]])
+    # Documents of 15 tokens and [CLS], [SEP]: three samples of at most 8, two of 16, one of 32.
+    lengths = mixture.tokens_a_sample()
+    assert [step for step, _ in lengths] == [0, 3, 5]
+    np.testing.assert_allclose([mean for _, mean in lengths], [15 / 3 + 2, 15 / 2 + 2, 17], rtol=0.01)
+    assert mixture.tokens_a_sample() == lengths
+    mixture.follow(batch_stages([(27, 2), (120, 4)], 8, lengths))
+    # 7 tokens a sample: two steps of 2 are 28 tokens; of 4, one is 28, then two of some 38 each.
+    sizes = [2, 2, 4, 4, 4, 8, 8, 8]
+    assert [mixture.batch(step)[1] for step in range(8)] == sizes
+    assert [mixture.batch(step)[0] for step in range(9)] == np.cumsum([0, *sizes]).tolist()
+    assert [mixture.end_of(step) for step in range(6)] == [2, 2, 3, 5, 5, FOREVER]
+    assert [stage.first_sample for stage in mixture.stages] == [0, 8, 16]
+    assert mixture.tokens_a_sample() == lengths  # whatever the batches
+    np.testing.assert_allclose(mixture.epochs(2), [4 / 120])
+    np.testing.assert_allclose(mixture.epochs(4), [8 / 120 + 4 / 80])
+    np.testing.assert_allclose(mixture.epochs(7), [8 / 120 + 8 / 80 + 16 / 40])
+    # Each stage counts from its own first sample: an epoch has every sample once.
+    last = mixture.stages[-1]
+    starts = mixture.pieces(last, last.first_sample + np.arange(40)).start
+    assert np.sort(starts).tolist() == list(range(0, 600, 15))
 
 
 def test_the_first_stage_does_not_give_its_order_to_the_next(tmp_path: Path) -> None:

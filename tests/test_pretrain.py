@@ -230,7 +230,7 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     changes: dict[str, Any] = {
         "parallel": {"tensor": 1, "ranks": 2},
         "samples": {"max_length": 48, "kind": "sop", "warmup": [[5, 16]]},
-        "train": {**TRAIN, "steps": 10, "schedule_steps": 10},
+        "train": {**TRAIN, "steps": 10, "schedule_steps": 10, "batch_warmup": [[100, 4]]},
     }
     mixed = f"data=[{{path: {tiny_data}, weight: 3}}, {other}]"
     whole, stopped = tmp_path / "unstopped", tmp_path / "stopped"
@@ -238,6 +238,9 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     printed = process.communicate()[0]
     assert process.returncode == 0, printed
     assert "5 steps of 16 tokens at most before" in printed
+    assert "4 samples a step until 100 tokens are done" in printed
+    # Samples of 5 to 16 tokens, so two to five steps of 4 make 100, and the rest has 8.
+    assert open_checkpoint(whole).samples_consumed in range(10 * 8 - 5 * 4, 10 * 8 - 2 * 4 + 1)
     assert f"{other}, 25.0% of the samples" in printed
     assert "SOP accuracy" in printed
     entries = [entry for entry in read_journal(whole) if "train/loss" in entry]

@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import pretrain_config
 
 from bertscale import index
 from bertscale.config import UserError
-from bertscale.samples import Pieces, Plan, _cuts, _heads, check_batch
+from bertscale.samples import Pieces, Plan, _cuts, _heads, check_batch, check_batches
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 
 Sizes = list[list[int]]  # documents as the lengths of their sentences
@@ -519,6 +521,25 @@ def test_a_batch_that_does_not_divide_is_refused_with_sizes(
 ) -> None:
     with pytest.raises(UserError, match=message):
         check_batch(*batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_warmup": [[1e3, 8]]}, None),
+        ({"batch_warmup": [[1e3, 6], [2e3, 8]]}, r"^a batch of train\.batch_warmup=6 is not a multiple of 8"),
+        ({"batch_warmup": [[1e3, 6]], "micro_tokens": 64}, None),
+        ({"batch_warmup": [[1e3, 6]], "micro_tokens": 64, "global_batch": 15}, "global_batch=15 .* of 2 "),
+    ],
+)
+def test_each_batch_of_a_warmup_is_checked(changes: dict[str, Any], message: str | None) -> None:
+    train = {"global_batch": 16, "micro_batch": 4, **changes}
+    config = pretrain_config("d", "r", train=train, samples={"kind": "packed", "max_length": 48})
+    if message is None:
+        assert check_batches(config, 2) == (8 if "micro_tokens" in changes else 2)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_batches(config, 2)
 
 
 def test_the_check_loads_no_torch() -> None:

@@ -362,6 +362,11 @@ def test_a_run_that_was_started_by_hand(here: Path, capsys: pytest.CaptureFixtur
     save(run, 300, 10)
     assert ask_status(capsys, "runs/base")[0]["state"] == "done"
 
+    (run / "config.yaml").write_text("run: runs/base\ntrain: {steps: null, hours: 2}\n")
+    assert ask_status(capsys, "runs/base")[0]["state"] == "stopped"
+    (run / "result.json").write_text('{"steps": 300}')  # written when the hours are over
+    assert ask_status(capsys, "runs/base")[0]["sentence"] == "done: all 300 steps"
+
 
 def test_no_such_run(here: Path) -> None:
     make_job(here / "runs" / "base")

@@ -280,12 +280,14 @@ def saved_steps(run: Path) -> list[tuple[int, float, Path]]:
 
 
 def planned_steps(place: Place) -> int | None:
-    """train.steps of the job's config, or of the run's."""
+    """train.steps of the job's config, or of the run's; of another budget, the steps of a finished run."""
     for folder in (place.job, place.run):
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             if folder is not None:
                 config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
                 return int(config["train"]["steps"])
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+        return int(json.loads((place.run / "result.json").read_text(encoding="utf-8"))["steps"])
     return None
 
 

@@ -1,0 +1,241 @@
+"""StableAdamW, LAMB and Muon, exact where the parameters lie in pieces on many ranks.
+
+They need what a piece cannot tell: the norm of a whole parameter, or the whole matrix. A `Layout` says what
+lies where in a tensor. Sums of squares of all its parameters go over the ranks in one collective; pieces of
+matrices travel to one rank each, are orthogonalised there, and travel back.
+
+All keep their moments under AdamW's names: exp_avg is the mean of the gradients, exp_avg_sq of their squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from bertscale.config import OptimizerConfig
+from bertscale.layout import Layout, Trade
+
+# Coefficients of the quintic iteration: steepest at zero among those that stay near one (Jordan, 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+class WholeOptimizer(torch.optim.Optimizer):
+    """What the three have in common: layouts, moments, and sums over whole parameters.
+
+    `lay_out` is called for each tensor that is to be updated, once DeepSpeed has made them. Groups carry
+    `lr`, set before each step, `weight_decay`, `decays`, whether their kind of weights does, and
+    `matrices`, whether they are orthogonalised.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        super().__init__(groups, {"lr": config.learning_rate})
+        self.config = config
+        self.layouts: dict[Tensor, Layout] = {}
+        self.counted: dict[Tensor, tuple[list[int], Tensor]] = {}  # segments; their parameters' numbers
+        self.sizes: dict[Tensor, Tensor] = {}  # values of each parameter, float64
+
+    def lay_out(self, tensor: Tensor, layout: Layout) -> None:
+        """Says what lies in `tensor`."""
+        segments = [i for i, segment in enumerate(layout.mine) if layout.counts(segment, layout.rank)]
+        numbers = torch.tensor([layout.mine[i].parameter for i in segments], device=tensor.device)
+        self.layouts[tensor] = layout
+        self.counted[tensor] = segments, numbers
+        self.sizes[tensor] = torch.tensor(
+            [parameter.numel for parameter in layout.parameters], dtype=torch.float64, device=tensor.device
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of all tensors of `param_groups` that have a gradient."""
+        if not self.layouts:  # DeepSpeed tries a step while it is set up
+            return
+        for group in self.param_groups:
+            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+            if tensors:
+                for tensor in tensors:
+                    first_moments(self.state[tensor], tensor, second=not group["matrices"])
+                self.update(group, tensors)
+
+    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def advance(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the gradient into both moments; returns them without their bias towards zero."""
+        state, gradient = self.state[tensor], tensor.grad
+        assert gradient is not None
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        state["step"] += 1
+        step = state["step"].double()  # in float32, 1 - beta2 ** 1 would have lost four digits
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        return state["exp_avg"] / (1 - beta1**step), state["exp_avg_sq"] / (1 - beta2**step)
+
+    def norms(self, tensors: list[Tensor], values: Sequence[list[Tensor]]) -> list[Tensor]:
+        """Norms of whole parameters, float64, for each list in `values` of tensors laid out as `tensors`.
+
+        For each tensor a matrix [lists, parameters]; one collective for all.
+        """
+        found = []
+        for number, tensor in enumerate(tensors):
+            layout, (segments, numbers) = self.layouts[tensor], self.counted[tensor]
+            squares = tensor.new_zeros(len(values), len(layout.parameters), dtype=torch.float64)
+            for row, part in enumerate(values):
+                views = layout.views(part[number])
+                if segments:
+                    norms = torch._foreach_norm([views[i] for i in segments], 2, torch.float64)
+                    squares[row, numbers] = torch.stack(norms).square()
+            found.append(squares)
+        sizes = [part.shape[1] for part in found]
+        together = torch.cat(found, dim=1)
+        layout = self.layouts[tensors[0]]
+        if len(layout.segments) > 1:
+            dist.all_reduce(together, group=layout.group)
+        return [part.sqrt() for part in torch.split(together, sizes, dim=1)]
+
+    def scale(self, tensor: Tensor, values: Tensor, factors: Tensor) -> None:
+        """Multiplies each parameter's part of `values`, laid out as `tensor`, by its factor [parameters]."""
+        layout = self.layouts[tensor]
+        if layout.mine:
+            own = factors.to(values.dtype).unbind()
+            torch._foreach_mul_(layout.views(values), [own[segment.parameter] for segment in layout.mine])
+
+
+def first_moments(state: dict[str, Any], tensor: Tensor, *, second: bool) -> None:
+    """Gives a tensor that has no state yet the one of step 0, as AdamW would have it."""
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        state["exp_avg"] = torch.zeros_like(tensor)
+        if second:
+            state["exp_avg_sq"] = torch.zeros_like(tensor)
+
+
+class StableAdamW(WholeOptimizer):
+    """AdamW whose learning rate falls, for one parameter and step, where the second moment lags behind.
+
+    Algorithm 2 of Wortsman et al., 2023 ("Stable and low-precision training for large-scale
+    vision-language models"): the rate is divided by max(1, RMS), RMS² the mean of g² / max(v, eps²) over the
+    parameter, which is Adafactor's update clipping. As there the decay, too, is at that rate.
+    """
+
+    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+        eps = self.config.eps
+        changes, ratios = [], []
+        for tensor in tensors:
+            mean, square = self.advance(tensor)
+            root = square.sqrt_()
+            assert tensor.grad is not None
+            ratios.append(tensor.grad / root.clamp(min=eps))
+            changes.append(mean.div_(root.add_(eps)))
+        norms = self.norms(tensors, [ratios])
+        for tensor, change, (norm,) in zip(tensors, changes, norms, strict=True):
+            change.add_(tensor, alpha=group["weight_decay"])
+            self.scale(tensor, change, 1 / (norm / self.sizes[tensor].sqrt()).clamp(min=1.0))
+            tensor.sub_(change, alpha=group["lr"])
+
+
+class Lamb(WholeOptimizer):
+    """LAMB (You et al., 2020), Algorithm 2: Adam's update with decay, scaled to the weight's own norm.
+
+    The rate of a parameter is multiplied by phi(|w|) / |u|, u the update with the decay in it, and by 1 where
+    either norm is zero. phi keeps |w| within `weight_norm_bounds` if they are given and is the identity if
+    not. As in the authors' code, biases and LayerNorms, which do not decay, take no such ratio.
+    """
+
+    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+        changes = []
+        for tensor in tensors:
+            mean, square = self.advance(tensor)
+            change = mean.div_(square.sqrt_().add_(self.config.eps))
+            changes.append(change.add_(tensor, alpha=group["weight_decay"]))
+        if group["decays"]:
+            norms = self.norms(tensors, [tensors, changes])
+            for tensor, change, (weight, size) in zip(tensors, changes, norms, strict=True):
+                bounded = weight.clamp(*self.config.weight_norm_bounds or (0.0, None))
+                ratio = torch.where((weight > 0) & (size > 0), bounded / size, 1.0)
+                self.scale(tensor, change, ratio)
+        for tensor, change in zip(tensors, changes, strict=True):
+            tensor.sub_(change, alpha=group["lr"])
+
+
+class Muon(WholeOptimizer):
+    """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for all else.
+
+    The update is the matrix nearest to Nesterov's momentum that has all singular values near one, times
+    0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's, so that one learning rate and decay fit
+    both (Liu et al., 2025, "Muon is scalable for LLM training"). The query, key and value projection is three
+    matrices, each orthogonalised by itself, as they would be if they were not laid side by side.
+
+    `split` and `join` take a parameter (name, values) to its matrices [count, rows, columns] and back;
+    `dtype` is that of the iteration.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        config: OptimizerConfig,
+        split: Callable[[str, Tensor], Tensor],
+        join: Callable[[str, Tensor], Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(groups, config)
+        self.split, self.join, self.dtype = split, join, dtype
+        self.trades: dict[Tensor, Trade] = {}
+
+    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+        config = self.config
+        states = [self.state[tensor] for tensor in tensors]
+        gradients = [tensor.grad for tensor in tensors]
+        if not group["matrices"]:
+            adamw(
+                tensors,
+                gradients,  # type: ignore[arg-type]
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=config.eps,
+                maximize=False,
+            )
+            return
+        for tensor, gradient, state in zip(tensors, gradients, states, strict=True):
+            assert gradient is not None
+            state["step"] += 1
+            state["exp_avg"].lerp_(gradient, 1 - config.momentum)
+            change = gradient.lerp(state["exp_avg"], config.momentum)
+            if tensor not in self.trades:
+                self.trades[tensor] = Trade(self.layouts[tensor])
+            self.trades[tensor].change_whole(change.view(-1), self.orthogonal)
+            tensor.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
+
+    def orthogonal(self, name: str, momentum: Tensor) -> Tensor:
+        """The update of the whole parameter `name` from its momentum, both [rows, columns]."""
+        matrices = self.split(name, momentum)
+        size = 0.2 * max(matrices.shape[-2:]) ** 0.5
+        return self.join(name, orthogonalize(matrices, self.dtype).to(momentum.dtype) * size)
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """[count, rows, columns] -> the like, in `dtype`, with singular values of about 0.7 to 1.2.
+
+    Newton-Schulz, five times x <- a x + (b x xᵀ + c (x xᵀ)²) x, on the smaller side's Gram matrix.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
