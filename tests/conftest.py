@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from tiny import make_data
 from virtual import _cluster_as_it_was as _cluster_as_it_was
 from virtual import cluster as cluster
 from virtual import pytest_terminal_summary as pytest_terminal_summary
+
+# Started in the background of a script this process ignores Ctrl-C, and so would those that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

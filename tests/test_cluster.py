@@ -78,7 +78,7 @@ def test_each_fault_takes_its_node_down_and_its_job_is_requeued(cluster: Cluster
 
     for node, fault in faults.items():
         cluster.fault(fault, node)
-    until(lambda: all(cluster.node_state(node) == "DOWN*" for node in faults))
+    until(lambda: all(cluster.node_state(node).startswith("DOWN+NOT_RESPONDING") for node in faults))
     for job in jobs.values():
         cluster.wait(job, "PENDING")
 

@@ -26,7 +26,7 @@ from launcher.events import read_events
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-STEPS = 60
+STEPS = 80  # still some to go when Slurm notices that a node is gone
 SAVE_EVERY = 5
 PATIENCE = 240  # seconds until a disturbed run must have ended; tests of Slurm have no shorter clock
 

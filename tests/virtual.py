@@ -74,9 +74,12 @@ class Cluster:
         return facts["JobState"]
 
     def node_state(self, node: str) -> str:
-        """IDLE, MIXED, ALLOCATED, DOWN, as `sinfo` says; a star at its end: the node does not answer."""
-        text = self.run("sinfo", "--noheader", "--partition=main", f"--nodes={node}", "--format=%T").stdout
-        return text.strip().upper()
+        """The node's state with all its flags, such as IDLE or DOWN+NOT_RESPONDING.
+
+        Not from `sinfo`, which shows but one of them: COMPLETING for a node that is down as well.
+        """
+        words = self.run("scontrol", "show", "node", node, "--oneliner").stdout.split()
+        return next(word for word in words if word.startswith("State=")).removeprefix("State=")
 
     def fault(self, kind: str, node: str = "") -> None:
         """crash, kill-slurmd, freeze, cut a node, or kill-ctld; start, thaw, mend, start-ctld undo them."""
