@@ -268,6 +268,7 @@ def workers(config: PrepConfig, folder: Path, megabytes: int) -> list[dict[str, 
             "workers": count,
             "deduplicate": False,
             "split_bytes": max(1000, min(config.split_bytes, size * copies // 16)),
+            "shard_bytes": max(1000, min(config.shard_bytes, size * copies // 16)),
         }
         command = [sys.executable, "-c", WHOLE_PREP, config.model_copy(update=values).model_dump_json()]
         done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -18,6 +18,15 @@ from virtual import pytest_terminal_summary as pytest_terminal_summary
 # Started in the background of a script this process ignores Ctrl-C, and so would those that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For two pytest workers: one has the virtual cluster, of which there is one and which mostly waits;
+    the tests of a file stay together, for they share what takes long to make."""
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 # What srun, torchrun or `bertscale pretrain` leaves to its children: the tests may run under one of them.

@@ -20,7 +20,7 @@ import pytest
 HERE = Path(__file__).parent.parent / "slurm" / "cluster"
 CANNOT = 3  # exit code of up.sh where Slurm is missing or namespaces are not allowed
 UNDO = {"crash": "start", "kill-slurmd": "start", "freeze": "thaw", "cut": "mend", "kill-ctld": "start-ctld"}
-skipped: list[str] = []  # why there is no cluster
+SKIPPED = "no virtual Slurm cluster: "
 
 
 class Cluster:
@@ -112,8 +112,11 @@ class Cluster:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line for all tests that were skipped for want of a cluster."""
-    if skipped:
-        terminalreporter.write_line(f"skipped what needs a virtual Slurm cluster: {skipped[0]}")
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        if SKIPPED in reason:
+            terminalreporter.write_line(f"skipped, {reason[reason.index(SKIPPED) :]}")
+            return
 
 
 @contextmanager
@@ -124,8 +127,7 @@ def up(nodes: int) -> Iterator[Cluster]:
     try:
         result = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120)
         if result.returncode == CANNOT:
-            skipped.append(result.stderr.strip().removeprefix("up.sh: "))
-            pytest.skip(skipped[0])
+            pytest.skip(SKIPPED + result.stderr.strip().removeprefix("up.sh: "))
         assert result.returncode == 0, result.stderr
         yield Cluster(folder, nodes)
     finally:
