@@ -20,7 +20,7 @@ quickstart: $(INSTALLED)
 
 # Two workers: one waits for the cluster most of the time, the other computes (tests/conftest.py).
 test: $(INSTALLED) slurm
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses 2
 
 # Debian and Ubuntu, as root or with a sudo that asks nothing; elsewhere those tests are skipped.
 SLURM := apt-get install -y --no-install-recommends slurm-wlm munge

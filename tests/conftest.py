@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_data
@@ -19,12 +20,19 @@ from virtual import pytest_terminal_summary as pytest_terminal_summary
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For two pytest workers: one has the virtual cluster, of which there is one and which mostly waits;
-    the tests of a file stay together, for they share what takes long to make."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For two workers: one has the files with tests on the virtual cluster, of which there is one and which
+    mostly waits, the other those that compute. A file's tests stay together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            text = (config.rootpath / file).read_text(encoding="utf-8")
+            return "cluster" if "pytest.mark.slurm" in text else file
+
+    return Scheduling(config, log)
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
