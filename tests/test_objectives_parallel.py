@@ -12,6 +12,7 @@ from tiny import pretrain_config
 KINDS: dict[str, dict[str, Any]] = {
     "bert": {"model": {"generator_size": 0.5}},
     "bert by muon": {"model": {"generator_size": 0.5}, "optimizer": {"name": "muon"}},
+    "bert in bfloat16": {"model": {"generator_size": 0.5}},
     "megatron-bert": {"model": {"preset": "megatron-bert", "generator_size": 1.0}},
     "modern": {
         "model": {
@@ -27,9 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # kind, tensor, data, ZeRO stage, activation checkpointing, tokens shared out
 Case = tuple[str, int, int, int, str, bool]
-DENSE: list[Case] = [(kind, 1, 1, 0, "none", False) for kind in KINDS]
+DENSE: list[Case] = [(kind, 1, 1, 0, "none", False) for kind in KINDS if "bfloat16" not in kind]
+BFLOAT16: list[Case] = [("bert in bfloat16", 2, 1, 3, "none", False)]
 SHARDED: list[Case] = [
-    ("bert", 1, 1, 0, "full", False),
     ("bert", 1, 2, 1, "none", False),
     ("bert", 1, 2, 3, "none", False),
     ("bert", 2, 1, 1, "none", True),
@@ -37,13 +38,10 @@ SHARDED: list[Case] = [
     ("bert", 2, 2, 1, "none", False),
     ("bert", 2, 2, 3, "full", True),
     ("bert by muon", 2, 1, 3, "none", False),
-    ("bert by muon", 1, 2, 1, "none", False),
     ("megatron-bert", 2, 1, 3, "full", True),
-    ("megatron-bert", 1, 2, 2, "none", False),
-    ("modern", 2, 1, 1, "full", False),
+    ("modern", 2, 1, 1, "none", False),
     ("modern", 1, 2, 3, "full", False),
     ("pairs alone", 2, 1, 1, "none", False),
-    ("pairs alone", 1, 2, 3, "none", False),
 ]
 
 
@@ -64,7 +62,12 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
             data,
             run,
             **{"parallel": {"tensor": tensor, "zero_stage": stage, "sequence": sequence}, **KINDS[kind]},
-            train={"steps": 4, "activation_checkpointing": recompute, "eval_samples": 8, "eval_every": 4},
+            train={
+                "steps": 3,
+                "activation_checkpointing": recompute,
+                "eval_samples": 8,
+                "precision": "bfloat16" if "bfloat16" in kind else "float32",
+            },
         )
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
@@ -85,7 +88,7 @@ def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[C
     folder = tmp_path_factory.mktemp("objectives")
     found: dict[Case, Any] = {}
     for world in (1, 2, 4):
-        here = [case for case in DENSE + SHARDED if case[1] * case[2] == world]
+        here = [case for case in DENSE + SHARDED + BFLOAT16 if case[1] * case[2] == world]
         results = run_ranks(
             __file__, "train_each", world=world, data=str(tiny_data), folder=str(folder), cases=here
         )
@@ -96,41 +99,18 @@ def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[C
 @pytest.mark.parametrize("case", SHARDED, ids=str)
 def test_losses_and_gradient_norms_are_those_of_the_dense_run(figures: dict[Case, Any], case: Case) -> None:
     dense, sharded = figures[case[0], 1, 1, 0, "none", False], figures[case]
-    assert sorted(dense) == sorted(sharded) == ["1", "2", "3", "4", "4held-out"]
+    assert sorted(dense) == sorted(sharded) == ["1", "2", "3", "3held-out"]
     for step, expected in dense.items():
         assert sharded[step] == pytest.approx(expected, rel=1e-5, abs=1e-5), step
 
 
-def test_the_dense_runs_are_what_they_claim(figures: dict[Case, Any]) -> None:
-    for kind in KINDS:
-        steps = figures[kind, 1, 1, 0, "none", False]
-        assert steps["1"]["train/loss"] > steps["4"]["train/loss"]
-        assert ("train/rtd_loss" in steps["1"]) == ("heldout/rtd_loss" in steps["4held-out"])
+def test_the_runs_are_what_they_claim(figures: dict[Case, Any]) -> None:
+    for case in DENSE + BFLOAT16:
+        kind, steps = case[0], figures[case]
+        assert steps["1"]["train/loss"] > steps["3"]["train/loss"]
+        assert ("train/rtd_loss" in steps["1"]) == ("heldout/rtd_loss" in steps["3held-out"])
         assert ("train/rtd_loss" in steps["1"]) == ("mlm_loss" in str(steps)) == (kind != "pairs alone")
         assert ("train/nsp_loss" in steps["1"]) == (kind != "modern")
     rtd = figures["bert", 1, 1, 0, "none", False]["1"]
     total = rtd["train/mlm_loss"] + rtd["train/nsp_loss"] + 50 * rtd["train/rtd_loss"]
     assert rtd["train/loss"] == pytest.approx(total)
-
-
-def test_bfloat16_runs_with_a_generator(tiny_data: Path, tmp_path: Path) -> None:
-    results = run_ranks(__file__, "train_in_bfloat16", world=2, data=str(tiny_data), folder=str(tmp_path))
-    assert results[0][-1] < results[0][0]
-
-
-def train_in_bfloat16(data: str, folder: str) -> list[float]:
-    """Runs on each of two ranks: TP 2 x ZeRO-3; losses."""
-    from bertscale.device import local_device
-    from bertscale.metrics import read_journal
-    from bertscale.parallel import start_ranks
-    from bertscale.pretrain import StopSignal, _train
-
-    config = pretrain_config(
-        data,
-        folder,
-        model={"generator_size": 0.5},
-        parallel={"tensor": 2, "zero_stage": 3},
-        train={"steps": 6, "precision": "bfloat16"},
-    )
-    assert _train(config, start_ranks(2, local_device()), StopSignal()) == 0
-    return [entry["train/loss"] for entry in read_journal(Path(folder)) if "train/loss" in entry]
