@@ -83,7 +83,7 @@ def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:
 
 def put_in_place(partial: Path, final: Path) -> None:
     """Flushes the files of `partial` and renames it, in place of an older `final`. Raises OSError."""
-    for path in partial.iterdir():
+    for path in partial.rglob("*"):
         sync(path)
     sync(partial)
     if final.exists():

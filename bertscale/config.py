@@ -202,6 +202,13 @@ class ModelConfig(Section):
     sentence_head: bool = Field(
         True, description="A pooler and a head for an objective on sentence pairs; modern: false."
     )
+    generator_size: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Width of the generator of replaced-token detection as a share of the encoder's; without "
+        "it there is none.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -232,7 +239,35 @@ class ModelConfig(Section):
             )
         if modern and self.local_attention % 2:
             raise ValueError(f"local_attention={self.local_attention} is odd: half of it lies to each side")
+        if self.generator_size is not None:
+            heads, inside = self.num_attention_heads, self.intermediate_size
+            fit = [n for n in range(1, heads + 1) if inside * n % heads == 0]
+            rounding = abs(self.generator_size * heads - self.generator_heads)
+            if self.generator_heads not in fit or rounding > 0.01:
+                raise ValueError(
+                    f"generator_size={self.generator_size} of num_attention_heads={heads} and "
+                    f"intermediate_size={inside} is no whole number; shares that are: "
+                    f"{', '.join(f'{n / heads:.4g}' for n in fit)}"
+                )
         return self
+
+    @property
+    def generator_heads(self) -> int:
+        """Attention heads of the generator; 0 without one. They are as wide as the encoder's."""
+        return round((self.generator_size or 0) * self.num_attention_heads)
+
+    @property
+    def generator(self) -> ModelConfig | None:
+        """The shape of the generator of replaced-token detection, which reads the encoder's embeddings."""
+        if self.generator_size is None:
+            return None
+        heads = self.generator_heads
+        sizes = {
+            "num_attention_heads": heads,
+            "hidden_size": self.hidden_size * heads // self.num_attention_heads,
+            "intermediate_size": self.intermediate_size * heads // self.num_attention_heads,
+        }
+        return self.model_copy(update={**sizes, "sentence_head": False, "generator_size": None})
 
     @property
     def half_window(self) -> int | None:
@@ -321,6 +356,20 @@ class SamplesConfig(Section):
                     f"max_length={self.max_length} tokens"
                 )
         return self
+
+
+class ObjectivesConfig(Section):
+    """What the losses of the objectives count for in the sum that is trained."""
+
+    mlm: float = Field(
+        1.0, ge=0, description="Weight of masked tokens; 0: nothing is masked, sentence pairs alone."
+    )
+    pairs: float = Field(
+        1.0, ge=0, description="Weight of sentence pairs, where samples.kind, nsp or sop, has them."
+    )
+    rtd: float = Field(
+        50.0, ge=0, description="Weight of replaced tokens, where model.generator_size makes a generator."
+    )
 
 
 class OptimizerConfig(Section):
@@ -481,6 +530,9 @@ class PretrainConfig(Section):
     )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The encoder.")
     samples: SamplesConfig = Field(default_factory=lambda: SamplesConfig(), description="The samples.")
+    objectives: ObjectivesConfig = Field(
+        default_factory=lambda: ObjectivesConfig(), description="What is learnt of them."
+    )
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(), description="The optimizer and its learning rate."
     )
@@ -492,6 +544,17 @@ class PretrainConfig(Section):
     def corpora(self) -> list[Corpus]:
         """The data sets, one or several."""
         return [Corpus(path=self.data, weight=1.0)] if isinstance(self.data, str) else self.data
+
+    @property
+    def trained(self) -> tuple[str | None, str | None, str | None]:
+        """Names of the objectives that are trained, None for one that is not: masked tokens, pairs, replaced
+        tokens."""
+        objectives, samples = self.objectives, self.samples
+        return (
+            "mlm" if objectives.mlm else None,
+            samples.kind if objectives.pairs and samples.has_pairs else None,
+            "rtd" if objectives.rtd and self.model.generator_size is not None else None,
+        )
 
     @field_validator("data", mode="before")
     @classmethod
@@ -524,18 +587,21 @@ class PretrainConfig(Section):
                 f"samples.max_length={self.samples.max_length} is longer than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
-        for name in ("num_attention_heads", "intermediate_size"):
-            size = getattr(self.model, name)
-            if size % self.parallel.tensor:
-                fit = [
-                    n
-                    for n in range(1, self.model.num_attention_heads + 1)
-                    if self.model.num_attention_heads % n == 0 and self.model.intermediate_size % n == 0
-                ]
-                raise ValueError(
-                    f"parallel.tensor={self.parallel.tensor} does not divide model.{name}={size}; "
-                    f"sizes that do: {', '.join(map(str, fit))}"
-                )
+        self._check_objectives()
+        shapes = [("model.", self.model), ("the generator's ", self.model.generator or self.model)]
+        for owner, shape in shapes:
+            for name in ("num_attention_heads", "intermediate_size"):
+                size = getattr(shape, name)
+                if size % self.parallel.tensor:
+                    fit = [
+                        n
+                        for n in range(1, self.model.num_attention_heads + 1)
+                        if all(s.num_attention_heads % n == s.intermediate_size % n == 0 for _, s in shapes)
+                    ]
+                    raise ValueError(
+                        f"parallel.tensor={self.parallel.tensor} does not divide {owner}{name}={size}; "
+                        f"sizes that do: {', '.join(map(str, fit))}"
+                    )
         if self.train.micro_tokens is not None and self.train.micro_tokens < self.samples.max_length:
             raise ValueError(
                 f"train.micro_tokens={self.train.micro_tokens} is less than one sample of "
@@ -548,6 +614,24 @@ class PretrainConfig(Section):
             if self.samples.has_pairs and size % 2:
                 raise ValueError(f"{key}={size} is odd: half of a batch are other pairs")
         return self
+
+    def _check_objectives(self) -> None:
+        objectives, share = self.objectives, self.model.generator_size
+        for key, reason in (
+            ("mlm", "masked tokens are all that the generator learns from"),
+            ("rtd", "the generator is there for replaced tokens alone"),
+        ):
+            if share is not None and not getattr(objectives, key):
+                raise ValueError(
+                    f"objectives.{key}=0 and model.generator_size={share}: {reason}; give it a weight, or "
+                    "take the generator away with model.generator_size=null"
+                )
+        if not any(self.trained):
+            raise ValueError(
+                f"nothing is learnt: objectives.mlm={objectives.mlm:g}, objectives.pairs="
+                f"{objectives.pairs:g} with samples.kind={self.samples.kind}, and no generator "
+                "(model.generator_size) for replaced tokens; give one of them a weight"
+            )
 
 
 # ------------------------------------------------------------------------------------------ finetune

@@ -4,7 +4,8 @@
     bertscale convert runs/quickstart/hugging-face runs/imported              # and back
 
 Presets are transformers' BertForPreTraining, MegatronBertForPreTraining and ModernBertForMaskedLM; what
-is called how there is in `names`. Conversion reads one tensor at a time and needs no GPU.
+is called how there is in `names`. A bert with a generator becomes ElectraForPreTraining and, in the folder
+`generator` inside, ElectraForMaskedLM (`electra`). Conversion reads one tensor at a time and needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from bertscale.checkpoint import TABLE, fresh_folder, open_checkpoint, put_in_place, save_tensors, write_whole
 from bertscale.config import ModelConfig, UserError
+from bertscale.electra import CLASSES, check_exportable, electra_config, electra_names, to_electra
 from bertscale.layers import Layers
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.names import (
@@ -35,6 +37,7 @@ from bertscale.tokenizer import find_tokenizer, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 ORIGIN = "bertscale_checkpoint"  # key of config.json: digest of the checkpoint's table
+GENERATOR = "generator"  # the folder inside
 
 EXAMPLES = (
     "Return a new [MASK] with the same values.",
@@ -150,6 +153,8 @@ def convert(source: Path, output: Path, show: bool) -> None:
         print(f"imported  {source} -> {output}, a checkpoint without optimizer state")
         return
     digest = file_digest(weights.folder / TABLE)
+    if weights.model.generator_size is not None:
+        check_exportable(weights.model, str(weights.folder))
     if _origin(output) == digest:
         print(f"already converted: {output} is {weights.folder}")
     else:
@@ -157,36 +162,49 @@ def convert(source: Path, output: Path, show: bool) -> None:
         export(weights, output, digest)
         difference = largest_difference(weights, output)
         print(f"exported  {weights.folder} -> {output}")
-        if left := [
-            name for name in weights.parameters if not hugging_face_names(name, weights.model.preset)
-        ]:
+        if left := [name for name in weights.parameters if not exported_names(name, weights.model)]:
             print(f"left out  {', '.join(left)}: transformers' class has no place for them")
         print(f"verified  logits of the native and the exported model differ by at most {difference:.1e}")
     if show:
-        show_masks(output)
+        show_masks(output if weights.model.generator_size is None else output / GENERATOR)
+
+
+def exported_names(name: str, model: ModelConfig) -> list[str]:
+    """What the native parameter `name` is called in all folders of an export; none: it is left out."""
+    if model.generator_size is None:
+        return hugging_face_names(name, model.preset)
+    return [each for part in CLASSES for each in electra_names(name, part)]
 
 
 def export(weights: Weights, output: Path, origin: str) -> None:
-    """Writes a folder that transformers loads as the preset's class, tokenizer included."""
-    model, tokenizer = weights.model, load_tokenizer(find_tokenizer(weights.folder))
-    tensors: dict[str, Tensor] = {}
-    for name in weights.parameters:
-        tensors |= to_hugging_face(name, weights.tensor(name), model, weights.vocab_size)
+    """Writes a folder that transformers loads as the preset's class, tokenizer included; of a model with a
+    generator, a second one inside."""
+    model, vocab_size = weights.model, weights.vocab_size
+    tokenizer = load_tokenizer(find_tokenizer(weights.folder))
     partial = fresh_folder(output)
-    save_tensors(partial / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
-    config = {
-        **hugging_face_config(model, weights.vocab_size, tokenizer.pad_id),
-        "dtype": "float32",
-        ORIGIN: origin,
-    }
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer.export_hugging_face(partial, model.max_position_embeddings)
-    if model.preset == "modern":  # it takes no token types
-        path = partial / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(partial)
+    for part in (None,) if model.generator_size is None else CLASSES:
+        folder = partial / GENERATOR if part == GENERATOR else partial
+        folder.mkdir(exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name in weights.parameters:
+            if part is None:
+                tensors |= to_hugging_face(name, weights.tensor(name), model, vocab_size)
+            elif electra_names(name, part):
+                tensors |= to_electra(name, weights.tensor(name), model, vocab_size, part)
+        save_tensors(folder / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
+        if part is None:
+            config = hugging_face_config(model, vocab_size, tokenizer.pad_id)
+        else:
+            config = electra_config(model, vocab_size, tokenizer.pad_id, part)
+        config |= {"dtype": "float32", ORIGIN: origin}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tokenizer.export_hugging_face(folder, model.max_position_embeddings)
+        if model.preset == "modern":  # it takes no token types
+            path = folder / "tokenizer_config.json"
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["model_input_names"] = ["input_ids", "attention_mask"]
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(folder)
     put_in_place(partial, output)
 
 
@@ -223,10 +241,15 @@ def largest_difference(weights: Weights, folder: Path) -> float:
     import transformers
 
     _quiet()
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    theirs = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
+
+    def load(place: Path) -> Any:
+        kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        return getattr(transformers, kind).from_pretrained(place, dtype=torch.float32).eval()
+
+    theirs = load(folder)
     ours = native_model(weights)
     model = weights.model
+    guesser = load(folder / GENERATOR) if ours.generator is not None else theirs
     # Long enough that a local layer does not see everything.
     longest = max(64, 2 * (model.half_window or 0) + 7)
     generator = torch.Generator().manual_seed(0)
@@ -234,12 +257,18 @@ def largest_difference(weights: Weights, folder: Path) -> float:
     for length in sorted({min(length, model.max_position_embeddings) for length in (7, longest)}):
         ids = torch.randint(weights.vocab_size, (length,), generator=generator)
         types = (torch.arange(length) > length // 2).long()
-        hidden, pooled = ours.encoder(ids, types, torch.arange(length), (length,))
+        sample = ids, types, torch.arange(length), (length,)
+        hidden, pooled = ours.encoder(*sample)
         inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
         if model.preset != "modern":
             inputs["token_type_ids"] = types[None]
         output = theirs(**inputs)
-        logits = output["prediction_logits" if "ForPreTraining" in kind else "logits"]
+        if ours.generator is not None and ours.detector is not None:
+            verdict = ours.detector(hidden) - output["logits"][0]
+            difference = max(difference, float(verdict.abs().max()))
+            hidden, _ = ours.generator(*sample, ours.encoder.embeddings)
+            output = guesser(**inputs)
+        logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
         masked = ours.predictions(hidden)[:, : weights.vocab_size] - logits[0]
         difference = max(difference, float(masked.abs().max()))
         if ours.seq_relationship is not None and "seq_relationship_logits" in output:

@@ -1,11 +1,12 @@
 """Operations that want other code on other devices: attention over packed samples, cross-entropy.
 
 Dimensions: T tokens, S samples, L tokens of one sample, A heads, D head size, P positions, V vocabulary,
-B samples x heads, N blocks of a sample.
+B samples x heads, N blocks of a sample or of a position's logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 
 TURNED = 256  # tokens whose queries and keys are turned at a time: they stay in the second-level cache
 ROWS = 16  # of logits at a time in float32: 16 x 30,522 x 4 bytes stay in a core's cache
+GPU_ROWS = 1024  # likewise on a GPU, to bound the memory
+BLOCK = 128  # logits of a position that are summed together before one of them is drawn
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,45 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, dropout: float, ha
         shares = F.dropout(shares, dropout)
     attended = torch.bmm(shares, near_value).view(batch, blocks * half, size)
     return attended[:, :length]
+
+
+def running_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [P, V] the highest of each position, float32 [P], and exp(logit - highest) summed up to the
+    end of each block, float64 [P, N].
+
+    Blocks: a CPU sums them 10 times as fast as it makes a running sum of all, and small summands late in
+    the vocabulary are not lost.
+    """
+    positions, width = logits.shape
+    size = math.gcd(width, BLOCK)
+    highest = logits.new_empty(positions, dtype=torch.float32)
+    sums = logits.new_empty(positions, width // size, dtype=torch.float64)
+    step = GPU_ROWS if logits.is_cuda else ROWS
+    for start in range(0, positions, step):
+        rows = slice(start, start + step)
+        part = logits[rows].float()
+        highest[rows] = part.amax(dim=-1)
+        parts = (part - highest[rows, None]).exp_()
+        sums[rows] = parts.view(len(parts), -1, size).sum(dim=-1)
+    return highest, sums.cumsum(dim=-1)
+
+
+def place_of(logits: Tensor, highest: Tensor, sums: Tensor, thresholds: Tensor) -> Tensor:
+    """The first place of each position where the running sum of exp(logit - highest) is above its threshold.
+
+    `highest` and `sums` are those of `running_sums`, thresholds [P] float64 from 0 to a position's whole sum.
+    A place whose logit adds nothing is never the one. Returns int64 [P].
+    """
+    positions, blocks = sums.shape
+    size = logits.shape[1] // blocks
+    nothing = torch.zeros_like(thresholds)
+    thresholds = torch.minimum(thresholds, sums[:, -1].nextafter(nothing))  # past rounding, below the end
+    block = torch.searchsorted(sums, thresholds[:, None], right=True)  # [P, 1]
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)[:, 0]
+    inside = logits.view(positions, blocks, size).gather(1, block[:, :, None].expand(-1, 1, size))[:, 0]
+    running = (inside.float() - highest[:, None]).exp_().double().cumsum(dim=-1)  # [P, size]
+    left = torch.minimum(thresholds - before, running[:, -1].nextafter(nothing))
+    return (block * size + torch.searchsorted(running, left[:, None], right=True))[:, 0]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

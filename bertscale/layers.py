@@ -18,7 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertscale.kernels import cross_entropy
+from bertscale.kernels import cross_entropy, place_of, running_sums
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -96,6 +96,15 @@ class Layers:
         """
         wanted = logits.gather(1, targets[:, None])[:, 0]
         return (wanted >= logits.amax(dim=-1)).sum().float()
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, chances: Tensor) -> Tensor:
+        """An id for each position, int64 [P], drawn from the softmax of its logits [P, V].
+
+        By the inverse of the cumulated softmax at `chances` [P], float64, at least 0 and below 1.
+        """
+        highest, sums = running_sums(logits)
+        return place_of(logits, highest, sums, chances * sums[:, -1])
 
     def sharded_random(self) -> AbstractContextManager[None]:
         """Random draws inside are this rank's own; outside, all ranks of a layer draw the same."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertscale.masking import Ints, mask_rules, mask_tokens
+from bertscale.masking import Ints, draw_chances, mask_rules, mask_tokens
 from bertscale.mixture import Mixture, Stage
 from bertscale.samples import Pieces, check_batch, spread
 from bertscale.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ class MicroBatch:
     target_positions: Tensor  # int64 [P], ascending, into tokens; P may be 0
     targets: Tensor  # int64 [P], the original ids there
     next_sentence_label: Tensor | None  # int64 [S], 0 = B continues A, 1 = B is random, or swapped with A
+    chances: Tensor | None = None  # float64 [P], random in (0, 1); where a generator draws ids
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """On `device`; from pinned memory the copy runs beside the computation."""
@@ -55,7 +56,7 @@ class MicroBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        label = self.next_sentence_label
+        label, chances = self.next_sentence_label, self.chances
         return MicroBatch(
             tokens=change(self.tokens),
             token_types=change(self.token_types),
@@ -64,6 +65,7 @@ class MicroBatch:
             target_positions=change(self.target_positions),
             targets=change(self.targets),
             next_sentence_label=None if label is None else change(label),
+            chances=None if chances is None else change(chances),
         )
 
 
@@ -72,7 +74,7 @@ class Loader:
 
     A micro-batch has `micro_batch` samples, or with `micro_tokens` as many as stay within so many tokens:
     then the samples of a step are dealt out to as few micro-batches as will do, the same number of them on
-    each rank.
+    each rank. `masks`: whether tokens are masked at all; `draws`: whether a generator draws ids for them.
     `data_wait` is the time in seconds that callers of `iterate` have waited for a batch.
     Raises UserError where the batch does not divide (`check_batch`).
     """
@@ -86,8 +88,11 @@ class Loader:
         rank: int,
         world: int,
         micro_tokens: int | None = None,
+        masks: bool = True,
+        draws: bool = False,
     ) -> None:
         samples = mixture.samples
+        self.masks, self.draws = masks, draws
         check_batch(mixture.global_batch, None if micro_tokens else micro_batch, world, samples.has_pairs)
         self.mixture, self.micro_batch, self.micro_tokens = mixture, micro_batch, micro_tokens
         self.global_batch, self.seed = mixture.global_batch, mixture.seed
@@ -136,7 +141,12 @@ class Loader:
         sequence_start = (ends - extents)[first_piece]
         tokens[sequence_start] = self.cls_id
         sequence_length = np.diff(sequence_start, append=len(tokens))
-        masked, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
+        masked, places, targets = tokens, np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if self.masks:
+            masked, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
+        chances = None
+        if self.draws:
+            chances = torch.from_numpy(draw_chances(places, sizes, samples, self.seed))
         types = np.zeros(len(tokens), np.int64)
         if pieces.label is not None:
             types = np.repeat(pieces.kind, extents)
@@ -163,6 +173,7 @@ class Loader:
                     target_positions=flat[3][target:target_end],
                     targets=flat[4][target:target_end],
                     next_sentence_label=None if labels is None else labels[row:row_end],
+                    chances=None if chances is None else chances[target:target_end],
                 )
             )
             row, token, target, sequence = row_end, token_end, target_end, sequence_end

@@ -62,6 +62,7 @@ class Draw(IntEnum):
     ORDER = 4
     EXTENT = 5
     ROUND = 6
+    SAMPLE = 7
 
 
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, seed: int) -> Words:
@@ -220,6 +221,19 @@ def mask_tokens(
     fresh = philox4x32(position[random], low[row[random]], high[row[random]], Draw.REPLACE, seed)
     masked[place[random]] = rules.ordinary[draw_below(len(rules.ordinary), fresh[:, 0])]
     return masked, place, tokens[place]
+
+
+def draw_chances(places: Ints, lengths: Ints, samples: Ints, seed: int) -> npt.NDArray[np.float64]:
+    """A number above 0 and below 1 for each place [P], by which replaced-token detection draws an id.
+
+    `places` count in samples laid end to end, of `lengths` [S] and numbers `samples` [S]; a number depends
+    on (seed, sample, place in the sample) alone.
+    """
+    ends = np.cumsum(lengths)
+    row = np.searchsorted(ends, places, side="right")
+    low, high = words_of(samples[row])
+    words = philox4x32(places - (ends - lengths)[row], low, high, Draw.SAMPLE, seed)[:, 0]
+    return (words.astype(np.float64) + 0.5) / 2.0**32
 
 
 @dataclass(frozen=True)

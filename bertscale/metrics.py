@@ -9,11 +9,11 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from bertscale.config import PAIRS, ModelConfig
+from bertscale.config import PAIRS, ModelConfig, ObjectivesConfig, PretrainConfig
 from bertscale.model import attended_pairs, model_flops_per_token
 from bertscale.parallel import Ranks
 from bertscale.progress import show_count
@@ -109,34 +109,43 @@ def read_journal(run: Path) -> list[dict[str, Any]]:
     return entries
 
 
+Number = TypeVar("Number", float, Tensor)
+
+
+def weighted(objectives: ObjectivesConfig, sums: Sequence[Number], counts: Sequence[float]) -> Number:
+    """The loss that is trained, from the losses' sums over masked tokens, pairs and tokens that may be
+    replaced, and from the counts of these; 0 of 0 is 0."""
+    mlm, pairs, rtd = (total / (count or 1.0) for total, count in zip(sums[:3], counts, strict=True))
+    return objectives.mlm * mlm + objectives.pairs * pairs + objectives.rtd * rtd
+
+
 def means(
-    prefix: str, kind: str, totals: Tensor, masked: float, samples: float, ranks: Ranks
+    prefix: str, config: PretrainConfig, totals: Tensor, counts: Sequence[float], ranks: Ranks
 ) -> dict[str, float]:
-    """Mean losses and accuracies from this rank's sums [4] and the counts over all ranks; those of pairs
-    are called nsp or sop, after the kind of samples, and missing where there are none."""
-    sums = ranks.sum(*totals.tolist())
-    mlm, pairs, mlm_right, pairs_right = (value / ranks.tensor for value in sums)
-    figures = {
-        f"{prefix}/loss": mlm / masked + pairs / samples,
-        f"{prefix}/mlm_loss": mlm / masked,
-        f"{prefix}/mlm_accuracy": mlm_right / masked,
-    }
-    if kind in PAIRS:
-        figures |= {
-            f"{prefix}/{kind}_loss": pairs / samples,
-            f"{prefix}/{kind}_accuracy": pairs_right / samples,
-        }
+    """Mean losses and accuracies from this rank's sums [6] and the counts over all ranks of masked tokens,
+    samples and tokens; those of an objective that is not trained are missing."""
+    sums = [value / ranks.tensor for value in ranks.sum(*totals.tolist())]
+    figures = {f"{prefix}/loss": weighted(config.objectives, sums, counts)}
+    for name, loss, right, count in zip(config.trained, sums[:3], sums[3:], counts, strict=True):
+        if name is not None:
+            figures |= {
+                f"{prefix}/{name}_loss": loss / (count or 1.0),
+                f"{prefix}/{name}_accuracy": right / (count or 1.0),
+            }
     return figures
+
+
+SECOND = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
 
 
 def brief(figures: dict[str, float]) -> dict[str, str]:
     """The figures that fit on a progress line."""
     return {
         "loss": f"{figures['train/loss']:.3f}",
-        "MLM": f"{figures['train/mlm_loss']:.3f}",
+        **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
         **{
             f"{kind.upper()} accuracy": f"{figures[f'train/{kind}_accuracy']:.0%}"
-            for kind in PAIRS
+            for kind in SECOND
             if f"train/{kind}_accuracy" in figures
         },
         "tokens/s": show_count(figures["speed/tokens_per_second"]),
@@ -146,8 +155,10 @@ def brief(figures: dict[str, float]) -> dict[str, str]:
 
 def heldout_brief(figures: dict[str, float]) -> str:
     """`MLM loss 6.1234, NSP accuracy 51.2%`"""
-    words = [f"MLM loss {figures['heldout/mlm_loss']:.4f}"]
-    for kind in PAIRS:
+    words = []
+    if "heldout/mlm_loss" in figures:
+        words.append(f"MLM loss {figures['heldout/mlm_loss']:.4f}")
+    for kind in SECOND:
         if f"heldout/{kind}_accuracy" in figures:
             words.append(f"{kind.upper()} accuracy {figures[f'heldout/{kind}_accuracy']:.1%}")
     return ", ".join(words)
@@ -162,11 +173,9 @@ def result(run: Path) -> dict[str, float]:
         "steps": trained[-1]["step"],
         "first_loss": trained[0]["train/loss"],
         "last_loss": trained[-1]["train/loss"],
-        "heldout_mlm_loss": heldout[-1]["heldout/mlm_loss"],
-        "heldout_mlm_accuracy": heldout[-1]["heldout/mlm_accuracy"],
         **{
-            f"heldout_{kind}_accuracy": heldout[-1][f"heldout/{kind}_accuracy"]
-            for kind in PAIRS
-            if f"heldout/{kind}_accuracy" in heldout[-1]
+            f"heldout_{figure}": heldout[-1][f"heldout/{figure}"]
+            for figure in ("mlm_loss", "mlm_accuracy", *(f"{kind}_accuracy" for kind in SECOND))
+            if f"heldout/{figure}" in heldout[-1]
         },
     }

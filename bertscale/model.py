@@ -8,8 +8,9 @@ Each preset is numerically equal to its transformers class from the same weights
 | megatron-bert | MegatronBertForPreTraining | first | learned              | GELU         | yes     |
 | modern        | ModernBertForMaskedLM      | first | rotary, local layers | GELU, gated  | decoder |
 
-(Devlin et al., 2019; Shoeybi et al., 2019; Warner et al., 2024.) Names are the same in all three, so that
-one table tells which parameters tensor-parallel ranks share out.
+(Devlin et al., 2019; Shoeybi et al., 2019; Warner et al., 2024.) With a generator, for replaced-token
+detection (ELECTRA: Clark et al., 2020), `bert` is ElectraForPreTraining and ElectraForMaskedLM. Names are
+the same in all three, so that one table tells which parameters tensor-parallel ranks share out.
 
 Samples are laid end to end without padding. Dimensions:
     T tokens of the micro-batch   S samples   P masked positions   L tokens of one sample
@@ -159,14 +160,25 @@ class Encoder(nn.Module):
     """Tokens laid end to end -> hidden states, and with `pooler` a vector for each sample.
 
     `recompute`: `none`, `selective` (attention) or `full` (layers): what the backward pass computes anew.
+    With `width` it has no embeddings of its own and is given some of that width in each pass.
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, layers: Layers, pooler: bool, recompute: str = "none"
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        layers: Layers,
+        pooler: bool,
+        recompute: str = "none",
+        width: int | None = None,
     ) -> None:
         super().__init__()
         self.config, self.parallel, self.recompute = config, layers, recompute == "full"
-        self.embeddings = Embeddings(config, vocab_size, layers)
+        self.embeddings: Embeddings
+        if width is None:
+            self.embeddings = Embeddings(config, vocab_size, layers)
+        projects = width not in (None, config.hidden_size)
+        self.projection = Linear(width or 0, config.hidden_size) if projects else None
         self.layers = nn.ModuleList(
             Layer(config, layers, number, recompute == "selective")
             for number in range(config.num_hidden_layers)
@@ -176,9 +188,15 @@ class Encoder(nn.Module):
         self.pooler = Linear(config.hidden_size, config.hidden_size) if pooler else None
 
     def forward(
-        self, tokens: Tensor, token_types: Tensor, positions: Tensor, lengths: Sequence[int]
+        self,
+        tokens: Tensor,
+        token_types: Tensor,
+        positions: Tensor,
+        lengths: Sequence[int],
+        embeddings: Embeddings | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Ids [T] each and S lengths -> hidden states [T, H], pooled first tokens [S, H] or None."""
+        embed = self.embeddings if embeddings is None else embeddings
         count = len(tokens)
         if extra := -count % self.parallel.token_multiple:  # a sample more, whose results nobody uses
             tokens, token_types, positions = (
@@ -187,7 +205,8 @@ class Encoder(nn.Module):
             lengths = [*lengths, extra]
         packing = Packing.of(lengths, tokens.device)
         turns = self.rotations(positions)
-        hidden = self.parallel.scatter(self.embeddings(tokens, token_types, positions))
+        embedded = embed(tokens, token_types, positions)
+        hidden = self.parallel.scatter(embedded if self.projection is None else self.projection(embedded))
         for number, layer in enumerate(self.layers):
             turn = turns[self.config.is_local(number)] if turns else None
             if self.recompute and self.training:
@@ -218,15 +237,15 @@ class Encoder(nn.Module):
 
 
 class Predictions(nn.Module):
-    """Hidden states at masked positions -> logits over the vocabulary."""
+    """Hidden states at masked positions -> logits over the vocabulary, by word embeddings of `width`."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers, width: int) -> None:
         super().__init__()
         bias = config.preset != "modern"
-        self.dense = Linear(config.hidden_size, config.hidden_size, bias)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=bias)
+        self.dense = Linear(config.hidden_size, width, bias)
+        self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps, bias=bias)
         padded = padded_vocab_size(vocab_size)
-        self.decoder = layers.tied_decoder(padded, config.hidden_size)
+        self.decoder = layers.tied_decoder(padded, width)
         here = padded // layers.degree
         self.real = max(0, min(vocab_size - layers.rank * here, here))  # rows here that are pieces
         self.rows = here
@@ -238,9 +257,36 @@ class Predictions(nn.Module):
         return logits
 
 
+class Detector(nn.Module):
+    """Hidden states -> a logit for each token: was it replaced? (Clark et al., 2020)"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size, config.preset != "modern")
+        self.output = Linear(config.hidden_size, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.output(F.gelu(self.dense(hidden)))  # [T, H] -> [T, 1]
+        return logits[:, 0].float()
+
+
+def replace(
+    tokens: Tensor, target_positions: Tensor, targets: Tensor, sampled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens [T] with ids `sampled` [P] at the masked positions; which of them were replaced, bool [T].
+
+    An id that equals the original, `targets` [P], is the original.
+    """
+    replaced = torch.zeros_like(tokens, dtype=torch.bool)
+    replaced[target_positions] = sampled != targets
+    return tokens.index_copy(0, target_positions, sampled), replaced
+
+
 class PretrainingModel(nn.Module):
     """Encoder with the masked-language head and, where the config has it, that of sentence pairs.
 
+    With a generator the masked-language head is the generator's, a smaller encoder on the same embeddings,
+    and the encoder finds out which of the tokens that it drew are not the original ones (Clark et al., 2020).
     `vocab_size` is the tokenizer's; the word embedding has `padded_vocab_size` rows.
     """
 
@@ -255,9 +301,12 @@ class PretrainingModel(nn.Module):
         layers = layers or Layers()
         self.config, self.vocab_size, self.parallel = config, vocab_size, layers
         self.encoder = Encoder(config, vocab_size, layers, config.sentence_head, recompute)
-        self.predictions = Predictions(config, vocab_size, layers)
+        small, width = config.generator, config.hidden_size
+        self.generator = Encoder(small, vocab_size, layers, False, recompute, width) if small else None
+        self.predictions = Predictions(small or config, vocab_size, layers, width)
         self.predictions.decoder.weight = self.encoder.embeddings.word_embeddings.weight
         self.seq_relationship = Linear(config.hidden_size, 2) if config.sentence_head else None
+        self.detector = Detector(config) if small else None
 
     def forward(
         self,
@@ -268,28 +317,57 @@ class PretrainingModel(nn.Module):
         target_positions: Tensor,
         targets: Tensor,
         next_sentence_label: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch, float32 scalars: masked-language loss over P positions, the pairs'
-        loss over S samples, and how many of each were predicted right. Without labels, or without that
-        head, a sample may hold several sequences, each with a length of its own; the pairs' sums are 0.
+        chances: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Sums over the micro-batch, float32 scalars: the losses of P masked positions, of S pairs and of T
+        tokens that may be replaced ones, and how many of each were predicted right.
 
+        Without labels, or without that head, a sample may hold several sequences, each with a length of
+        its own; the pairs' sums are 0. So are those of replaced tokens without a generator, which draws an
+        id for each masked position by `chances` [P], float64 in (0, 1).
         The projection to the vocabulary runs on the P masked positions only.
         """
-        hidden, pooled = self.encoder(tokens, token_types, positions, lengths)
+        sample = token_types, positions, lengths
+        if self.generator is None:
+            hidden, pooled = self.encoder(tokens, *sample)
+            masked, masked_right, _ = self.predict(hidden, target_positions, targets, None)
+            replaced = replaced_right = torch.zeros_like(masked_right)
+        else:
+            assert self.detector is not None
+            assert chances is not None
+            guessed, _ = self.generator(tokens, *sample, self.encoder.embeddings)
+            masked, masked_right, sampled = self.predict(guessed, target_positions, targets, chances)
+            tokens, is_replaced = replace(tokens, target_positions, targets, sampled)
+            hidden, pooled = self.encoder(tokens, *sample)
+            verdict = self.detector(hidden)  # [T]
+            replaced = F.binary_cross_entropy_with_logits(verdict, is_replaced.float(), reduction="sum")
+            replaced_right = ((verdict > 0) == is_replaced).sum().float()
+        relation, relation_right = self.relate(pooled, next_sentence_label, torch.zeros_like(masked_right))
+        return masked, relation, replaced, masked_right, relation_right, replaced_right
+
+    def predict(
+        self, hidden: Tensor, target_positions: Tensor, targets: Tensor, chances: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From hidden states [T, H] sums of the masked positions' losses and right ones; with `chances` an
+        id for each of them [P], drawn from the prediction, else the originals."""
         logits = self.predictions(F.embedding(target_positions, hidden))  # [P, V]
-        masked_correct = self.parallel.correct(logits, targets)
-        masked_loss = self.parallel.cross_entropy(logits, targets).sum()
-        if self.seq_relationship is None or next_sentence_label is None:
-            nothing = torch.zeros_like(masked_correct)
-            if self.seq_relationship is None:
-                return masked_loss, nothing, masked_correct, nothing
+        right = self.parallel.correct(logits, targets)
+        sampled = targets if chances is None else self.parallel.sample(logits, chances)
+        return self.parallel.cross_entropy(logits, targets).sum(), right, sampled  # the loss may overwrite
+
+    def relate(
+        self, pooled: Tensor | None, next_sentence_label: Tensor | None, nothing: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """From pooled first tokens [S, H] sums of the pairs' losses and right ones, or `nothing`, a zero."""
+        if self.seq_relationship is None:
+            return nothing, nothing
+        assert pooled is not None
+        if next_sentence_label is None:
             # Zero, but of every weight: the sharded optimizers wait for the gradients of all of them.
-            unused = 0.0 * self.seq_relationship(pooled[:1]).float().sum()
-            return masked_loss, unused, masked_correct, nothing
+            return 0.0 * self.seq_relationship(pooled[:1]).float().sum(), nothing
         relation = self.seq_relationship(pooled).float()  # [S, 2]
-        relation_loss = F.cross_entropy(relation, next_sentence_label, reduction="sum")
-        relation_correct = (relation.detach().argmax(dim=-1) == next_sentence_label).sum().float()
-        return masked_loss, relation_loss, masked_correct, relation_correct
+        loss = F.cross_entropy(relation, next_sentence_label, reduction="sum")
+        return loss, (relation.detach().argmax(dim=-1) == next_sentence_label).sum().float()
 
 
 class ClassificationModel(nn.Module):
@@ -345,15 +423,16 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     | embeddings                    | normal(0, r) | normal(0, r)            | cut normal(0, r)        |
     | attention.dense,              |              |                         |                         |
     | feed_forward.dense            | normal(0, m) | normal(0, m / sqrt(2 l)) | cut normal(0, m / sqrt(2 l)) |
-    | predictions.dense             | normal(0, m) | normal(0, m)            | cut normal(0, m / sqrt(2 l)) |
+    | predictions.dense,            |              |                         |                         |
+    | detector.dense                | normal(0, m) | normal(0, m)            | cut normal(0, m / sqrt(2 l)) |
     | other matrices                | normal(0, m) | normal(0, m)            | cut normal(0, m)        |
     | padded rows of the vocabulary | 0, and they stay 0 (all presets)                                 |
 
-    Cut: at initializer_cutoff_factor deviations. Sources: Devlin et al., 2019, who drew matrices
-    truncated at two deviations, where transformers' Bert draws them untruncated, as here; Shoeybi et al.,
-    2019, and megatron-core, scaled by the 2 l residual branches; Warner et al., 2024, as in transformers'
-    ModernBertPreTrainedModel. It depends on name, shape, config and seed alone, so that every topology
-    starts from the same weights.
+    The generator's are drawn likewise; its embeddings are the encoder's. Cut: at initializer_cutoff_factor
+    deviations. Sources: Devlin et al., 2019, who drew matrices truncated at two deviations, where
+    transformers' Bert draws them untruncated, as here; Shoeybi et al., 2019, and megatron-core, scaled by
+    the 2 l residual branches; Warner et al., 2024, as in transformers' ModernBertPreTrainedModel. It depends
+    on name, shape, config and seed alone, so that every topology starts from the same weights.
     """
     if name.endswith("bias"):
         return torch.zeros(*shape)
@@ -365,7 +444,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
         deviation = config.matrix_initializer_range or deviation
     ends_branch = name.endswith(("attention.dense.weight", "feed_forward.dense.weight"))
     if config.preset == "modern":
-        ends_branch |= name == "predictions.dense.weight"
+        ends_branch |= name in ("predictions.dense.weight", "detector.dense.weight")
     if ends_branch and config.preset != "bert":
         deviation /= math.sqrt(2 * config.num_hidden_layers)
     value = torch.empty(*shape)
@@ -401,13 +480,27 @@ def model_flops_per_token(
     feed-forward part (2, or 3 where it is gated):
 
         6 l (4 h^2 + k h i) + 12 h (g attended + (l - g) attended_locally) + 6 masked (h^2 + h V)
+
+    A generator, h' and i' wide, adds the first two terms of its own and 6 h h' for the projection of the
+    embeddings (none if h' = h); the head's h^2 is then h h'; the detector, on every token, is 6 (h^2 + h).
     """
-    width, depth = config.hidden_size, config.num_hidden_layers
-    local = sum(config.is_local(number) for number in range(depth))
+    width, small = config.hidden_size, config.generator
     if attended_locally is None:
         attended_locally = min(attended, 2 * (config.half_window or 0) + 1)
+    flops = layer_flops(config, attended, attended_locally)
+    guesser = width
+    if small is not None:
+        guesser = small.hidden_size
+        projection = width * guesser if guesser != width else 0
+        flops += layer_flops(small, attended, attended_locally) + 6 * (projection + width**2 + width)
+    return flops + 6 * masked * (guesser * width + width * vocab_size)
+
+
+def layer_flops(config: ModelConfig, attended: float, attended_locally: float) -> float:
+    """Those of all layers; see `model_flops_per_token`."""
+    width, depth = config.hidden_size, config.num_hidden_layers
+    local = sum(config.is_local(number) for number in range(depth))
     matrices = 3 if config.preset == "modern" else 2
     layer = 4 * width**2 + matrices * width * config.intermediate_size
     pairs = (depth - local) * attended + local * attended_locally
-    head = width**2 + width * vocab_size
-    return 6 * depth * layer + 12 * width * pairs + 6 * masked * head
+    return 6 * depth * layer + 12 * width * pairs

@@ -130,7 +130,7 @@ def from_hugging_face(name: str, values: list[Tensor], model: ModelConfig) -> Te
 def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) -> dict[str, Any]:
     """The config.json of a model, for transformers and for `model_of`."""
     shared = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, "tie_word_embeddings": True}
-    sizes = model.model_dump(exclude={"preset"}, exclude_none=True)
+    sizes = model.model_dump(exclude={"preset", "generator_size"}, exclude_none=True)
     if model.preset != "modern":
         name = "Bert" if model.preset == "bert" else "MegatronBert"
         head = "ForPreTraining" if model.sentence_head else "ForMaskedLM"
@@ -182,6 +182,8 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     kind = config.get("model_type")
     preset = MODEL_TYPES.get(str(kind))
     supported = "this version converts bert and megatron-bert with gelu, and modernbert"
+    if kind == "electra":
+        supported += "; an electra that was trained here is read from its checkpoint"
     if preset is None or (preset != "modern" and config.get("hidden_act", "gelu") != "gelu"):
         raise UserError(
             f"{origin} is of a model of type {kind!r} with activation {config.get('hidden_act')!r}; "

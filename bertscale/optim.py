@@ -70,17 +70,19 @@ def make_optimizer(
     if config.name == "lamb":
         return Lamb(groups, config)
 
+    heads_of = {True: sizes.generator_heads, False: sizes.num_attention_heads}
+
     # Rows of query_key_value are in the order head, (query, key, value), feature.
     def split(name: str, value: Tensor) -> Tensor:
         if "query_key_value" not in name:
             return value[None]
-        heads, width = sizes.num_attention_heads, value.shape[1]
+        heads, width = heads_of[name.startswith("generator.")], value.shape[1]
         return value.view(heads, 3, -1, width).transpose(0, 1).reshape(3, -1, width)  # -> [3, A D, H]
 
     def join(name: str, matrices: Tensor) -> Tensor:
         if "query_key_value" not in name:
             return matrices[0]
-        heads, width = sizes.num_attention_heads, matrices.shape[2]
+        heads, width = heads_of[name.startswith("generator.")], matrices.shape[2]
         return matrices.view(3, heads, -1, width).transpose(0, 1).reshape(-1, width)  # -> [A 3 D, H]
 
     return Muon(groups, config, split, join, dtype)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bertscale.config import UserError
+from bertscale.kernels import place_of, running_sums
 from bertscale.layers import Layers, checkpoint_of, derive_seed
 
 with warnings.catch_warnings():  # it warns of each optional package that is not installed
@@ -222,6 +223,22 @@ class TensorParallelLayers(Layers):
         both = torch.stack([logits.amax(dim=-1).float(), wanted])  # [2, P]
         dist.all_reduce(both, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
         return (both[1] >= both[0]).sum().float()
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, chances: Tensor) -> Tensor:
+        highest, sums = running_sums(logits)
+        own = torch.stack([highest.double(), sums[:, -1]])  # [2, P]
+        all_highest, totals = _all_gather(own).view(self.degree, 2, -1).unbind(1)  # 2 x [degree, P]
+        scale = (all_highest - all_highest.amax(dim=0)).exp()
+        ends = (totals * scale).cumsum(dim=0)  # of the ranks' shares of the whole sum
+        thresholds = chances * ends[-1]
+        here = (ends <= thresholds).sum(dim=0) == self.rank  # the share where the sum passes the threshold
+        begin = ends[self.rank - 1] if self.rank else torch.zeros_like(thresholds)
+        within = torch.where(here, (thresholds - begin) / scale[self.rank], 0.0)
+        ids = place_of(logits, highest, sums, within) + self.rank * logits.shape[1]
+        ids = torch.where(here, ids, 0)
+        dist.all_reduce(ids, group=parallel_state.get_tensor_model_parallel_group())
+        return ids
 
     @contextmanager
     def sharded_random(self) -> Iterator[None]:

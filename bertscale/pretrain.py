@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from operator import add
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -22,12 +23,12 @@ import yaml
 from torch import Tensor
 
 from bertscale.checkpoint import Checkpoint, open_checkpoint, step_folders
-from bertscale.config import PretrainConfig, UserError
+from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
 from bertscale.device import choose_precision, describe, local_device, peak_flops
 from bertscale.engine import Engine
 from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
-from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result
+from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result, weighted
 from bertscale.mixture import Mixture, data_digest
 from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
 from bertscale.progress import Progress, show_count
@@ -89,27 +90,28 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     precision = f"{dtype}".removeprefix("torch.")
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, course):
         say(ranks, line)
-    totals = torch.zeros(4, device=ranks.device)  # sums since the last log point, left on the device
-    masked = samples = 0.0  # likewise, over all ranks
+    totals = torch.zeros(6, device=ranks.device)  # sums since the last log point, left on the device
+    seen: tuple[float, ...] = (0.0, 0.0, 0.0)  # likewise: masked tokens, samples, tokens of all ranks
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     last = False  # whether this step is the last of the budget
 
     with Progress("pretrain", course.steps, "steps", start=start, hidden=not first) as progress:
         for step, micro_batches in loader.iterate(start, course.steps or FOREVER):
             own_masked = sum(len(batch.targets) for batch in micro_batches)
+            own_tokens = sum(len(batch.tokens) for batch in micro_batches)
             now, after = clock.step() if first else (0.0, 0.0)  # the first rank's clock is the run's
-            step_masked, stopping, now, after = ranks.sum(
-                own_masked / ranks.tensor, float(stop.asked), now, after
+            masked, tokens, stopping, now, after = ranks.sum(
+                own_masked / ranks.tensor, own_tokens / ranks.tensor, float(stop.asked), now, after
             )
             if stopping:
                 break
             last = course.over(step + 1, after)
             lr = course.learning_rate(step, now)
-            step_samples = course.batch(step)[1]
+            counts = masked, float(course.batch(step)[1]), tokens
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(engine.model.parallel, train.seed, step, micro_step, ranks)
                 sums = forward(engine, batch.to(ranks.device))
-                loss = sums[0] / step_masked + sums[1] / step_samples
+                loss = weighted(config.objectives, sums, counts)
                 # DeepSpeed takes the mean over the data ranks.
                 engine.backward(loss * ranks.data, last=micro_step == len(micro_batches) - 1)
                 engine.step(lr)
@@ -118,11 +120,10 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             clock.stepped()
             done = step + 1
             beat(done)
-            masked += step_masked
-            samples += step_samples
+            seen = tuple(map(add, seen, counts))
 
             if done % train.log_every == 0 or done == start + 1 or last:
-                figures = means("train", config.samples.kind, totals, masked, samples, ranks)  # waits
+                figures = means("train", config, totals, seen, ranks)  # waits
                 figures |= {"train/learning_rate": lr, "train/gradient_norm": engine.gradient_norm()}
                 figures |= rate.close(ranks, warming_up=done == start + 1)
                 figures["speed/data_wait_seconds"] = loader.data_wait
@@ -133,7 +134,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                         f"step {saved}: go on from it with a lower optimizer.learning_rate"
                     )
                 totals.zero_()
-                masked = samples = 0.0
+                seen = (0.0, 0.0, 0.0)
                 if journal:
                     journal.write(done, figures)
                 progress.advance(done - progress.done, **brief(figures))
@@ -238,13 +239,15 @@ def make_loader(
         tokenizer,
         micro_batch=config.train.micro_batch,
         micro_tokens=config.train.micro_tokens,
+        masks=config.objectives.mlm > 0,
+        draws=config.model.generator_size is not None,
         rank=ranks.data_rank,
         world=ranks.data,
     )
 
 
 def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
-    """Sums of the micro-batch: masked-language loss, that of the pairs, right ones of each."""
+    """Sums of the micro-batch: losses of masked tokens, pairs and replaced tokens, right ones of each."""
     return engine(
         batch.tokens,
         batch.token_types,
@@ -253,6 +256,7 @@ def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
         batch.target_positions,
         batch.targets,
         batch.next_sentence_label,
+        batch.chances,
     )
 
 
@@ -260,18 +264,19 @@ def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
 def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: int) -> dict[str, float]:
     """Mean losses and accuracies of held-out documents, always over the same masked samples."""
     engine.model.eval()
-    totals = torch.zeros(4, device=ranks.device)
-    masked = 0
+    totals = torch.zeros(6, device=ranks.device)
+    masked = tokens = 0
     steps = max(1, samples // loader.global_batch)
     for step in range(steps):
         for batch in loader.step(step):
             totals += torch.stack(forward(engine, batch.to(ranks.device)))
             masked += len(batch.targets)
+            tokens += len(batch.tokens)
             beat(done)
     engine.model.train()
-    all_masked = ranks.sum(masked / ranks.tensor)[0]
-    kind = loader.mixture.samples.kind
-    return means("heldout", kind, totals, all_masked, float(steps * loader.global_batch), ranks)
+    masked_of_all, tokens_of_all = ranks.sum(masked / ranks.tensor, tokens / ranks.tensor)
+    counts = masked_of_all, float(steps * loader.global_batch), tokens_of_all
+    return means("heldout", engine.config, totals, counts, ranks)
 
 
 def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
@@ -307,9 +312,11 @@ def check_same_run(
     # An older one lacks newer keys.
     before = {**before, "model": checkpoint.model.model_dump(mode="json")}
     before["train"] = {"batch_warmup": [], **before["train"]}
+    before["objectives"] = ObjectivesConfig.model_validate(before.get("objectives", {})).model_dump()
     for section, key in [
         *(("model", key) for key in now["model"] if "dropout" not in key),
         *(("samples", key) for key in now["samples"]),
+        *(("objectives", key) for key in now["objectives"]),
         ("train", "global_batch"),
         ("train", "batch_warmup"),
         ("train", "seed"),

@@ -22,7 +22,8 @@ m = samples.mask_rate:
     w / 2 x T x L x (10 H + (8 H + 4 I) / t)  +  T m V / t x (2 w + 4)  +  3 w T H
 
 8 I instead of 4 I where the feed-forward part is gated; with train.activation_checkpointing=full, L layers
-count for one of them and their inputs, w T L H.
+count for one of them and their inputs, w T L H. A generator adds its own layers and 6 w T H for the second
+pass through the embeddings and the detector.
 
 To this comes what a process takes before it holds a weight: 2.5 GB on a GPU (CUDA's context, NCCL,
 DeepSpeed's buckets), 0.7 GB on a CPU. Samples shorter than max_length take less: nothing is padded.
@@ -65,22 +66,38 @@ def gb(size: float) -> str:
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     """(those that every tensor-parallel rank holds, those that they share out); both in one process."""
-    hidden, inside, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    hidden, small = model.hidden_size, model.generator
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    biases = 0 if model.preset == "modern" else 1
+    everywhere, shared_out = _count_layers(model)
+    shared_out += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
+    if biases:
+        everywhere += (model.max_position_embeddings + model.type_vocab_size) * hidden
+    if model.preset != "megatron-bert":
+        everywhere += (1 + biases) * hidden  # LayerNorm of the embeddings
+    guesser = (small or model).hidden_size
+    everywhere += (guesser + 1 + 2 * biases) * hidden  # the head's dense layer and LayerNorm
+    if model.sentence_head:
+        everywhere += (hidden + 1) * hidden + 2 * (hidden + 1)  # pooler and the head of pairs
+    if small is not None:
+        own_everywhere, own_shared_out = _count_layers(small)
+        everywhere += own_everywhere + (hidden + biases) * hidden + hidden + 1  # the detector
+        everywhere += (hidden + 1) * guesser if guesser != hidden else 0  # projection of the embeddings
+        shared_out += own_shared_out
+    return everywhere, shared_out
+
+
+def _count_layers(model: ModelConfig) -> tuple[int, int]:
+    """Likewise, of the layers and the LayerNorm at their end."""
+    hidden, inside, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     modern = model.preset == "modern"
     # query, key, value; attention's output; the feed-forward matrices, three where it is gated
     shared_out = layers * (4 * hidden * hidden + (3 if modern else 2) * hidden * inside)
-    shared_out += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
     if modern:
-        everywhere = (2 * layers + 2) * hidden + hidden * hidden  # norms, the head's dense layer
-    else:
-        shared_out += layers * (3 * hidden + inside)  # biases of the first and third matrix
-        everywhere = layers * 6 * hidden  # biases after the row-parallel matrices, two LayerNorms
-        everywhere += (model.max_position_embeddings + model.type_vocab_size + 2) * hidden
-        everywhere += (hidden + 1) * hidden + 2 * hidden  # the head's dense layer and LayerNorm
-    if model.sentence_head:
-        everywhere += (hidden + 1) * hidden + 2 * (hidden + 1)  # pooler and the head of pairs
-    return everywhere, shared_out
+        return 2 * layers * hidden, shared_out  # norms; the first layer has one, and one is at the end
+    shared_out += layers * (3 * hidden + inside)  # biases of the first and third matrix
+    everywhere = layers * 6 * hidden  # biases after the row-parallel matrices, two LayerNorms
+    return everywhere + (2 * hidden if model.preset == "megatron-bert" else 0), shared_out
 
 
 def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
@@ -109,13 +126,23 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     optimizer = (8 if wide else 12) * parameters if stage == 0 else 16 * parameters / data
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
+    head = config.samples.mask_rate * rows / degree * (2 * width + 4)
+    recomputed = config.train.activation_checkpointing == "full"
+    a_token = _kept(model, width, degree, recomputed) + head + 3 * width * hidden
+    if model.generator is not None:
+        a_token += _kept(model.generator, width, degree, recomputed) + 6 * width * hidden
+    activations = tokens * a_token
+    return Memory(weights, gradients, optimizer, activations, GPU_BASE if gpu else CPU_BASE)
+
+
+def _kept(model: ModelConfig, width: int, degree: int, recomputed: bool) -> float:
+    """Bytes of activations that the layers keep of one token, in numbers of `width` bytes."""
+    hidden, inside = model.hidden_size, model.intermediate_size
     widths = 8 if model.preset == "modern" else 4  # gated, both halves and their product are kept
     layer = width / 2 * (10 * hidden + (8 * hidden + widths * inside) / degree)
-    if config.train.activation_checkpointing == "full":  # a layer's input is kept; one layer is recomputed
-        layer = width * hidden + layer / model.num_hidden_layers
-    head = config.samples.mask_rate * rows / degree * (2 * width + 4)
-    activations = tokens * (model.num_hidden_layers * layer + head + 3 * width * hidden)
-    return Memory(weights, gradients, optimizer, activations, GPU_BASE if gpu else CPU_BASE)
+    if recomputed:  # a layer's input is kept; one layer is recomputed
+        return model.num_hidden_layers * width * hidden + layer
+    return model.num_hidden_layers * layer
 
 
 def what_would_fit(

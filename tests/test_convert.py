@@ -18,7 +18,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoToke
 from bertscale.checkpoint import open_checkpoint, write_whole
 from bertscale.config import ModelConfig, UserError
 from bertscale.convert import convert, largest_difference, native_model, native_shapes, open_weights
-from bertscale.model import initial_value
+from bertscale.finetune import encoder_tensors
+from bertscale.model import ClassificationModel, initial_value
 from bertscale.names import SENTENCE_HEAD
 from bertscale.tokenizer import load_tokenizer
 
@@ -212,6 +213,59 @@ def test_every_preset_there_and_back(
             assert before.tensor(name).equal(after.tensor(name)), name
     said = capsys.readouterr().out
     assert ("left out  encoder.pooler.weight, " in said) == (case == "modern with pairs")
+
+
+# ------------------------------------------------------------------------------- models with a generator
+
+
+@pytest.mark.parametrize(("share", "pairs"), [(1 / 3, False), (1.0, True)])
+def test_a_generator_and_its_discriminator_become_electra(
+    share: float, pairs: bool, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "native", tiny_data, {"generator_size": share, "sentence_head": pairs})
+    convert(tmp_path / "native", tmp_path / "hf", show=True)
+    before = open_checkpoint(tmp_path / "native")
+    assert largest_difference(before, tmp_path / "hf") < 1e-4
+    said = capsys.readouterr().out
+    assert ("left out  encoder.pooler.weight, " in said) == pairs
+    assert "[MASK]" in said
+    judge = AutoModelForPreTraining.from_pretrained(tmp_path / "hf")
+    guesser = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf" / "generator")
+    assert type(judge).__name__ == "ElectraForPreTraining"
+    assert type(guesser).__name__ == "ElectraForMaskedLM"
+    assert guesser.get_output_embeddings().weight is guesser.get_input_embeddings().weight
+    assert guesser.get_input_embeddings().weight.equal(judge.get_input_embeddings().weight)
+    assert guesser.config.hidden_size == round(24 * share)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf" / "generator").mask_token == "[MASK]"
+    # A change of one weight of either is noticed.
+    for folder in (tmp_path / "hf", tmp_path / "hf" / "generator"):
+        kept = (folder / "model.safetensors").read_bytes()
+        tensors = load_file(folder / "model.safetensors")
+        name = "electra.encoder.layer.1.attention.output.dense.weight"
+        save_file({**tensors, name: 1.5 * tensors[name]}, folder / "model.safetensors", {"format": "pt"})
+        assert largest_difference(before, tmp_path / "hf") > 1e-3
+        (folder / "model.safetensors").write_bytes(kept)
+    with pytest.raises(UserError, match="an electra that was trained here is read from its checkpoint"):
+        open_weights(tmp_path / "hf")
+
+    encoder = encoder_tensors(before)  # of fine-tuning
+    classifier = ClassificationModel(before.model, 330, classes=2)
+    missing, unexpected = classifier.load_state_dict(encoder, strict=False)
+    assert not unexpected
+    assert all(not name.startswith("encoder.") or name.startswith("encoder.pooler.") for name in missing)
+
+
+@pytest.mark.parametrize("preset", ["megatron-bert", "modern"])
+def test_what_transformers_has_no_electra_for_is_refused(
+    preset: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "native", tiny_data, {"preset": preset, "generator_size": 1.0})
+    with pytest.raises(UserError) as caught:
+        convert(tmp_path / "native", tmp_path / "hf", show=False)
+    assert f"is a {preset} with a generator (generator_size=1)" in str(caught.value)
+    assert "`bertscale finetune` takes the checkpoint itself" in str(caught.value)
+    assert not (tmp_path / "hf").exists()
+    assert encoder_tensors(open_checkpoint(tmp_path / "native"))
 
 
 @pytest.mark.parametrize("preset", ["bert", "megatron-bert"])

@@ -33,7 +33,7 @@ ROWS = (
         "wordpiece",
     ),
     ("chunks", "index", "mixture", "model", "optimizers", "order", "samples"),
-    ("checkpoint", "loader", "names", "optim", "parallel"),
+    ("checkpoint", "electra", "loader", "names", "optim", "parallel"),
     ("engine", "inspect", "metrics"),
     ("convert", "finetune", "pretrain", "tasks"),
     ("quickstart",),

@@ -488,15 +488,19 @@ def test_no_slurm(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("preset", ["bert", "megatron-bert", "modern"])
 @pytest.mark.parametrize("pairs", [True, False])
-def test_parameters_are_those_of_the_model(layers: int, preset: str, pairs: bool) -> None:
+@pytest.mark.parametrize("generator", [None, 0.3333, 1.0])
+def test_parameters_are_those_of_the_model(
+    layers: int, preset: str, pairs: bool, generator: float | None
+) -> None:
     model = ModelConfig.model_validate(
         {
             "preset": preset,
             "sentence_head": pairs,
+            "generator_size": generator,
             "num_hidden_layers": layers,
             "hidden_size": 24,
             "num_attention_heads": 3,
-            "intermediate_size": 56,
+            "intermediate_size": 57,
             "max_position_embeddings": 40,
         }
     )
@@ -531,6 +535,14 @@ def test_zero_stages_share_what_they_say() -> None:
     assert halves.activations < 0.7 * states.activations
     wide = large().model_copy(update={"train": large().train.model_copy(update={"precision": "float32"})})
     assert estimate_memory(wide, 30_000, ranks=8, gpu=True).weights == 4 * size
+
+
+def test_a_generator_takes_memory() -> None:
+    config = large()
+    with_one = config.model_copy(update={"model": config.model.model_copy(update={"generator_size": 0.25})})
+    plain, both = (estimate_memory(each, 30_000, ranks=8, gpu=True) for each in (config, with_one))
+    assert 1.05 * plain.weights < both.weights < 1.15 * plain.weights
+    assert 1.2 * plain.activations < both.activations < 1.5 * plain.activations
 
 
 def test_what_would_fit_changes_as_little_as_possible() -> None:
