@@ -60,11 +60,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs/pretrain"
 LENGTH = 128  # tokens of a sample
 HELDOUT = 2048  # samples
 CHUNK = 64  # of them at a time
-# Peak learning rates, the best first, of a few that were tried on each for two minutes.
-CONTESTANTS = {
-    "bert-adamw": (1e-3, 2e-3),
+CONTESTANTS = {  # and their peak learning rates; --rates says how many of them are tried
+    "bert-adamw": (1e-3, 5e-4),
     "bert-lamb": (1e-2, 5e-3),
-    "bert-trainer": (1e-3, 2e-3),
+    "bert-trainer": (1e-3, 5e-4),
     "modern-adamw": (2e-3, 1e-3),
     "modern-lamb": (1e-2, 5e-3),
     "modern-trainer": (2e-3, 1e-3),
@@ -106,7 +105,7 @@ def main() -> int:
     source.add_argument("--trainer", type=Path, help=argparse.SUPPRESS)  # a process of theirs
     parser.add_argument("--pieces", type=int, default=32_768, help="Vocabulary where text is prepared.")
     parser.add_argument("--minutes", type=float, default=6.0, help="Training time of each contestant.")
-    parser.add_argument("--batch", type=int, default=32, help="Samples of 128 tokens in a step.")
+    parser.add_argument("--batch", type=int, default=16, help="Samples of 128 tokens in a step.")
     parser.add_argument("--rates", type=int, default=1, help="Learning rates of each contestant, 1 or 2.")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="Some contestants.", metavar="NAME")
     parser.add_argument("--size", default="mini", help="Of the shipped configs, such as tiny.")
@@ -180,7 +179,7 @@ def begun(name: str, rate: float, options: argparse.Namespace, corpora: list[Cor
         *("optimizer.warmup_fraction=0.1", "optimizer.beta2=0.98", "optimizer.eps=0.000001"),
         *("train.steps=null", f"train.hours={options.minutes / 60}"),
         *(f"train.global_batch={batch}", f"train.micro_batch={batch}", f"train.eval_samples={batch}"),
-        *("train.log_every=50", f"train.eval_every={10**9}", f"train.save_every={10**9}"),
+        *("train.log_every=20", f"train.eval_every={10**9}", f"train.save_every={10**9}"),
     ]
     config = load_config(PretrainConfig, CONFIGS / f"{preset}-{options.size}.yaml", overrides)
     text = f"# {facts}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
