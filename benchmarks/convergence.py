@@ -130,7 +130,7 @@ def compare(options: argparse.Namespace) -> None:
     if not importlib.util.find_spec("accelerate") and any(name.endswith("trainer") for name in names):
         print("transformers' Trainer: left out; `pip install accelerate` brings what it needs")
         names = [name for name in names if not name.endswith("trainer")]
-    cores: list[int | None] = [None]
+    cores: Sequence[int | None] = [None]
     if options.together:
         cores = sorted(os.sched_getaffinity(0))
         os.environ["OMP_NUM_THREADS"] = "1"
