@@ -80,7 +80,7 @@ class RandomBatches:
     """Micro-batches of random ids, in the loader's place where there is no data.
 
     Samples of kind `packed` are one sequence of samples.max_length tokens each; of other kinds their lengths
-    are spread evenly between a quarter of that and all of it. A few steps are made at the start and given
+    are spread evenly between a quarter of that and all of it, and one in each step is of all of it. A few steps are made at the start and given
     again and again, in pinned memory where CUDA is there.
     """
 
@@ -99,6 +99,7 @@ class RandomBatches:
         longest = samples.max_length
         shortest = longest if samples.kind == "packed" else max(8, longest // 4)
         sizes = shared.integers(shortest, longest + 1, train.global_batch)
+        sizes[0] = longest
         if train.micro_tokens:
             bins = deal(sizes, train.micro_tokens, ranks.data)
             parts = [sizes[bins == number] for number in range(ranks.data_rank, bins.max() + 1, ranks.data)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,45 @@ def test_the_stopwatch_adds_up_parts() -> None:
     assert seconds["optimizer"] == 0
     watch.restart()
     assert watch.seconds()["forward"] == 0
+
+
+# -------------------------------------------------------------------------------------------- benchmarks
+
+
+def run_benchmark(name: str, file: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
+    command = [sys.executable, f"benchmarks/{name}.py", *arguments, "--json", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads(file.read_text())["results"]
+
+
+def test_train_step_compares_all_three(tiny_data: Path, tmp_path: Path) -> None:
+    printed, rows = run_benchmark(
+        "train_step",
+        tmp_path / "a.json",
+        *("--data", str(tiny_data), "--smoke", "--minutes", "0.01", "--rounds", "2", "--profile"),
+    )
+    assert [row["case"] for row in rows] == [
+        f"tiny, {kind}, {what}"
+        for kind in ("pairs 128", "documents 512")
+        for what in ("against transformers", "against megatron-core", "of the measured peak")
+    ]
+    assert all(row["ratio"] > 0 and row["goal"] for row in rows if "against" in row["case"])
+    assert "our step by operator" in printed
+
+
+def test_gpu_runs_small_on_a_cpu(tmp_path: Path) -> None:
+    printed, rows = run_benchmark("gpu", tmp_path / "a.json", "--cpu", "--rounds", "2", "--steps", "1")
+    assert [row["case"] for row in rows] == [
+        *(f"tiny {name} 128, of the measured peak" for name in ("BERT", "modern")),
+        *(f"tiny {name} 128, against transformers" for name in ("BERT", "modern")),
+    ]
+    assert "our kernels of one step" in printed
+
+
+def test_gpu_without_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = subprocess.run([sys.executable, "benchmarks/gpu.py"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "there is no GPU here; --cpu runs tiny sizes on the CPU\n"
