@@ -95,12 +95,18 @@ class Figures:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="File for the results.")
-    parser.add_argument("--minutes", type=float, default=9.0, help="No new side is begun after (%(default)s).")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="No new side is begun after (%(default)s)."
+    )
     parser.add_argument("--rounds", type=int, default=5, help="Measured rounds (%(default)s).")
     parser.add_argument("--steps", type=int, default=5, help="Steps of a round (%(default)s).")
     parser.add_argument("--packed", action="store_true", help="Every sample is of full length.")
-    parser.add_argument("--dropout", type=float, default=0.0, help="Of hidden states, all models (%(default)s).")
-    parser.add_argument("--only", metavar="WORDS", default="", help="Only cases whose names hold these words.")
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, help="Of hidden states, all models (%(default)s)."
+    )
+    parser.add_argument(
+        "--only", metavar="WORDS", default="", help="Only cases whose names hold these words."
+    )
     parser.add_argument("--cpu", action="store_true", help="Tiny sizes on the CPU, to see that it runs.")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -128,7 +134,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     ours: dict[str, Figures] = {}
     left_out: list[str] = []
-    for side, case in [(s, c) for s in sides[:2] for c in chosen] + [(s, c) for s in sides[2:] for c in chosen]:
+    for side, case in [(side, case) for side in sides for case in chosen]:
         name, goal = case[0], case[-1]
         if time.perf_counter() - began > 60 * options.minutes:
             left_out.append(f"{name}: {side} is left out, {options.minutes:g} minutes are over")
@@ -258,7 +264,11 @@ def results_of(
     goal: float | None,
 ) -> list[dict[str, Any]]:
     """Rows for the JSON: of ours the shares of the peaks, of a peer the ratio of tokens/s."""
-    facts = {"peak_memory_bytes": found.memory, "seconds_of_parts": found.parts, "warmup_seconds": found.warmup}
+    facts = {
+        "peak_memory_bytes": found.memory,
+        "seconds_of_parts": found.parts,
+        "warmup_seconds": found.warmup,
+    }
     if side == "ours":
         limits = {"the data sheet's peak": sheet, "the measured peak": peak}
         return [
@@ -304,7 +314,10 @@ def show_kernels(name: str, found: Figures) -> None:
     whole = sum(seconds for _, seconds in found.kernels)
     step = sum(found.parts.values())
     times = ", ".join(f"{part} {seconds / step:.0%}" for part, seconds in found.parts.items() if seconds)
-    print(f"\n{name}: a step takes {step * 1e3:,.1f} ms ({times}); our kernels of one step, {whole * 1e3:,.1f} ms:")
+    print(
+        f"\n{name}: a step takes {step * 1e3:,.1f} ms ({times}); "
+        f"our kernels of one step, {whole * 1e3:,.1f} ms:"
+    )
     for kernel, seconds in found.kernels[:SHOWN]:
         print(f"  {seconds / whole:>6.1%} {seconds * 1e3:>9.2f} ms  {kernel[:110]}")
 

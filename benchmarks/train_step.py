@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                     # on the quickstart's data, made if it is not there
     python benchmarks/train_step.py --data FOLDER ... --json FILE
-    python benchmarks/train_step.py --profile           # and where the time of our step goes, BERT-base at 128
+    python benchmarks/train_step.py --profile           # and where our step's time goes, BERT-base at 128
 
 Same sizes, same samples with the same masks, same optimizer (AdamW, clipping at 1), same process, in turns:
 sentence pairs of at most 128 tokens, and documents of at most 512. Ours is what `bertscale pretrain` runs:
@@ -97,12 +97,16 @@ def main() -> int:
     facts["dropout"] = options.dropout
     print(f"{facts['processor']}, {facts['device']}, torch {facts['torch']}, {', '.join(facts['data'])}")
     print(f"{facts['precision']} ({reason}); matrix products run at {peak / 1e9:.0f} GFLOP/s at most")
-    print(f"{'real tokens/s':<26}{'ours':>9}{'of peak':>9}", *(f"{p:>15}{'ratio':>7}{'goal':>6}" for p in PEERS))
+    print(
+        f"{'real tokens/s':<26}{'ours':>9}{'of peak':>9}", *(f"{p:>15}{'ratio':>7}{'goal':>6}" for p in PEERS)
+    )
     results = []
     for name, sizes, kind, length, batch, goals, share in SMOKE if options.smoke else CASES:
         config = configure(data, sizes, kind, length, batch, options.dropout)
         seconds = 60 * options.minutes * share
-        found = compare(config, data, ranks, dtype, seconds, options.rounds, options.profile and kind == "nsp")
+        found = compare(
+            config, data, ranks, dtype, seconds, options.rounds, options.profile and kind == "nsp"
+        )
         ours, of_peak = found["ours"], found["flops"] / peak
         text = f"{name:<26}{ours:>9,.0f}{of_peak:>9.0%}"
         for peer, goal in zip(PEERS, goals, strict=True):

@@ -22,7 +22,14 @@ from typing import Any
 import torch
 
 from bertscale.config import PretrainConfig, UserError
-from bertscale.device import choose_precision, data_sheet_peak, describe, local_device, measured_peak, synchronize
+from bertscale.device import (
+    choose_precision,
+    data_sheet_peak,
+    describe,
+    local_device,
+    measured_peak,
+    synchronize,
+)
 from bertscale.engine import Engine
 from bertscale.loader import MicroBatch
 from bertscale.metrics import Rate
@@ -212,7 +219,9 @@ def _end(
         rate.add(batch.lengths, len(batch.targets))
     figures = rate.close(ranks)
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss}; take train.precision=float32 or a smaller model.initializer_range")
+        raise UserError(
+            f"the loss is {loss}; take train.precision=float32 or a smaller model.initializer_range"
+        )
     side.tokens.append(figures["speed/tokens_per_second"])
     side.flops.append(figures["speed/mfu"])
     side.parts.append({part: value / len(done) for part, value in seconds.items()})
@@ -265,7 +274,15 @@ def _row(case: str, unit: str, ours: list[float] | None, theirs: list[float] | N
         pairs = zip(ours, theirs, strict=True)
         ratio = statistics.median((a / b if unit == "tokens/s" else b / a) for a, b in pairs if a and b)
     spread = [min(ours), max(ours)] if ours else None
-    return {"case": case, "ours": mine, "peer": peer, "unit": unit, "ratio": ratio, "goal": None, "spread": spread}
+    return {
+        "case": case,
+        "ours": mine,
+        "peer": peer,
+        "unit": unit,
+        "ratio": ratio,
+        "goal": None,
+        "spread": spread,
+    }
 
 
 def _introduce(
@@ -275,8 +292,8 @@ def _introduce(
     source = "random ids" if options.random else ", ".join(corpus.path for corpus in config.corpora)
     cut = f"at most {train.micro_tokens} tokens" if train.micro_tokens else f"{train.micro_batch} samples"
     print(
-        f"model   {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}, {vocab_size:,} pieces; "
-        f"{precision} ({reason})\n"
+        f"model   {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}, "
+        f"{vocab_size:,} pieces; {precision} ({reason})\n"
         f"data    {source}; {config.samples.kind} samples of {config.samples.max_length} tokens at most\n"
         f"ranks   {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
         f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each\n"
@@ -295,9 +312,7 @@ def _show_seconds(value: float) -> str:
     return f"{value * 1e3:,.1f} ms"
 
 
-def table(
-    results: Sequence[dict[str, Any]], against: str | None, ranks: Ranks
-) -> list[str]:
+def table(results: Sequence[dict[str, Any]], against: str | None, ranks: Ranks) -> list[str]:
     """The results as aligned lines."""
     found = {row["case"]: row for row in results}
     lines = [f"{'':<28}{'median':>12}{'lowest':>12}{'highest':>12}"]
@@ -337,11 +352,14 @@ def table(
     if ranks.world == 1:
         lines.append(f"{'  communication':<28}{'-':>12}  there is one rank")
     elif row["ours"] is None:
-        lines.append(f"{'  communication':<28}{'-':>12}  cannot be told apart: the profiler saw no collective")
-    else:
         lines.append(
-            f"{'  of it, communication':<28}{_show_seconds(row['ours']):>12}  {row['ours'] / step['ours']:.0%}, waiting for "
-            "other ranks included; of one step under the profiler"
+            f"{'  communication':<28}{'-':>12}  cannot be told apart: the profiler saw no collective"
+        )
+    else:
+        share = row["ours"] / step["ours"]
+        lines.append(
+            f"{'  of it, communication':<28}{_show_seconds(row['ours']):>12}  {share:.0%}, waiting for other "
+            "ranks included; of one step under the profiler"
         )
     kind = "allocated on the GPU" if ranks.device.type == "cuda" else "resident"
     add(f"peak memory, {kind}"[:28], found["peak memory"], lambda value: f"{value / 2**30:.2f} GiB")

@@ -211,14 +211,18 @@ def bench(arguments: list[str]) -> int:
     parser = _parser(
         "bench",
         "Measures what this machine makes of a pretraining config: real tokens/s, the share of the peak that "
-        "they are, where the time of a step goes, memory. It trains on the ranks that `bertscale pretrain` would "
-        "start, writes no checkpoint and leaves no folder.",
+        "they are, where the time of a step goes, memory. It trains on the ranks that `bertscale pretrain` "
+        "would start, writes no checkpoint and leaves no folder.",
         PretrainConfig,
         default=BENCH_CONFIG,
     )
     parser.add_argument("--steps", metavar="N", type=int, default=5, help="Steps of a round (%(default)s).")
     parser.add_argument(
-        "--rounds", metavar="N", type=int, default=5, help="Measured rounds, after one of warm-up (%(default)s)."
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=5,
+        help="Measured rounds, after one of warm-up (%(default)s).",
     )
     parser.add_argument(
         "--random",
@@ -245,8 +249,8 @@ def bench(arguments: list[str]) -> int:
     config, count = _checked(options.config, options.overrides, world, False, data=not options.random)
     if options.against and count > 1:
         raise UserError(
-            f"--against transformers compares on one rank, and this config starts {count}; add parallel.tensor=1 "
-            "parallel.ranks=1"
+            f"--against transformers compares on one rank, and this config starts {count}; add "
+            "parallel.tensor=1 parallel.ranks=1"
         )
     if rank is not None:
         return ranks.run_as_rank(lambda: _bench(config, options))

@@ -537,7 +537,7 @@ class PretrainConfig(Section):
             )
         if self.train.compile is True and self.compile_obstacle:
             raise ValueError(
-                f"train.compile=true does not go with {self.compile_obstacle}; take train.compile=auto or false"
+                f"train.compile=true does not go with {self.compile_obstacle}; take auto or false"
             )
         if self.samples.max_length > self.model.max_position_embeddings:
             raise ValueError(

@@ -27,7 +27,7 @@ class Packing:
 
     runs: tuple[tuple[int, int], ...]  # neighbours of equal length: (samples, L)
     starts: Tensor  # int32 [S + 1], cumulative lengths
-    longest: int  # L of the longest, up to the next power of two: few values, each of which may be compiled in
+    longest: int  # L of the longest, up to a power of two: few values, which may be compiled in
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:

@@ -1,4 +1,4 @@
-"""Training steps to be timed: batches, our step and transformers' on the same samples, what a step is made of.
+"""Training steps to be timed: batches, our step and transformers' on the same samples, a step's parts.
 
 For `bertscale bench` and benchmarks/; the training loop itself is in `pretrain`.
 
@@ -80,8 +80,8 @@ class RandomBatches:
     """Micro-batches of random ids, in the loader's place where there is no data.
 
     Samples of kind `packed` are one sequence of samples.max_length tokens each; of other kinds their lengths
-    are spread evenly between a quarter of that and all of it, and one in each step is of all of it. A few steps are made at the start and given
-    again and again, in pinned memory where CUDA is there.
+    are spread evenly between a quarter of that and all of it, which one in each step has. A few steps are
+    made at the start and given again and again, in pinned memory where CUDA is there.
     """
 
     def __init__(self, config: PretrainConfig, vocab_size: int, ranks: Ranks) -> None:

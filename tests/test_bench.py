@@ -143,7 +143,7 @@ def test_the_config_may_be_left_out(bertscale: Command) -> None:
     assert "configs/pretrain/quickstart.yaml: unknown key train.stops" in result.stderr
 
 
-# ------------------------------------------------------------------------------------------ what it is made of
+# ------------------------------------------------------------------------------------- what it is made of
 
 
 def ranks(rank: int = 0, world: int = 1, tensor: int = 1) -> Ranks:

@@ -172,7 +172,9 @@ def train_both(data: str, folder: str) -> list[list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
+)
 def test_training_compiled_gives_the_eager_losses(tiny_data: Path, tmp_path: Path) -> None:
     ((eager, compiled),) = run_ranks(
         __file__, "train_both", world=1, data=str(tiny_data), folder=str(tmp_path)
@@ -208,5 +210,3 @@ def test_by_itself_on_gpus_alone() -> None:
     assert not compiles(config, torch.device("cpu"))
     assert compiles(pretrain_config("d", "r", train={"compile": True}), torch.device("cpu"))
     assert not compiles(pretrain_config("d", "r", train={"compile": False}), torch.device("cuda"))
-
-
