@@ -102,6 +102,7 @@ def without_warmup(config: PretrainConfig) -> PretrainConfig:
 def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
     device, first = ranks.device, ranks.rank == 0
     dtype, reason = choose_precision(config.train.precision, device)
+    ranks.barrier()  # all of them measure at the same time
     peak = ranks.sum(measured_peak(device, dtype))[0]
     sheet = data_sheet_peak(device, dtype)
     sheet = sheet and sheet * ranks.world

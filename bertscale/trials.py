@@ -136,11 +136,17 @@ class RandomBatches:
 def row_lengths(batch: MicroBatch, config: PretrainConfig) -> Sequence[int]:
     """Lengths of the rows that a collator would make of the batch: those of its samples.
 
-    A packed sample is one row of samples.max_length tokens, whatever sequences it holds.
+    The sequences of packed samples fill rows of samples.max_length tokens, one after another.
     """
     if config.samples.kind != "packed":
         return batch.lengths
-    return [config.samples.max_length] * (len(batch.tokens) // config.samples.max_length)
+    rows: list[int] = []
+    for length in batch.lengths:
+        if rows and rows[-1] + length <= config.samples.max_length:
+            rows[-1] += length
+        else:
+            rows.append(length)
+    return rows
 
 
 def padded(batch: MicroBatch, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -194,7 +200,8 @@ def our_step(engine: Engine, watch: Stopwatch) -> Step:
 def transformers_model(config: PretrainConfig, vocab_size: int) -> nn.Module:
     """transformers' class of the preset with the first weights of ours, float32 on the CPU.
 
-    Raises UserError where the package is missing.
+    Without pairs it is the one without a head for them, which would want their labels. Raises UserError
+    where the package is missing.
     """
     try:
         import transformers
@@ -202,6 +209,8 @@ def transformers_model(config: PretrainConfig, vocab_size: int) -> nn.Module:
         raise UserError("transformers is not installed: pip install transformers") from error
 
     model = config.model
+    if not config.samples.has_pairs:
+        model = model.model_copy(update={"sentence_head": False})
     values = hugging_face_config(model, vocab_size, pad_token_id=0)
     sizes = transformers.AutoConfig.for_model(**values)
     theirs: nn.Module = getattr(transformers, values["architectures"][0])(sizes)

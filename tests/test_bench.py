@@ -26,6 +26,7 @@ from bertscale.trials import (
     transformers_model,
 )
 
+ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 CASES = ["real tokens", "measured peak", "step", *PARTS, "communication", "peak memory"]
 MODERN = {"preset": "modern", "num_hidden_layers": 3, "local_attention": 8}
@@ -239,7 +240,7 @@ def test_the_stopwatch_adds_up_parts() -> None:
 
 
 def run_benchmark(name: str, file: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
-    command = [sys.executable, f"benchmarks/{name}.py", *arguments, "--json", str(file)]
+    command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *arguments, "--json", str(file)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads(file.read_text())["results"]
@@ -272,6 +273,6 @@ def test_gpu_runs_small_on_a_cpu(tmp_path: Path) -> None:
 def test_gpu_without_a_gpu_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    result = subprocess.run([sys.executable, "benchmarks/gpu.py"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, str(ROOT / "benchmarks/gpu.py")], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "there is no GPU here; --cpu runs tiny sizes on the CPU\n"
