@@ -93,17 +93,54 @@ def test_layers_are_traced_once_for_all_lengths(name: str, monkeypatch: pytest.M
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_with_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU traces, with a dense stand-in for the kernel: one graph a layer, whatever the lengths."""
+def dense(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
+    place = torch.arange(len(query))
+    sample = torch.bucketize(place, starts[1:-1].long(), right=True)
+    heads = [x.transpose(0, 1) for x in (query, key, value)]
+    mask = sample[:, None] == sample
+    attended: Tensor = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    return attended.transpose(0, 1).contiguous()
 
-    def fake(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *_: Any, **__: Any) -> Tensor:
-        place = torch.arange(len(query))
-        sample = torch.bucketize(place, starts[1:-1].long(), right=True)
-        same = sample[:, None] == sample
-        heads = [x.transpose(0, 1) for x in (query, key, value)]
-        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=same).transpose(0, 1)
 
-    monkeypatch.setattr("bertscale.kernels.varlen_attn", fake)
+@torch.library.custom_op("bertscale_test::varlen", mutates_args=())
+def varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
+    return dense(query, key, value, starts)
+
+
+@torch.library.custom_op("bertscale_test::varlen_backward", mutates_args=())
+def varlen_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        of_query, of_key, of_value = torch.autograd.grad(dense(*inputs, starts), inputs, grad)
+    return of_query.contiguous(), of_key.contiguous(), of_value.contiguous()
+
+
+varlen.register_fake(lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format))
+varlen_backward.register_fake(
+    lambda grad, *_: tuple(torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(3))
+)
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.longest = inputs
+    ctx.save_for_backward(*tensors)
+
+
+varlen.register_autograd(
+    lambda ctx, grad: (*varlen_backward(grad, *ctx.saved_tensors, ctx.longest), None, None),
+    setup_context=remember,
+)
+
+
+def test_attention_by_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU traces, with a dense stand-in for its kernel: one graph a kind of layer, for all lengths."""
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *more: Any, **_: Any) -> Tensor:
+        return varlen(query, key, value, starts, more[1])
+
+    monkeypatch.setattr("bertscale.kernels.varlen_attn", kernel)
     monkeypatch.setattr("bertscale.kernels.uses_varlen", lambda query_key_value, dropout: True)
     config = pretrain_config("d", "r", model=MODELS["modern"], samples={"kind": "document"})
     ranks = Ranks(0, 1, 1, torch.device("cpu"))
@@ -118,6 +155,7 @@ def test_attention_with_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch
     )
     model.encoder.compile_layers(fused=True)
     found = losses_and_gradients(model, batches)
+    assert len({max(batch.lengths) for batch in batches}) > 4
     assert counters["stats"]["unique_graphs"] == 3  # the first layer, local ones, the other global one
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -146,39 +184,34 @@ def test_the_longest_is_one_of_few_values() -> None:
 # --------------------------------------------------------------------------------------------- in training
 
 
-def train_both(data: str, folder: str) -> list[list[float]]:
-    """Runs on a rank: losses of three steps, eager and compiled, and the names in their checkpoints."""
+def train_both(folder: str) -> list[Any]:
+    """Runs on a rank: losses of three steps and the parameters' names, eager and compiled."""
     from megatron.core import parallel_state
 
-    from bertscale.checkpoint import open_checkpoint, step_folders
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
+    from bertscale.engine import Engine
     from bertscale.parallel import start_ranks
-    from bertscale.pretrain import StopSignal, _train
+    from bertscale.trials import Stopwatch, our_step
 
     results: list[Any] = []
     for compiled in (False, True):
-        run = Path(folder) / str(compiled)
-        run.mkdir()
+        ranks = start_ranks(1, local_device())
         config = pretrain_config(
-            data, run, train={"steps": 3, "eval_samples": 8, "compile": compiled, "micro_batch": 8}
+            "d", folder, model={"num_hidden_layers": 1}, train={"compile": compiled, "micro_batch": 4}
         )
-        assert _train(config, start_ranks(1, local_device()), StopSignal()) == 0
+        engine = Engine(config, 330, ranks, torch.float32)
+        engine.start(0)
+        step = our_step(engine, Stopwatch(ranks.device))
+        losses = [float(step(batches)) for batches in RandomBatches(config, 330, ranks).made[:3]]
+        results.append([*losses, *engine.parameters])
         parallel_state.destroy_model_parallel()
-        names = sorted(open_checkpoint(step_folders(run)[-1]).parameters)
-        losses = [entry["train/loss"] for entry in read_journal(run) if "train/loss" in entry]
-        results.append([*losses, *names])
     return results
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
-)
-def test_training_compiled_gives_the_eager_losses(tiny_data: Path, tmp_path: Path) -> None:
-    ((eager, compiled),) = run_ranks(
-        __file__, "train_both", world=1, data=str(tiny_data), folder=str(tmp_path)
-    )
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_training_compiled_gives_the_eager_losses(tmp_path: Path) -> None:
+    ((eager, compiled),) = run_ranks(__file__, "train_both", world=1, folder=str(tmp_path))
     assert compiled[:3] == pytest.approx(eager[:3], rel=1e-5)
     assert compiled[3:] == eager[3:]
 
