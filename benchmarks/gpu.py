@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +96,7 @@ class Figures:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="File for the results.")
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, help="No new side is begun after (%(default)s)."
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="Nothing is begun after (%(default)s).")
     parser.add_argument("--rounds", type=int, default=5, help="Measured rounds (%(default)s).")
     parser.add_argument("--steps", type=int, default=5, help="Steps of a round (%(default)s).")
     parser.add_argument("--packed", action="store_true", help="Every sample is of full length.")
@@ -141,8 +140,10 @@ def main() -> int:
             continue
         try:
             found = measure(configure(case, options.packed, options.dropout), ranks, dtype, side, options)
-        except (UserError, torch.cuda.OutOfMemoryError) as error:
-            left_out.append(f"{name}: {side} is left out: {str(error).splitlines()[0]}")
+        except Exception as error:  # the other rows are still worth the machine's time
+            if not isinstance(error, UserError | torch.cuda.OutOfMemoryError):
+                traceback.print_exc()
+            left_out.append(f"{name}: {side} is left out: {(str(error) or repr(error)).splitlines()[0]}")
             continue
         finally:
             tidy(device)
@@ -151,15 +152,15 @@ def main() -> int:
         ratio = ours[name].tokens / found.tokens if side != "ours" and name in ours else None
         show(name, side, found, sheet, peak, ratio)
         rows += results_of(name, side, found, ours.get(name), sheet, peak, goal)
+        if options.json:  # after each side: a run that is cut short has written what it knows
+            content = {"machine": facts, "left_out": left_out, "results": rows}
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
     for line in left_out:
         print(line)
     for name, figures in ours.items():
         show_kernels(name, figures)
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
-    if options.json:
-        content = {"machine": facts, "left_out": left_out, "results": rows}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 0
+    return int(len(ours) < len(chosen))
 
 
 def configure(
@@ -198,7 +199,6 @@ def measure(
     batches = RandomBatches(config, vocab_size, ranks).made
     inputs: Sequence[Sequence[Any]] = batches
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    forget_peak(device)
     step: Step
     if side == "ours":
         engine = Engine(config, vocab_size, ranks, dtype)
@@ -209,6 +209,7 @@ def measure(
         compiled = side.endswith("compiled")
         step = transformers_step(config, vocab_size, device, dtype, watch, compiled=compiled)
         inputs = [[padded(batch, row_lengths(batch, config)) for batch in made] for made in batches]
+    forget_peak(device)  # that of making the weights
     began = time.perf_counter()
     for number in range(WARMUP):
         step(inputs[number % len(inputs)])
@@ -224,11 +225,10 @@ def measure(
         watch.restart()
         for k in numbers:
             loss = step(inputs[k])
-        for part, seconds in watch.seconds().items():  # waits for the device
-            parts[part] += seconds / options.steps / options.rounds
-        for k in numbers:
             for batch in batches[k]:
                 rate.add(batch.lengths, len(batch.targets))
+        for part, seconds in watch.seconds().items():  # waits for the device
+            parts[part] += seconds / options.steps / options.rounds
         rounds.append(rate.close(ranks))
         assert torch.isfinite(loss), f"{side}: the loss is {loss}"
     memory = peak_memory(device) - before

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bertscale.config import PretrainConfig, UserError
 from bertscale.device import (
@@ -182,8 +183,9 @@ def _our_round(
     for _, micro_batches in islice(batches, steps):
         watch.mark("data wait")
         loss = step(micro_batches)
+        _count(micro_batches, rate)
         done.append(micro_batches)
-    _end(side, done, float(loss), rate, watch, ranks)
+    _end(side, steps, loss, rate, watch, ranks)
     return done
 
 
@@ -199,9 +201,10 @@ def _their_round(
     """Measures the peer on the micro-batches that ours has done; they are padded before the time runs."""
     inputs = [[padded(batch, row_lengths(batch, config)) for batch in batches] for batches in done]
     _begin(rate, watch, ranks)
-    for batches in inputs:
-        loss = step(batches)
-    _end(side, done, float(loss), rate, watch, ranks)
+    for padded_batches, batches in zip(inputs, done, strict=True):
+        loss = step(padded_batches)
+        _count(batches, rate)
+    _end(side, len(done), loss, rate, watch, ranks)
 
 
 def _begin(rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:
@@ -211,21 +214,22 @@ def _begin(rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:
     watch.restart()
 
 
-def _end(
-    side: Side, done: list[list[MicroBatch]], loss: float, rate: Rate, watch: Stopwatch, ranks: Ranks
-) -> None:
-    """`loss` is that of the last step: to have it the host has waited for the device."""
-    seconds = watch.seconds()
-    for batch in (batch for batches in done for batch in batches):
+def _count(micro_batches: Sequence[MicroBatch], rate: Rate) -> None:
+    for batch in micro_batches:
         rate.add(batch.lengths, len(batch.targets))
+
+
+def _end(side: Side, steps: int, loss: Tensor, rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:
+    """`loss` is that of the last step."""
+    seconds = watch.seconds()  # waits for the device
     figures = rate.close(ranks)
     if not math.isfinite(loss):
         raise UserError(
-            f"the loss is {loss}; take train.precision=float32 or a smaller model.initializer_range"
+            f"the loss is {float(loss)}; take train.precision=float32 or a smaller model.initializer_range"
         )
     side.tokens.append(figures["speed/tokens_per_second"])
     side.flops.append(figures["speed/mfu"])
-    side.parts.append({part: value / len(done) for part, value in seconds.items()})
+    side.parts.append({part: value / steps for part, value in seconds.items()})
 
 
 def _communication(step: Step, batches: Batches, watch: Stopwatch, ranks: Ranks) -> float | None:

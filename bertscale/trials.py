@@ -197,8 +197,8 @@ def our_step(engine: Engine, watch: Stopwatch) -> Step:
     return step
 
 
-def transformers_model(config: PretrainConfig, vocab_size: int) -> nn.Module:
-    """transformers' class of the preset with the first weights of ours, float32 on the CPU.
+def transformers_model(config: PretrainConfig, vocab_size: int, device: torch.device) -> nn.Module:
+    """transformers' class of the preset with the first weights of ours, float32 on the device.
 
     Without pairs it is the one without a head for them, which would want their labels. Raises UserError
     where the package is missing.
@@ -213,7 +213,8 @@ def transformers_model(config: PretrainConfig, vocab_size: int) -> nn.Module:
         model = model.model_copy(update={"sentence_head": False})
     values = hugging_face_config(model, vocab_size, pad_token_id=0)
     sizes = transformers.AutoConfig.for_model(**values)
-    theirs: nn.Module = getattr(transformers, values["architectures"][0])(sizes)
+    with device:  # where its own first values take no time
+        theirs: nn.Module = getattr(transformers, values["architectures"][0])(sizes)
     parameters = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, value in first_weights(model, vocab_size, config.train.seed).items():
@@ -278,7 +279,7 @@ def transformers_step(
     compiled: bool = False,
 ) -> Step:
     """A step of transformers' class in a plain loop, on what `padded` makes; `compiled` by torch.compile."""
-    model = transformers_model(config, vocab_size).to(device, dtype)
+    model = transformers_model(config, vocab_size, device).to(dtype)
     call = torch.compile(model) if compiled else model
     modern = config.model.preset == "modern"
 

@@ -218,7 +218,7 @@ def test_the_peer_begins_with_our_weights_and_our_loss(model: dict[str, Any]) ->
     inputs = padded(batch, row_lengths(batch, config))
     if model is MODERN:
         del inputs["token_type_ids"]
-    theirs = transformers_model(config, 330).eval()(**inputs).loss
+    theirs = transformers_model(config, 330, torch.device("cpu")).eval()(**inputs).loss
     wanted = masked / len(batch.targets) + relation / len(batch.lengths)
     assert theirs.item() == pytest.approx(wanted.item(), rel=1e-5)
 
