@@ -152,15 +152,20 @@ def main() -> int:
         ratio = ours[name].tokens / found.tokens if side != "ours" and name in ours else None
         show(name, side, found, sheet, peak, ratio)
         rows += results_of(name, side, found, ours.get(name), sheet, peak, goal)
-        if options.json:  # after each side: a run that is cut short has written what it knows
-            content = {"machine": facts, "left_out": left_out, "results": rows}
-            options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(options.json, facts, left_out, rows)  # a run that is cut short has written what it knows
+    write(options.json, facts, left_out, rows)
     for line in left_out:
         print(line)
     for name, figures in ours.items():
         show_kernels(name, figures)
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
     return int(len(ours) < len(chosen))
+
+
+def write(path: Path | None, facts: dict[str, Any], left_out: list[str], rows: list[dict[str, Any]]) -> None:
+    if path:
+        content = {"machine": facts, "left_out": left_out, "results": rows}
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def configure(

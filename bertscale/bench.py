@@ -252,7 +252,7 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """Rows of the results: medians of the rounds, `spread` their lowest and highest; `ratio` is ours over the
     peer, the larger the better. Peaks are of all ranks together."""
-    rows = [_row("real tokens", "tokens/s", ours.tokens, theirs and theirs.tokens)]
+    rows = [_row("real tokens", "tokens/s", ours.tokens, theirs.tokens if theirs else None)]
     for name, limit in (("measured peak", peak), ("data sheet's peak", sheet)):
         if limit:
             row = _row(name, "FLOP/s", ours.flops, None)
@@ -261,7 +261,7 @@ def summarize(
                 row["transformers_of_peak"] = statistics.median(theirs.flops) / limit
             rows.append(row)
     whole = [sum(parts.values()) for parts in ours.parts]
-    rows.append(_row("step", "s", whole, theirs and [sum(parts.values()) for parts in theirs.parts]))
+    rows.append(_row("step", "s", whole, [sum(parts.values()) for parts in theirs.parts] if theirs else None))
     for part in PARTS:
         of_theirs = [parts[part] for parts in theirs.parts] if theirs and part != "data wait" else None
         rows.append(_row(part, "s", [parts[part] for parts in ours.parts], of_theirs))

@@ -214,8 +214,9 @@ class Encoder(nn.Module):
         """
         fused = fused and self.config.attention_probs_dropout_prob == 0
         for layer in self.layers:
+            attention: nn.Module = layer.attention  # type: ignore[assignment]
             if not fused:
-                layer.attention.attend = torch.compiler.disable(layer.attention.attend)
+                attention.attend = torch.compiler.disable(attention.attend)  # type: ignore[no-untyped-call]
             layer.compile(dynamic=True)
 
     def rotations(self, positions: Tensor) -> tuple[Rotation, Rotation] | None:

@@ -68,7 +68,7 @@ class Stopwatch:
     def _now(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -257,7 +257,7 @@ def plain_step(
             inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
             loss = loss_of(inputs) / len(micro_batches)
             watch.mark("forward")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             watch.mark("backward")
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
@@ -353,9 +353,9 @@ def top_operators(profiler: Any, device: torch.device) -> list[tuple[str, float]
 def communication(profiler: Any) -> float:
     """Seconds of this rank's collectives, waiting for the other ranks included: NCCL's kernels on the device,
     gloo's operations from the call to their end."""
-    return sum(
-        event.time_range.elapsed_us() / 1e6
-        for event in profiler.events()
-        if event.name.startswith("gloo:")
-        or (event.device_type.name == "CUDA" and event.name.startswith("nccl") and "Dev" in event.name)
-    )
+    seconds = 0.0
+    for event in profiler.events():
+        of_nccl = event.device_type.name == "CUDA" and event.name.startswith("ncclDev")
+        if of_nccl or event.name.startswith("gloo:"):
+            seconds += event.time_range.elapsed_us() / 1e6
+    return seconds

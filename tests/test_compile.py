@@ -93,28 +93,31 @@ def test_layers_are_traced_once_for_all_lengths(name: str, monkeypatch: pytest.M
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
-    place = torch.arange(len(query))
-    sample = torch.bucketize(place, starts[1:-1].long(), right=True)
-    heads = [x.transpose(0, 1) for x in (query, key, value)]
-    mask = sample[:, None] == sample
-    attended: Tensor = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
-    return attended.transpose(0, 1).contiguous()
+def attention_shares(query: Tensor, key: Tensor, starts: Tensor) -> Tensor:
+    """[T, A, D] twice -> [A, T, T]."""
+    sample = torch.bucketize(torch.arange(len(query)), starts[1:-1].long(), right=True)
+    scores = query.transpose(0, 1) @ key.permute(1, 2, 0) * query.shape[-1] ** -0.5
+    return torch.softmax(scores.masked_fill(sample[:, None] != sample, -torch.inf), dim=-1)
 
 
 @torch.library.custom_op("bertscale_test::varlen", mutates_args=())
 def varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
-    return dense(query, key, value, starts)
+    shares = attention_shares(query, key, starts)
+    return (shares @ value.transpose(0, 1)).transpose(0, 1).contiguous()
 
 
 @torch.library.custom_op("bertscale_test::varlen_backward", mutates_args=())
 def varlen_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        of_query, of_key, of_value = torch.autograd.grad(dense(*inputs, starts), inputs, grad)
-    return of_query.contiguous(), of_key.contiguous(), of_value.contiguous()
+    shares = attention_shares(query, key, starts)
+    by_head = grad.transpose(0, 1)  # [A, T, D]
+    of_value = shares.transpose(1, 2) @ by_head
+    of_shares = by_head @ value.permute(1, 2, 0)
+    of_scores = shares * (of_shares - (of_shares * shares).sum(-1, keepdim=True)) * query.shape[-1] ** -0.5
+    of_query, of_key = of_scores @ key.transpose(0, 1), of_scores.transpose(1, 2) @ query.transpose(0, 1)
+    found = [x.transpose(0, 1).contiguous() for x in (of_query, of_key, of_value)]
+    return found[0], found[1], found[2]
 
 
 varlen.register_fake(lambda query, *_: torch.empty_like(query, memory_format=torch.contiguous_format))
@@ -138,7 +141,8 @@ def test_attention_by_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch) 
     """What a GPU traces, with a dense stand-in for its kernel: one graph a kind of layer, for all lengths."""
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *more: Any, **_: Any) -> Tensor:
-        return varlen(query, key, value, starts, more[1])
+        attended: Tensor = varlen(query, key, value, starts, more[1])
+        return attended
 
     monkeypatch.setattr("bertscale.kernels.varlen_attn", kernel)
     monkeypatch.setattr("bertscale.kernels.uses_varlen", lambda query_key_value, dropout: True)
