@@ -384,7 +384,7 @@ def _parser(
         if default is None:
             parser.add_argument("config", metavar="CONFIG", help="A YAML file.")
         else:
-            text = "A YAML file (%(default)s)."
+            text = f"A YAML file; without it {default}."
             parser.add_argument("config", metavar="CONFIG", nargs="?", default=default, help=text)
         parser.add_argument(
             "overrides",
