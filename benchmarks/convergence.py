@@ -263,7 +263,7 @@ def heldout_loss(weights: Path, heldout: list[MicroBatch]) -> tuple[float, float
     for b in heldout:
         inputs = b.tokens, b.token_types, b.positions, b.lengths, b.target_positions, b.targets, None
         sums = model(*inputs)
-        loss, right = loss + float(sums[0]), right + float(sums[2])
+        loss, right = loss + float(sums[0]), right + float(sums[3])
     masked = sum(len(batch.targets) for batch in heldout)
     return loss / masked, right / masked
 

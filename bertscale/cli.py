@@ -1,6 +1,6 @@
 """The `bertscale` command: reads the command line, checks what can be checked, and calls the stage.
 
-bertscale prep|pretrain|convert|finetune|quickstart --help
+bertscale prep|pretrain|convert|finetune|bench|quickstart --help
 
 Nothing heavy is imported before a stage begins, so that help and mistakes answer at once.
 Exit codes: 0 done, 1 a fault (with its traceback), 2 a mistake of the person (one line), 75 stopped
@@ -17,6 +17,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -202,6 +203,78 @@ def pretrain(arguments: list[str]) -> int:
     return code
 
 
+def bench(arguments: list[str]) -> int:
+    """bertscale bench [CONFIG] [key=value ...] [--random] [--against transformers] [--json FILE]"""
+    from bertscale.config import PretrainConfig, UserError
+    from launcher import ranks
+
+    parser = _parser(
+        "bench",
+        "Measures what this machine makes of a pretraining config: real tokens/s, the share of the peak that "
+        "they are, where the time of a step goes, memory. It trains on the ranks that `bertscale pretrain` "
+        "would start, writes no checkpoint and leaves no folder.",
+        PretrainConfig,
+        default=BENCH_CONFIG,
+    )
+    parser.add_argument("--steps", metavar="N", type=int, default=5, help="Steps of a round (%(default)s).")
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=5,
+        help="Measured rounds, after one of warm-up (%(default)s).",
+    )
+    parser.add_argument(
+        "--random",
+        action="store_true",
+        help="Train on random ids of samples.max_length tokens at most instead of the config's data.",
+    )
+    parser.add_argument(
+        "--against",
+        choices=["transformers"],
+        help="Run the same batches, padded, through transformers' class of the same weights too, in turns.",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="Write the results to this file as well.")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("steps", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: it takes one at least")
+    if "=" in options.config and not Path(options.config).exists():  # an override; CONFIG was left out
+        options.overrides.insert(0, options.config)
+        options.config = BENCH_CONFIG
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    rank = ranks.from_environment()
+    world = rank.world_size if rank else None
+    config, count = _checked(options.config, options.overrides, world, False, data=not options.random)
+    if options.against and count > 1:
+        raise UserError(
+            f"--against transformers compares on one rank, and this config starts {count}; add "
+            "parallel.tensor=1 parallel.ranks=1"
+        )
+    if options.against and (config.model.generator or not config.objectives.mlm):
+        raise UserError(
+            "--against transformers knows masked tokens and sentence pairs, not a generator; add "
+            "model.generator_size=null objectives.mlm=1"
+        )
+    if rank is not None:
+        return ranks.run_as_rank(lambda: _bench(config, options))
+
+    from launcher.supervise import Limits, run_here
+
+    with tempfile.TemporaryDirectory(prefix="bertscale-bench-") as logs:
+        command = [sys.executable, "-m", "bertscale", "bench", *arguments]
+        return run_here(command, count, Path(logs), Limits())
+
+
+def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
+    from bertscale.bench import Options
+    from bertscale.bench import bench as measure
+
+    chosen = Options(options.steps, options.rounds, options.random, options.against, options.json)
+    return measure(config, chosen)
+
+
 def convert(arguments: list[str]) -> int:
     """bertscale convert SOURCE OUTPUT [--no-show]"""
     parser = _parser(
@@ -276,6 +349,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled text -> classifier", finetune),
+    "bench": ("how fast a training config runs on this machine, and where its time goes", bench),
     "submit": ("any of these as a Slurm job: checked, frozen, queued, requeued, resumed", submit),
     "status": ("what is queued or running, how far, how fast, and why it waits", partial(ask, "status")),
     "logs": ("what a job's ranks have written", partial(ask, "logs")),
@@ -294,8 +368,13 @@ def _overview() -> str:
     return "\n".join([*lines, "", "bertscale COMMAND --help tells more, with every key of its config."])
 
 
-def _parser(name: str, description: str, section: type[Section] | None = None) -> argparse.ArgumentParser:
-    """The parser of one command; with `section`, of CONFIG and overrides, its keys listed in the help."""
+def _parser(
+    name: str, description: str, section: type[Section] | None = None, default: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of one command; with `section`, of CONFIG and overrides, its keys listed in the help.
+
+    CONFIG may be left out where it has a `default`.
+    """
     width = shutil.get_terminal_size().columns - 2
     parser = argparse.ArgumentParser(
         prog=f"bertscale {name}",
@@ -307,7 +386,11 @@ def _parser(name: str, description: str, section: type[Section] | None = None) -
         from bertscale.config import describe_fields
 
         rows = describe_fields(section)
-        parser.add_argument("config", metavar="CONFIG", help="A YAML file.")
+        if default is None:
+            parser.add_argument("config", metavar="CONFIG", help="A YAML file.")
+        else:
+            text = f"A YAML file; without it {default}."
+            parser.add_argument("config", metavar="CONFIG", nargs="?", default=default, help=text)
         parser.add_argument(
             "overrides",
             metavar="key=value",
@@ -329,6 +412,7 @@ def _example(rows: list[tuple[str, str]]) -> str:
     return next(f"{key}={value}" for key, value in EXAMPLES if key in keys)
 
 
+BENCH_CONFIG = "configs/pretrain/quickstart.yaml"
 EXAMPLES = (("train.steps", "100"), ("epochs", "3"), ("workers", "4"))
 
 
@@ -361,11 +445,12 @@ def _verify(folder: str) -> int:
 
 
 def _checked(
-    path: str, overrides: list[str], world_size: int | None, verify: bool
+    path: str, overrides: list[str], world_size: int | None, verify: bool, data: bool = True
 ) -> tuple[PretrainConfig, int]:
     """The config and the number of ranks, after every check that needs no torch.
 
-    `world_size` is the number of ranks where they are running, None where they are yet to be started.
+    `world_size` is the number of ranks where they are running, None where they are yet to be started;
+    `data`: whether the shards are looked at.
     """
     from bertscale.config import PretrainConfig, UserError, load_config
     from bertscale.mixture import check_tokenizers
@@ -382,7 +467,8 @@ def _checked(
             "each GPU) must be a multiple of it"
         )
     check_batches(config, count // config.parallel.tensor)
-    check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
+    if data:
+        check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
     return config, count
 
 

@@ -447,6 +447,10 @@ class TrainConfig(Section):
         "none",
         description="Recomputes in the backward pass, to save memory: selective, attention; full, layers.",
     )
+    compile: Literal["auto", True, False] = Field(
+        "auto",
+        description="Compiles each layer with torch.compile; auto: on GPUs, where nothing stands in the way.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between two log points.")
     eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
     eval_samples: int = Field(1024, ge=1, description="Samples of a held-out loss.")
@@ -556,6 +560,18 @@ class PretrainConfig(Section):
             "rtd" if objectives.rtd and self.model.generator_size is not None else None,
         )
 
+    @property
+    def compile_obstacle(self) -> str | None:
+        """The key, with its value and a reason, that layers cannot be compiled with; None: they can."""
+        recompute = self.train.activation_checkpointing
+        if self.parallel.tensor > 1:
+            return f"parallel.tensor={self.parallel.tensor} (ranks talk to each other inside the layers)"
+        if self.parallel.zero_stage == 3:
+            return "parallel.zero_stage=3 (DeepSpeed gathers the weights by hooks inside the layers)"
+        if recompute != "none":
+            return f"train.activation_checkpointing={recompute} (dropout would not be drawn the same again)"
+        return None
+
     @field_validator("data", mode="before")
     @classmethod
     def _check_data(cls, data: Any) -> Any:
@@ -581,6 +597,10 @@ class PretrainConfig(Section):
                 f"samples.kind={self.samples.kind} makes sentence pairs, and "
                 f"model.preset={self.model.preset} has no head for them: take "
                 "samples.kind=packed or document, or model.sentence_head=true"
+            )
+        if self.train.compile is True and self.compile_obstacle:
+            raise ValueError(
+                f"train.compile=true does not go with {self.compile_obstacle}; take auto or false"
             )
         if self.samples.max_length > self.model.max_position_embeddings:
             raise ValueError(

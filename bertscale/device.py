@@ -10,8 +10,18 @@ from torch import Tensor
 
 from bertscale.config import UserError
 
-# Dense bfloat16 peak of data sheets, FLOP/s.
-DATA_SHEET_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+# Words of a device's name, in the order in which they are looked for -> FLOP/s; see `data_sheet_peak`.
+DATA_SHEET_PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
 
 
 def local_device() -> torch.device:
@@ -61,17 +71,26 @@ def synchronize(device: torch.device) -> None:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that MFU is measured against: the data sheet's on a known GPU, else `measured_peak`."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, peak in DATA_SHEET_PEAKS.items():
-            if known in name:
-                return peak
-    return measured_peak(device, dtype)
+    return data_sheet_peak(device, dtype) or measured_peak(device, dtype)
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> float:
-    """The best FLOP/s of a few 2048-cubed matrix products with this process's threads."""
-    size = 2048 if device.type == "cpu" else 8192
+def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense bfloat16 FLOP/s that NVIDIA's data sheet gives the device; None where none is known here.
+
+    Sources: the A100 data sheet of 2021 (312 TFLOPS, SXM and PCIe); the H100 data sheet (989 SXM, 756 PCIe,
+    835 NVL) and the H200 one (989 SXM, 835 NVL), which print twice that, with sparsity; the Blackwell
+    architecture brief of 2024 (2,250 B200, 2,500 GB200); the L40S data sheet (362).
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in DATA_SHEET_PEAKS.items() if known in name), None)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The best FLOP/s of a few square matrix products: of 2,048 with this process's threads, or of 8,192 on
+    a GPU, which takes some of them to come up to its clock."""
+    size, repeats = (2048, 5) if device.type == "cpu" else (8192, 50)
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")

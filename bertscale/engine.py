@@ -78,6 +78,13 @@ def deepspeed_config(
     }
 
 
+def compiles(config: PretrainConfig, device: torch.device) -> bool:
+    """Whether the layers are compiled: as train.compile says, and by itself on a GPU where they can be."""
+    if config.train.compile == "auto":
+        return device.type == "cuda" and config.compile_obstacle is None
+    return config.train.compile
+
+
 class Engine:
     """The sharded model and optimizer, and the way in and out of their state."""
 
@@ -101,6 +108,9 @@ class Engine:
             recompute = config.train.activation_checkpointing
             layers = ranks.layers(config.parallel.sequence)
             self.model = PretrainingModel(config.model, vocab_size, layers, recompute)
+        if compiles(config, ranks.device):
+            half = dtype != torch.float32
+            self.model.encoder.compile_layers(fused=half and ranks.device.type == "cuda")
         for name, parameter in self.model.named_parameters():
             # Without the mark DeepSpeed counts the share of one rank alone into the gradient norm.
             parameter.tensor_model_parallel = tensor_parallel_dimension(name) is not None  # type: ignore[attr-defined]

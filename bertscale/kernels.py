@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 TURNED = 256  # tokens whose queries and keys are turned at a time: they stay in the second-level cache
 ROWS = 16  # of logits at a time in float32: 16 x 30,522 x 4 bytes stay in a core's cache
@@ -29,7 +30,7 @@ class Packing:
 
     runs: tuple[tuple[int, int], ...]  # neighbours of equal length: (samples, L)
     starts: Tensor  # int32 [S + 1], cumulative lengths
-    longest: int
+    longest: int  # L of the longest, up to a power of two: few values, which may be compiled in
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
@@ -37,7 +38,7 @@ class Packing:
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         if device.type == "cuda":  # an unpinned copy would wait for the device
             starts = starts.pin_memory().to(device, non_blocking=True)
-        return cls(runs, starts, max(lengths))
+        return cls(runs, starts, 1 << (max(lengths) - 1).bit_length())
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, float32 [T, D / 2]
@@ -77,6 +78,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(query_key_value: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # one kernel, without a loop over a number of tokens that changes
+        cosine, sine = cosines[:, None, None], sines[:, None, None]  # [T, 1, 1, D / 2]
+        first, second = query_key_value[:, :, :2].float().chunk(2, dim=-1)
+        turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+        return torch.cat([turned.to(query_key_value.dtype), query_key_value[:, :, 2:]], dim=2)
     output = torch.empty_like(query_key_value)
     tokens = len(query_key_value)
     rows = tokens if query_key_value.is_cuda else TURNED
@@ -91,6 +97,11 @@ def _turn(query_key_value: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return output
 
 
+def uses_varlen(query_key_value: Tensor, dropout: float) -> bool:
+    """Whether attention is torch's variable-length kernel: on CUDA, in half precision, without dropout."""
+    return query_key_value.is_cuda and dropout == 0 and query_key_value.dtype != torch.float32
+
+
 def attend(
     query_key_value: Tensor, packing: Packing, dropout: float, half_window: int | None = None
 ) -> Tensor:
@@ -100,9 +111,7 @@ def attend(
     without dropout, it is torch's variable-length kernel; elsewhere dense attention, one batch for each
     run of samples of equal length, and on a CPU only the blocks that the window touches.
     """
-    if query_key_value.is_cuda and dropout == 0 and query_key_value.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
+    if uses_varlen(query_key_value, dropout):
         query, key, value = query_key_value.unbind(dim=2)
         starts, longest = packing.starts, packing.longest
         window = (-1, -1) if half_window is None else (half_window, half_window)

@@ -224,6 +224,20 @@ class Encoder(nn.Module):
         first = hidden.index_select(0, starts)  # [T, H] -> [S, H]
         return hidden, torch.tanh(self.pooler(first))
 
+    def compile_layers(self, *, fused: bool) -> None:
+        """Has torch.compile make kernels of each layer; names of parameters stay.
+
+        Layers of one shape share a compiled graph, for any number of tokens. `fused`: attention is one
+        variable-length kernel, unless it has dropout; elsewhere it stays eager, since its code goes over the
+        runs of equal samples, which are others in each batch.
+        """
+        fused = fused and self.config.attention_probs_dropout_prob == 0
+        for layer in self.layers:
+            attention: nn.Module = layer.attention  # type: ignore[assignment]
+            if not fused:
+                attention.attend = torch.compiler.disable(attention.attend)  # type: ignore[no-untyped-call]
+            layer.compile(dynamic=True)
+
     def rotations(self, positions: Tensor) -> tuple[Rotation, Rotation] | None:
         """How global and local layers turn the tokens at `positions` [T]; None without rotary positions."""
         if self.config.preset != "modern":

@@ -35,7 +35,7 @@ ROWS = (
     ("chunks", "index", "mixture", "model", "optimizers", "order", "samples"),
     ("checkpoint", "electra", "loader", "names", "optim", "parallel"),
     ("engine", "inspect", "metrics"),
-    ("convert", "finetune", "pretrain", "tasks"),
+    ("bench", "convert", "finetune", "pretrain", "tasks", "trials"),
     ("quickstart",),
     ("cli",),
     ("__main__",),
