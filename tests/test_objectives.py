@@ -36,6 +36,7 @@ MODEL = {
     "num_attention_heads": 4,
     "intermediate_size": 128,
     "max_position_embeddings": 32,
+    "initializer_range": 0.05,
 }
 
 
@@ -52,13 +53,18 @@ def write_sentences(path: Path) -> None:
                 for ordinal, turn in zip(ORDINALS, turns, strict=True)
             ]
             file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
+    words = [word for group in WORDS for word in group.split()]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, ".", *(ordinal.lower() for ordinal in ORDINALS), *words]
+    (path.parent / "vocab.txt").write_text("\n".join(pieces) + "\n")
 
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sentences")
     write_sentences(folder / "corpus.jsonl")
-    values = prep_config(folder, validation_fraction=0.15)
+    vocabulary = str(folder / "vocab.txt")  # each word is a piece
+    values = prep_config(folder, tokenizer=vocabulary, validation_fraction=0.15)
     prep(PrepConfig.model_validate(values))
     return folder / "data"
 
@@ -86,7 +92,7 @@ def config_of(case: str, data: str, folder: str) -> PretrainConfig:
         objectives=changes.get("objectives", {}),
         optimizer={"learning_rate": 0.005, "gradient_clipping": 1.0},
         train={
-            "steps": 1000,
+            "steps": 300 if case in ("nsp", "sop") else 600,
             "global_batch": 16,
             "micro_batch": 16,
             "log_every": 25,
@@ -126,7 +132,7 @@ def last(run: Path, key: str) -> float:
 
 @pytest.mark.parametrize("case", ["tokens", "words", "spans"])
 def test_masked_tokens_are_learnt(trained: Path, case: str) -> None:
-    assert last(trained / case, "train/mlm_accuracy") > 0.8
+    assert last(trained / case, "train/mlm_accuracy") > 0.85
     entries = [entry for entry in read_journal(trained / case) if "train/loss" in entry]
     assert entries[0]["train/mlm_accuracy"] < 0.1
     assert set(entries[0]) & {"train/nsp_loss", "train/sop_loss", "train/rtd_loss"} == set()
@@ -135,8 +141,9 @@ def test_masked_tokens_are_learnt(trained: Path, case: str) -> None:
 @pytest.mark.parametrize("case", ["nsp", "sop"])
 def test_pairs_are_learnt_alone(trained: Path, case: str) -> None:
     run = trained / case
-    assert last(run, f"train/{case}_accuracy") > 0.9
-    assert last(run, f"train/{case}_loss") < 0.3  # chance: 0.69
+    # Not 1: some of the other documents are of the same subject.
+    assert last(run, f"train/{case}_accuracy") > 0.85
+    assert last(run, f"train/{case}_loss") < 0.4  # chance: 0.69
     assert last(run, f"train/{case}_loss") == pytest.approx(last(run, "train/loss"))
     written = (run / "metrics.jsonl").read_text() + (run / "result.json").read_text()
     assert "mlm" not in written  # nothing is masked
