@@ -208,8 +208,7 @@ def running_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of logits [P, V] the highest of each position, float32 [P], and exp(logit - highest) summed up to the
     end of each block, float64 [P, N].
 
-    Blocks: a CPU sums them 10 times as fast as it makes a running sum of all, and small summands late in
-    the vocabulary are not lost.
+    Blocks: a sum is vectorised, a running sum is not, and small summands late in the vocabulary are not lost.
     """
     positions, width = logits.shape
     size = math.gcd(width, BLOCK)

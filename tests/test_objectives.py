@@ -41,9 +41,11 @@ MODEL = {
 
 
 def write_sentences(path: Path) -> None:
-    """48 documents of 5 sentences, of which some 40 are for training. A sentence tells its place in the
-    document, and then the four words of the document's subject from some word on, so that every token
-    follows from others."""
+    """48 documents of 5 sentences, of which some 40 are for training, and a vocabulary of their words.
+
+    A sentence tells its place in the document, and then the four words of the document's subject from some
+    word on, so that every token follows from others.
+    """
     with path.open("w") as file:
         for number in range(48):
             words = WORDS[number % 12].split()
