@@ -58,7 +58,7 @@ from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/pretrain"
 LENGTH = 128  # tokens of a sample
-HELDOUT = 2048  # samples
+HELDOUT = 1024  # samples, some 17,000 masked tokens
 CHUNK = 64  # of them at a time
 CONTESTANTS = {  # and their peak learning rates; --rates says how many of them are tried
     "bert-adamw": (1e-3, 5e-4),
