@@ -172,6 +172,9 @@ def test_micro_batches_are_dense_int64_and_sorted_by_length(dataset: Dataset) ->
     for batch in batches:
         for field in fields(MicroBatch):
             value = getattr(batch, field.name)
+            if field.name == "chances":  # of a generator's draws, which this run has none of
+                assert value is None
+                continue
             assert field.name == "lengths" or (value.dtype == torch.int64 and value.is_contiguous())
         assert same([batch.to("cpu")], [batch])
         assert batch.to("meta").tokens.device.type == "meta"
