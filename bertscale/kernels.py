@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 TURNED = 256  # tokens whose queries and keys are turned at a time: they stay in the second-level cache
 ROWS = 16  # of logits at a time in float32: 16 x 30,522 x 4 bytes stay in a core's cache
 GPU_ROWS = 1024  # likewise on a GPU, to bound the memory
+PADDED = 4  # cells a token at most, for attention over padded samples on a GPU
 BLOCK = 128  # logits of a position that are summed together before one of them is drawn
 
 
@@ -108,8 +109,9 @@ def attend(
     """Each sample attends to itself alone: [T, A, 3, D] -> [T, A, D].
 
     With `half_window` a token attends to so many tokens on each side of it. On CUDA, in half precision
-    without dropout, it is torch's variable-length kernel; elsewhere dense attention, one batch for each
-    run of samples of equal length, and on a CPU only the blocks that the window touches.
+    without dropout, it is torch's variable-length kernel, and with dropout, which that one lacks, dense
+    attention over samples that are padded for it alone. Elsewhere it is dense attention in one batch for
+    each run of samples of equal length, and on a CPU only the blocks that the window touches.
     """
     if uses_varlen(query_key_value, dropout):
         query, key, value = query_key_value.unbind(dim=2)
@@ -117,6 +119,9 @@ def attend(
         window = (-1, -1) if half_window is None else (half_window, half_window)
         attended = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=window)
         return attended if isinstance(attended, Tensor) else attended[0]
+    tokens, samples = len(query_key_value), len(packing.starts) - 1
+    if query_key_value.is_cuda and samples * packing.longest <= PADDED * tokens:
+        return _attend_padded(query_key_value, packing, dropout, half_window)
     # split, not slices: its backward is one concatenation instead of a zero-filled tensor for each run.
     pieces = torch.split(query_key_value, [samples * length for samples, length in packing.runs])
     attend_run = _attend_run_cuda if query_key_value.is_cuda else _attend_run_cpu
@@ -125,6 +130,27 @@ def attend(
         for piece, (samples, _) in zip(pieces, packing.runs, strict=True)
     ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_padded(query_key_value: Tensor, packing: Packing, dropout: float, half: int | None) -> Tensor:
+    """[T, A, 3, D] -> [T, A, D] by one call of torch's fused attention, each sample in a row of its own."""
+    tokens, heads, _, size = query_key_value.shape
+    starts, length = packing.starts.long(), packing.longest
+    lengths = starts.diff()  # [S]
+    place = torch.arange(tokens, device=starts.device)
+    row = torch.searchsorted(starts, place, right=True) - 1
+    cell = row * length + place - starts[row]  # [T], of the S x L cells
+    grid = query_key_value.new_zeros(len(lengths) * length, heads, 3, size)
+    grid = grid.index_copy(0, cell, query_key_value).view(-1, length, heads, 3, size)
+    query, key, value = grid.permute(3, 0, 2, 1, 4)  # 3 x [S, A, L, D]
+    mask = torch.arange(length, device=starts.device) < lengths[:, None]  # [S, L]
+    mask = mask[:, None, None].expand(-1, 1, length, -1)
+    if half is not None:
+        mask = mask & (_band(length, half, query) == 0)
+        # A row of padding may be left without any key: it looks at itself.
+        mask = mask | torch.eye(length, dtype=torch.bool, device=starts.device)
+    attended = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+    return attended.transpose(1, 2).reshape(-1, heads, size).index_select(0, cell)
 
 
 def _attend_run_cuda(query_key_value: Tensor, samples: int, dropout: float, half: int | None) -> Tensor:
@@ -243,24 +269,24 @@ def place_of(logits: Tensor, highest: Tensor, sums: Tensor, thresholds: Tensor) 
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each position, float32 [P], from logits [P, V] and ids [P]; overwrites the logits on a CPU."""
-    if logits.is_cuda:
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+    """Loss of each position, float32 [P], from logits [P, V], which are overwritten, and ids [P]."""
     losses: Tensor = _CrossEntropyByRows.apply(logits, targets)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _CrossEntropyByRows(torch.autograd.Function):
-    """softmax - one-hot is written over the logits, a few rows at a time, while they are in the cache."""
+    """softmax - one-hot is written over the logits, some rows at a time: on a CPU while they are in the
+    cache, and nowhere are all of them held in float32."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = torch.empty(len(logits), dtype=torch.float32)
-        for start in range(0, len(logits), ROWS):
-            rows = slice(start, start + ROWS)
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        step = GPU_ROWS if logits.is_cuda else ROWS
+        for start in range(0, len(logits), step):
+            rows = slice(start, start + step)
             logs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
             losses[rows] = -logs.gather(1, targets[rows, None])[:, 0]
-            logs.exp_().scatter_add_(1, targets[rows, None], torch.full((len(logs), 1), -1.0))
+            logs.exp_().scatter_add_(1, targets[rows, None], logs.new_full((len(logs), 1), -1.0))
             logits[rows] = logs
         ctx.save_for_backward(logits)
         return losses
@@ -268,4 +294,4 @@ class _CrossEntropyByRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None].to(gradient.dtype), None
+        return gradient.mul_(grad[:, None].to(gradient.dtype)), None  # in place: nobody else has it

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertscale.config import ModelConfig
-from bertscale.kernels import Packing, attend, rotate, rotation
+from bertscale.kernels import Packing, _attend_padded, attend, rotate, rotation
 from bertscale.model import (
     ClassificationModel,
     PretrainingModel,
@@ -205,6 +205,21 @@ def test_samples_of_a_packed_batch_do_not_see_each_other() -> None:
     query, key, value = query_key_value[:7].double().permute(2, 1, 0, 3)  # [7, A, 3, D] -> 3 x [A, 7, D]
     formula = F.softmax(query @ key.transpose(1, 2) / 4**0.5, dim=-1) @ value
     torch.testing.assert_close(alone[0].double(), formula.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("half_window", [None, 3])
+def test_attention_over_padded_samples_is_that_of_each_sample(half_window: int | None) -> None:
+    """What a GPU does with dropout, for which its variable-length kernel has no place."""
+    lengths = (1, 5, 5, 13, 20)
+    packing = Packing.of(lengths, torch.device("cpu"))
+    packed = torch.randn(sum(lengths), 2, 3, 8, requires_grad=True)
+    weights = torch.randn(sum(lengths), 2, 8)
+    results = []
+    for function in (attend, _attend_padded):
+        output = function(packed, packing, 0.0, half_window)
+        results.append((output, *torch.autograd.grad((output * weights).sum(), packed)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("half_window", [1, 2, 3, 5, 12])
