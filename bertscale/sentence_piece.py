@@ -63,14 +63,14 @@ class SentencePieceTokenizer(Tokenizer):
         )
         # What the model's own rule makes of a character that has another form in NFKC alone.
         compatible = self._model.normalize("\u2460").strip(SPACE) == "1"
-        self._form: Literal["NFC", "NFKC"] = "NFKC" if compatible else "NFC"
+        self.form: Literal["NFC", "NFKC"] = "NFKC" if compatible else "NFC"
 
     def __str__(self) -> str:
-        return f"a SentencePiece model with {self.vocab_size:,} pieces, for text in {self._form}"
+        return f"a SentencePiece model with {self.vocab_size:,} pieces, for text in {self.form}"
 
     def normalize(self, text: str) -> str:
         """NFC, or NFKC where the model was trained so; no control characters, one space for white space."""
-        return normalize(text, self._form)
+        return normalize(text, self.form)
 
     def encode(self, texts: list[str]) -> list[Ids]:
         ids: list[Ids] = self._model.encode(texts, out_type=int)
@@ -79,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
         results = []
         for text in texts:
-            clean, places = normalize_with_places(text, self._form)
+            clean, places = normalize_with_places(text, self.form)
             found = self._model.encode(clean, return_type="offset_mapping")
             spans: Spans = []
             # From the end: of the bytes of a character, only the last has the character's span.
@@ -217,7 +217,7 @@ class SentencePieceTokenizer(Tokenizer):
         from tokenizers import Regex, normalizers
 
         forms = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}
-        steps = [normalizers.Replace(Regex(f"[{_spell(DROPPED)}]+"), ""), forms[self._form]()]
+        steps = [normalizers.Replace(Regex(f"[{_spell(DROPPED)}]+"), ""), forms[self.form]()]
         if proto.normalizer_spec.precompiled_charsmap:
             steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
         steps.append(normalizers.Replace(Regex(f"[{_spell(SPACES)}]+"), " "))

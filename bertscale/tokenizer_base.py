@@ -64,6 +64,7 @@ class Tokenizer(ABC):
     cls_id: int
     sep_id: int
     mask_id: int
+    form: Literal["NFC", "NFKC"] | None = None  # Unicode's, that `normalize` gives; None: rules of its own
 
     @cached_property
     def sha256(self) -> str:

@@ -75,6 +75,11 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
     _record(plan).unlink(missing_ok=True)
     if plan.config.tokenizer:
         given = load_tokenizer(plan.config.tokenizer, plan.config.lowercase)
+        if given.form == "NFC" and plan.config.normalization == "nfkc":
+            raise UserError(
+                f"normalization=nfkc, but the tokenizer {plan.config.tokenizer} is for text in NFC, as which "
+                "fine-tuning and the exported tokenizer would read theirs: take normalization=nfc"
+            )
         path = plan.output / given.file_name
         write_bytes(path, given.content)
         print(f"tokenizer: {plan.config.tokenizer}: {given}")
