@@ -36,7 +36,7 @@ from bertscale.loader import MicroBatch
 from bertscale.metrics import Rate
 from bertscale.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.pretrain import make_loader
-from bertscale.progress import show_count
+from bertscale.progress import Progress, show_count
 from bertscale.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 from bertscale.trials import (
@@ -128,22 +128,24 @@ def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
         watch = Stopwatch(device)
         ours, theirs = Side(), Side()
         step, their_step = our_step(engine, watch), None
+        steps = (options.rounds + 1) * options.steps * (2 if options.against else 1)
+        progress = stack.enter_context(Progress("bench", steps, "steps", hidden=not first))
 
         forget_peak(device)
-        done = _our_round(ours, step, batches, options.steps, rate, watch, ranks)
+        done = _our_round(ours, step, batches, options.steps, rate, watch, ranks, progress)
         ours.memory = int(max(ranks.gather(peak_memory(device))))
         if options.against:
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             their_step = transformers_step(config, vocab_size, device, dtype, watch)
             forget_peak(device)
-            _their_round(theirs, their_step, done, config, rate, watch, ranks)
+            _their_round(theirs, their_step, done, config, rate, watch, ranks, progress)
             theirs.memory = peak_memory(device) - before if device.type == "cuda" else None
         ours.tokens, ours.flops, ours.parts = [], [], []  # that was warm-up
         theirs.tokens, theirs.flops, theirs.parts = [], [], []
         for _ in range(options.rounds):
-            done = _our_round(ours, step, batches, options.steps, rate, watch, ranks)
+            done = _our_round(ours, step, batches, options.steps, rate, watch, ranks, progress)
             if their_step:
-                _their_round(theirs, their_step, done, config, rate, watch, ranks)
+                _their_round(theirs, their_step, done, config, rate, watch, ranks, progress)
         talk = _communication(step, batches, watch, ranks)
 
     results = summarize(ours, theirs if options.against else None, peak, sheet, talk)
@@ -175,7 +177,14 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
 
 
 def _our_round(
-    side: Side, step: Step, batches: Batches, steps: int, rate: Rate, watch: Stopwatch, ranks: Ranks
+    side: Side,
+    step: Step,
+    batches: Batches,
+    steps: int,
+    rate: Rate,
+    watch: Stopwatch,
+    ranks: Ranks,
+    progress: Progress,
 ) -> list[list[MicroBatch]]:
     """Measures `steps` steps; returns their micro-batches."""
     done: list[list[MicroBatch]] = []
@@ -185,6 +194,7 @@ def _our_round(
         loss = step(micro_batches)
         _count(micro_batches, rate)
         done.append(micro_batches)
+        progress.advance(1)
     _end(side, steps, loss, rate, watch, ranks)
     return done
 
@@ -197,6 +207,7 @@ def _their_round(
     rate: Rate,
     watch: Stopwatch,
     ranks: Ranks,
+    progress: Progress,
 ) -> None:
     """Measures the peer on the micro-batches that ours has done; they are padded before the time runs."""
     inputs = [[padded(batch, row_lengths(batch, config)) for batch in batches] for batches in done]
@@ -204,6 +215,7 @@ def _their_round(
     for padded_batches, batches in zip(inputs, done, strict=True):
         loss = step(padded_batches)
         _count(batches, rate)
+        progress.advance(1)
     _end(side, len(done), loss, rate, watch, ranks)
 
 
