@@ -62,7 +62,7 @@ HELDOUT = 1024  # samples, some 17,000 masked tokens
 CHUNK = 64  # of them at a time
 CONTESTANTS = {  # and their peak learning rates; --rates says how many of them are tried
     "bert-adamw": (1e-3, 5e-4),
-    "bert-lamb": (1e-2, 5e-3),
+    "bert-lamb": (5e-3, 1e-2),
     "bert-trainer": (1e-3, 5e-4),
     "modern-adamw": (2e-3, 1e-3),
     "modern-lamb": (1e-2, 5e-3),
