@@ -149,7 +149,7 @@ def test_given_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     given = tmp_path / "given.model"
     given.write_bytes(own.read_bytes())
     assert prepare(tmp_path / "1", texts(10), tokenizer=str(given)).read_bytes() == given.read_bytes()
-    with pytest.raises(UserError, match=r"normalization=nfkc, but the tokenizer .*given.model is for text in"):
+    with pytest.raises(UserError, match=r"normalization=nfkc, but the tokenizer .*given.model is for text"):
         prepare(tmp_path / "3", texts(10), tokenizer=str(given), normalization="nfkc")
 
     vocabulary = tmp_path / "vocab.txt"
