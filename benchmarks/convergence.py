@@ -28,7 +28,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -47,11 +46,12 @@ from torch.utils.data import Dataset as TorchDataset
 from bertscale.checkpoint import step_folders
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
 from bertscale.convert import native_model, open_weights
-from bertscale.device import choose_precision, local_device
+from bertscale.device import choose_precision, local_device, processor
 from bertscale.loader import Loader, MicroBatch
 from bertscale.masking import Ints
 from bertscale.mixture import Mixture
 from bertscale.names import hugging_face_config
+from bertscale.pretrain import forward
 from bertscale.schedule import Clock, Course
 from bertscale.shards import Dataset, Split, open_dataset, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
@@ -261,8 +261,7 @@ def heldout_loss(weights: Path, heldout: list[MicroBatch]) -> tuple[float, float
     model = native_model(open_weights(weights))
     loss = right = 0.0
     for b in heldout:
-        inputs = b.tokens, b.token_types, b.positions, b.lengths, b.target_positions, b.targets, None
-        sums = model(*inputs)
+        sums = forward(model, b)
         loss, right = loss + float(sums[0]), right + float(sums[3])
     masked = sum(len(batch.targets) for batch in heldout)
     return loss / masked, right / masked
@@ -420,15 +419,6 @@ def prepared(options: argparse.Namespace) -> Path:
     if subprocess.run([*command, *overrides]).returncode:
         raise SystemExit("the text could not be prepared")
     return folder
-
-
-def processor() -> str:
-    """The processor's name as the kernel has it."""
-    try:
-        lines: list[str] = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from bertscale.config import SamplesConfig
+from bertscale.device import processor
 from bertscale.index import BlockIndex, load_index
 from bertscale.loader import Loader
 from bertscale.mixture import Mixture
@@ -232,15 +232,6 @@ def quickstart_data() -> Path:
     ):
         subprocess.run([sys.executable, "-m", *command], check=True)
     return made / "data"
-
-
-def processor() -> str:
-    """The processor's name as the kernel has it."""
-    try:
-        lines: list[str] = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
+from bertscale.device import processor
 from bertscale.shards import open_dataset, token_dtype, write_json
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from data_prep.build import merge_shard, prep
@@ -308,15 +309,6 @@ def quickstart_corpus() -> Path:
     made = Path("runs/benchmark")
     subprocess.run([sys.executable, "-m", "data_prep.docstrings", str(made)], check=True)
     return made / "corpus"
-
-
-def processor() -> str:
-    """The processor's name as the kernel has it."""
-    try:
-        lines: list[str] = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

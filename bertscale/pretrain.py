@@ -30,6 +30,7 @@ from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
 from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result, weighted
 from bertscale.mixture import Mixture, data_digest
+from bertscale.model import PretrainingModel
 from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
 from bertscale.progress import Progress, show_count
 from bertscale.samples import check_batches
@@ -246,9 +247,9 @@ def make_loader(
     )
 
 
-def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
+def forward(model: Engine | PretrainingModel, batch: MicroBatch) -> tuple[Tensor, ...]:
     """Sums of the micro-batch: losses of masked tokens, pairs and replaced tokens, right ones of each."""
-    return engine(
+    outputs: tuple[Tensor, ...] = model(
         batch.tokens,
         batch.token_types,
         batch.positions,
@@ -258,6 +259,7 @@ def forward(engine: Engine, batch: MicroBatch) -> tuple[Tensor, ...]:
         batch.next_sentence_label,
         batch.chances,
     )
+    return outputs
 
 
 @torch.no_grad()

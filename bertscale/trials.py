@@ -7,11 +7,9 @@ Dimensions: T tokens of a micro-batch, R rows of a padded one, L tokens of its l
 
 from __future__ import annotations
 
-import platform
 import resource
 import time
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bertscale.config import ModelConfig, PretrainConfig, UserError
-from bertscale.device import describe, synchronize
+from bertscale.device import describe, processor, synchronize
 from bertscale.engine import Engine
 from bertscale.loader import MicroBatch, deal
 from bertscale.metrics import weighted
@@ -320,15 +318,6 @@ def machine(device: torch.device, peak: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "measured_peak_gflops": round(peak / 1e9),
     }
-
-
-def processor() -> str:
-    """The processor's name as the kernel has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 # ------------------------------------------------------------------------------------------------ profile

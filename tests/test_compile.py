@@ -22,6 +22,7 @@ from bertscale.engine import compiles
 from bertscale.kernels import Packing, attend, rotate, rotation
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.parallel import Ranks
+from bertscale.pretrain import forward
 from bertscale.trials import RandomBatches
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -52,16 +53,8 @@ def losses_and_gradients(model: PretrainingModel, batches: list[Any]) -> list[Te
     found = []
     for batch in batches:
         model.zero_grad()
-        masked, relation, *_ = model(
-            batch.tokens,
-            batch.token_types,
-            batch.positions,
-            batch.lengths,
-            batch.target_positions,
-            batch.targets,
-            batch.next_sentence_label,
-        )
-        (masked + relation).backward()
+        masked, relation, *_ = forward(model, batch)
+        (masked + relation).backward()  # type: ignore[no-untyped-call]
         found += [masked.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     return found
 
