@@ -231,7 +231,7 @@ def measure(
         for k in numbers:
             loss = step(inputs[k])
             for batch in batches[k]:
-                rate.add(batch.lengths, len(batch.targets))
+                rate.add(batch.lengths, batch.num_targets)
         for part, seconds in watch.seconds().items():  # waits for the device
             parts[part] += seconds / options.steps / options.rounds
         rounds.append(rate.close(ranks))

@@ -201,7 +201,7 @@ def compare(
             rate.restart()
             loss = step([micro_batch] if side == "ours" else [inputs])
             assert 0 < float(loss) < 20, f"{side}: {loss}"
-            rate.add(micro_batch.lengths, len(micro_batch.targets))
+            rate.add(micro_batch.lengths, micro_batch.num_targets)
             figures = rate.close(ranks)
             if number >= 0:
                 found[side].append(figures)

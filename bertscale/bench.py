@@ -228,7 +228,7 @@ def _begin(rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:
 
 def _count(micro_batches: Sequence[MicroBatch], rate: Rate) -> None:
     for batch in micro_batches:
-        rate.add(batch.lengths, len(batch.targets))
+        rate.add(batch.lengths, batch.num_targets)
 
 
 def _end(side: Side, steps: int, loss: Tensor, rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:

@@ -453,9 +453,8 @@ def _checked(
     `data`: whether the shards are looked at.
     """
     from bertscale.config import PretrainConfig, UserError, load_config
-    from bertscale.mixture import check_tokenizers
     from bertscale.samples import check_batches
-    from bertscale.shards import open_dataset
+    from bertscale.shards import check_tokenizers, open_dataset
     from launcher.ranks import count_gpus
 
     config = load_config(PretrainConfig, path, overrides)

@@ -269,7 +269,7 @@ def largest_difference(weights: Weights, folder: Path) -> float:
             hidden, _ = ours.generator(*sample, ours.encoder.embeddings)
             output = guesser(**inputs)
         logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
-        masked = ours.predictions(hidden)[:, : weights.vocab_size] - logits[0]
+        masked = ours.predictions.logits(hidden)[:, : weights.vocab_size] - logits[0]
         difference = max(difference, float(masked.abs().max()))
         if ours.seq_relationship is not None and "seq_relationship_logits" in output:
             relation = ours.seq_relationship(pooled) - output["seq_relationship_logits"]

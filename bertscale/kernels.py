@@ -269,29 +269,16 @@ def place_of(logits: Tensor, highest: Tensor, sums: Tensor, thresholds: Tensor) 
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each position, float32 [P], from logits [P, V], which are overwritten, and ids [P]."""
-    losses: Tensor = _CrossEntropyByRows.apply(logits, targets)  # type: ignore[no-untyped-call]
+    """Losses of ids [P], float32 [P], from logits [P, V], which become their gradient, softmax - one-hot.
+
+    Some rows at a time: on a CPU while they are in the cache, and nowhere are all of them held in float32.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    step = GPU_ROWS if logits.is_cuda else ROWS
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        logs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
+        losses[rows] = -logs.gather(1, targets[rows, None])[:, 0]
+        logs.exp_().scatter_add_(1, targets[rows, None], logs.new_full((len(logs), 1), -1.0))
+        logits[rows] = logs
     return losses
-
-
-class _CrossEntropyByRows(torch.autograd.Function):
-    """softmax - one-hot is written over the logits, some rows at a time: on a CPU while they are in the
-    cache, and nowhere are all of them held in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = logits.new_empty(len(logits), dtype=torch.float32)
-        step = GPU_ROWS if logits.is_cuda else ROWS
-        for start in range(0, len(logits), step):
-            rows = slice(start, start + step)
-            logs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
-            losses[rows] = -logs.gather(1, targets[rows, None])[:, 0]
-            logs.exp_().scatter_add_(1, targets[rows, None], logs.new_full((len(logs), 1), -1.0))
-            logits[rows] = logs
-        ctx.save_for_backward(logits)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad[:, None].to(gradient.dtype)), None  # in place: nobody else has it

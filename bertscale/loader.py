@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bertscale.masking import Ints, draw_chances, mask_rules, mask_tokens
+from bertscale.masking import Ints, draw_chances, mask_rules, mask_tokens, target_capacity
 from bertscale.mixture import Mixture, Stage
 from bertscale.samples import Pieces, check_batch, spread
 from bertscale.tokenizer import Tokenizer
@@ -44,6 +46,7 @@ class MicroBatch:
     lengths: tuple[int, ...]  # Q sequence lengths in tokens, on the host; nothing attends beyond its own
     target_positions: Tensor  # int64 [P], ascending, into tokens; P may be 0
     targets: Tensor  # int64 [P], the original ids there
+    num_targets: int  # of the P; those behind them only fill up: position 0, id -1, nothing is predicted
     next_sentence_label: Tensor | None  # int64 [S], 0 = B continues A, 1 = B is random, or swapped with A
     chances: Tensor | None = None  # float64 [P], random in (0, 1); where a generator draws ids
 
@@ -64,6 +67,7 @@ class MicroBatch:
             lengths=self.lengths,
             target_positions=change(self.target_positions),
             targets=change(self.targets),
+            num_targets=self.num_targets,
             next_sentence_label=None if label is None else change(label),
             chances=None if chances is None else change(chances),
         )
@@ -75,6 +79,8 @@ class Loader:
     A micro-batch has `micro_batch` samples, or with `micro_tokens` as many as stay within so many tokens:
     then the samples of a step are dealt out to as few micro-batches as will do, the same number of them on
     each rank. `masks`: whether tokens are masked at all; `draws`: whether a generator draws ids for them.
+    `static_targets`: P is the same for all micro-batches of a stage (`target_capacity`), or, for rare
+    chance, twice that.
     `data_wait` is the time in seconds that callers of `iterate` have waited for a batch.
     Raises UserError where the batch does not divide (`check_batch`).
     """
@@ -90,9 +96,10 @@ class Loader:
         micro_tokens: int | None = None,
         masks: bool = True,
         draws: bool = False,
+        static_targets: bool = False,
     ) -> None:
         samples = mixture.samples
-        self.masks, self.draws = masks, draws
+        self.masks, self.draws, self.static_targets = masks, draws, static_targets
         check_batch(mixture.global_batch, None if micro_tokens else micro_batch, world, samples.has_pairs)
         self.mixture, self.micro_batch, self.micro_tokens = mixture, micro_batch, micro_tokens
         self.global_batch, self.seed = mixture.global_batch, mixture.seed
@@ -146,7 +153,7 @@ class Loader:
             masked, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
         chances = None
         if self.draws:
-            chances = torch.from_numpy(draw_chances(places, sizes, samples, self.seed))
+            chances = draw_chances(places, sizes, samples, self.seed)
         types = np.zeros(len(tokens), np.int64)
         if pieces.label is not None:
             types = np.repeat(pieces.kind, extents)
@@ -155,15 +162,27 @@ class Loader:
         edges = np.cumsum([0, *(count for step in counts for count in step)])  # of micro-batches, in samples
         token_edges = np.concatenate([[0], np.cumsum(sizes)])[edges]
         target_edges = np.searchsorted(places, token_edges)
-        places -= np.repeat(token_edges[:-1], np.diff(target_edges))
+        num_targets = np.diff(target_edges)
+        places -= np.repeat(token_edges[:-1], num_targets)
+        if self.static_targets:
+            most = self.micro_tokens or self.micro_batch * stage.max_length
+            capacity = target_capacity(most, self.rules)
+            room = capacity * np.maximum(1, -(-num_targets // capacity))
+            target_edges = np.cumsum([0, *room])
+            filled = spread(target_edges[:-1], num_targets)
+            places, targets = _fill_up(places, filled, room, 0), _fill_up(targets, filled, room, -1)
+            chances = None if chances is None else _fill_up(chances, filled, room, 0.5)
         sequence_edges = np.searchsorted(sequence_start, token_edges)
         lengths = sequence_length.tolist()
         flat = [torch.from_numpy(values) for values in (masked, types, positions, places, targets)]
         labels = None if pieces.label is None else torch.from_numpy(pieces.label)
+        random = None if chances is None else torch.from_numpy(chances)
         batches = []
         cuts = zip(*(e.tolist() for e in (edges, token_edges, target_edges, sequence_edges)), strict=True)
         row, token, target, sequence = next(cuts)
-        for row_end, token_end, target_end, sequence_end in cuts:
+        for (row_end, token_end, target_end, sequence_end), real in zip(
+            cuts, num_targets.tolist(), strict=True
+        ):
             batches.append(
                 MicroBatch(
                     tokens=flat[0][token:token_end],
@@ -172,8 +191,9 @@ class Loader:
                     lengths=tuple(lengths[sequence:sequence_end]),
                     target_positions=flat[3][target:target_end],
                     targets=flat[4][target:target_end],
+                    num_targets=real,
                     next_sentence_label=None if labels is None else labels[row:row_end],
-                    chances=None if chances is None else chances[target:target_end],
+                    chances=None if random is None else random[target:target_end],
                 )
             )
             row, token, target, sequence = row_end, token_end, target_end, sequence_end
@@ -264,6 +284,13 @@ def deal(sizes: Ints, budget: int, world: int) -> Ints:
         if np.bincount(bins, sizes).max() <= budget:
             return bins
         number += world
+
+
+def _fill_up(values: npt.NDArray[Any], places: Ints, room: Ints, fill: float) -> npt.NDArray[Any]:
+    """`values` [P] at `places` [P] of an array as long as all the `room`, and `fill` elsewhere."""
+    filled = np.full(int(room.sum()), fill, values.dtype)
+    filled[places] = values
+    return filled
 
 
 def _reorder(pieces: Pieces, order: Ints) -> Pieces:

@@ -30,10 +30,10 @@ T: tokens, S: samples, W: words, P: masked positions, N: counters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from math import log1p
 from typing import Any, Literal
 
 import numpy as np
@@ -236,6 +236,19 @@ def draw_chances(places: Ints, lengths: Ints, samples: Ints, seed: int) -> npt.N
     return (words.astype(np.float64) + 0.5) / 2.0**32
 
 
+def target_capacity(tokens: int, rules: MaskRules) -> int:
+    """So many positions of `tokens` tokens hold, but for rare chance, all that are chosen; a multiple of 64.
+
+    The mean of their number and six standard deviations. With words, whose tokens are chosen together, the
+    variance is that of single tokens times the mean square of a word's tokens over their mean: 4 is more
+    than prose has. Spans keep to the share, and have less.
+    """
+    rate = rules.chosen_below / 2**32
+    together = 1 if rules.unit == "token" else 4
+    number: float = tokens * rate + 6 * (tokens * rate * (1 - rate) * together) ** 0.5
+    return 64 * max(1, math.ceil(min(number, tokens) / 64))
+
+
 @dataclass(frozen=True)
 class _WordTable:
     """The words of a batch. A special token is a word, and so are the pieces between a sample's start,
@@ -349,7 +362,7 @@ def _early_turns(count: Ints, rules: MaskRules) -> Ints:
     """A turn of 0 .. 2**32 for each sample of `count` [S] words, so late that the spans before it reach
     the share but for rare chance: their mean number, five standard deviations and a few."""
     rate = min(rules.chosen_below, 2**32 - 1) / 2**32
-    spans = -log1p(-rate) / (sum(rules.longer_below) / 2**32) * count
+    spans = -math.log1p(-rate) / (sum(rules.longer_below) / 2**32) * count
     early = (spans + 5 * np.sqrt(spans) + 8) / np.maximum(count, 1)
     turns: Ints = (2.0**32 * np.minimum(early, 1)).astype(np.int64)
     return turns

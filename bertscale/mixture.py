@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from bertscale.config import Corpus, SamplesConfig, UserError
+from bertscale.config import Corpus, SamplesConfig
 from bertscale.index import Peers
 from bertscale.masking import Ints
 from bertscale.order import permute, round_keys
 from bertscale.samples import Pieces, Plan
 from bertscale.schedule import FOREVER, BatchStage, batch_of, batch_stages
-from bertscale.shards import Dataset
+from bertscale.shards import Dataset, check_tokenizers
 
 PERIOD = 1024  # samples; a superperiod is PERIOD periods
 MEASURED = 16_384  # samples whose mean length stands for all
@@ -172,17 +172,6 @@ class Quotas:
         rows = np.arange(len(numbers))
         before = begun[rows, corpus + 1] - begun[rows, corpus]
         return corpus, before + slot - bounds[rows, corpus]
-
-
-def check_tokenizers(datasets: Sequence[Dataset]) -> None:
-    """Raises UserError where two data sets have different tokenizers: their ids mean different pieces."""
-    first = datasets[0]
-    for other in datasets[1:]:
-        if other.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
-            raise UserError(
-                f"data: {other.folder} was made with another tokenizer than {first.folder}; run `bertscale "
-                f"prep` for it with tokenizer={first.tokenizer_path}"
-            )
 
 
 def data_digest(datasets: Sequence[Dataset], corpora: Sequence[Corpus]) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertscale.config import ModelConfig
+from bertscale.decoder import TiedDecoder
 from bertscale.kernels import Packing, Rotation, attend, rotate, rotation
 from bertscale.layers import Embedding, Layers, Linear, derive_seed
 
@@ -251,24 +252,31 @@ class Encoder(nn.Module):
 
 
 class Predictions(nn.Module):
-    """Hidden states at masked positions -> logits over the vocabulary, by word embeddings of `width`."""
+    """Hidden states at masked positions -> predictions over the vocabulary, by word embeddings of `width`."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers, width: int) -> None:
         super().__init__()
         bias = config.preset != "modern"
         self.dense = Linear(config.hidden_size, width, bias)
         self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps, bias=bias)
-        padded = padded_vocab_size(vocab_size)
-        self.decoder = layers.tied_decoder(padded, width)
-        here = padded // layers.degree
-        self.real = max(0, min(vocab_size - layers.rank * here, here))  # rows here that are pieces
-        self.rows = here
+        self.decoder = TiedDecoder(layers, vocab_size, padded_vocab_size(vocab_size))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.decoder(self.LayerNorm(F.gelu(self.dense(hidden))))  # [P, H] -> [P, V]
-        if self.real < self.rows:
-            logits[:, self.real :] = torch.finfo(logits.dtype).min
-        return logits
+    def forward(
+        self, hidden: Tensor, targets: Tensor, chances: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From hidden states [P, H] the sum of the losses of targets [P] and the number of right ones; with
+        `chances` an id for each of them [P], drawn from the prediction, else the originals."""
+        predicted: tuple[Tensor, Tensor, Tensor] = self.decoder(self.transform(hidden), targets, chances)
+        return predicted
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[P, H] -> [P, V]."""
+        return self.decoder.logits(self.transform(hidden))
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """[P, H] -> [P, width], what the word embeddings are held against."""
+        transformed: Tensor = self.LayerNorm(F.gelu(self.dense(hidden)))
+        return transformed
 
 
 class Detector(nn.Module):
@@ -289,10 +297,12 @@ def replace(
 ) -> tuple[Tensor, Tensor]:
     """Tokens [T] with ids `sampled` [P] at the masked positions; which of them were replaced, bool [T].
 
-    An id that equals the original, `targets` [P], is the original.
+    An id that equals the original, `targets` [P], is the original; where that is -1, nothing is replaced.
     """
+    valid = targets >= 0
+    sampled = torch.where(valid, sampled, tokens[target_positions])
     replaced = torch.zeros_like(tokens, dtype=torch.bool)
-    replaced[target_positions] = sampled != targets
+    replaced[target_positions] = valid & (sampled != targets)
     return tokens.index_copy(0, target_positions, sampled), replaced
 
 
@@ -318,7 +328,7 @@ class PretrainingModel(nn.Module):
         small, width = config.generator, config.hidden_size
         self.generator = Encoder(small, vocab_size, layers, False, recompute, width) if small else None
         self.predictions = Predictions(small or config, vocab_size, layers, width)
-        self.predictions.decoder.weight = self.encoder.embeddings.word_embeddings.weight
+        self.predictions.decoder.weight = self.encoder.embeddings.word_embeddings.weight  # type: ignore[assignment]
         self.seq_relationship = Linear(config.hidden_size, 2) if config.sentence_head else None
         self.detector = Detector(config) if small else None
 
@@ -344,13 +354,15 @@ class PretrainingModel(nn.Module):
         sample = token_types, positions, lengths
         if self.generator is None:
             hidden, pooled = self.encoder(tokens, *sample)
-            masked, masked_right, _ = self.predict(hidden, target_positions, targets, None)
+            masked, masked_right, _ = self.predictions(F.embedding(target_positions, hidden), targets, None)
             replaced = replaced_right = torch.zeros_like(masked_right)
         else:
             assert self.detector is not None
             assert chances is not None
             guessed, _ = self.generator(tokens, *sample, self.encoder.embeddings)
-            masked, masked_right, sampled = self.predict(guessed, target_positions, targets, chances)
+            masked, masked_right, sampled = self.predictions(
+                F.embedding(target_positions, guessed), targets, chances
+            )
             tokens, is_replaced = replace(tokens, target_positions, targets, sampled)
             hidden, pooled = self.encoder(tokens, *sample)
             verdict = self.detector(hidden)  # [T]
@@ -358,16 +370,6 @@ class PretrainingModel(nn.Module):
             replaced_right = ((verdict > 0) == is_replaced).sum().float()
         relation, relation_right = self.relate(pooled, next_sentence_label, torch.zeros_like(masked_right))
         return masked, relation, replaced, masked_right, relation_right, replaced_right
-
-    def predict(
-        self, hidden: Tensor, target_positions: Tensor, targets: Tensor, chances: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """From hidden states [T, H] sums of the masked positions' losses and right ones; with `chances` an
-        id for each of them [P], drawn from the prediction, else the originals."""
-        logits = self.predictions(F.embedding(target_positions, hidden))  # [P, V]
-        right = self.parallel.correct(logits, targets)
-        sampled = targets if chances is None else self.parallel.sample(logits, chances)
-        return self.parallel.cross_entropy(logits, targets).sum(), right, sampled  # the loss may overwrite
 
     def relate(
         self, pooled: Tensor | None, next_sentence_label: Tensor | None, nothing: Tensor

@@ -204,16 +204,17 @@ class TensorParallelLayers(Layers):
         )
         return embedding
 
-    def tied_decoder(self, vocab_size: int, width: int) -> nn.Module:
-        return _Column(
-            width, vocab_size, config=self.config, init_method=_no_values, skip_weight_param_allocation=True
-        )
+    def fan_out(self, hidden: Tensor) -> Tensor:
+        same: Tensor = copy_to_tensor_model_parallel_region(hidden)
+        return same
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        losses: Tensor = vocab_parallel_cross_entropy(logits.float(), targets)
-        return losses
+    @torch.enable_grad()
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        share = logits.float().detach().requires_grad_()
+        losses = vocab_parallel_cross_entropy(share, targets)
+        (gradient,) = torch.autograd.grad(losses.sum(), share)
+        return losses.detach(), gradient.to(logits.dtype)
 
-    @torch.no_grad()
     def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows = logits.shape[-1]
         here = targets - self.rank * rows  # [P], the target's column on this rank
@@ -222,7 +223,7 @@ class TensorParallelLayers(Layers):
         wanted = wanted.masked_fill(~is_here, -torch.inf)
         both = torch.stack([logits.amax(dim=-1).float(), wanted])  # [2, P]
         dist.all_reduce(both, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-        return (both[1] >= both[0]).sum().float()
+        return both[1] >= both[0]
 
     @torch.no_grad()
     def sample(self, logits: Tensor, chances: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
     with Progress("pretrain", course.steps, "steps", start=start, hidden=not first) as progress:
         for step, micro_batches in loader.iterate(start, course.steps or FOREVER):
-            own_masked = sum(len(batch.targets) for batch in micro_batches)
+            own_masked = sum(batch.num_targets for batch in micro_batches)
             own_tokens = sum(len(batch.tokens) for batch in micro_batches)
             now, after = clock.step() if first else (0.0, 0.0)  # the first rank's clock is the run's
             masked, tokens, stopping, now, after = ranks.sum(
@@ -117,7 +117,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 engine.backward(loss * ranks.data, last=micro_step == len(micro_batches) - 1)
                 engine.step(lr)
                 totals += torch.stack(sums).detach()
-                rate.add(batch.lengths, len(batch.targets))
+                rate.add(batch.lengths, batch.num_targets)
             clock.stepped()
             done = step + 1
             beat(done)
@@ -242,9 +242,18 @@ def make_loader(
         micro_tokens=config.train.micro_tokens,
         masks=config.objectives.mlm > 0,
         draws=config.model.generator_size is not None,
+        static_targets=has_static_targets(config, ranks.device),
         rank=ranks.data_rank,
         world=ranks.data,
     )
+
+
+def has_static_targets(config: PretrainConfig, device: torch.device) -> bool:
+    """Whether the number of predicted positions is fixed, as train.static_targets says."""
+    wanted = config.train.static_targets
+    if wanted == "auto":  # a CPU gains nothing by it, and would predict in vain
+        return device.type == "cuda" and config.has_static_tokens
+    return wanted
 
 
 def forward(model: Engine | PretrainingModel, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -272,7 +281,7 @@ def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: i
     for step in range(steps):
         for batch in loader.step(step):
             totals += torch.stack(forward(engine, batch.to(ranks.device)))
-            masked += len(batch.targets)
+            masked += batch.num_targets
             tokens += len(batch.tokens)
             beat(done)
     engine.model.train()

@@ -128,6 +128,7 @@ class RandomBatches:
             lengths=tuple(lengths.tolist()),
             target_positions=flat[3],
             targets=flat[4],
+            num_targets=len(places),
             next_sentence_label=torch.arange(len(lengths)) & 1 if pairs else None,
             chances=torch.from_numpy(draw.random(len(places))) if self.config.model.generator else None,
         )
@@ -153,7 +154,8 @@ def padded(batch: MicroBatch, rows: Sequence[int]) -> dict[str, Tensor]:
     """The batch as a collator hands it to transformers' classes, [R, L] each, labels -100 where nothing is
     predicted; `next_sentence_label` [R] where there are pairs."""
     labels = torch.full_like(batch.tokens, -100)
-    labels[batch.target_positions] = batch.targets
+    real = slice(batch.num_targets)
+    labels[batch.target_positions[real]] = batch.targets[real]
 
     def pad(flat: Tensor, fill: int) -> Tensor:  # [T] -> [R, L]
         pieces = list(torch.split(flat, list(rows)))
@@ -181,7 +183,7 @@ def our_step(engine: Engine, watch: Stopwatch) -> Step:
 
     def step(micro_batches: Sequence[MicroBatch]) -> Tensor:
         masked, tokens = ranks.sum(
-            sum(len(batch.targets) for batch in micro_batches) / ranks.tensor,
+            sum(batch.num_targets for batch in micro_batches) / ranks.tensor,
             sum(len(batch.tokens) for batch in micro_batches) / ranks.tensor,
         )
         total = torch.zeros((), device=ranks.device)

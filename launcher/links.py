@@ -19,6 +19,7 @@ from typing import Any
 
 from bertscale.config import (
     ClusterConfig,
+    Corpus,
     FinetuneConfig,
     LaunchConfig,
     PipelineStage,
@@ -89,13 +90,16 @@ def links_of(
 def _load(stage: PipelineStage) -> Config:
     """The config of a stage, its paths made absolute from where the person stands."""
     config = load_config(SECTIONS[stage.stage], getattr(stage, stage.stage), stage.set)
-    changes: dict[str, Any] = {}
-    for key in PATHS[stage.stage]:
-        value = getattr(config, key)
-        if value is not None:
-            several = isinstance(value, list)
-            changes[key] = [os.path.abspath(v) for v in value] if several else os.path.abspath(value)
-    return config.model_copy(update=changes)
+    return config.model_copy(update={key: _absolute(getattr(config, key)) for key in PATHS[stage.stage]})
+
+
+def _absolute(value: Any) -> Any:
+    """A path, a corpus, several of them or None, with absolute paths."""
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    if isinstance(value, Corpus):
+        return value.model_copy(update={"path": os.path.abspath(value.path)})
+    return value and os.path.abspath(value)
 
 
 def _jobs_of(

@@ -15,11 +15,12 @@ data-parallel ranks, w bytes for a number (2 in bfloat16, 4 in float32), bytes a
 16: a float32 copy of the weights, two moments, and the float32 gradient of a step. Stage 0 in float32 needs
 no copy: 8 N.
 
-Activations of T = micro_batch x max_length tokens, H wide, I inside the feed-forward part, in L layers
-(Korthikanti et al. 2022, without attention scores, which are never stored whole), V rows of vocabulary and
-m = samples.mask_rate:
+Activations of T tokens (micro_tokens, or micro_batch x max_length), H wide, I inside the feed-forward part,
+in L layers (Korthikanti et al. 2022, without attention scores, which are never stored whole), V rows of
+vocabulary and P predicted positions, T x samples.mask_rate, but never more than 4,096 at a time (1,024 on a
+CPU):
 
-    w / 2 x T x L x (10 H + (8 H + 4 I) / t)  +  T m V / t x (2 w + 4)  +  3 w T H
+    w / 2 x T x L x (10 H + (8 H + 4 I) / t)  +  V / t x (P (2 w + 4) + H (w + 4))  +  3 w T H
 
 8 I instead of 4 I where the feed-forward part is gated; with train.activation_checkpointing=full, L layers
 count for one of them and their inputs, w T L H. A generator adds its own layers and 6 w T H for the second
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from bertscale.config import ModelConfig, PretrainConfig
 
 VOCAB_MULTIPLE = 128  # of the rows of the word embedding, as in bertscale.model
+POSITIONS, GPU_POSITIONS = 1024, 4096  # whose logits exist at a time, as in bertscale.decoder
 GPU_BASE, CPU_BASE = 2.5e9, 0.7e9  # bytes of a process without a model
 CHECKPOINT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in float32
 
@@ -126,12 +128,13 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     optimizer = (8 if wide else 12) * parameters if stage == 0 else 16 * parameters / data
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
-    head = config.samples.mask_rate * rows / degree * (2 * width + 4)
+    positions = min(tokens * config.samples.mask_rate, GPU_POSITIONS if gpu else POSITIONS)
+    head = rows / degree * (positions * (2 * width + 4) + hidden * (width + 4))
     recomputed = config.train.activation_checkpointing == "full"
-    a_token = _kept(model, width, degree, recomputed) + head + 3 * width * hidden
+    a_token = _kept(model, width, degree, recomputed) + 3 * width * hidden
     if model.generator is not None:
         a_token += _kept(model.generator, width, degree, recomputed) + 6 * width * hidden
-    activations = tokens * a_token
+    activations = tokens * a_token + head
     return Memory(weights, gradients, optimizer, activations, GPU_BASE if gpu else CPU_BASE)
 
 
@@ -150,16 +153,21 @@ def what_would_fit(
 ) -> str | None:
     """The least change of micro-batch or ZeRO stage that brings the estimate within `limit` bytes."""
     train, stage = config.train, config.parallel.zero_stage
-    micro = [size for size in range(train.micro_batch, 0, -1) if train.micro_batch % size == 0]
-    for size in micro:
+    if train.micro_tokens is None:
+        key, size = "micro_batch", train.micro_batch
+        sizes = [smaller for smaller in range(size, 0, -1) if size % smaller == 0]
+    else:
+        key, size, least = "micro_tokens", train.micro_tokens, config.samples.max_length
+        sizes = [size >> halved for halved in range(size.bit_length()) if size >> halved > least] + [least]
+    for smaller in sizes:
         for higher in range(stage, 4):
             changed = config.model_copy(
                 update={
-                    "train": train.model_copy(update={"micro_batch": size}),
+                    "train": train.model_copy(update={key: smaller}),
                     "parallel": config.parallel.model_copy(update={"zero_stage": higher}),
                 }
             )
             if estimate_memory(changed, vocab_size, ranks, gpu).total <= limit:
                 words = [f"parallel.zero_stage={higher}"] if higher != stage else []
-                return " ".join(words + ([f"train.micro_batch={size}"] if size != train.micro_batch else []))
+                return " ".join(words + ([f"train.{key}={smaller}"] if smaller != size else []))
     return None

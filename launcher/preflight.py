@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
 from bertscale.samples import check_batches
-from bertscale.shards import open_dataset, read_manifest
+from bertscale.shards import Dataset, check_tokenizers, open_dataset
 from launcher import limits, slurm
 from launcher.job import JobSpec, render
 from launcher.links import Link, folder_of, matches, quoted
@@ -151,13 +151,15 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
                 "would be shared between nodes, which is slow; a tensor degree within a node is better"
             )
     vocab_size = promises.vocab_size or TokenizerTraining().vocab_size
+    data: list[Dataset] = []
     for corpus in config.corpora:
         if promises.hold(corpus.path):
             continue
-        _collect(report, partial(open_dataset, corpus.path, "train"))
+        _collect(report, lambda path=corpus.path: data.append(open_dataset(path, "train")))  # type: ignore[misc]
         _collect(report, partial(open_dataset, corpus.path, "validation"))
-        with contextlib.suppress(UserError, OSError):  # said already
-            vocab_size = read_manifest(Path(corpus.path))["vocab_size"]
+    if data:
+        vocab_size = data[0].manifest["vocab_size"]
+        _collect(report, lambda: check_tokenizers(data))
     _check_memory(link, config, vocab_size, report)
     size = checkpoint_bytes(config.model, vocab_size)
     there = len(list((Path(config.run) / "checkpoints").glob("step-*")))

@@ -11,6 +11,8 @@ from tiny import pretrain_config
 
 from bertscale.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 GROWING = {"steps": 7, "batch_warmup": [[100, 2], [500, 4]], "micro_batch": 1, "save_every": 2}
 OPTIMIZER = {"learning_rate": 0.003, "warmup_fraction": 0.2, "schedule": "cosine"}
 

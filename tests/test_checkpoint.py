@@ -17,6 +17,8 @@ from tiny import pretrain_config
 from bertscale.checkpoint import STATES, TABLE, open_checkpoint, step_folders
 from bertscale.config import UserError
 
+pytestmark = pytest.mark.slow
+
 STRETCHES = [(2, 3), (4, 1), (1, 2), (2, 1)]  # (tensor, stage) on four ranks, three steps each
 
 

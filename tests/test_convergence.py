@@ -32,13 +32,13 @@ def test_all_contestants_and_a_second_start(tiny_data: Path, tmp_path: Path) -> 
     first = ["bert-adamw", NAMES[-1]]
     printed = compare(tiny_data, output, "--only", *first)
     assert "trained already" not in printed
-    assert printed.count("held-out MLM loss") == 2
+    assert printed.count(" steps, held-out MLM loss") == 2
     before = {path: path.read_bytes() for path in output.glob("*/result.json")}
     assert len(before) == 2
 
     printed = compare(tiny_data, output, "--together", "--json", str(file))
     assert printed.count("trained already") == 2  # a core with one thread each time
-    assert printed.count("held-out MLM loss") == len(NAMES) - 2
+    assert printed.count(" steps, held-out MLM loss") == len(NAMES) - 2
     assert before.items() <= {path: path.read_bytes() for path in output.glob("*/result.json")}.items()
 
     table = printed[printed.index("held-out loss") :].splitlines()

@@ -70,7 +70,7 @@ def test_transformers_gives_the_native_logits(run: Path, exported: Path, tiny_da
             hidden, pooled = ours.encoder(ids, types, torch.arange(len(ids)), (len(ids),))
             theirs = model(**inputs)
             torch.testing.assert_close(
-                ours.predictions(hidden)[:, :330], theirs.prediction_logits[0], rtol=1e-5, atol=1e-5
+                ours.predictions.logits(hidden)[:, :330], theirs.prediction_logits[0], rtol=1e-5, atol=1e-5
             )
             torch.testing.assert_close(
                 ours.seq_relationship(pooled), theirs.seq_relationship_logits, rtol=1e-5, atol=1e-5

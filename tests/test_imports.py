@@ -18,8 +18,12 @@ ROOMS = ("bertscale", "data_prep", "launcher")
 # Each module imports only from the rows above its own, and from its own row without a circle.
 ROWS = (
     ("errors", "heartbeat"),
+    ("config.section",),
+    ("config.cluster", "config.finetune", "config.model", "config.prep"),
+    ("config.pretrain",),
     ("config", "progress"),
     (
+        "decoder",
         "device",
         "kernels",
         "layers",

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from bertscale import index
 from bertscale.config import SamplesConfig, UserError
 from bertscale.loader import Loader, MicroBatch, deal
+from bertscale.masking import mask_rules, mask_tokens, target_capacity
 from bertscale.mixture import Mixture, Stage
 from bertscale.schedule import batch_of, batch_stages
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
@@ -76,6 +77,7 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     micro_tokens: int | None = None,
+    static_targets: bool = False,
     **samples: object,
 ) -> Loader:
     config = SamplesConfig.model_validate({"max_length": 64, **samples})
@@ -85,6 +87,7 @@ def make_loader(
         cast(Tokenizer, Special()),
         micro_batch=micro_batch,
         micro_tokens=micro_tokens,
+        static_targets=static_targets,
         rank=rank,
         world=world,
     )
@@ -99,6 +102,7 @@ def samples_of(batches: list[MicroBatch]) -> list[Sample]:
         assert label is None or len(label) == len(batch.lengths)
         for row, length in enumerate(batch.lengths):
             inside = (batch.target_positions >= start) & (batch.target_positions < start + length)
+            inside[batch.num_targets :] = False
             found.append(
                 (
                     tuple(batch.tokens[start : start + length].tolist()),
@@ -172,6 +176,9 @@ def test_micro_batches_are_dense_int64_and_sorted_by_length(dataset: Dataset) ->
     for batch in batches:
         for field in fields(MicroBatch):
             value = getattr(batch, field.name)
+            if field.name == "num_targets":
+                assert value == len(batch.targets)
+                continue
             if field.name == "chances":  # of a generator's draws, which this run has none of
                 assert value is None
                 continue
@@ -413,7 +420,7 @@ def test_the_stream_is_the_one_that_earlier_versions_gave(dataset: Dataset, kind
         for batch in loader.step(step):
             for field in fields(MicroBatch):
                 value = getattr(batch, field.name)
-                if value is not None:
+                if value is not None and field.name != "num_targets":
                     digest.update(np.asarray(value, np.int64).tobytes())
     assert digest.hexdigest() == expected
 
@@ -484,3 +491,61 @@ def test_an_error_of_the_thread_is_raised_to_the_caller(
 def test_a_batch_that_does_not_divide_is_refused(dataset: Dataset) -> None:
     with pytest.raises(UserError, match=r"train\.global_batch=24 or 36 would do"):
         make_loader(dataset, world=3)
+
+
+@pytest.mark.parametrize("mask_unit", ["token", "word", "span"])
+@pytest.mark.parametrize("micro_tokens", [None, 300])
+def test_static_targets_are_the_same_ones_in_a_fixed_number(
+    dataset: Dataset, mask_unit: str, micro_tokens: int | None
+) -> None:
+    options: dict[str, Any] = {
+        "micro_tokens": micro_tokens,
+        "kind": "packed",
+        "mask_unit": mask_unit,
+        "mask_rate": 0.3,
+    }
+    one = make_loader(dataset, **options)
+    other = make_loader(dataset, static_targets=True, **options)
+    sizes, filled = set(), False
+    for step in range(3):
+        usual, static = one.step(step), other.step(step)
+        assert samples_of(static) == samples_of(usual)
+        for batch in static:
+            sizes.add(len(batch.targets))
+            assert len(batch.target_positions) == len(batch.targets)
+            filled |= batch.num_targets < len(batch.targets)
+            assert (batch.targets[: batch.num_targets] >= 0).all()
+            assert (batch.targets[batch.num_targets :] == -1).all()
+            assert (batch.target_positions[batch.num_targets :] == 0).all()
+    assert sizes == {target_capacity(micro_tokens or 4 * 64, other.rules)}
+    assert filled
+
+
+def test_more_targets_than_the_fixed_number_take_it_twice(dataset: Dataset) -> None:
+    options: dict[str, Any] = {"mask_rate": 0.5, "kind": "packed"}
+    other = make_loader(dataset, static_targets=True, **options)
+    with mock.patch("bertscale.loader.target_capacity", return_value=120):  # of 256 tokens
+        static = [batch for step in range(4) for batch in other.step(step)]
+    assert {len(batch.targets) for batch in static} == {120, 240}
+    one = make_loader(dataset, **options)
+    assert samples_of(static) == samples_of([batch for step in range(4) for batch in one.step(step)])
+
+
+def test_the_fixed_number_of_targets_is_not_passed_by_chance() -> None:
+    draw = np.random.default_rng(1)
+    tokens = draw.integers(FIRST, 65_000, 20_000 * 512)
+    lengths, samples = np.full(20_000, 512), np.arange(20_000)
+    for unit in ("token", "word", "span"):
+        loader_rules = mask_rules(
+            vocab_size=65_000,
+            mask_id=MASK,
+            special_ids=Special.special_ids,
+            mask_rate=0.15,
+            mask_token_rate=0.8,
+            random_token_rate=0.1,
+            unit=unit,
+            starts_word=Special().starts_word,  # words of three pieces in the mean
+        )
+        places = mask_tokens(tokens, lengths, samples, loader_rules, 0)[1]
+        most = np.bincount(places // 512, minlength=20_000).max()
+        assert most <= target_capacity(512, loader_rules)

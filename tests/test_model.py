@@ -130,7 +130,7 @@ def test_loss_logits_and_all_gradients_are_those_of_transformers(
     torch.testing.assert_close(loss, output.loss, rtol=1e-6, atol=1e-6)
 
     hidden, pooled = ours.encoder(*packed)
-    logits = ours.predictions(hidden)
+    logits = ours.predictions.logits(hidden)
     their_logits = output.prediction_logits if sizes.sentence_head else output.logits
     real = torch.cat([row[:length] for row, length in zip(their_logits, LENGTHS, strict=True)])
     torch.testing.assert_close(logits[:, :VOCAB], real, rtol=1e-5, atol=2e-5)
@@ -164,7 +164,7 @@ def test_padded_rows_of_the_vocabulary_are_never_predicted(ours: PretrainingMode
     bias: Any = ours.predictions.decoder.bias
     with torch.no_grad():
         bias[VOCAB:] = 100.0  # they would win if they took part
-    logits = ours.predictions(torch.randn(5, SIZES.hidden_size)).detach()
+    logits = ours.predictions.logits(torch.randn(5, SIZES.hidden_size)).detach()
     assert logits.shape == (5, padded_vocab_size(VOCAB))
     assert int(logits.argmax(-1).max()) < VOCAB
     assert float(torch.softmax(logits, -1)[:, VOCAB:].sum()) == 0.0

@@ -9,6 +9,8 @@ import pytest
 from dist import run_ranks
 from tiny import pretrain_config
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, dict[str, Any]] = {
     "bert": {"model": {"generator_size": 0.5}},
     "bert by muon": {"model": {"generator_size": 0.5}, "optimizer": {"name": "muon"}},

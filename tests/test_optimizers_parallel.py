@@ -19,6 +19,8 @@ from torch import Tensor
 from bertscale.checkpoint import Checkpoint, open_checkpoint
 from bertscale.layers import derive_seed
 
+pytestmark = pytest.mark.slow
+
 TOPOLOGIES = [(1, 1, 0), (1, 2, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3)]  # (tensor, data, ZeRO stage)
 TOPOLOGIES += [(2, 1, 0), (2, 1, 3), (2, 2, 3), (2, 2, 1), (4, 1, 3)]
 TRAINED = [(1, 1, 0), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 1)]  # on text as well

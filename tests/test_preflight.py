@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -293,6 +295,21 @@ def test_data_that_is_missing_or_damaged(site: Slurm, desk: Desk, tiny_data: Pat
     assert "run `bertscale prep` again" in line
 
 
+def test_corpora_of_two_tokenizers_are_a_problem(site: Slurm, desk: Desk) -> None:
+    other = desk.folder / "other"
+    shutil.copytree(desk.data, other)
+    model = other / "tokenizer.model"
+    model.write_bytes(model.read_bytes() + b" ")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer_sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    report = desk.report(GPU, nodes=2, set=[*FIT, f"data=[{desk.data},{other}]"])
+    assert report.problems == [
+        f"data: {other} was made with another tokenizer than {desk.data}; run `bertscale prep` for it with "
+        f"tokenizer={desk.data}/tokenizer.model"
+    ]
+
+
 def test_places_that_cannot_be_written(site: Slurm, desk: Desk) -> None:
     (desk.folder / "file").write_text("")
     report = desk.report(
@@ -539,6 +556,7 @@ def test_zero_stages_share_what_they_say() -> None:
 
 def test_a_generator_takes_memory() -> None:
     config = large()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 256})})
     with_one = config.model_copy(update={"model": config.model.model_copy(update={"generator_size": 0.25})})
     plain, both = (estimate_memory(each, 30_000, ranks=8, gpu=True) for each in (config, with_one))
     assert 1.05 * plain.weights < both.weights < 1.15 * plain.weights
@@ -555,6 +573,13 @@ def test_what_would_fit_changes_as_little_as_possible() -> None:
         what_would_fit(config, 30_000, 8, True, needs[3] - 1) == "parallel.zero_stage=3 train.micro_batch=1"
     )
     assert what_would_fit(config, 30_000, 8, True, 1e9) is None
+    budget = large(zero_stage=3)
+    budget = budget.model_copy(update={"train": budget.train.model_copy(update={"micro_tokens": 65_536})})
+    whole = estimate_memory(budget, 30_000, 8, True).total
+    assert what_would_fit(budget, 30_000, 8, True, whole) == ""
+    assert what_would_fit(budget, 30_000, 8, True, whole - 1) == "train.micro_tokens=32768"
+    assert what_would_fit(budget, 30_000, 8, True, needs[3]) == "train.micro_tokens=64"
+    assert what_would_fit(budget, 30_000, 8, True, 1e9) is None
 
 
 @pytest.mark.parametrize(

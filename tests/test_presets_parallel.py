@@ -10,6 +10,8 @@ import torch
 from dist import run_ranks
 from tiny import pretrain_config
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, dict[str, Any]] = {
     "bert": {},
     "megatron-bert": {"num_hidden_layers": 3},

@@ -19,6 +19,8 @@ from tiny import pretrain_config
 from bertscale.checkpoint import open_checkpoint, step_folders
 from bertscale.metrics import read_journal
 
+pytestmark = pytest.mark.slow
+
 TRAIN = {"steps": 12, "save_every": 4, "eval_every": 6, "keep_checkpoints": 2}
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -111,6 +111,18 @@ def test_paths_are_taken_from_where_submit_was_called(tmp_path: Path, monkeypatc
     assert links[1].spec.command[2:] == ("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--no-show")
 
 
+def test_paths_of_several_corpora_too(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = pretrain_config("one", "run").model_dump() | {"data": [{"path": "one", "weight": 2}, "/two"]}
+    stages = [PipelineStage(pretrain=write(tmp_path / "run.yaml", values))]
+    links, mistakes = links_of(stages, write(tmp_path / "site.yaml", {}))
+    assert mistakes == []
+    config = links[0].config
+    assert isinstance(config, PretrainConfig)
+    assert [(c.path, c.weight) for c in config.corpora] == [(str(tmp_path / "one"), 2.0), ("/two", 1.0)]
+    assert PretrainConfig.model_validate(yaml.safe_load(config_text(config))) == config
+
+
 def test_a_prep_array_is_three_jobs(tmp_path: Path) -> None:
     prep = write(tmp_path / "prep.yaml", prep_values(tmp_path))
     links, _ = links_of([PipelineStage(prep=prep, array=3)], write(tmp_path / "site.yaml", {}))

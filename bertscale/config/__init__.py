@@ -1,0 +1,52 @@
+"""Every config section, declared once: defaults <- YAML <- `key=value`, checked before anything starts.
+
+config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train.steps=100"])
+"""
+
+from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
+from bertscale.config.finetune import FinetuneConfig
+from bertscale.config.model import MODERN_KEYS, PRESET_DEFAULTS, ModelConfig
+from bertscale.config.prep import LANGUAGES, SCRIPTS, PrepConfig, TokenizerTraining, check_language
+from bertscale.config.pretrain import (
+    PAIRS,
+    Corpus,
+    LaunchConfig,
+    ObjectivesConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainConfig,
+    SamplesConfig,
+    TrainConfig,
+)
+from bertscale.config.section import Config, Section, check_config, describe_fields, load_config
+from bertscale.errors import UserError
+
+__all__ = [
+    "LANGUAGES",
+    "MODERN_KEYS",
+    "PAIRS",
+    "PRESET_DEFAULTS",
+    "SCRIPTS",
+    "ClusterConfig",
+    "Config",
+    "Corpus",
+    "FinetuneConfig",
+    "LaunchConfig",
+    "ModelConfig",
+    "ObjectivesConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PipelineConfig",
+    "PipelineStage",
+    "PrepConfig",
+    "PretrainConfig",
+    "SamplesConfig",
+    "Section",
+    "TokenizerTraining",
+    "TrainConfig",
+    "UserError",
+    "check_config",
+    "check_language",
+    "describe_fields",
+    "load_config",
+]

@@ -1,0 +1,138 @@
+"""Data preparation."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from bertscale.config.section import Section
+
+_ISO_639_1 = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
+    "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
+    "ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu "
+    "lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu "
+    "rm rn ro ru rw sa sc sd se sg sh si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to "
+    "tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
+LANGUAGES = (*_ISO_639_1.split(), "lines")
+_LANGUAGE_NAMES = {  # what people write for some codes
+    "arabic": "ar", "cn": "zh", "chinese": "zh", "dutch": "nl", "english": "en", "french": "fr",
+    "german": "de", "hindi": "hi", "italian": "it", "japanese": "ja", "jp": "ja", "korean": "ko",
+    "portuguese": "pt", "russian": "ru", "spanish": "es", "swedish": "sv",
+}  # fmt: skip
+
+
+def check_language(language: str) -> str:
+    """`language`, an ISO 639-1 code also with a region or script (pt-BR), or `lines`.
+
+    Raises ValueError that names the nearest codes.
+    """
+    code = language.lower().replace("_", "-").split("-")[0]
+    if code not in LANGUAGES:
+        known = (*LANGUAGES, *_LANGUAGE_NAMES)
+        near = [
+            _LANGUAGE_NAMES.get(name, name)
+            for name in difflib.get_close_matches(code, known, n=3, cutoff=0.6)
+        ]
+        guess = f"; the nearest known: {', '.join(dict.fromkeys(near))}" if near else ""
+        raise ValueError(
+            f"{language!r} is no ISO 639-1 code of a language, such as en or zh, nor lines{guess}"
+        )
+    return language
+
+
+SCRIPTS = (
+    "latin", "cyrillic", "greek", "han", "kana", "hangul", "arabic", "hebrew", "devanagari", "thai",
+)  # fmt: skip
+
+
+class TokenizerTraining(Section):
+    """How a SentencePiece model is trained."""
+
+    model: Literal["unigram", "bpe"] = Field("unigram", description="Kind of SentencePiece model.")
+    vocab_size: int = Field(32_768, ge=300, description="Number of pieces, special and byte pieces included.")
+    sample_documents: int = Field(
+        200_000, ge=1, description="At most this many documents, drawn at random, train the tokenizer."
+    )
+    character_coverage: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the text's characters that get pieces, the rarest others are spelt in bytes; "
+        "by itself 0.9995, for text with Chinese or Japanese characters 0.9998.",
+    )
+
+
+class PrepConfig(Section):
+    """Raw text -> tokenizer and Arrow token shards."""
+
+    input: list[str] = Field(
+        min_length=1,
+        description="Files, folders or globs: .txt, .md, .jsonl, .csv, .tsv, .parquet, .arrow and "
+        "WikiExtractor output, each also as .gz, .bz2, .xz or .zst.",
+    )
+    output: str = Field(description="Folder for the tokenizer, the shards and manifest.json.")
+    text_field: str = Field("text", description="Name of the text's field or column.")
+    documents: Literal["blank_line", "file"] = Field(
+        "blank_line", description="What ends a document of a .txt file: a blank line, or the file's end."
+    )
+    language: str = Field(
+        "en", description="Language of the text (ISO 639-1), which sentences are split by; `lines`: by lines."
+    )
+    normalization: Literal["nfc", "nfkc"] = Field("nfc", description="Unicode normalisation.")
+    min_characters: int = Field(1, ge=1, description="Shorter documents are dropped and counted.")
+    max_characters: int | None = Field(None, ge=1, description="Longer documents are dropped and counted.")
+    min_letters: float = Field(
+        0, ge=0, le=1, description="Documents with a smaller share of letters are dropped and counted."
+    )
+    scripts: list[str] = Field(
+        [], description="Scripts such as latin, han or cyrillic; documents mostly in others are dropped."
+    )
+    deduplicate: bool = Field(True, description="Of documents with the same text only the first is kept.")
+    tokenizer: str | None = Field(
+        None,
+        description="An existing SentencePiece model, or the vocab.txt of a WordPiece tokenizer; without it "
+        "one is trained on the input.",
+    )
+    lowercase: bool | None = Field(
+        None,
+        description="Whether a WordPiece tokenizer lowers case and strips accents; by itself, if no piece of "
+        "its vocabulary has a capital letter.",
+    )
+    train_tokenizer: TokenizerTraining = Field(
+        default_factory=lambda: TokenizerTraining(), description="How a tokenizer is trained."
+    )
+    validation_fraction: float = Field(
+        0.01, ge=0, lt=1, description="Share of documents, chosen by a hash of their text, held out."
+    )
+    split_bytes: int = Field(
+        128 * 2**20,
+        ge=1000,
+        description="Input is cut, between documents, about every so many bytes, one process at a time.",
+    )
+    shard_bytes: int = Field(
+        128 * 2**20, ge=1000, description="A shard holds about so many bytes of tokens, of all the input."
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="The run fails at its end above this share of unreadable records."
+    )
+    workers: int = Field(0, ge=0, description="Worker processes; 0 takes one for each core.")
+    seed: int = Field(0, ge=0, description="Seed of the order of documents and of the tokenizer's sample.")
+
+    @field_validator("language")
+    @classmethod
+    def _check_language(cls, language: str) -> str:
+        return check_language(language)
+
+    @field_validator("scripts")
+    @classmethod
+    def _check_scripts(cls, scripts: list[str]) -> list[str]:
+        for script in scripts:
+            if script not in SCRIPTS:
+                near = difflib.get_close_matches(script.lower(), SCRIPTS, 1)
+                hint = f"did you mean {near[0]}?" if near else f"the scripts are {', '.join(SCRIPTS)}"
+                raise ValueError(f"there is no script {script!r}; {hint}")
+        return scripts

@@ -1,0 +1,376 @@
+"""Pretraining: data, samples, objectives, optimizer, rhythm and ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from bertscale.config.model import ModelConfig
+from bertscale.config.section import Section, check_config
+
+
+class Corpus(Section):
+    """One of several data sets that are mixed."""
+
+    path: str = Field(description="Output folder of `bertscale prep`.")
+    weight: float = Field(1.0, gt=0, description="Its share of the samples, relative to the others'.")
+
+
+PAIRS = ("nsp", "sop")  # kinds of samples of two segments, which a second head tells apart
+
+
+class SamplesConfig(Section):
+    """How training samples are made of documents."""
+
+    kind: Literal["nsp", "sop", "document", "packed"] = Field(
+        "nsp",
+        description="What a sample is: nsp: two segments, half of them of different documents; sop: two "
+        "segments side by side, half of them swapped; document: consecutive sentences of one document; "
+        "packed: exactly max_length tokens, of as many documents as they hold.",
+    )
+    max_length: int = Field(128, ge=8, description="Longest sample in tokens, [CLS] and [SEP] included.")
+    warmup: list[tuple[int, int]] = Field(
+        [],
+        description="Shorter samples at first: [[steps, max_length], ...], each for so many steps of "
+        "train.global_batch samples.",
+    )
+    window_blocks: int = Field(
+        64, ge=1, description="Blocks of 2**19 tokens, drawn at random, inside which samples are shuffled."
+    )
+    mask_unit: Literal["token", "word", "span"] = Field(
+        "token", description="What is masked as a whole: tokens, words, or spans of words."
+    )
+    mask_rate: float = Field(0.15, gt=0, lt=1, description="Share of tokens chosen for prediction.")
+    mask_token_rate: float = Field(0.8, ge=0, le=1, description="Share of the chosen that become [MASK].")
+    random_token_rate: float = Field(
+        0.1, ge=0, le=1, description="Share of the chosen that become a random piece; the rest stay."
+    )
+    span_p: float = Field(0.2, gt=0, le=1, description="Of the geometric distribution of a span's words.")
+    span_max: int = Field(10, ge=1, description="Longest span in words.")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether samples are two segments with a label."""
+        return self.kind in PAIRS
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplesConfig:
+        if self.mask_token_rate + self.random_token_rate > 1:
+            raise ValueError(
+                f"mask_token_rate={self.mask_token_rate} and random_token_rate={self.random_token_rate} "
+                "add up to more than 1"
+            )
+        for steps, length in self.warmup:
+            if steps < 1 or not 8 <= length <= self.max_length:
+                raise ValueError(
+                    f"warmup: [{steps}, {length}] is not at least one step of samples of 8 to "
+                    f"max_length={self.max_length} tokens"
+                )
+        return self
+
+
+class ObjectivesConfig(Section):
+    """What the losses of the objectives count for in the sum that is trained."""
+
+    mlm: float = Field(
+        1.0, ge=0, description="Weight of masked tokens; 0: nothing is masked, sentence pairs alone."
+    )
+    pairs: float = Field(
+        1.0, ge=0, description="Weight of sentence pairs, where samples.kind, nsp or sop, has them."
+    )
+    rtd: float = Field(
+        50.0, ge=0, description="Weight of replaced tokens, where model.generator_size makes a generator."
+    )
+
+
+class OptimizerConfig(Section):
+    """The optimizer and the course of its learning rate."""
+
+    name: Literal["adamw", "stable-adamw", "lamb", "muon"] = Field(
+        "adamw", description="Algorithm; muon takes the matrices of the layers, AdamW the rest."
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate, reached after warm-up.")
+    schedule: Literal["linear", "cosine", "wsd"] = Field(
+        "linear", description="Way down: a line, half a cosine, or stable and then 1 - sqrt (wsd)."
+    )
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the schedule spent on warm-up.")
+    decay_fraction: float = Field(
+        0.2, gt=0, le=1, description="Share of the schedule, at its end, on the way down; wsd alone."
+    )
+    final_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Learning rate at the end of the schedule, as a share of the highest."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.98, ge=0, lt=1, description="Decay of the second moment.")
+    eps: float = Field(1e-6, gt=0, description="Added to the denominator.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of muon's first moment; muon alone.")
+    weight_norm_bounds: tuple[float, float] | None = Field(
+        None, description="The weight's norm in the trust ratio stays between these; lamb alone."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        for key, home, present in (
+            ("momentum", "name: muon", self.name == "muon"),
+            ("weight_norm_bounds", "name: lamb", self.name == "lamb"),
+            ("decay_fraction", "schedule: wsd", self.schedule == "wsd"),
+        ):
+            value = getattr(self, key)
+            if not present and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key}={value!r} is for {home} alone")
+        if self.weight_norm_bounds and not 0 <= self.weight_norm_bounds[0] < self.weight_norm_bounds[1]:
+            raise ValueError(f"weight_norm_bounds={self.weight_norm_bounds}: the first is to be the smaller")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} "
+                "add up to more than 1"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """Length and rhythm of a run. Its budget is one of `steps`, `tokens` and `hours`."""
+
+    steps: int | None = Field(None, ge=1, description="Budget in optimizer steps.")
+    tokens: float | None = Field(None, ge=1, description="Budget in tokens, special ones included.")
+    hours: float | None = Field(
+        None, gt=0, description="Budget in hours of training; gives up bitwise repeatability."
+    )
+    schedule_steps: int | None = Field(
+        None, ge=1, description="Steps until the learning rate is at its end; by itself `steps`."
+    )
+    global_batch: int = Field(256, ge=1, description="Samples in one optimizer step, over all ranks.")
+    batch_warmup: list[tuple[float, int]] = Field(
+        [],
+        description="Pairs [tokens, samples]: until so many tokens are done, steps of so many samples.",
+    )
+    micro_batch: int = Field(32, ge=1, description="Samples in one forward pass of one rank.")
+    micro_tokens: int | None = Field(
+        None, ge=8, description="Tokens in one forward pass of one rank at most, instead of micro_batch."
+    )
+    seed: int = Field(0, ge=0, description="Seed of initial weights, order, masks and dropout.")
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the device multiplies it natively, else float32."
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Recomputes in the backward pass, to save memory: selective, attention; full, layers.",
+    )
+    compile: Literal["auto", True, False] = Field(
+        "auto",
+        description="Compiles each layer with torch.compile; auto: on GPUs, where nothing stands in the way.",
+    )
+    static_targets: Literal["auto", True, False] = Field(
+        "auto",
+        description="Fills up the predicted positions of a micro-batch to a fixed number, with some that "
+        "count for nothing; auto: on GPUs, where its tokens are of a fixed number too.",
+    )
+    log_every: int = Field(10, ge=1, description="Steps between two log points.")
+    eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
+    eval_samples: int = Field(1024, ge=1, description="Samples of a held-out loss.")
+    save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+    @property
+    def micro_samples(self) -> int | None:
+        """Samples of a micro-batch; None where a budget of tokens decides."""
+        return None if self.micro_tokens else self.micro_batch
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        budgets = {key: getattr(self, key) for key in ("steps", "tokens", "hours")}
+        given = [f"{key}={value}" for key, value in budgets.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of steps, tokens and hours is the budget, not {' and '.join(given) or 'none'}; "
+                "null takes one away"
+            )
+        if self.schedule_steps is not None and self.steps is None:
+            raise ValueError(f"schedule_steps={self.schedule_steps} goes with a budget in steps alone")
+        if self.schedule_steps is not None and self.steps and self.schedule_steps < self.steps:
+            raise ValueError(f"schedule_steps={self.schedule_steps} is less than steps={self.steps}")
+        until = 0.0
+        for tokens, samples in self.batch_warmup:
+            if tokens <= until:
+                raise ValueError(f"batch_warmup={self.batch_warmup}: tokens must go up from stage to stage")
+            if samples < 1:
+                raise ValueError(f"batch_warmup={self.batch_warmup}: {samples} samples are no batch")
+            until = tokens
+        return self
+
+
+class ParallelConfig(Section):
+    """How a job is spread over ranks."""
+
+    tensor: int = Field(1, ge=1, description="Ranks that share each layer (tensor parallel).")
+    sequence: bool = Field(
+        False, description="Those ranks share out the tokens as well, between layers: less memory."
+    )
+    zero_stage: int = Field(
+        1, ge=0, le=3, description="DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients, 3 weights."
+    )
+    ranks: int = Field(
+        0, ge=0, description="Local processes; 0: one for each GPU, on a CPU one for each tensor rank."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError(
+                "sequence=true shares out tokens among tensor-parallel ranks, and tensor=1 has none"
+            )
+        return self
+
+
+class LaunchConfig(Section):
+    """What is done about ranks that fail or stand still."""
+
+    start_seconds: float = Field(
+        1800, gt=0, description="Ranks that make no first step within so many seconds count as hung."
+    )
+    hang_seconds: float = Field(
+        600, gt=0, description="Ranks that make no step for so many seconds count as hung."
+    )
+    restarts: int = Field(20, ge=0, description="All ranks are started anew at most so often in one job.")
+    restarts_without_progress: int | None = Field(
+        None,
+        ge=0,
+        description="Likewise in a row without a new checkpoint; by itself 2 in a Slurm job, else 0.",
+    )
+
+
+class PretrainConfig(Section):
+    """Token shards -> checkpoints."""
+
+    run: str = Field(description="Folder for checkpoints, TensorBoard events and logs.")
+    data: str | list[Corpus] = Field(
+        description="Output folder of `bertscale prep`, or several mixed: [{path: A, weight: 0.7}, ...]."
+    )
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The encoder.")
+    samples: SamplesConfig = Field(default_factory=lambda: SamplesConfig(), description="The samples.")
+    objectives: ObjectivesConfig = Field(
+        default_factory=lambda: ObjectivesConfig(), description="What is learnt of them."
+    )
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(), description="The optimizer and its learning rate."
+    )
+    train: TrainConfig = Field(description="Length and rhythm of the run.")
+    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="The ranks.")
+    launch: LaunchConfig = Field(default_factory=lambda: LaunchConfig(), description="Failing ranks.")
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The data sets, one or several."""
+        return [Corpus(path=self.data, weight=1.0)] if isinstance(self.data, str) else self.data
+
+    @property
+    def trained(self) -> tuple[str | None, str | None, str | None]:
+        """Names of the objectives that are trained, None for one that is not: masked tokens, pairs, replaced
+        tokens."""
+        objectives, samples = self.objectives, self.samples
+        return (
+            "mlm" if objectives.mlm else None,
+            samples.kind if objectives.pairs and samples.has_pairs else None,
+            "rtd" if objectives.rtd and self.model.generator_size is not None else None,
+        )
+
+    @property
+    def compile_obstacle(self) -> str | None:
+        """The key, with its value and a reason, that layers cannot be compiled with; None: they can."""
+        recompute = self.train.activation_checkpointing
+        if self.parallel.tensor > 1:
+            return f"parallel.tensor={self.parallel.tensor} (ranks talk to each other inside the layers)"
+        if self.parallel.zero_stage == 3:
+            return "parallel.zero_stage=3 (DeepSpeed gathers the weights by hooks inside the layers)"
+        if recompute != "none":
+            return f"train.activation_checkpointing={recompute} (dropout would not be drawn the same again)"
+        return None
+
+    @property
+    def has_static_tokens(self) -> bool:
+        """Whether the micro-batches of a stage are about equally large, in tokens."""
+        return self.samples.kind == "packed" or self.train.micro_tokens is not None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _check_data(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return data
+        if not isinstance(data, list) or not data:
+            raise ValueError(f"{data} is neither a folder nor a list of folders with their weights")
+        # Checked here, so that a wrong key is told once, and not for each of the two types.
+        corpora = []
+        for number, one in enumerate(data):
+            values = {"path": one} if isinstance(one, str) else one
+            where = f"number {number + 1}"
+            corpora.append(one if isinstance(one, Corpus) else check_config(Corpus, values, where))
+        paths = [corpus.path for corpus in corpora]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"{', '.join(paths)} names a data set twice; give it one weight")
+        return corpora
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainConfig:
+        if self.samples.has_pairs and not self.model.sentence_head:
+            raise ValueError(
+                f"samples.kind={self.samples.kind} makes sentence pairs, and "
+                f"model.preset={self.model.preset} has no head for them: take "
+                "samples.kind=packed or document, or model.sentence_head=true"
+            )
+        if self.train.compile is True and self.compile_obstacle:
+            raise ValueError(
+                f"train.compile=true does not go with {self.compile_obstacle}; take auto or false"
+            )
+        if self.samples.max_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"samples.max_length={self.samples.max_length} is longer than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        self._check_objectives()
+        shapes = [("model.", self.model), ("the generator's ", self.model.generator or self.model)]
+        for owner, shape in shapes:
+            for name in ("num_attention_heads", "intermediate_size"):
+                size = getattr(shape, name)
+                if size % self.parallel.tensor:
+                    fit = [
+                        n
+                        for n in range(1, self.model.num_attention_heads + 1)
+                        if all(s.num_attention_heads % n == s.intermediate_size % n == 0 for _, s in shapes)
+                    ]
+                    raise ValueError(
+                        f"parallel.tensor={self.parallel.tensor} does not divide {owner}{name}={size}; "
+                        f"sizes that do: {', '.join(map(str, fit))}"
+                    )
+        if self.train.micro_tokens is not None and self.train.micro_tokens < self.samples.max_length:
+            raise ValueError(
+                f"train.micro_tokens={self.train.micro_tokens} is less than one sample of "
+                f"samples.max_length={self.samples.max_length}"
+            )
+        for key, size in [
+            *(("a batch of train.batch_warmup", samples) for _, samples in self.train.batch_warmup),
+            ("train.global_batch", self.train.global_batch),
+        ]:
+            if self.samples.has_pairs and size % 2:
+                raise ValueError(f"{key}={size} is odd: half of a batch are other pairs")
+        return self
+
+    def _check_objectives(self) -> None:
+        objectives, share = self.objectives, self.model.generator_size
+        for key, reason in (
+            ("mlm", "masked tokens are all that the generator learns from"),
+            ("rtd", "the generator is there for replaced tokens alone"),
+        ):
+            if share is not None and not getattr(objectives, key):
+                raise ValueError(
+                    f"objectives.{key}=0 and model.generator_size={share}: {reason}; give it a weight, or "
+                    "take the generator away with model.generator_size=null"
+                )
+        if not any(self.trained):
+            raise ValueError(
+                f"nothing is learnt: objectives.mlm={objectives.mlm:g}, objectives.pairs="
+                f"{objectives.pairs:g} with samples.kind={self.samples.kind}, and no generator "
+                "(model.generator_size) for replaced tokens; give one of them a weight"
+            )

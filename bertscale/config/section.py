@@ -1,0 +1,118 @@
+"""A section of a config, and how YAML and `key=value` become one, checked."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bertscale.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of a config: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Config = TypeVar("Config", bound=Section)
+
+
+def load_config(section: type[Config], path: str | Path, overrides: list[str]) -> Config:
+    """Reads YAML at `path`, applies `key=value` overrides and checks the whole.
+
+    A value is read as YAML (`train.steps=100`, `input=[a.txt, b.txt]`). Raises UserError that
+    names each wrong key and value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {_reason(error)}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the config {path} is not a mapping of keys to values")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is not of the form key=value, such as train.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override!r}: the value is not YAML") from error
+        _set(values, key, value)
+    return check_config(section, values, str(path))
+
+
+def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
+    """`values` as a checked `section`; raises UserError, one line for each wrong key."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(section, problem) for problem in error.errors()]
+        raise UserError("\n".join(f"{origin}: {line}" for line in lines)) from error
+
+
+def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted key with its default, sentence) of every field, for the help texts."""
+    rows = []
+    for name, field in section.model_fields.items():
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            rows += describe_fields(inner, f"{prefix}{name}.")
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = "required" if field.is_required() else f"default {value}"
+            rows.append((f"{prefix}{name}", f"{field.description} ({default})"))
+    return rows
+
+
+def _inner_section(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{dotted}={value}: {parent} is a value, not a section")
+        values = inner
+    values[last] = value
+
+
+def _explain(section: type[Section], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        here: type[Section] | None = section
+        for part in location[:-1]:
+            field = here.model_fields.get(part) if here else None
+            here = _inner_section(field.annotation) if field else None
+        names = list(here.model_fields) if here else []
+        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        everywhere = [name for name, _ in describe_fields(section)]
+        deep = [name for name in everywhere if name.split(".")[-1] == location[-1]]
+        if deep:
+            return f"unknown key {key}; did you mean {deep[0]}?"
+        if near:
+            return f"unknown key {key}; did you mean {'.'.join([*location[:-1], near[0]])}?"
+        return f"unknown key {key}; the keys here are {', '.join(names)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message if not key else f"{key}: {message}"
+    return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
