@@ -39,7 +39,7 @@ def encode_split(unit: Unit, tokenizer_path: Path) -> None:
         unit.check_plan()  # the better reason where the tokenizer is gone
     counters, bad, dropped = Counter[str](), Counter[str](), Counter[str]()
     places: dict[str, list[str]] = {}
-    writer = _Writer(unit, tokenizer)
+    writer, held = _Writer(unit, tokenizer), False
     with whole_file(unit.bad_records) as quarantine:
         for number, record in enumerate(unit.records()):
             counters["records"] += 1
@@ -54,10 +54,12 @@ def encode_split(unit: Unit, tokenizer_path: Path) -> None:
                 continue
             counters["cut"] += isinstance(record, Cut)
             text, reason = clean(record, config)
+            if not isinstance(record, Cut):  # all of a document is for training, or all for validation
+                held = held_out(text, config.validation_fraction)
             if reason:
                 dropped[reason] += 1
                 continue
-            writer.add(unit.number << 32 | number, text)
+            writer.add(unit.number << 32 | number, text, held)
         quarantine_bytes = quarantine.tell()
     writer.finish()
     dropped.update(writer.dropped)
@@ -105,11 +107,11 @@ class _Writer:
         self.documents: list[tuple[int, int, int, int, int]] = []  # number, key, check, bytes, sentences
         self.validation: list[bool] = []
 
-    def add(self, number: int, text: str) -> None:
+    def add(self, number: int, text: str, held: bool) -> None:
         sentences = self.split(text)
         content = text.encode()
         self.documents.append((number, *self.digest(content, number), len(content), len(sentences)))
-        self.validation.append(held_out(text, self.unit.config.validation_fraction))
+        self.validation.append(held)
         self.sentences += sentences
         self.characters += len(text)
         if self.characters >= BATCH_CHARACTERS:

@@ -44,6 +44,7 @@ from bertscale.tokenizer import (  # fmt: skip
 )
 from data_prep.clean import clean
 from data_prep.plan import Plan, Unit, read_json
+from data_prep.records import Cut
 from data_prep.segment import splitter
 
 SAMPLE_BYTES = 100_000_000  # of all splits; Unigram takes about twenty times that in memory while it trains
@@ -196,9 +197,12 @@ def _sample_split(unit: Unit, documents: int, size: int) -> Sample:
     split = splitter(config.language)
 
     def texts() -> Iterator[str]:
+        held = False
         for record in unit.records():
             text = clean(record, config)[0] if isinstance(record, str) else ""
-            if text and not held_out(text, config.validation_fraction):
+            if not isinstance(record, Cut):
+                held = held_out(text, config.validation_fraction)
+            if text and not held:
                 sample.seen += len(text)
                 yield text
 

@@ -14,6 +14,7 @@ from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 from data_prep.build import prep
+from data_prep.read import LONGEST
 
 TEXT = "the a red blue old new house tree river runs sings over under with and some many green stone"
 WORDS = TEXT.split()
@@ -129,6 +130,31 @@ def test_documents_are_shuffled_across_splits(corpus: Path) -> None:
     other = [int(n) for shard in open_dataset(corpus / "other").shards for n in shard.documents]
     assert sorted(other) == sorted(order)
     assert other != order
+
+
+def test_a_document_that_is_cut_lies_in_one_split(tmp_path: Path) -> None:
+    """Eight of them in two parts each; were those told apart by their own texts, half would be divided."""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    for number in range(8):
+        sentences = random.Random(number).choices(make_documents(50, seed=number), k=20_000)
+        text = " ".join(sentences)[: LONGEST * 5 // 4]
+        (folder / f"{number}.txt").write_text(text)
+    config = config_for(
+        tmp_path, documents="file", validation_fraction=0.5, split_bytes=2**24, shard_bytes=2**24, workers=2
+    )
+    assert prep(config)["documents"] == 16
+    numbers = [
+        {
+            int(document)
+            for shard in open_dataset(tmp_path / "output", split).shards
+            for document in shard.documents
+        }
+        for split in ("train", "validation")
+    ]
+    assert all(len(some) >= 2 for some in numbers)
+    for some in numbers:  # the parts of a document have numbers side by side, the first an even one
+        assert {number ^ 1 for number in some} == some
 
 
 def test_the_same_text_is_kept_once(corpus: Path) -> None:
