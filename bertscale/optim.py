@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bertscale.config import ModelConfig, OptimizerConfig
+from bertscale.model import feed_forward_groups
 from bertscale.optimizers import Lamb, Muon, StableAdamW
 
 
@@ -70,19 +71,24 @@ def make_optimizer(
     if config.name == "lamb":
         return Lamb(groups, config)
 
-    heads_of = {True: sizes.generator_heads, False: sizes.num_attention_heads}
+    def side_by_side(name: str) -> tuple[int, int]:
+        """(groups of rows, matrices): the rows are in the order group, matrix, feature."""
+        owner = sizes.generator if name.startswith("generator.") else sizes
+        assert owner is not None
+        if "query_key_value" in name:
+            return owner.num_attention_heads, 3
+        if owner.preset == "modern" and "feed_forward.intermediate" in name:
+            return feed_forward_groups(owner), 2
+        return 1, 1
 
-    # Rows of query_key_value are in the order head, (query, key, value), feature.
     def split(name: str, value: Tensor) -> Tensor:
-        if "query_key_value" not in name:
-            return value[None]
-        heads, width = heads_of[name.startswith("generator.")], value.shape[1]
-        return value.view(heads, 3, -1, width).transpose(0, 1).reshape(3, -1, width)  # -> [3, A D, H]
+        groups, matrices = side_by_side(name)
+        rows = value.view(groups, matrices, -1, value.shape[1])
+        return rows.transpose(0, 1).reshape(matrices, -1, value.shape[1])  # -> [matrices, rows, columns]
 
-    def join(name: str, matrices: Tensor) -> Tensor:
-        if "query_key_value" not in name:
-            return matrices[0]
-        heads, width = heads_of[name.startswith("generator.")], matrices.shape[2]
-        return matrices.view(3, heads, -1, width).transpose(0, 1).reshape(-1, width)  # -> [A 3 D, H]
+    def join(name: str, value: Tensor) -> Tensor:
+        groups, matrices = side_by_side(name)
+        rows = value.view(matrices, groups, -1, value.shape[2])
+        return rows.transpose(0, 1).reshape(-1, value.shape[2])
 
     return Muon(groups, config, split, join, dtype)

@@ -200,7 +200,8 @@ class Muon(WholeOptimizer):
     The update is the matrix nearest to Nesterov's momentum that has all singular values near one, times
     0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's, so that one learning rate and decay fit
     both (Liu et al., 2025, "Muon is scalable for LLM training"). The query, key and value projection is three
-    matrices, each orthogonalised by itself, as they would be if they were not laid side by side.
+    matrices, and the gated one of the feed-forward part two, each orthogonalised by itself, as they would be
+    if they were not laid side by side.
 
     `split` and `join` take a parameter (name, values) to its matrices [count, rows, columns] and back;
     `dtype` is that of the iteration.

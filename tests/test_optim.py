@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bertscale import optimizers
 from bertscale.config import ModelConfig, OptimizerConfig
 from bertscale.layout import Layout, Parameter, Segment
 from bertscale.optim import decays, is_matrix, make_optimizer, parameter_groups
@@ -148,7 +149,13 @@ def whole_layouts(optimizer: torch.optim.Optimizer, model: Model) -> None:
         ("muon", {"momentum": 0.5}),
     ],
 )
-def test_an_optimizer_does_what_its_paper_says(name: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("part", [None, 8])
+def test_an_optimizer_does_what_its_paper_says(
+    name: str, changes: dict[str, Any], part: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if part:  # values that are updated at a time, and squares that are summed: the last of both are fewer
+        monkeypatch.setattr(optimizers, "PART", part)
+        monkeypatch.setattr(optimizers, "ROW", part // 2)
     config = OptimizerConfig.model_validate({"name": name, "weight_decay": 0.1, **changes})
     model = Model()
     expected = {key: value.detach().double() for key, value in model.values.items()}
@@ -197,6 +204,22 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
         along = (orthogonalize(matrices, dtype).float() * (u @ v)).sum(dim=(1, 2)) / min(shape[1:])
         assert along.min() > 0.7  # the directions are those of the nearest orthogonal matrix
+
+
+def test_matrices_that_lie_side_by_side_are_orthogonalised_one_by_one() -> None:
+    """Of a gated feed-forward part: rows in the order group, (input, gate), feature."""
+    sizes = ModelConfig(
+        preset="modern", hidden_size=24, num_attention_heads=6, intermediate_size=9, generator_size=1 / 3
+    )
+    optimizer = make_optimizer(Model(), OptimizerConfig(name="muon"), sizes, torch.float32)
+    assert isinstance(optimizer, Muon)
+    for owner, inside, groups in (("encoder", 9, 3), ("generator", 3, 1)):
+        momentum = torch.randn(2 * inside, 24, generator=torch.Generator().manual_seed(3))
+        found = optimizer.orthogonal(f"{owner}.layers.0.feed_forward.intermediate.weight", momentum)
+        rows = torch.arange(2 * inside).view(groups, 2, inside // groups)
+        for part in range(2):
+            chosen = rows[:, part].flatten()
+            torch.testing.assert_close(found[chosen], orthogonal(momentum[chosen]), rtol=1e-4, atol=1e-5)
 
 
 def test_groups() -> None:
