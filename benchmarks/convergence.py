@@ -65,7 +65,7 @@ CONTESTANTS = {  # and their peak learning rates; --rates says how many of them 
     "bert-lamb": (5e-3, 1e-2),
     "bert-trainer": (1e-3, 5e-4),
     "modern-adamw": (2e-3, 1e-3),
-    "modern-lamb": (1e-2, 5e-3),
+    "modern-lamb": (2e-2, 1e-2),
     "modern-trainer": (2e-3, 1e-3),
 }
 SIDES = {"adamw": "ours, AdamW", "lamb": "ours, LAMB", "trainer": "Trainer, AdamW"}

@@ -122,16 +122,20 @@ def weighted(objectives: ObjectivesConfig, sums: Sequence[Number], counts: Seque
 def means(
     prefix: str, config: PretrainConfig, totals: Tensor, counts: Sequence[float], ranks: Ranks
 ) -> dict[str, float]:
-    """Mean losses and accuracies from this rank's sums [6] and the counts over all ranks of masked tokens,
-    samples and tokens; those of an objective that is not trained are missing."""
+    """Mean losses and accuracies from this rank's sums (as `PretrainingModel` returns them) and the counts
+    over all ranks of masked tokens, samples and tokens; those of an objective that is not trained are
+    missing."""
     sums = [value / ranks.tensor for value in ranks.sum(*totals.tolist())]
     figures = {f"{prefix}/loss": weighted(config.objectives, sums, counts)}
-    for name, loss, right, count in zip(config.trained, sums[:3], sums[3:], counts, strict=True):
+    for name, loss, right, count in zip(config.trained, sums[:3], sums[3:6], counts, strict=True):
         if name is not None:
             figures |= {
                 f"{prefix}/{name}_loss": loss / (count or 1.0),
                 f"{prefix}/{name}_accuracy": right / (count or 1.0),
             }
+    if "rtd" in config.trained:
+        found, replaced = sums[6:]
+        figures[f"{prefix}/rtd_recall"] = found / (replaced or 1.0)
     return figures
 
 
@@ -148,6 +152,7 @@ def brief(figures: dict[str, float]) -> dict[str, str]:
             for kind in SECOND
             if f"train/{kind}_accuracy" in figures
         },
+        **({"recall": f"{figures['train/rtd_recall']:.0%}"} if "train/rtd_recall" in figures else {}),
         "tokens/s": show_count(figures["speed/tokens_per_second"]),
         "MFU": f"{figures['speed/mfu']:.0%}",
     }
@@ -161,6 +166,8 @@ def heldout_brief(figures: dict[str, float]) -> str:
     for kind in SECOND:
         if f"heldout/{kind}_accuracy" in figures:
             words.append(f"{kind.upper()} accuracy {figures[f'heldout/{kind}_accuracy']:.1%}")
+    if "heldout/rtd_recall" in figures:
+        words.append(f"recall {figures['heldout/rtd_recall']:.1%}")
     return ", ".join(words)
 
 

@@ -32,6 +32,7 @@ from bertscale.decoder import TiedDecoder
 from bertscale.kernels import Packing, Rotation, attend, rotate, rotation
 from bertscale.layers import Embedding, Layers, Linear, derive_seed
 
+SUMS = 8  # what a forward pass of `PretrainingModel` returns
 VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
 
 
@@ -342,9 +343,10 @@ class PretrainingModel(nn.Module):
         targets: Tensor,
         next_sentence_label: Tensor | None,
         chances: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Sums over the micro-batch, float32 scalars: the losses of P masked positions, of S pairs and of T
-        tokens that may be replaced ones, and how many of each were predicted right.
+    ) -> tuple[Tensor, ...]:
+        """Sums over the micro-batch, float32 scalars (`SUMS` of them): the losses of P masked positions, of S
+        pairs and of T tokens that may be replaced ones, how many of each were predicted right, how many
+        tokens were replaced and were found, and how many were replaced.
 
         Without labels, or without that head, a sample may hold several sequences, each with a length of
         its own; the pairs' sums are 0. So are those of replaced tokens without a generator, which draws an
@@ -355,7 +357,7 @@ class PretrainingModel(nn.Module):
         if self.generator is None:
             hidden, pooled = self.encoder(tokens, *sample)
             masked, masked_right, _ = self.predictions(F.embedding(target_positions, hidden), targets, None)
-            replaced = replaced_right = torch.zeros_like(masked_right)
+            replaced = replaced_right = found = number = torch.zeros_like(masked_right)
         else:
             assert self.detector is not None
             assert chances is not None
@@ -368,8 +370,9 @@ class PretrainingModel(nn.Module):
             verdict = self.detector(hidden)  # [T]
             replaced = F.binary_cross_entropy_with_logits(verdict, is_replaced.float(), reduction="sum")
             replaced_right = ((verdict > 0) == is_replaced).sum().float()
+            found, number = ((verdict > 0) & is_replaced).sum().float(), is_replaced.sum().float()
         relation, relation_right = self.relate(pooled, next_sentence_label, torch.zeros_like(masked_right))
-        return masked, relation, replaced, masked_right, relation_right, replaced_right
+        return masked, relation, replaced, masked_right, relation_right, replaced_right, found, number
 
     def relate(
         self, pooled: Tensor | None, next_sentence_label: Tensor | None, nothing: Tensor

@@ -30,7 +30,7 @@ from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
 from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result, weighted
 from bertscale.mixture import Mixture, data_digest
-from bertscale.model import PretrainingModel
+from bertscale.model import SUMS, PretrainingModel
 from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
 from bertscale.progress import Progress, show_count
 from bertscale.samples import check_batches
@@ -91,7 +91,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     precision = f"{dtype}".removeprefix("torch.")
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, course):
         say(ranks, line)
-    totals = torch.zeros(6, device=ranks.device)  # sums since the last log point, left on the device
+    totals = torch.zeros(SUMS, device=ranks.device)  # sums since the last log point, left on the device
     seen: tuple[float, ...] = (0.0, 0.0, 0.0)  # likewise: masked tokens, samples, tokens of all ranks
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     last = False  # whether this step is the last of the budget
@@ -257,7 +257,7 @@ def has_static_targets(config: PretrainConfig, device: torch.device) -> bool:
 
 
 def forward(model: Engine | PretrainingModel, batch: MicroBatch) -> tuple[Tensor, ...]:
-    """Sums of the micro-batch: losses of masked tokens, pairs and replaced tokens, right ones of each."""
+    """Sums of the micro-batch, as `PretrainingModel` returns them."""
     outputs: tuple[Tensor, ...] = model(
         batch.tokens,
         batch.token_types,
@@ -275,7 +275,7 @@ def forward(model: Engine | PretrainingModel, batch: MicroBatch) -> tuple[Tensor
 def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: int) -> dict[str, float]:
     """Mean losses and accuracies of held-out documents, always over the same masked samples."""
     engine.model.eval()
-    totals = torch.zeros(6, device=ranks.device)
+    totals = torch.zeros(SUMS, device=ranks.device)
     masked = tokens = 0
     steps = max(1, samples // loader.global_batch)
     for step in range(steps):

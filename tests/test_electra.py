@@ -97,7 +97,7 @@ def test_losses_and_all_gradients_are_those_of_transformers(share: float, recomp
     ours = random_model(sizes, recompute)
     inputs = masked_batch()
     places, targets = inputs["target_positions"], inputs["targets"]
-    masked, _, replaced, right, _, found = ours(**inputs)
+    masked, _, replaced, right, _, judged_right, found, number = ours(**inputs)
     (masked / len(places) + 50 * replaced / sum(LENGTHS)).backward()
 
     models = theirs(ours, sizes)
@@ -119,8 +119,9 @@ def test_losses_and_all_gradients_are_those_of_transformers(share: float, recomp
     torch.testing.assert_close(replaced / sum(LENGTHS), judged.loss, rtol=1e-5, atol=1e-6)
     assert int(right) == int((logits.argmax(dim=-1) == targets).sum())
     verdict = torch.cat([row[:length] for row, length in zip(judged.logits, LENGTHS, strict=True)])
-    assert int(found) == int(((verdict > 0) == (tokens != original)).sum())
-    assert 0 < int((tokens != original).sum()) <= len(places)
+    assert int(judged_right) == int(((verdict > 0) == (tokens != original)).sum())
+    assert int(found) == int(((verdict > 0) & (tokens != original)).sum())
+    assert 0 < int(number) == int((tokens != original).sum()) <= len(places)
 
     (generated.loss + 50 * judged.loss).backward()
     compared = set()
@@ -176,10 +177,10 @@ def test_without_a_masked_position_all_is_original() -> None:
     inputs = masked_batch()
     for key in ("target_positions", "targets", "chances"):
         inputs[key] = inputs[key][:0]
-    masked, _, replaced, right, _, found = random_model(sizes)(**inputs)
-    assert masked.item() == right.item() == 0
+    masked, _, replaced, right, _, judged_right, found, number = random_model(sizes)(**inputs)
+    assert masked.item() == right.item() == found.item() == number.item() == 0
     assert replaced.item() > 0
-    assert 0 <= int(found) <= sum(LENGTHS)
+    assert 0 <= int(judged_right) <= sum(LENGTHS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

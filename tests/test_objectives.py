@@ -176,6 +176,7 @@ def test_replaced_tokens_are_learnt(trained: Path, sentences: Path) -> None:
     _, wrongly, missed, found = (int(count) for count in torch.stack(kinds).sum(dim=0))
     assert found + missed > 50  # the generator, a quarter as wide, is not perfect
     assert found / (found + missed) > 0.6
+    assert last(run, "train/rtd_recall") == pytest.approx(found / (found + missed), abs=0.1)
     assert found / (found + wrongly) > 0.8
     assert last(run, "train/mlm_accuracy") > 0.3
     rtd = last(run, "train/rtd_loss")
