@@ -117,6 +117,11 @@ class Ranks:
     def barrier(self) -> None:
         self.sum(0.0)
 
+    def say(self, line: str) -> None:
+        """Prints once, from the first rank."""
+        if self.rank == 0:
+            print(line, flush=True)
+
 
 def start_ranks(tensor: int, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     """Joins the process group of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and makes the subgroups.

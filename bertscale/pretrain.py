@@ -22,9 +22,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from bertscale.checkpoint import Checkpoint, open_checkpoint, step_folders
-from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
-from bertscale.device import choose_precision, describe, local_device, peak_flops
+from bertscale.banner import banner, epochs
+from bertscale.checkpoint import step_folders
+from bertscale.config import PretrainConfig, UserError
+from bertscale.device import choose_precision, local_device, peak_flops
 from bertscale.engine import Engine
 from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
@@ -32,7 +33,8 @@ from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result
 from bertscale.mixture import Mixture, data_digest
 from bertscale.model import SUMS, PretrainingModel
 from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
-from bertscale.progress import Progress, show_count
+from bertscale.progress import Progress
+from bertscale.resume import check_same_run, newest_sound
 from bertscale.samples import check_batches
 from bertscale.schedule import FOREVER, Clock, Course
 from bertscale.shards import Dataset, Split, open_dataset, write_json
@@ -72,7 +74,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     if checkpoint is not None:
         check_same_run(checkpoint, config, data, course)
         if course.over(checkpoint.step, checkpoint.elapsed_seconds):
-            say(ranks, f"already pretrained: {checkpoint.folder} is the last of {course.text}")
+            ranks.say(f"already pretrained: {checkpoint.folder} is the last of {course.text}")
             return 0
     start = saved = done = checkpoint.step if checkpoint else 0
     engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
@@ -90,7 +92,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         (run / "result.json").unlink(missing_ok=True)  # of a shorter budget
     precision = f"{dtype}".removeprefix("torch.")
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, course):
-        say(ranks, line)
+        ranks.say(line)
     totals = torch.zeros(SUMS, device=ranks.device)  # sums since the last log point, left on the device
     seen: tuple[float, ...] = (0.0, 0.0, 0.0)  # likewise: masked tokens, samples, tokens of all ranks
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
@@ -162,7 +164,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     if not last:  # a signal came
         if saved < done:
             save(engine, done, data, course, clock.elapsed())
-        say(ranks, f"stopped after step {done} of {course.text}; everything until there is saved")
+        ranks.say(f"stopped after step {done} of {course.text}; everything until there is saved")
         return STOPPED
     if journal:
         journal.close()
@@ -290,61 +292,6 @@ def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: i
     return means("heldout", engine.config, totals, counts, ranks)
 
 
-def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
-    """The newest checkpoint whose digests are right; each damaged one is named and passed over."""
-    found = ranks.broadcast([str(folder) for folder in step_folders(run)])
-    for folder in reversed(found):
-        failure: str | None = None
-        try:
-            checkpoint = open_checkpoint(Path(folder))
-            checkpoint.verify(ranks.rank, ranks.world)
-        except UserError as error:
-            failure = str(error)
-        failures = [text for text in ranks.gather(failure) if text]
-        if not failures:
-            return checkpoint
-        say(ranks, f"{failures[0]} (trying the one before it)")
-    if found:
-        raise UserError(f"every checkpoint of {run} is damaged; remove {run} to begin anew")
-    return None
-
-
-def check_same_run(
-    checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset], course: Course
-) -> None:
-    """Refuses to go on with other data or with settings that would change what the steps before meant."""
-    if checkpoint.table["data_digest"] != data_digest(data, config.corpora):
-        raise UserError(
-            f"{', '.join(corpus.path for corpus in config.corpora)} is not the data that "
-            f"{checkpoint.folder} was trained on (the digest of manifests and weights differs); choose "
-            "another run folder"
-        )
-    before, now = checkpoint.table["config"], config.model_dump(mode="json")
-    # An older one lacks newer keys.
-    before = {**before, "model": checkpoint.model.model_dump(mode="json")}
-    before["train"] = {"batch_warmup": [], **before["train"]}
-    before["objectives"] = ObjectivesConfig.model_validate(before.get("objectives", {})).model_dump()
-    for section, key in [
-        *(("model", key) for key in now["model"] if "dropout" not in key),
-        *(("samples", key) for key in now["samples"]),
-        *(("objectives", key) for key in now["objectives"]),
-        ("train", "global_batch"),
-        ("train", "batch_warmup"),
-        ("train", "seed"),
-    ]:
-        if before[section].get(key) != now[section][key]:
-            raise UserError(
-                f"{section}.{key}={now[section][key]!r}, but {checkpoint.folder} was trained with "
-                f"{before[section].get(key)!r}; choose another run folder or give the old value"
-            )
-    expected = course.batch(checkpoint.step)[0]
-    if checkpoint.samples_consumed != expected:
-        raise UserError(
-            f"{checkpoint.folder} has taken {checkpoint.samples_consumed:,} samples in {checkpoint.step:,} "
-            f"steps, this config takes {expected:,} (train.batch_warmup); choose another run folder"
-        )
-
-
 def save(engine: Engine, step: int, data: list[Dataset], course: Course, elapsed: float) -> None:
     """A checkpoint of `step`, reached after `elapsed` seconds; older ones past train.keep_checkpoints go."""
     config = engine.config
@@ -362,70 +309,3 @@ def save(engine: Engine, step: int, data: list[Dataset], course: Course, elapsed
     if engine.ranks.rank == 0:
         for folder in step_folders(run)[: -config.train.keep_checkpoints]:
             shutil.rmtree(folder)
-
-
-def banner(
-    config: PretrainConfig,
-    data: list[Dataset],
-    loader: Loader,
-    ranks: Ranks,
-    precision: str,
-    reason: str,
-    peak: float,
-    start: int,
-    course: Course,
-) -> list[str]:
-    """What a person wants to know before a long run, in a few lines."""
-    sizes = config.model
-    lines = [
-        f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}; "
-        f"{precision} ({reason})",
-        *data_lines(config, data, loader, start, course),
-        f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
-        f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
-        f"{show_count(peak)} FLOP/s at most together",
-        f"watch     tensorboard --logdir {config.run}/tensorboard",
-    ]
-    if start:
-        lines.append(f"resumed   from step {start} of {course.text}")
-    return lines
-
-
-def epochs(config: PretrainConfig, loader: Loader, done: int) -> dict[str, float]:
-    """How often the data, or each of several corpora, has been gone through after `done` steps."""
-    passed = loader.mixture.epochs(done)
-    if len(passed) == 1:
-        return {"data/epochs": passed[0]}
-    return {f"data/epochs/{c.path}": value for c, value in zip(config.corpora, passed, strict=True)}
-
-
-def data_lines(
-    config: PretrainConfig, data: list[Dataset], loader: Loader, start: int, course: Course
-) -> list[str]:
-    """Size of each corpus, how often it will be gone through, and what of it makes no sample."""
-    mixture, kind = loader.mixture, config.samples.kind
-    name = {"nsp": "NSP pairs", "sop": "SOP pairs", "document": "samples", "packed": "packed samples"}[kind]
-    before, behind = mixture.epochs(start), mixture.epochs(course.steps or start)
-    lines = []
-    for number, (one, plan) in enumerate(zip(data, mixture.stages[-1].plans, strict=True)):
-        share = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
-        lines.append(
-            f"{'' if number else 'data':<10}{show_count(one.num_tokens)} tokens, {one.num_documents:,} "
-            f"documents, {plan.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
-            + (f"{behind[number] - before[number]:.1f} epochs" if course.steps else course.text)
-            + " to go"
-            + (f"; {one.folder}, {share:.1%} of the samples" if len(data) > 1 else "")
-        )
-        if plan.left_out:
-            lines.append(f"{'':<10}{plan.left_out:,} documents of one token make no pair")
-    for steps, length in config.samples.warmup:
-        lines.append(f"{'':<10}{steps:,} steps of {length} tokens at most before")
-    for tokens, size in config.train.batch_warmup:
-        lines.append(f"{'':<10}{size:,} samples a step until {show_count(tokens)} tokens are done")
-    return lines
-
-
-def say(ranks: Ranks, line: str) -> None:
-    """Prints once, from the first rank."""
-    if ranks.rank == 0:
-        print(line, flush=True)

@@ -38,7 +38,7 @@ ROWS = (
     ),
     ("chunks", "index", "mixture", "model", "optimizers", "order", "samples"),
     ("checkpoint", "electra", "loader", "names", "optim", "parallel"),
-    ("engine", "inspect", "metrics"),
+    ("banner", "engine", "inspect", "metrics", "resume"),
     ("bench", "convert", "finetune", "pretrain", "tasks", "trials"),
     ("quickstart",),
     ("cli",),
