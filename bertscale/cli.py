@@ -15,17 +15,17 @@ import errno
 import importlib.metadata
 import os
 import shlex
-import shutil
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bertscale.console import complain, disk_full, make_parser
+
 if TYPE_CHECKING:
-    from bertscale.config import PretrainConfig, Section
+    from bertscale.config import PretrainConfig
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
@@ -52,11 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command(rest)
     except UserError as error:
-        return _complain(name, str(error))
+        return complain(name, str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _complain(name, _disk_full(error))
+        return complain(name, disk_full(error))
     except KeyboardInterrupt:
         print(f"\nbertscale {name}: interrupted; the same command begins again", file=sys.stderr)
         return INTERRUPTED
@@ -74,7 +74,7 @@ def prep(arguments: list[str]) -> int:
 
     if len(arguments) == 2 and arguments[0] == "--inspect":  # needs no CONFIG
         return _inspect(arguments[1])
-    parser = _parser(
+    parser = make_parser(
         "prep",
         "Turns raw text into a tokenizer and Arrow token shards. To share the work among several hosts: "
         "--tokenizer-only once, then --task-index 0, 1, ... at the same time, then --finish once; the "
@@ -169,7 +169,7 @@ def pretrain(arguments: list[str]) -> int:
     from bertscale.config import PretrainConfig
     from launcher import ranks
 
-    parser = _parser(
+    parser = make_parser(
         "pretrain",
         "Trains an encoder on token shards, from its newest whole checkpoint where there is one. Starts "
         "its ranks on this machine by itself; under torchrun or srun each process is one rank. Ctrl-C "
@@ -208,7 +208,7 @@ def bench(arguments: list[str]) -> int:
     from bertscale.config import PretrainConfig, UserError
     from launcher import ranks
 
-    parser = _parser(
+    parser = make_parser(
         "bench",
         "Measures what this machine makes of a pretraining config: real tokens/s, the share of the peak that "
         "they are, where the time of a step goes, memory. It trains on the ranks that `bertscale pretrain` "
@@ -277,7 +277,7 @@ def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
 
 def convert(arguments: list[str]) -> int:
     """bertscale convert SOURCE OUTPUT [--no-show]"""
-    parser = _parser(
+    parser = make_parser(
         "convert",
         "Turns a checkpoint into a Hugging Face folder, or a Hugging Face folder into a checkpoint; "
         "which of the two is found from what SOURCE is.",
@@ -302,7 +302,7 @@ def finetune(arguments: list[str]) -> int:
     """bertscale finetune CONFIG [key=value ...]"""
     from bertscale.config import FinetuneConfig, load_config
 
-    parser = _parser("finetune", "Trains a classifier on a pretrained encoder.", FinetuneConfig)
+    parser = make_parser("finetune", "Trains a classifier on a pretrained encoder.", FinetuneConfig)
     options = parser.parse_intermixed_args(arguments)
     config = load_config(FinetuneConfig, options.config, options.overrides)
 
@@ -314,7 +314,7 @@ def finetune(arguments: list[str]) -> int:
 
 def quickstart(arguments: list[str]) -> int:
     """bertscale quickstart [--run FOLDER]"""
-    parser = _parser(
+    parser = make_parser(
         "quickstart",
         "Runs every stage on the documentation of the Python packages of this machine: text, shards, "
         "pretraining, Hugging Face folder, classifier. What is finished and whole is used again.",
@@ -368,63 +368,7 @@ def _overview() -> str:
     return "\n".join([*lines, "", "bertscale COMMAND --help tells more, with every key of its config."])
 
 
-def _parser(
-    name: str, description: str, section: type[Section] | None = None, default: str | None = None
-) -> argparse.ArgumentParser:
-    """The parser of one command; with `section`, of CONFIG and overrides, its keys listed in the help.
-
-    CONFIG may be left out where it has a `default`.
-    """
-    width = shutil.get_terminal_size().columns - 2
-    parser = argparse.ArgumentParser(
-        prog=f"bertscale {name}",
-        description=textwrap.fill(description, width),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    if section is not None:
-        from bertscale.config import describe_fields
-
-        rows = describe_fields(section)
-        if default is None:
-            parser.add_argument("config", metavar="CONFIG", help="A YAML file.")
-        else:
-            text = f"A YAML file; without it {default}."
-            parser.add_argument("config", metavar="CONFIG", nargs="?", default=default, help=text)
-        parser.add_argument(
-            "overrides",
-            metavar="key=value",
-            nargs="*",
-            help=f"A value, read as YAML, that replaces the file's, such as {_example(rows)}.",
-        )
-        column = max(len(key) for key, _ in rows) + 4
-        parser.epilog = "keys of CONFIG:\n" + "\n".join(
-            textwrap.fill(
-                text, width, initial_indent=f"  {key}".ljust(column), subsequent_indent=" " * column
-            )
-            for key, text in rows
-        )
-    return parser
-
-
-def _example(rows: list[tuple[str, str]]) -> str:
-    keys = [key for key, _ in rows]
-    return next(f"{key}={value}" for key, value in EXAMPLES if key in keys)
-
-
 BENCH_CONFIG = "configs/pretrain/quickstart.yaml"
-EXAMPLES = (("train.steps", "100"), ("epochs", "3"), ("workers", "4"))
-
-
-def _complain(name: str, message: str) -> int:
-    for line in message.splitlines():
-        print(f"bertscale {name}: error: {line}", file=sys.stderr)
-    return 2
-
-
-def _disk_full(error: OSError) -> str:
-    where = f" while writing {error.filename}" if error.filename else ""
-    return f"{error.strerror}{where}; free some space and run the same command again"
 
 
 # -------------------------------------------------------------------------------- checks before a start
@@ -484,4 +428,4 @@ def _train(path: str, overrides: list[str], world_size: int, verify: bool) -> in
 
         from bertscale.config import UserError
 
-        raise UserError(_disk_full(error)) from error
+        raise UserError(disk_full(error)) from error

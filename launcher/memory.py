@@ -13,7 +13,7 @@ data-parallel ranks, w bytes for a number (2 in bfloat16, 4 in float32), bytes a
     optimizer        12 N         16 N / D     16 N / D     16 N / D
 
 16: a float32 copy of the weights, two moments, and the float32 gradient of a step. Stage 0 in float32 needs
-no copy: 8 N.
+no copy: 8 N. StableAdamW takes 4 N more while it updates.
 
 Activations of T tokens (micro_tokens, or micro_batch x max_length), H wide, I inside the feed-forward part,
 in L layers (Korthikanti et al. 2022, without attention scores, which are never stored whole), V rows of
@@ -125,7 +125,10 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
         matrices = [rows * hidden, *[4 * hidden * hidden, feed_forward] * model.num_hidden_layers]
         weights = weights / data + width * sum(sorted(matrices)[-2:]) / degree
     gradients = width * parameters / (data if stage >= 2 else 1)
-    optimizer = (8 if wide else 12) * parameters if stage == 0 else 16 * parameters / data
+    own = parameters / (data if stage else 1)  # what this rank updates
+    optimizer = (16 if stage else 8 if wide else 12) * own
+    if config.optimizer.name == "stable-adamw":
+        optimizer += 4 * own
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
     positions = min(tokens * config.samples.mask_rate, GPU_POSITIONS if gpu else POSITIONS)
