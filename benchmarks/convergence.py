@@ -104,7 +104,7 @@ def main() -> int:
     source.add_argument("--text", nargs="+", help="Files, folders or globs of raw text, prepared first.")
     source.add_argument("--trainer", type=Path, help=argparse.SUPPRESS)  # a process of theirs
     parser.add_argument("--pieces", type=int, default=32_768, help="Vocabulary where text is prepared.")
-    parser.add_argument("--minutes", type=float, default=6.0, help="Training time of each contestant.")
+    parser.add_argument("--minutes", type=float, default=12.0, help="Training time of each contestant.")
     parser.add_argument("--batch", type=int, default=16, help="Samples of 128 tokens in a step.")
     parser.add_argument("--rates", type=int, default=1, help="Learning rates of each contestant, 1 or 2.")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="Some contestants.", metavar="NAME")
