@@ -99,7 +99,7 @@ class Loader:
         static_targets: bool = False,
     ) -> None:
         samples = mixture.samples
-        self.masks, self.draws, self.static_targets = masks, draws, static_targets
+        self.masks, self.draws, self.static_targets = masks, draws, masks and static_targets
         check_batch(mixture.global_batch, None if micro_tokens else micro_batch, world, samples.has_pairs)
         self.mixture, self.micro_batch, self.micro_tokens = mixture, micro_batch, micro_tokens
         self.global_batch, self.seed = mixture.global_batch, mixture.seed

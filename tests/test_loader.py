@@ -78,6 +78,7 @@ def make_loader(
     world: int = 1,
     micro_tokens: int | None = None,
     static_targets: bool = False,
+    masks: bool = True,
     **samples: object,
 ) -> Loader:
     config = SamplesConfig.model_validate({"max_length": 64, **samples})
@@ -88,6 +89,7 @@ def make_loader(
         micro_batch=micro_batch,
         micro_tokens=micro_tokens,
         static_targets=static_targets,
+        masks=masks,
         rank=rank,
         world=world,
     )
@@ -529,6 +531,11 @@ def test_more_targets_than_the_fixed_number_take_it_twice(dataset: Dataset) -> N
     assert {len(batch.targets) for batch in static} == {120, 240}
     one = make_loader(dataset, **options)
     assert samples_of(static) == samples_of([batch for step in range(4) for batch in one.step(step)])
+
+
+def test_nothing_is_filled_up_where_nothing_is_masked(dataset: Dataset) -> None:
+    for batch in make_loader(dataset, static_targets=True, masks=False).step(0):
+        assert len(batch.targets) == len(batch.target_positions) == batch.num_targets == 0
 
 
 def test_the_fixed_number_of_targets_is_not_passed_by_chance() -> None:
