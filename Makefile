@@ -18,9 +18,9 @@ help:
 quickstart: $(INSTALLED)
 	@$(BIN)/bertscale quickstart
 
-# Three workers for two cores: those with a virtual cluster mostly wait (tests/conftest.py).
+# Two workers: one waits for the cluster most of the time, the other computes (tests/conftest.py).
 test: $(INSTALLED) slurm
-	@$(BIN)/python -m pytest --numprocesses 3
+	@$(BIN)/python -m pytest --numprocesses 2
 
 # Debian and Ubuntu, as root or with a sudo that asks nothing; elsewhere those tests are skipped.
 SLURM := apt-get install -y --no-install-recommends slurm-wlm munge

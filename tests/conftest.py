@@ -20,30 +20,17 @@ from virtual import pytest_terminal_summary as pytest_terminal_summary
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _has_mark(file: Path, mark: str) -> bool:
-    return f"pytest.mark.{mark}" in file.read_text(encoding="utf-8")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that no worker is left with one of them at the end."""
-    files = {item.path for item in items}
-    turn = {file: (not _has_mark(file, "slurm"), not _has_mark(file, "slow")) for file in files}
-    items.sort(key=lambda item: turn[item.path])
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay together, and so do all that need the virtual cluster, which mostly waits; the
-    nights have one to themselves. Of two clusters neither sees the other."""
+    """For two workers: one has the files with tests on the virtual cluster, of which there is one and which
+    mostly waits, the other those that compute. A file's tests stay together."""
     from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
-
-    config.option.loadscopereorder = False
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            shared = _has_mark(config.rootpath / file, "slurm") and not file.endswith("nights.py")
-            return "cluster" if shared else file
+            text = (config.rootpath / file).read_text(encoding="utf-8")
+            return "cluster" if "pytest.mark.slurm" in text else file
 
     return Scheduling(config, log)
 
