@@ -46,8 +46,9 @@ from torch.utils.data import Dataset as TorchDataset
 from bertscale.checkpoint import step_folders
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
 from bertscale.convert import native_model, open_weights
-from bertscale.device import choose_precision, local_device, processor
+from bertscale.device import choose_precision, local_device
 from bertscale.loader import Loader, MicroBatch
+from bertscale.machine import processor
 from bertscale.masking import Ints
 from bertscale.mixture import Mixture
 from bertscale.names import hugging_face_config

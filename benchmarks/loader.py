@@ -35,9 +35,9 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from bertscale.config import SamplesConfig
-from bertscale.device import processor
 from bertscale.index import BlockIndex, load_index
 from bertscale.loader import Loader
+from bertscale.machine import processor
 from bertscale.mixture import Mixture
 from bertscale.samples import Plan
 from bertscale.shards import Dataset, open_dataset

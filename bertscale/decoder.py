@@ -51,9 +51,14 @@ class TiedDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[P, H] -> [P, V], all at once."""
-        logits = F.linear(self.layers.fan_out(hidden), self.weight, self.bias)
-        logits[:, self.real :] = torch.finfo(logits.dtype).min
-        return logits
+        return _project(self.layers.fan_out(hidden), self.weight, self.bias, self.real)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor, real: int) -> Tensor:
+    """[P, H] -> [P, V]; rows from `real` on are never predicted."""
+    logits = F.linear(hidden, weight, bias)
+    logits[:, real:] = torch.finfo(logits.dtype).min
+    return logits
 
 
 class _Predict(torch.autograd.Function):
@@ -74,13 +79,12 @@ class _Predict(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         valid = targets >= 0
         targets = targets.clamp(min=0)
-        drawn = targets.clone() if chances is None else torch.empty_like(targets)
+        drawn = targets if chances is None else torch.empty_like(targets)
         loss, right = hidden.new_zeros(2, dtype=torch.float32).unbind()
         of_hidden = torch.empty_like(hidden)
         of_weight, of_bias = weight.new_zeros(()), bias.new_zeros(())
         for rows in _parts(hidden):
-            logits = F.linear(hidden[rows], weight, bias)  # [.., H] -> [.., V]
-            logits[:, real:] = torch.finfo(logits.dtype).min
+            logits = _project(hidden[rows], weight, bias, real)
             right = right + (layers.correct(logits, targets[rows]) & valid[rows]).sum()
             if chances is not None:
                 drawn[rows] = layers.sample(logits, chances[rows])

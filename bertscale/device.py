@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -87,15 +85,6 @@ def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in DATA_SHEET_PEAKS.items() if known in name), None)
-
-
-def processor() -> str:
-    """The processor's name as the kernel has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -222,11 +222,11 @@ class Muon(WholeOptimizer):
     def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
         config = self.config
         states = [self.state[tensor] for tensor in tensors]
-        gradients = [tensor.grad for tensor in tensors]
+        gradients = [gradient_of(tensor) for tensor in tensors]
         if not group["matrices"]:
             adamw(
                 tensors,
-                gradients,  # type: ignore[arg-type]
+                gradients,
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
@@ -242,7 +242,6 @@ class Muon(WholeOptimizer):
             )
             return
         for tensor, gradient, state in zip(tensors, gradients, states, strict=True):
-            assert gradient is not None
             state["step"] += 1
             state["exp_avg"].lerp_(gradient, 1 - config.momentum)
             change = gradient.lerp(state["exp_avg"], config.momentum)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from bertscale.config import ModelConfig, PretrainConfig, UserError
-from bertscale.device import describe, processor, synchronize
+from bertscale.device import describe, synchronize
 from bertscale.engine import Engine
 from bertscale.loader import MicroBatch, deal
+from bertscale.machine import processor
 from bertscale.metrics import weighted
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.names import hugging_face_config, to_hugging_face

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
 from bertscale.samples import check_batches
@@ -29,6 +30,8 @@ from launcher.links import Link, folder_of, matches, quoted
 from launcher.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
 from launcher.status.ask import own_jobs
 from launcher.status.found import read_spec, shown
+
+Found = TypeVar("Found")
 
 LOCAL = ("/tmp", "/var/tmp", "/dev/shm")  # of each node its own, as a rule
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -155,7 +158,8 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
     for corpus in config.corpora:
         if promises.hold(corpus.path):
             continue
-        _collect(report, lambda path=corpus.path: data.append(open_dataset(path, "train")))  # type: ignore[misc]
+        found = _collect(report, partial(open_dataset, corpus.path, "train"))
+        data += [] if found is None else [found]
         _collect(report, partial(open_dataset, corpus.path, "validation"))
     if data:
         vocab_size = data[0].manifest["vocab_size"]
@@ -325,13 +329,15 @@ def _check_python(link: Link, report: Report) -> None:
             report.problems.append(f"{key}={name} of the cluster file is no program here")
 
 
-def _collect(report: Report, look: Callable[[], object]) -> None:
+def _collect(report: Report, look: Callable[[], Found]) -> Found | None:
+    """What `look` finds, or None where it complains."""
     try:
-        look()
+        return look()
     except UserError as error:
         report.problems += [line for line in str(error).splitlines() if line not in report.problems]
     except OSError as error:
         report.problems.append(f"{error.filename}: cannot be read here: {error.strerror}")
+    return None
 
 
 # ----------------------------------------------------------------------------------- the jobs around

@@ -17,7 +17,7 @@ ROOMS = ("bertscale", "data_prep", "launcher")
 
 # Each module imports only from the rows above its own, and from its own row without a circle.
 ROWS = (
-    ("errors", "heartbeat"),
+    ("errors", "heartbeat", "machine"),
     ("config.section",),
     ("config.cluster", "config.finetune", "config.model", "config.prep"),
     ("config.pretrain",),
