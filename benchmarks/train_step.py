@@ -273,6 +273,8 @@ def megatron_model(config: PretrainConfig, vocab_size: int, dtype: torch.dtype) 
         from megatron.core.models.bert.bert_model import BertModel
         from megatron.core.transformer.transformer_config import TransformerConfig
 
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         parallel_state._GLOBAL_MEMORY_BUFFER = HostBuffer()
         tensor_parallel.get_cuda_rng_tracker = OneStream
         sizes = config.model

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from bertscale.config import UserError
 
+PEAK_SECONDS = 0.33  # that `measured_peak` takes
 # Words of a device's name, in the order in which they are looked for -> FLOP/s; see `data_sheet_peak`.
 DATA_SHEET_PEAKS = {
     "A100": 312e12,
@@ -69,8 +72,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's on a known GPU, else `measured_peak`."""
+    """FLOP/s that MFU is measured against: the data sheet's on a known GPU, else `measured_peak`, once."""
     return data_sheet_peak(device, dtype) or measured_peak(device, dtype)
 
 
@@ -88,19 +92,18 @@ def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best FLOP/s of a few square matrix products: of 2,048 with this process's threads, or of 8,192 on
-    a GPU, which takes some of them to come up to its clock."""
-    size, repeats = (2048, 5) if device.type == "cpu" else (8192, 50)
+    """The best FLOP/s of square matrix products in a third of a second, two at least: of 2,048 with this
+    process's threads, or of 8,192 on a GPU, which takes some of them to come up to its clock."""
+    size = 2048 if device.type == "cpu" else 8192
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        synchronize(device)
-        began = time.perf_counter()
+    synchronize(device)
+    clock = [time.perf_counter()]
+    while len(clock) < 3 or clock[-1] - clock[0] < PEAK_SECONDS:
         _product(left, right)
         synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        clock.append(time.perf_counter())
+    return 2 * size**3 / min(after - before for before, after in pairwise(clock))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -78,13 +78,6 @@ def deepspeed_config(
     }
 
 
-def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether the layers are compiled: as train.compile says, and by itself on a GPU where they can be."""
-    if config.train.compile == "auto":
-        return device.type == "cuda" and config.compile_obstacle is None
-    return config.train.compile
-
-
 class Engine:
     """The sharded model and optimizer, and the way in and out of their state."""
 
@@ -108,7 +101,7 @@ class Engine:
             recompute = config.train.activation_checkpointing
             layers = ranks.layers(config.parallel.sequence)
             self.model = PretrainingModel(config.model, vocab_size, layers, recompute)
-        if compiles(config, ranks.device):
+        if config.compiles(ranks.device.type):
             half = dtype != torch.float32
             self.model.encoder.compile_layers(fused=half and ranks.device.type == "cuda")
         for name, parameter in self.model.named_parameters():
@@ -289,7 +282,7 @@ class Engine:
         # Without ZeRO the data ranks hold the same; tensor ranks are neighbours.
         first = ranks.rank - ranks.tensor_rank
         members = range(ranks.world) if self.stage else range(first, first + ranks.tensor)
-        group = None if self.stage else ModelParallelUnit(ranks).get_model_parallel_group()
+        group = None if self.stage else ranks.tensor_group
         everyone = ranks.gather(mine) if isinstance(optimizer, Muon) else None
         for number, (tensor, names) in enumerate(tensors):
             parameters = []
@@ -383,7 +376,7 @@ def clip_gradients(parameters: dict[str, Any], largest: float, ranks: Ranks) -> 
     whole = squares[~shared].sum()
     split = squares[shared].sum()
     if ranks.tensor > 1:
-        torch.distributed.all_reduce(split, group=ModelParallelUnit(ranks).get_model_parallel_group())
+        torch.distributed.all_reduce(split, group=ranks.tensor_group)
     norm = (whole + split).sqrt()
     torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm

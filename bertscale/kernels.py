@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
+
+if torch.cuda.is_available():  # it loads torch's compiler, for which nothing on a CPU needs to wait
+    from torch.nn.attention.varlen import varlen_attn
 
 TURNED = 256  # tokens whose queries and keys are turned at a time: they stay in the second-level cache
 ROWS = 16  # of logits at a time in float32: 16 x 30,522 x 4 bytes stay in a core's cache

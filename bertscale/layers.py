@@ -1,7 +1,7 @@
 """The seam between the model and its parallelism: the dense layers, and what a parallel set must offer.
 
 The model asks a `Layers` object for every layer that may be sharded and never asks for a rank.
-`Layers` is the dense set; `parallel.TensorParallelLayers` overrides each method with megatron-core's.
+`Layers` is the dense set; `tensor_parallel.TensorParallelLayers` overrides each method with megatron-core's.
 
 Dimensions: T tokens, P masked positions, V vocabulary on this rank (all of it when dense).
 """
@@ -87,6 +87,11 @@ class Layers:
         """
         highest, sums = running_sums(logits)
         return place_of(logits, highest, sums, chances * sums[:, -1])
+
+    def seed(self, shared: int, own: int) -> None:
+        """Starts the random draws anew: from `shared`, equal on all ranks of a layer, those that they share,
+        from `own`, which differs, those inside `sharded_random`."""
+        torch.manual_seed(shared)
 
     def sharded_random(self) -> AbstractContextManager[None]:
         """Random draws inside are this rank's own; outside, all ranks of a layer draw the same."""

@@ -244,18 +244,10 @@ def make_loader(
         micro_tokens=config.train.micro_tokens,
         masks=config.objectives.mlm > 0,
         draws=config.model.generator_size is not None,
-        static_targets=has_static_targets(config, ranks.device),
+        static_targets=config.has_static_targets(ranks.device.type),
         rank=ranks.data_rank,
         world=ranks.data,
     )
-
-
-def has_static_targets(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether the number of predicted positions is fixed, as train.static_targets says."""
-    wanted = config.train.static_targets
-    if wanted == "auto":  # a CPU gains nothing by it, and would predict in vain
-        return device.type == "cuda" and config.has_static_tokens
-    return wanted
 
 
 def forward(model: Engine | PretrainingModel, batch: MicroBatch) -> tuple[Tensor, ...]:

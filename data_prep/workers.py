@@ -36,10 +36,9 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - others:
             child.kill()  # safe at any moment: files get their names only when they are whole
-            child.join()
+        pool.shutdown(cancel_futures=True)  # waits: the pool's thread and the interpreter's end would race
         if isinstance(error, BrokenProcessPool):
             raise UserError(
                 "a prep worker was killed, most likely because memory ran out: use fewer workers or a "

@@ -34,12 +34,10 @@ def train_each(data: str, folder: str, runs: list[list[Any]]) -> list[Any]:
 
     Of each the exit code, or what was wrong, and the journal's steps.
     """
-    from megatron.core import parallel_state
-
     from bertscale.config import UserError
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import _train
 
     results = []
@@ -54,7 +52,7 @@ def train_each(data: str, folder: str, runs: list[list[Any]]) -> list[Any]:
             code: int | str = _train(config, ranks, StopAfter(stop))  # type: ignore[arg-type]
         except UserError as error:
             code = str(error)
-        parallel_state.destroy_model_parallel()
+        leave_subgroups(ranks)
         entries = [e for e in read_journal(run) if "train/loss" in e]
         kept = ("step", "train/loss", "train/gradient_norm", "train/learning_rate")
         results.append([code, [[entry[key] for key in kept] for entry in entries]])

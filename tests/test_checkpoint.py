@@ -36,11 +36,9 @@ class StopAfter:
 
 def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> list[float]:
     """Runs on each rank: three steps in each topology, each from the checkpoint of the one before."""
-    from megatron.core import parallel_state
-
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import _train
 
     for number, (tensor, stage) in enumerate(stretches):
@@ -53,7 +51,7 @@ def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> li
         ranks = start_ranks(tensor, local_device())
         code = _train(config, ranks, StopAfter(3))  # type: ignore[arg-type]
         assert code == (0 if number == 3 else 75)
-        parallel_state.destroy_model_parallel()
+        leave_subgroups(ranks)
     return [e["train/loss"] for e in read_journal(Path(folder)) if "train/loss" in e]
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bertscale.config import PretrainConfig, UserError, load_config
-from bertscale.engine import compiles
 from bertscale.kernels import Packing, attend, rotate, rotation
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.parallel import Ranks
@@ -137,7 +136,7 @@ def test_attention_by_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch) 
         attended: Tensor = varlen(query, key, value, starts, more[1])
         return attended
 
-    monkeypatch.setattr("bertscale.kernels.varlen_attn", kernel)
+    monkeypatch.setattr("bertscale.kernels.varlen_attn", kernel, raising=False)
     monkeypatch.setattr("bertscale.kernels.uses_varlen", lambda query_key_value, dropout: True)
     config = pretrain_config("d", "r", model=MODELS["modern"], samples={"kind": "document"})
     ranks = Ranks(0, 1, 1, torch.device("cpu"))
@@ -183,11 +182,9 @@ def test_the_longest_is_one_of_few_values() -> None:
 
 def train_both(folder: str) -> list[Any]:
     """Runs on a rank: losses of three steps and the parameters' names, eager and compiled."""
-    from megatron.core import parallel_state
-
     from bertscale.device import local_device
     from bertscale.engine import Engine
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.trials import Stopwatch, our_step
 
     results: list[Any] = []
@@ -201,7 +198,7 @@ def train_both(folder: str) -> list[Any]:
         step = our_step(engine, Stopwatch(ranks.device))
         losses = [float(step(batches)) for batches in RandomBatches(config, 330, ranks).made[:3]]
         results.append([*losses, *engine.parameters])
-        parallel_state.destroy_model_parallel()
+        leave_subgroups(ranks)
     return results
 
 
@@ -231,12 +228,22 @@ def test_what_cannot_be_compiled_is_refused(override: str, words: str, tmp_path:
         load_config(PretrainConfig, path, ["train.compile=true", override])
     config = load_config(PretrainConfig, path, [override])
     assert config.train.compile == "auto"
-    assert not compiles(config, torch.device("cuda"))
+    assert not config.compiles("cuda")
 
 
 def test_by_itself_on_gpus_alone() -> None:
     config = pretrain_config("d", "r")
-    assert compiles(config, torch.device("cuda"))
-    assert not compiles(config, torch.device("cpu"))
-    assert compiles(pretrain_config("d", "r", train={"compile": True}), torch.device("cpu"))
-    assert not compiles(pretrain_config("d", "r", train={"compile": False}), torch.device("cuda"))
+    assert config.compiles("cuda")
+    assert not config.compiles("cpu")
+    assert pretrain_config("d", "r", train={"compile": True}).compiles("cpu")
+    assert not pretrain_config("d", "r", train={"compile": False}).compiles("cuda")
+
+
+def test_predicted_positions_are_fixed_by_themselves_on_gpus_and_even_batches_alone() -> None:
+    packed = pretrain_config("d", "r", samples={"kind": "packed"}, model={"sentence_head": False})
+    budget = pretrain_config("d", "r", train={"micro_tokens": 96})
+    assert packed.has_static_targets("cuda")
+    assert budget.has_static_targets("cuda")
+    assert not pretrain_config("d", "r").has_static_targets("cuda")
+    assert not packed.has_static_targets("cpu")
+    assert pretrain_config("d", "r", train={"static_targets": True}).has_static_targets("cpu")

@@ -36,7 +36,7 @@ ROWS = (
         "tokenizer_base",
         "wordpiece",
     ),
-    ("chunks", "index", "mixture", "model", "optimizers", "order", "samples"),
+    ("chunks", "index", "mixture", "model", "optimizers", "order", "samples", "tensor_parallel"),
     ("checkpoint", "electra", "loader", "names", "optim", "parallel"),
     ("banner", "engine", "inspect", "metrics", "resume"),
     ("bench", "convert", "finetune", "pretrain", "tasks", "trials"),
@@ -56,7 +56,7 @@ OPEN_TO = {
 }
 # Who may import a library that the rest of the code is not to know.
 ONLY = {
-    "megatron": {"bertscale.parallel"},
+    "megatron": {"bertscale.tensor_parallel"},
     "deepspeed": {"bertscale.engine"},
     "tensorboard": {"bertscale.metrics"},
 }

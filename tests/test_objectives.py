@@ -247,10 +247,8 @@ def test_without_masks_tokens_are_the_text(tiny_data: Path) -> None:
 
 def stop_and_go(data: str, folder: str) -> list[Any]:
     """Runs on each of two ranks: TP 2 x ZeRO-3, once through and once in two parts; what is refused then."""
-    from megatron.core import parallel_state
-
     from bertscale.device import local_device
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, _train
 
     results: list[Any] = []
@@ -265,7 +263,7 @@ def stop_and_go(data: str, folder: str) -> list[Any]:
             train = {"steps": steps, "schedule_steps": 8, "save_every": 4, "eval_every": 4}
             ranks = start_ranks(2, local_device())
             assert _train(pretrain_config(data, run, train=train, **changes), ranks, StopSignal()) == 0
-            parallel_state.destroy_model_parallel()
+            leave_subgroups(ranks)
         results.append(
             [{k: v for k, v in entry.items() if not k.startswith("speed/")} for entry in read_journal(run)]
         )

@@ -49,11 +49,9 @@ SHARDED: list[Case] = [
 
 def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
     """Runs on each rank: one short training for each case; the figures of its steps."""
-    from megatron.core import parallel_state
-
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, _train
 
     results = []
@@ -74,7 +72,7 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
         assert _train(config, ranks, StopSignal()) == 0
-        parallel_state.destroy_model_parallel()
+        leave_subgroups(ranks)
         figures = {}
         for entry in read_journal(run):
             chosen = ("loss", "accuracy", "gradient_norm")

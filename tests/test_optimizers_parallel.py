@@ -84,11 +84,9 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
 
 def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case the norms of prescribed steps, and the figures of a training."""
-    from megatron.core import parallel_state
-
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, _train
 
     results: list[Any] = []
@@ -100,11 +98,11 @@ def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
         assert ranks.data == size
         norms = follow_prescribed(config, ranks, run / "prescribed")
         if precision == "bfloat16" or (tensor, size, stage) not in TRAINED:
-            parallel_state.destroy_model_parallel()
+            leave_subgroups(ranks)
             results.append([norms, []])
             continue
         assert _train(config, ranks, StopSignal()) == 0
-        parallel_state.destroy_model_parallel()
+        leave_subgroups(ranks)
         steps = [e for e in read_journal(run) if "train/loss" in e]
         results.append([norms, [[e["train/loss"], e["train/gradient_norm"]] for e in steps]])
     return results
@@ -124,11 +122,9 @@ class StopAfter:
 
 def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case three steps in each of two topologies; the losses and norms."""
-    from megatron.core import parallel_state
-
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import _train
 
     results = []
@@ -139,7 +135,7 @@ def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[A
             config = settings(data, run, optimizer, tensor, stage, precision)
             ranks = start_ranks(tensor, local_device())
             assert _train(config, ranks, StopAfter(3 if code else 9)) == code  # type: ignore[arg-type]
-            parallel_state.destroy_model_parallel()
+            leave_subgroups(ranks)
         steps = [e for e in read_journal(run) if "train/loss" in e]
         results.append([[e["train/loss"], e["train/gradient_norm"]] for e in steps])
     return results

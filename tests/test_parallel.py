@@ -18,11 +18,9 @@ TOPOLOGIES = [(1, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 3), 
 
 def train_each(data: str, folder: str, topologies: list[list[int]]) -> list[Any]:
     """Runs on each rank: one short training for each topology; the figures of its steps."""
-    from megatron.core import parallel_state
-
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
-    from bertscale.parallel import start_ranks
+    from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, _train
 
     results = []
@@ -38,7 +36,7 @@ def train_each(data: str, folder: str, topologies: list[list[int]]) -> list[Any]
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
         assert _train(config, ranks, StopSignal()) == 0
-        parallel_state.destroy_model_parallel()
+        leave_subgroups(ranks)
         steps = [e for e in read_journal(run) if "train/loss" in e]
         results.append([[e["train/loss"], e["train/mlm_loss"], e["train/gradient_norm"]] for e in steps])
     return results

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import pytest
 from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.shards import open_dataset
 from data_prep.build import prep, prep_share, prep_tokenizer
+from data_prep.workers import worker_pool
 
 TEXT = "the a red blue old new house tree river runs sings over under with and some many green stone"
 WORDS = TEXT.split()
@@ -232,6 +235,21 @@ def test_a_file_system_without_locks(corpus: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fcntl, "flock", no_locks)
     prep(config_for(corpus, "unlocked"))
     assert bytes_of(corpus / "unlocked") == bytes_of(corpus / "whole")
+
+
+def test_workers_that_an_error_ends_leave_nothing_behind() -> None:
+    threads, began = set(threading.enumerate()), time.monotonic()
+
+    def one_fails_while_another_works() -> None:
+        with worker_pool(2) as pool:
+            pool.submit(time.sleep, 60)
+            pool.submit(int, "words").result()
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        one_fails_while_another_works()
+    assert time.monotonic() - began < 30
+    assert set(threading.enumerate()) == threads  # what is left would race with the interpreter's end
+    assert not multiprocessing.active_children()
 
 
 # ------------------------------------------------------------------------------------ no input, no disk

@@ -289,10 +289,22 @@ class PretrainConfig(Section):
             return f"train.activation_checkpointing={recompute} (dropout would not be drawn the same again)"
         return None
 
-    @property
-    def has_static_tokens(self) -> bool:
-        """Whether the micro-batches of a stage are about equally large, in tokens."""
-        return self.samples.kind == "packed" or self.train.micro_tokens is not None
+    def compiles(self, device: str) -> bool:
+        """Whether layers are compiled on a `cuda` or `cpu` device; `auto`: on a GPU, where they can be."""
+        if self.train.compile == "auto":
+            return device == "cuda" and self.compile_obstacle is None
+        return self.train.compile
+
+    def has_static_targets(self, device: str) -> bool:
+        """Whether the number of predicted positions is fixed on a `cuda` or `cpu` device.
+
+        `auto`: on a GPU, where the micro-batches of a stage are about equally large in tokens. A CPU gains
+        nothing by it, and would predict in vain.
+        """
+        if self.train.static_targets == "auto":
+            even = self.samples.kind == "packed" or self.train.micro_tokens is not None
+            return device == "cuda" and even
+        return self.train.static_targets
 
     @field_validator("data", mode="before")
     @classmethod
