@@ -193,7 +193,8 @@ class Job:
                 done = slurm.ask("scontrol", "requeue", self.name, check=False)
                 break
             time.sleep(RETRY_SECONDS)
-        if done.returncode:
+        # Killed by a signal it was granted: Slurm ends what runs in a requeued job, this scontrol too.
+        if done.returncode > 0:
             return self.give_up(code, f"cannot requeue job {self.name}: {slurm.complaint(done)}")
         if bad:
             self.exclude(list(bad))

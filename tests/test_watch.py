@@ -333,6 +333,27 @@ def test_requeues_without_progress_are_counted(tmp_path: Path, monkeypatch: pyte
     assert job.idle_requeues(10) == 0
 
 
+@pytest.mark.parametrize(("answer", "ends"), [(0, "requeued"), (-15, "requeued"), (1, "gave_up")])
+def test_a_requeue_may_end_its_own_scontrol(
+    answer: int, ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_job(tmp_path / "job")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+
+    def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
+        code = answer if command[1] == "requeue" else 0
+        return subprocess.CompletedProcess(command, code, "JobId=7 JobState=RUNNING\n", "")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    job = watch.Job(spec, ["srun"], StopRequests())
+    assert job.requeue(75, "SIGUSR1") == 75
+    assert kinds(job.events.path)[-1] == ends
+    assert waited == ([watch.END_SECONDS] if ends == "requeued" else [])  # for Slurm to end this process
+
+
 # ------------------------------------------------------------------------------------ on a real Slurm
 
 
