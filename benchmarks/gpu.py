@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --json FILE                # under ten minutes on an H200
     python benchmarks/gpu.py --packed                   # every sample of full length
+    python benchmarks/gpu.py --graphs                   # with CUDA graphs
     python benchmarks/gpu.py --cpu                      # tiny sizes on the CPU, to see that it runs
 
 Random ids, made on the spot: BERT with sentence pairs whose lengths are spread evenly between a quarter of
@@ -100,6 +101,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="Measured rounds (%(default)s).")
     parser.add_argument("--steps", type=int, default=5, help="Steps of a round (%(default)s).")
     parser.add_argument("--packed", action="store_true", help="Every sample is of full length.")
+    parser.add_argument("--graphs", action="store_true", help="Ours replays its layers as CUDA graphs.")
     parser.add_argument(
         "--dropout", type=float, default=0.0, help="Of hidden states, all models (%(default)s)."
     )
@@ -139,7 +141,7 @@ def main() -> int:
             left_out.append(f"{name}: {side} is left out, {options.minutes:g} minutes are over")
             continue
         try:
-            found = measure(configure(case, options.packed, options.dropout), ranks, dtype, side, options)
+            found = measure(configure(case, options), ranks, dtype, side, options)
         except Exception as error:  # the other rows are still worth the machine's time
             if not isinstance(error, UserError | torch.cuda.OutOfMemoryError):
                 traceback.print_exc()
@@ -169,14 +171,17 @@ def write(path: Path | None, facts: dict[str, Any], left_out: list[str], rows: l
 
 
 def configure(
-    case: tuple[str, dict[str, Any], str, int, int, float | None], packed: bool, dropout: float
+    case: tuple[str, dict[str, Any], str, int, int, float | None], options: argparse.Namespace
 ) -> PretrainConfig:
     _, sizes, kind, length, batch, _ = case
-    if packed:  # a packed sample has no pair
+    if options.packed:  # a packed sample has no pair
         kind = "packed"
+    train: dict[str, Any] = {"steps": 1000, "global_batch": batch, "micro_batch": batch}
+    if options.graphs:
+        train["compile"] = "graphs"
     model = {
         "max_position_embeddings": 512,
-        "hidden_dropout_prob": dropout,
+        "hidden_dropout_prob": options.dropout,
         "attention_probs_dropout_prob": 0.0,
         "sentence_head": kind == "nsp",
         **sizes,
@@ -187,7 +192,7 @@ def configure(
             "data": "unused",
             "model": ModelConfig.model_validate(model).model_dump(),
             "samples": {"kind": kind, "max_length": length, "mask_rate": 0.3 if "preset" in sizes else 0.15},
-            "train": {"steps": 1000, "global_batch": batch, "micro_batch": batch},
+            "train": train,
         }
     )
 

@@ -78,6 +78,20 @@ def deepspeed_config(
     }
 
 
+def _graph_tokens(config: PretrainConfig, ranks: Ranks) -> int | None:
+    """Tokens of a micro-batch at most, where its layers are replayed as CUDA graphs."""
+    train, stage = config.train, config.parallel.zero_stage
+    if train.compile != "graphs":
+        return None
+    if stage != 2 and train.micro_samples != train.global_batch // ranks.data:
+        raise UserError(
+            f"train.compile=graphs with parallel.zero_stage={stage} wants each rank's part of a step in one "
+            "micro-batch, for between two of them gradients stay where the graphs write: take "
+            "parallel.zero_stage=2, or train.micro_batch as large as that part"
+        )
+    return train.micro_tokens or train.micro_batch * config.samples.max_length
+
+
 class Engine:
     """The sharded model and optimizer, and the way in and out of their state."""
 
@@ -102,8 +116,10 @@ class Engine:
             layers = ranks.layers(config.parallel.sequence)
             self.model = PretrainingModel(config.model, vocab_size, layers, recompute)
         if config.compiles(ranks.device.type):
-            half = dtype != torch.float32
-            self.model.encoder.compile_layers(fused=half and ranks.device.type == "cuda")
+            self.model.encoder.compile_layers(
+                fused=dtype != torch.float32 and ranks.device.type == "cuda",
+                graph_tokens=_graph_tokens(config, ranks),
+            )
         for name, parameter in self.model.named_parameters():
             # Without the mark DeepSpeed counts the share of one rank alone into the gradient norm.
             parameter.tensor_model_parallel = tensor_parallel_dimension(name) is not None  # type: ignore[attr-defined]

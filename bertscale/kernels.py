@@ -32,16 +32,25 @@ class Packing:
     """Where the samples of a packed micro-batch lie; made once for each forward pass."""
 
     runs: tuple[tuple[int, int], ...]  # neighbours of equal length: (samples, L)
-    starts: Tensor  # int32 [S + 1], cumulative lengths
+    starts: Tensor  # int32 [S + 1] or more, cumulative lengths; behind them empty samples
     longest: int  # L of the longest, up to a power of two: few values, which may be compiled in
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+    def of(cls, lengths: Sequence[int], device: torch.device, *, few_shapes: bool = False) -> Packing:
+        """`few_shapes`: empty samples make their number a power of two."""
         runs = tuple((len(list(group)), length) for length, group in groupby(lengths))
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        ends = list(accumulate(lengths))
+        if few_shapes:
+            ends += ends[-1:] * ((1 << (len(lengths) - 1).bit_length()) - len(lengths))
+        starts = torch.tensor([0, *ends], dtype=torch.int32)
         if device.type == "cuda":  # an unpinned copy would wait for the device
             starts = starts.pin_memory().to(device, non_blocking=True)
         return cls(runs, starts, 1 << (max(lengths) - 1).bit_length())
+
+    @property
+    def samples(self) -> int:
+        """S, without empty ones."""
+        return sum(samples for samples, _ in self.runs)
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, float32 [T, D / 2]
@@ -121,8 +130,7 @@ def attend(
         window = (-1, -1) if half_window is None else (half_window, half_window)
         attended = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=window)
         return attended if isinstance(attended, Tensor) else attended[0]
-    tokens, samples = len(query_key_value), len(packing.starts) - 1
-    if query_key_value.is_cuda and samples * packing.longest <= PADDED * tokens:
+    if query_key_value.is_cuda and packing.samples * packing.longest <= PADDED * len(query_key_value):
         return _attend_padded(query_key_value, packing, dropout, half_window)
     # split, not slices: its backward is one concatenation instead of a zero-filled tensor for each run.
     pieces = torch.split(query_key_value, [samples * length for samples, length in packing.runs])
@@ -137,7 +145,7 @@ def attend(
 def _attend_padded(query_key_value: Tensor, packing: Packing, dropout: float, half: int | None) -> Tensor:
     """[T, A, 3, D] -> [T, A, D] by one call of torch's fused attention, each sample in a row of its own."""
     tokens, heads, _, size = query_key_value.shape
-    starts, length = packing.starts.long(), packing.longest
+    starts, length = packing.starts[: packing.samples + 1].long(), packing.longest
     lengths = starts.diff()  # [S]
     place = torch.arange(tokens, device=starts.device)
     row = torch.searchsorted(starts, place, right=True) - 1

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from bertscale.kernels import Packing, Rotation, attend, rotate, rotation
 from bertscale.layers import Embedding, Layers, Linear, derive_seed
 
 SUMS = 8  # what a forward pass of `PretrainingModel` returns
+GRAPH_SIZES = 16  # numbers of tokens at most that CUDA graphs are recorded for
 VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
 
 
@@ -176,6 +178,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.parallel, self.recompute = config, layers, recompute == "full"
+        self.token_multiple, self.graphs = layers.token_multiple, False
         self.embeddings: Embeddings
         if width is None:
             self.embeddings = Embeddings(config, vocab_size, layers)
@@ -199,16 +202,20 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Ids [T] each and S lengths -> hidden states [T, H], pooled first tokens [S, H] or None."""
         embed = self.embeddings if embeddings is None else embeddings
-        count = len(tokens)
-        if extra := -count % self.parallel.token_multiple:  # a sample more, whose results nobody uses
+        count, samples, longest = len(tokens), len(lengths), max(lengths)
+        if extra := -count % self.token_multiple:  # more samples, whose results nobody uses
             tokens, token_types, positions = (
                 F.pad(ids, (0, extra)) for ids in (tokens, token_types, positions)
             )
-            lengths = [*lengths, extra]
-        packing = Packing.of(lengths, tokens.device)
+            rest = extra % longest
+            lengths = [*lengths, *[longest] * (extra // longest), *[rest] * (rest > 0)]
+        packing = Packing.of(lengths, tokens.device, few_shapes=self.graphs)
         turns = self.rotations(positions)
         embedded = embed(tokens, token_types, positions)
         hidden = self.parallel.scatter(embedded if self.projection is None else self.projection(embedded))
+        if self.graphs:
+            # What the graphs of the last pass hold is free.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         for number, layer in enumerate(self.layers):
             turn = turns[self.config.is_local(number)] if turns else None
             if self.recompute and self.training:
@@ -218,27 +225,32 @@ class Encoder(nn.Module):
         if self.config.preset != "bert":
             hidden = self.LayerNorm(hidden)
         hidden = self.parallel.gather(hidden)
-        starts = packing.starts[:-1]
         if extra:
-            hidden, starts = hidden[:count], starts[:-1]
+            hidden = hidden[:count]
         if self.pooler is None:
             return hidden, None
-        first = hidden.index_select(0, starts)  # [T, H] -> [S, H]
+        first = hidden.index_select(0, packing.starts[:samples])  # [T, H] -> [S, H]
         return hidden, torch.tanh(self.pooler(first))
 
-    def compile_layers(self, *, fused: bool) -> None:
+    def compile_layers(self, *, fused: bool, graph_tokens: int | None = None) -> None:
         """Has torch.compile make kernels of each layer; names of parameters stay.
 
         Layers of one shape share a compiled graph, for any number of tokens. `fused`: attention is one
         variable-length kernel, unless it has dropout; elsewhere it stays eager, since its code goes over the
-        runs of equal samples, which are others in each batch.
+        runs of equal samples, which are others in each batch. `graph_tokens`, the most that a pass is given:
+        on CUDA the kernels of a layer are recorded and replayed as graphs, for each of at most `GRAPH_SIZES`
+        numbers of tokens, to which a pass is filled up.
         """
+        how: dict[str, Any] = {"dynamic": True}
+        if graph_tokens:
+            self.graphs, self.token_multiple = True, -(-graph_tokens // GRAPH_SIZES)
+            how["mode"] = "reduce-overhead"  # torch's name for it
         fused = fused and self.config.attention_probs_dropout_prob == 0
         for layer in self.layers:
             attention: nn.Module = layer.attention  # type: ignore[assignment]
             if not fused:
                 attention.attend = torch.compiler.disable(attention.attend)  # type: ignore[no-untyped-call]
-            layer.compile(dynamic=True)
+            layer.compile(**how)
 
     def rotations(self, positions: Tensor) -> tuple[Rotation, Rotation] | None:
         """How global and local layers turn the tokens at `positions` [T]; None without rotary positions."""

@@ -24,9 +24,12 @@ from typing import Any
 
 TESTS = str(Path(__file__).parent)
 FORKS = multiprocessing.get_context("forkserver")
-# Optimizers load torch._dynamo when they are made.
 FORKS.set_forkserver_preload(
-    ["bertscale.pretrain", "bertscale.tensor_parallel", "torch._dynamo", "data_prep.build"]
+    [
+        *("bertscale.pretrain", "bertscale.tensor_parallel", "data_prep.build"),
+        # What torch and DeepSpeed load when an optimizer is made, and TensorBoard at the first log.
+        *("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard"),
+    ]
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bertscale.config import PretrainConfig, UserError, load_config
+from bertscale.engine import _graph_tokens
 from bertscale.kernels import Packing, attend, rotate, rotation
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.parallel import Ranks
@@ -177,21 +178,69 @@ def test_the_longest_is_one_of_few_values() -> None:
         assert attend(tokens, packing, 0.0).shape == (sum(lengths), 2, 8)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_for_graphs_passes_are_filled_up_to_few_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = "document" if name == "modern" else "nsp"
+    config = pretrain_config("d", "r", model=MODELS[name], samples={"kind": kind}, train={"micro_batch": 4})
+    ranks = Ranks(0, 1, 1, torch.device("cpu"))
+    batches = [batch for step in RandomBatches(config, 330, ranks).made for batch in step]
+    assert len({len(batch.tokens) for batch in batches}) > 8
+    model = model_of(config)
+    wanted = losses_and_gradients(model, batches)
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: asked.append(how))
+    model.encoder.compile_layers(fused=True, graph_tokens=4 * 48)
+    assert asked == [{"dynamic": True, "mode": "reduce-overhead"}] * len(model.encoder.layers)
+    seen: list[tuple[int, Packing]] = []
+    model.encoder.layers[0].register_forward_pre_hook(lambda _, given: seen.append((len(given[0]), given[1])))
+    found = losses_and_gradients(model, batches)
+    for (tokens, packing), batch in zip(seen, batches, strict=True):
+        assert tokens - 12 < len(batch.tokens) <= tokens
+        assert tokens % 12 == 0  # one of sixteen
+        assert packing.starts[-1] == tokens
+        assert packing.longest < 2 * max(batch.lengths)
+        assert len(packing.starts) - 1 in (4, 8)  # the batch's samples, those that fill it up, empty ones
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_graphs_want_gradients_out_of_the_way() -> None:
+    def tokens(stage: int, ranks: int, **train: Any) -> int | None:
+        config = pretrain_config(
+            "d", "r", parallel={"zero_stage": stage}, train={"compile": "graphs", **train}
+        )
+        return _graph_tokens(config, Ranks(0, ranks, 1, torch.device("cpu")))
+
+    assert tokens(2, 1) == 2 * 48
+    assert tokens(2, 1, micro_tokens=100) == 100
+    assert tokens(1, 4) == 2 * 48
+    assert tokens(1, 1, micro_batch=8) == 8 * 48
+    for given in ({"micro_batch": 2}, {"micro_tokens": 1000}):
+        with pytest.raises(UserError, match="zero_stage=1 wants each rank's part of a step in one"):
+            tokens(1, 1, **given)
+
+
 # --------------------------------------------------------------------------------------------- in training
 
 
-def train_both(folder: str) -> list[Any]:
-    """Runs on a rank: losses of three steps and the parameters' names, eager and compiled."""
+def train_each(folder: str) -> list[Any]:
+    """Runs on a rank: losses of three steps and the parameters' names, eager, compiled and with graphs, which
+    a CPU replays as it runs any compiled layer."""
     from bertscale.device import local_device
     from bertscale.engine import Engine
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.trials import Stopwatch, our_step
 
     results: list[Any] = []
-    for compiled in (False, True):
+    for compiled in (False, True, "graphs"):
         ranks = start_ranks(1, local_device())
         config = pretrain_config(
-            "d", folder, model={"num_hidden_layers": 1}, train={"compile": compiled, "micro_batch": 4}
+            "d",
+            folder,
+            model={"num_hidden_layers": 1},
+            train={"compile": compiled, "micro_batch": 4},
+            parallel={"zero_stage": 2},
         )
         engine = Engine(config, 330, ranks, torch.float32)
         engine.start(0)
@@ -205,9 +254,10 @@ def train_both(folder: str) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_training_compiled_gives_the_eager_losses(tmp_path: Path) -> None:
-    ((eager, compiled),) = run_ranks(__file__, "train_both", world=1, folder=str(tmp_path))
-    assert compiled[:3] == pytest.approx(eager[:3], rel=1e-5)
-    assert compiled[3:] == eager[3:]
+    ((eager, *others),) = run_ranks(__file__, "train_each", world=1, folder=str(tmp_path))
+    for compiled in others:
+        assert compiled[:3] == pytest.approx(eager[:3], rel=1e-5)
+        assert compiled[3:] == eager[3:]
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -224,8 +274,9 @@ def test_training_compiled_gives_the_eager_losses(tmp_path: Path) -> None:
 def test_what_cannot_be_compiled_is_refused(override: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(pretrain_config("d", "r").model_dump()))
-    with pytest.raises(UserError, match=f"train.compile=true does not go with {words} "):
-        load_config(PretrainConfig, path, ["train.compile=true", override])
+    for value in ("true", "graphs"):
+        with pytest.raises(UserError, match=f"train.compile={value} does not go with {words} "):
+            load_config(PretrainConfig, path, [f"train.compile={value}", override])
     config = load_config(PretrainConfig, path, [override])
     assert config.train.compile == "auto"
     assert not config.compiles("cuda")

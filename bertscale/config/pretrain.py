@@ -159,9 +159,10 @@ class TrainConfig(Section):
         "none",
         description="Recomputes in the backward pass, to save memory: selective, attention; full, layers.",
     )
-    compile: Literal["auto", True, False] = Field(
+    compile: Literal["auto", "graphs", True, False] = Field(
         "auto",
-        description="Compiles each layer with torch.compile; auto: on GPUs, where nothing stands in the way.",
+        description="Compiles each layer with torch.compile; auto: on GPUs, where nothing stands in the way; "
+        "graphs: and replays each as CUDA graphs.",
     )
     static_targets: Literal["auto", True, False] = Field(
         "auto",
@@ -293,7 +294,7 @@ class PretrainConfig(Section):
         """Whether layers are compiled on a `cuda` or `cpu` device; `auto`: on a GPU, where they can be."""
         if self.train.compile == "auto":
             return device == "cuda" and self.compile_obstacle is None
-        return self.train.compile
+        return self.train.compile is not False
 
     def has_static_targets(self, device: str) -> bool:
         """Whether the number of predicted positions is fixed on a `cuda` or `cpu` device.
@@ -332,9 +333,10 @@ class PretrainConfig(Section):
                 f"model.preset={self.model.preset} has no head for them: take "
                 "samples.kind=packed or document, or model.sentence_head=true"
             )
-        if self.train.compile is True and self.compile_obstacle:
+        if self.train.compile in (True, "graphs") and self.compile_obstacle:
             raise ValueError(
-                f"train.compile=true does not go with {self.compile_obstacle}; take auto or false"
+                f"train.compile={str(self.train.compile).lower()} does not go with "
+                f"{self.compile_obstacle}; take auto or false"
             )
         if self.samples.max_length > self.model.max_position_embeddings:
             raise ValueError(
