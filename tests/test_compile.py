@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from bertscale.config import PretrainConfig, UserError, load_config
 from bertscale.engine import _graph_tokens
 from bertscale.kernels import Packing, attend, rotate, rotation
+from bertscale.loader import MicroBatch
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.parallel import Ranks
 from bertscale.pretrain import forward
@@ -49,7 +50,12 @@ def model_of(config: PretrainConfig) -> PretrainingModel:
     return model
 
 
-def losses_and_gradients(model: PretrainingModel, batches: list[Any]) -> list[Tensor]:
+def random_batches(config: PretrainConfig) -> list[MicroBatch]:
+    made = RandomBatches(config, 330, Ranks(0, 1, 1, torch.device("cpu"))).made
+    return [batch for step in made for batch in step]
+
+
+def losses_and_gradients(model: PretrainingModel, batches: list[MicroBatch]) -> list[Tensor]:
     found = []
     for batch in batches:
         model.zero_grad()
@@ -64,8 +70,7 @@ def test_layers_are_traced_once_for_all_lengths(name: str, monkeypatch: pytest.M
     """Without a C++ compiler: torch's graphs, run by its own kernels."""
     kind = "document" if name == "modern" else "nsp"
     config = pretrain_config("d", "r", model=MODELS[name], samples={"kind": kind}, train={"micro_batch": 4})
-    ranks = Ranks(0, 1, 1, torch.device("cpu"))
-    batches = [batch for step in RandomBatches(config, 330, ranks).made for batch in step]
+    batches = random_batches(config)
     eager = model_of(config)
     wanted = losses_and_gradients(eager, batches)
     model = model_of(config)
@@ -140,8 +145,7 @@ def test_attention_by_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("bertscale.kernels.varlen_attn", kernel, raising=False)
     monkeypatch.setattr("bertscale.kernels.uses_varlen", lambda query_key_value, dropout: True)
     config = pretrain_config("d", "r", model=MODELS["modern"], samples={"kind": "document"})
-    ranks = Ranks(0, 1, 1, torch.device("cpu"))
-    batches = [batch for step in RandomBatches(config, 330, ranks).made for batch in step]
+    batches = random_batches(config)
     model = model_of(config)
     wanted = losses_and_gradients(model, batches)
     compile_of_layer = torch.nn.Module.compile
@@ -182,8 +186,7 @@ def test_the_longest_is_one_of_few_values() -> None:
 def test_for_graphs_passes_are_filled_up_to_few_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = "document" if name == "modern" else "nsp"
     config = pretrain_config("d", "r", model=MODELS[name], samples={"kind": kind}, train={"micro_batch": 4})
-    ranks = Ranks(0, 1, 1, torch.device("cpu"))
-    batches = [batch for step in RandomBatches(config, 330, ranks).made for batch in step]
+    batches = random_batches(config)
     assert len({len(batch.tokens) for batch in batches}) > 8
     model = model_of(config)
     wanted = losses_and_gradients(model, batches)
