@@ -117,6 +117,7 @@ class Checkpoint:
         self.vocab_size: int = table["vocab_size"]
         self.step: int = table["step"]
         self.samples_consumed: int = table["samples_consumed"]
+        self.skipped_steps: int = table.get("skipped_steps", 0)  # of them, those that changed nothing
         self.elapsed_seconds: float = table.get("elapsed_seconds", 0.0)  # of training
         self.parameters: dict[str, dict[str, Any]] = table["parameters"]
         self._open: dict[str, Any] = {}

@@ -57,7 +57,7 @@ class TiedDecoder(nn.Module):
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor, real: int) -> Tensor:
     """[P, H] -> [P, V]; rows from `real` on are never predicted."""
     logits = F.linear(hidden, weight, bias)
-    logits[:, real:] = torch.finfo(logits.dtype).min
+    logits[:, real:].fill_(torch.finfo(logits.dtype).min)
     return logits
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from bertscale.checkpoint import (  # noqa: E402
     shard_name,
     write_shard,
 )
+from bertscale.clipping import set_clipping, whole_norm  # noqa: E402
 from bertscale.config import PretrainConfig, UserError  # noqa: E402
 from bertscale.layout import Layout, Parameter, Segment  # noqa: E402
 from bertscale.model import PretrainingModel, initial_value  # noqa: E402
@@ -49,6 +50,7 @@ from bertscale.optimizers import (  # noqa: E402
     StableAdamW,
     WholeOptimizer,
     first_moments,
+    gradient_of,
 )
 from bertscale.parallel import (  # noqa: E402
     ModelParallelUnit,
@@ -62,18 +64,19 @@ deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS += [StableAdamW, Lamb, Mu
 
 
 def deepspeed_config(
-    config: PretrainConfig, ranks: Ranks, dtype: torch.dtype, *, clip: bool
+    config: PretrainConfig, ranks: Ranks, dtype: torch.dtype, *, clips: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for this run."""
-    train = config.train
+    """DeepSpeed's configuration for this run; `clips`: whether it clips gradients and looks for such as are
+    not finite, for which it makes the host wait for the device in each step."""
+    train, stage = config.train, config.parallel.zero_stage
     micro = train.micro_samples or 1  # `backward` is told when a step ends, however many there are
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": train.global_batch // (micro * ranks.data),
-        "gradient_clipping": config.optimizer.gradient_clipping if clip else 0.0,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "gradient_clipping": config.optimizer.gradient_clipping if clips else 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": clips},
+        "zero_optimization": {"stage": stage, "compute_grad_norm": clips or stage == 0},
         "steps_per_print": 2**62,
     }
 
@@ -99,10 +102,10 @@ class Engine:
         """Builds the model shard by shard; weights are undefined until `start` or `resume`."""
         self.config, self.ranks, self.stage = config, ranks, config.parallel.zero_stage
         self.vocab_size = vocab_size
-        # DeepSpeed without ZeRO and in float32 clips, but keeps the norm to itself.
-        self.clips_itself = self.stage == 0 and dtype == torch.float32
-        self.norm = torch.zeros(())
-        settings = deepspeed_config(config, ranks, dtype, clip=not self.clips_itself)
+        # Those two paths of DeepSpeed's leave nobody else the time to clip.
+        self.deepspeed_clips = self.stage == 3 or (self.stage == 0 and dtype == torch.bfloat16)
+        self.norm, self.taken = torch.zeros(()), torch.ones(())
+        settings = deepspeed_config(config, ranks, dtype, clips=self.deepspeed_clips)
         mpu = ModelParallelUnit(ranks)
         if deepspeed.comm.comm.cdb is None:
             deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
@@ -152,16 +155,36 @@ class Engine:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> None:
-        """Ends a micro-step; at the end of the global step: all-reduce, clip, update."""
+        """Ends a micro-step; at the end of the global step: all-reduce, clip, update.
+
+        `taken` is then 1, or 0 if the gradient was not finite and has changed nothing: float32, 0-dim.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.clips_itself and self.deepspeed.is_gradient_accumulation_boundary():
-            self.norm = clip_gradients(self.parameters, self.config.optimizer.gradient_clipping, self.ranks)
+        ends = self.deepspeed.is_gradient_accumulation_boundary()
+        if ends and not self.deepspeed_clips:
+            self.norm = whole_norm(self._gradients(), self.ranks, sharded=self.stage > 0)
+            largest = self.config.optimizer.gradient_clipping
+            self.taken = set_clipping(self._optimizer(), self.norm, largest)
         self.deepspeed.step()
+        if ends and self.deepspeed_clips:
+            taken = float(self.deepspeed.was_step_applied())
+            self.taken = torch.full((), taken, device=self.ranks.device)
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's pieces of the gradient of the step that ends, with the names of their parameters."""
+        if self.stage == 0:
+            yield from ((name, gradient_of(parameter)) for name, parameter in self.parameters.items())
+            return
+        zero, names = self.deepspeed.optimizer, {id(p): name for name, p in self.parameters.items()}
+        for group, gradients in zero.averaged_gradients.items():
+            # Behind the parameters' there may be one of zeros, which fills up the last rank's part.
+            for parameter, gradient in zip(zero.params_in_partition[group], gradients, strict=False):
+                yield names[id(parameter)], gradient
 
     def gradient_norm(self) -> float:
         """Norm of the whole gradient of the last step, before clipping. Waits for the device."""
-        return float(self.norm if self.clips_itself else self.deepspeed.get_global_grad_norm())
+        return float(self.deepspeed.get_global_grad_norm() if self.deepspeed_clips else self.norm)
 
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
@@ -196,7 +219,7 @@ class Engine:
                     )
         self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
         for state in self._optimizer().state.values():
-            state["step"].fill_(checkpoint.step)
+            state["step"].fill_(checkpoint.step - checkpoint.skipped_steps)
 
     def pieces(self) -> list[Piece]:
         """This rank's part of the state, as views: what is written into them is trained on."""
@@ -378,24 +401,6 @@ class Engine:
             if ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"cannot write the checkpoint {final}: {failure}; the ones before it are whole")
-
-
-@torch.no_grad()
-def clip_gradients(parameters: dict[str, Any], largest: float, ranks: Ranks) -> Tensor:
-    """Scales the gradients to a norm of at most `largest`; returns the norm that they had.
-
-    Shares of tensor ranks add up; parameters that every tensor rank holds whole count once.
-    """
-    gradients = [parameter.grad for parameter in parameters.values()]
-    squares = torch.stack([gradient.float().square().sum() for gradient in gradients])
-    shared = torch.tensor([tensor_parallel_dimension(name) is not None for name in parameters])
-    whole = squares[~shared].sum()
-    split = squares[shared].sum()
-    if ranks.tensor > 1:
-        torch.distributed.all_reduce(split, group=ranks.tensor_group)
-    norm = (whole + split).sqrt()
-    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 def _attempt(work: Callable[[], None]) -> str | None:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from bertscale.config import PAIRS, ModelConfig, ObjectivesConfig, PretrainConfig
-from bertscale.model import attended_pairs, model_flops_per_token
+from bertscale.model import SUMS, attended_pairs, model_flops_per_token
 from bertscale.parallel import Ranks
 from bertscale.progress import show_count
 
@@ -65,6 +66,50 @@ class Rate:
             "tokens_per_second": self.all_tokens / seconds,
             "mfu": self.all_flops / seconds / self.peak,
         }
+
+
+class Tally:
+    """Sums of the losses of the steps since the last log point, left on the device until then.
+
+    A step that was skipped, for its gradient was not finite, has no part in them. `skipped` counts such steps
+    of the whole run, `new` those before the last `close` and after the one before it, `in_a_row` those that
+    the last steps were.
+    """
+
+    def __init__(self, device: torch.device, skipped: int) -> None:
+        self.sums, self.counts = torch.zeros(SUMS, device=device), (0.0, 0.0, 0.0)
+        self.unread: list[tuple[tuple[float, float, float], Tensor]] = []
+        self.skipped, self.new, self.in_a_row = skipped, 0, 0
+        self.closed = skipped
+
+    def add(self, sums: Tensor, counts: tuple[float, float, float], taken: Tensor) -> None:
+        """One step: this rank's sums [SUMS], as `PretrainingModel` returns them; masked tokens, samples and
+        tokens of all ranks; `Engine.taken`."""
+        self.sums += torch.where(taken > 0, sums, 0.0)
+        self.unread.append((counts, taken))
+
+    def read(self) -> None:
+        """Brings `skipped` and `in_a_row` up to date. Waits for the device."""
+        if not self.unread:
+            return
+        flags = torch.stack([taken for _, taken in self.unread]).tolist()
+        for ((masked, samples, tokens), _), taken in zip(self.unread, flags, strict=True):
+            if taken:
+                all_masked, all_samples, all_tokens = self.counts
+                self.counts = all_masked + masked, all_samples + samples, all_tokens + tokens
+                self.in_a_row = 0
+            else:
+                self.skipped += 1
+                self.in_a_row += 1
+        self.unread.clear()
+
+    def close(self) -> tuple[Tensor, tuple[float, float, float]]:
+        """The sums and the counts since the last call; begins anew. Waits for the device."""
+        self.read()
+        self.new, self.closed = self.skipped - self.closed, self.skipped
+        sums, counts = self.sums, self.counts
+        self.sums, self.counts = torch.zeros_like(sums), (0.0, 0.0, 0.0)
+        return sums, counts
 
 
 class Journal:

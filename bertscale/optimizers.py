@@ -34,7 +34,13 @@ class WholeOptimizer(torch.optim.Optimizer):
     `lay_out` is called for each tensor that is to be updated, once DeepSpeed has made them. Groups carry
     `lr`, set before each step, `weight_decay`, `decays`, whether their kind of weights does, and
     `matrices`, whether they are orthogonalised. A step uses gradients up: it may leave its change in them.
+
+    `grad_scale` and `found_inf`, float32 0-dim, are those of torch's fused optimizers: gradients are divided
+    by the one, and where the other is 1, they are not finite and nothing changes. The host never reads them.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         super().__init__(groups, {"lr": config.learning_rate})
@@ -60,25 +66,33 @@ class WholeOptimizer(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
-            if tensors:
-                for tensor in tensors:
-                    first_moments(self.state[tensor], tensor, second=not group["matrices"])
-                self.update(group, tensors)
+            if not tensors:
+                continue
+            taken = torch.ones((), device=tensors[0].device)
+            if self.found_inf is not None and self.grad_scale is not None:
+                taken = 1 - self.found_inf
+                for tensor in tensors:  # what is left out becomes zero
+                    gradient_of(tensor).mul_(taken / self.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
+            for tensor in tensors:
+                first_moments(self.state[tensor], tensor, second=not group["matrices"])
+            self.update(group, tensors, taken)
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
+        """Where `taken`, float32 0-dim, is 0, gradients are, and nothing is to change; else it is 1."""
         raise NotImplementedError
 
-    def advance(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def advance(self, tensor: Tensor, taken: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Takes the gradient into both moments. Gives weight, gradient, and the moments without their bias
         towards zero, some values at a time; the gradient is the caller's to overwrite."""
         state, gradient = self.state[tensor], gradient_of(tensor)
         beta1, beta2 = self.config.beta1, self.config.beta2
-        state["step"] += 1
-        step = state["step"].double()  # in float32, 1 - beta2 ** 1 would have lost four digits
+        state["step"] += taken
+        step = state["step"].double().clamp(min=1)  # in float32, 1 - beta2 ** 1 would have lost four digits
         bias, bias_sq = 1 - beta1**step, 1 - beta2**step
+        keep, keep_sq = (torch.where(taken > 0, beta, 1.0) for beta in (beta1, beta2))
         for weight, part, mean, square in in_parts(tensor, gradient, state["exp_avg"], state["exp_avg_sq"]):
-            mean.lerp_(part, 1 - beta1)
-            square.mul_(beta2).addcmul_(part, part, value=1 - beta2)
+            mean.mul_(keep).add_(part, alpha=1 - beta1)
+            square.mul_(keep_sq).addcmul_(part, part, value=1 - beta2)
             yield weight, part, mean / bias, square / bias_sq
 
     def norms(self, tensors: list[Tensor], values: Sequence[list[Tensor]]) -> list[Tensor]:
@@ -151,12 +165,12 @@ class StableAdamW(WholeOptimizer):
     parameter, which is Adafactor's update clipping. As there the decay, too, is at that rate.
     """
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
         eps = self.config.eps
         changes, ratios = [], []
         for tensor in tensors:
             ratios.append(torch.empty_like(tensor))
-            parts = zip(self.advance(tensor), in_parts(ratios[-1]), strict=True)
+            parts = zip(self.advance(tensor, taken), in_parts(ratios[-1]), strict=True)
             for (_, gradient, mean, square), (ratio,) in parts:
                 root = square.sqrt_()
                 torch.div(gradient, root.clamp(min=eps), out=ratio)
@@ -166,7 +180,7 @@ class StableAdamW(WholeOptimizer):
         for tensor, change, (norm,) in zip(tensors, changes, norms, strict=True):
             change.add_(tensor, alpha=group["weight_decay"])
             self.scale(tensor, change, 1 / (norm / self.sizes[tensor].sqrt()).clamp(min=1.0))
-            tensor.sub_(change, alpha=group["lr"])
+            tensor.addcmul_(change, taken, value=-group["lr"])
 
 
 class Lamb(WholeOptimizer):
@@ -177,10 +191,10 @@ class Lamb(WholeOptimizer):
     not. As in the authors' code, biases and LayerNorms, which do not decay, take no such ratio.
     """
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
         changes = []
         for tensor in tensors:
-            for weight, gradient, mean, square in self.advance(tensor):
+            for weight, gradient, mean, square in self.advance(tensor, taken):
                 torch.div(mean, square.sqrt_().add_(self.config.eps), out=gradient)
                 gradient.add_(weight, alpha=group["weight_decay"])
             changes.append(gradient_of(tensor))
@@ -191,7 +205,7 @@ class Lamb(WholeOptimizer):
                 ratio = torch.where((weight > 0) & (size > 0), bounded / size, 1.0)
                 self.scale(tensor, change, ratio)
         for tensor, change in zip(tensors, changes, strict=True):
-            tensor.sub_(change, alpha=group["lr"])
+            tensor.addcmul_(change, taken, value=-group["lr"])
 
 
 class Muon(WholeOptimizer):
@@ -219,8 +233,8 @@ class Muon(WholeOptimizer):
         self.split, self.join, self.dtype = split, join, dtype
         self.trades: dict[Tensor, Trade] = {}
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
-        config = self.config
+    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
+        config, rate = self.config, group["lr"]
         states = [self.state[tensor] for tensor in tensors]
         gradients = [gradient_of(tensor) for tensor in tensors]
         if not group["matrices"]:
@@ -232,23 +246,24 @@ class Muon(WholeOptimizer):
                 [],
                 [state["step"] for state in states],
                 fused=True,
+                found_inf=1 - taken,
                 amsgrad=False,
                 beta1=config.beta1,
                 beta2=config.beta2,
-                lr=group["lr"],
+                lr=rate,
                 weight_decay=group["weight_decay"],
                 eps=config.eps,
                 maximize=False,
             )
             return
         for tensor, gradient, state in zip(tensors, gradients, states, strict=True):
-            state["step"] += 1
-            state["exp_avg"].lerp_(gradient, 1 - config.momentum)
+            state["step"] += taken
+            state["exp_avg"].lerp_(gradient, (1 - config.momentum) * taken)
             change = gradient.lerp(state["exp_avg"], config.momentum)
             if tensor not in self.trades:
                 self.trades[tensor] = Trade(self.layouts[tensor])
             self.trades[tensor].change_whole(change.view(-1), self.orthogonal)
-            tensor.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
+            tensor.mul_(1 - rate * group["weight_decay"] * taken).addcmul_(change, taken, value=-rate)
 
     def orthogonal(self, name: str, momentum: Tensor) -> Tensor:
         """The update of the whole parameter `name` from its momentum, both [rows, columns]."""

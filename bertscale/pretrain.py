@@ -7,13 +7,11 @@ torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or be one of so
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from operator import add
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -29,7 +27,7 @@ from bertscale.device import choose_precision, local_device, peak_flops
 from bertscale.engine import Engine
 from bertscale.heartbeat import beat
 from bertscale.loader import Loader, MicroBatch
-from bertscale.metrics import Journal, Rate, brief, heldout_brief, means, result, weighted
+from bertscale.metrics import Journal, Rate, Tally, brief, heldout_brief, means, result, weighted
 from bertscale.mixture import Mixture, data_digest
 from bertscale.model import SUMS, PretrainingModel
 from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
@@ -40,6 +38,7 @@ from bertscale.schedule import FOREVER, Clock, Course
 from bertscale.shards import Dataset, Split, open_dataset, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
+MOST_SKIPPED = 10  # steps in a row whose gradient may be not finite
 STOPPED = 75  # exit code: stopped by a signal, saved, goes on when started again
 
 
@@ -93,8 +92,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     precision = f"{dtype}".removeprefix("torch.")
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, course):
         ranks.say(line)
-    totals = torch.zeros(SUMS, device=ranks.device)  # sums since the last log point, left on the device
-    seen: tuple[float, ...] = (0.0, 0.0, 0.0)  # likewise: masked tokens, samples, tokens of all ranks
+    tally = Tally(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     last = False  # whether this step is the last of the budget
 
@@ -111,6 +109,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             last = course.over(step + 1, after)
             lr = course.learning_rate(step, now)
             counts = masked, float(course.batch(step)[1]), tokens
+            totals = torch.zeros(SUMS, device=ranks.device)
             for micro_step, batch in enumerate(micro_batches):
                 seed_dropout(engine.model.parallel, train.seed, step, micro_step, ranks)
                 sums = forward(engine, batch.to(ranks.device))
@@ -123,24 +122,25 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             clock.stepped()
             done = step + 1
             beat(done)
-            seen = tuple(map(add, seen, counts))
+            tally.add(totals, counts, engine.taken)
 
             if done % train.log_every == 0 or done == start + 1 or last:
-                figures = means("train", config, totals, seen, ranks)  # waits
-                figures |= {"train/learning_rate": lr, "train/gradient_norm": engine.gradient_norm()}
-                figures |= rate.close(ranks, warming_up=done == start + 1)
-                figures["speed/data_wait_seconds"] = loader.data_wait
-                figures |= epochs(config, loader, done)
-                if not math.isfinite(figures["train/loss"]):
-                    raise UserError(
-                        f"the loss is {figures['train/loss']} at step {done}; the last checkpoint is of "
-                        f"step {saved}: go on from it with a lower optimizer.learning_rate"
-                    )
-                totals.zero_()
-                seen = (0.0, 0.0, 0.0)
-                if journal:
-                    journal.write(done, figures)
-                progress.advance(done - progress.done, **brief(figures))
+                totals, seen = tally.close()  # waits
+                if tally.new:
+                    progress.say(skipped(tally, done, saved))
+                figures = rate.close(ranks, warming_up=done == start + 1)
+                facts: dict[str, str] = {}
+                if any(seen):
+                    figures |= means("train", config, totals, seen, ranks)
+                    figures |= {"train/learning_rate": lr, "train/skipped_steps": tally.skipped}
+                    if not tally.in_a_row:
+                        figures["train/gradient_norm"] = engine.gradient_norm()
+                    figures["speed/data_wait_seconds"] = loader.data_wait
+                    figures |= epochs(config, loader, done)
+                    facts |= brief(figures)
+                    if journal:
+                        journal.write(done, figures)
+                progress.advance(done - progress.done, **facts)
             if done % train.eval_every == 0 or last:
                 figures = evaluate(engine, heldout, train.eval_samples, ranks, done)
                 if journal:
@@ -148,14 +148,12 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 progress.say(f"step {done}: held-out {heldout_brief(figures)}")
                 rate.restart()
             if last and first:  # before the checkpoint that makes the run a finished one
-                facts = {"parameters": engine.num_parameters(), "precision": precision}
-                write_json(
-                    run / "result.json", {**result(run), **rate.overall(), **facts, "peak_flops": peak}
-                )
+                size = {"parameters": engine.num_parameters(), "precision": precision}
+                write_json(run / "result.json", {**result(run), **rate.overall(), **size, "peak_flops": peak})
             if done % train.save_every == 0 or last:
                 # A budget in hours is spent when its last step is likely to pass it.
                 spent = (course.seconds or 0.0) if last else 0.0
-                save(engine, done, data, course, max(clock.elapsed(), spent))
+                save(engine, done, data, course, max(clock.elapsed(), spent), tally)
                 saved = done
                 rate.restart()
             if last:
@@ -163,7 +161,7 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
     if not last:  # a signal came
         if saved < done:
-            save(engine, done, data, course, clock.elapsed())
+            save(engine, done, data, course, clock.elapsed(), tally)
         ranks.say(f"stopped after step {done} of {course.text}; everything until there is saved")
         return STOPPED
     if journal:
@@ -284,13 +282,32 @@ def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: i
     return means("heldout", engine.config, totals, counts, ranks)
 
 
-def save(engine: Engine, step: int, data: list[Dataset], course: Course, elapsed: float) -> None:
+def skipped(tally: Tally, done: int, saved: int) -> str:
+    """What to say at step `done` of the steps that were skipped since the last log point.
+
+    Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
+    """
+    if tally.in_a_row >= min(MOST_SKIPPED, done):
+        remedy = f"go on from the checkpoint of step {saved}" if saved else "nothing is saved, start again"
+        times = f", {tally.in_a_row} times in a row" if tally.in_a_row > 1 else ""
+        raise UserError(
+            f"step {done}: the gradient was not finite{times}; {remedy} with a lower optimizer.learning_rate"
+        )
+    steps = "a step" if tally.new == 1 else f"{tally.new:,} steps"
+    return f"step {done}: skipped {steps} whose gradient was not finite ({tally.skipped:,} in all)"
+
+
+def save(
+    engine: Engine, step: int, data: list[Dataset], course: Course, elapsed: float, tally: Tally
+) -> None:
     """A checkpoint of `step`, reached after `elapsed` seconds; older ones past train.keep_checkpoints go."""
     config = engine.config
+    tally.read()
     run = Path(config.run)
     facts = {
         "step": step,
         "samples_consumed": course.batch(step)[0],
+        "skipped_steps": tally.skipped,
         "elapsed_seconds": elapsed,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
