@@ -62,6 +62,8 @@ from bertscale.parallel import (  # noqa: E402
 # It warns of optimizers that it does not know; ours are tested under each of its stages.
 deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS += [StableAdamW, Lamb, Muon]
 
+BUCKET = 40_000_000  # gradients that travel together: megatron-core's least; DeepSpeed's is a whole BERT
+
 
 def deepspeed_config(
     config: PretrainConfig, ranks: Ranks, dtype: torch.dtype, *, clips: bool
@@ -76,7 +78,13 @@ def deepspeed_config(
         "gradient_accumulation_steps": train.global_batch // (micro * ranks.data),
         "gradient_clipping": config.optimizer.gradient_clipping if clips else 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": clips},
-        "zero_optimization": {"stage": stage, "compute_grad_norm": clips or stage == 0},
+        "zero_optimization": {
+            "stage": stage,
+            "compute_grad_norm": clips or stage == 0,
+            # The backward pass goes on while gradients travel, some of them at a time.
+            "overlap_comm": stage > 0 and ranks.data > 1,
+            "reduce_bucket_size": BUCKET,
+        },
         "steps_per_print": 2**62,
     }
 

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.slow
 TOPOLOGIES = [(1, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 3), (2, 2, 1), (4, 1, 3)]
 
 
-def train_each(data: str, folder: str, topologies: list[list[int]]) -> list[Any]:
+def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int | None = None) -> list[Any]:
     """Runs on each rank: one short training for each topology; the figures of its steps."""
+    from bertscale import engine
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
@@ -25,8 +26,9 @@ def train_each(data: str, folder: str, topologies: list[list[int]]) -> list[Any]
 
     results = []
     for tensor, size, stage in topologies:
-        run = Path(folder) / f"t{tensor}-d{size}-z{stage}"
+        run = Path(folder) / f"t{tensor}-d{size}-z{stage}-{bucket}"
         run.mkdir(exist_ok=True)
+        engine.BUCKET = bucket or engine.BUCKET
         config = pretrain_config(
             data,
             run,
@@ -72,6 +74,18 @@ def test_losses_and_gradient_norms_are_those_of_the_dense_run(
     assert dense[:, 2].min() > 0.4  # the clipping, at 0.4, takes part
     sharded = torch.tensor(figures[topology], dtype=torch.float64)
     torch.testing.assert_close(sharded, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_that_travel_while_others_are_computed(
+    figures: dict[tuple[int, int, int], Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    """In more than one part, and parameters larger than a part: of 3,000 gradients, a layer has 8,500."""
+    topologies = [(1, 4, 1), (1, 4, 2), (2, 2, 1), (2, 2, 2), (1, 4, 3)]
+    arguments: dict[str, Any] = {"data": str(tiny_data), "folder": str(tmp_path), "topologies": topologies}
+    results = run_ranks(__file__, "train_each", world=4, bucket=3000, **arguments)
+    dense = torch.tensor(figures[1, 1, 0], dtype=torch.float64)
+    for found in results[0]:
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), dense, rtol=1e-5, atol=1e-5)
 
 
 def dropout_draws() -> dict[str, Any]:
