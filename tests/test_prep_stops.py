@@ -281,7 +281,7 @@ def test_input_that_vanishes(corpus: Path, tmp_path: Path, split_bytes: int) -> 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda path: path.open("a").write("more\n"),
+        lambda path: path.write_text(path.read_text() + "more\n"),
         lambda path: path.write_bytes(path.read_bytes().replace(b" the ", b" THE ")),
     ],
 )
