@@ -18,22 +18,23 @@ from bertscale.parallel import Ranks, tensor_parallel_dimension
 def whole_norm(pieces: Iterable[tuple[str, Tensor]], ranks: Ranks, *, sharded: bool) -> Tensor:
     """Norm of the whole gradient, float32, 0-dim, from this rank's pieces of it: (parameter, gradient).
 
-    Shares of tensor ranks add up; what every one of them holds whole counts on the first. `sharded`: data
-    ranks hold different pieces, not the same.
+    Shares of tensor ranks add up; what every one of them holds whole counts on the first, but must be finite
+    on each: else the norm is infinite. `sharded`: data ranks hold different pieces, not the same.
     """
-    own = [
-        piece
-        for name, piece in pieces
+    parts = dict(pieces)
+    norms = torch._foreach_norm(list(parts.values()), 2, torch.float32) if parts else ()
+    counted = [
+        norm
+        for name, norm in zip(parts, norms, strict=True)
         if ranks.tensor_rank == 0 or tensor_parallel_dimension(name) is not None
     ]
-    squares = torch.zeros((), device=ranks.device)
-    if own:
-        squares = torch.stack(torch._foreach_norm(own, 2, torch.float32)).square().sum()
+    nothing = torch.zeros((), device=ranks.device)
+    squares = torch.stack([torch.stack([nothing, *some]).square().sum() for some in (counted, norms)])
     if sharded and ranks.data > 1:
         dist.all_reduce(squares, group=ranks.data_group)
     if ranks.tensor > 1:
         dist.all_reduce(squares, group=ranks.tensor_group)
-    return squares.sqrt()
+    return torch.where(squares[1].isfinite(), squares[0].sqrt(), torch.inf)
 
 
 def set_clipping(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float) -> Tensor:

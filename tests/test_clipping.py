@@ -87,8 +87,8 @@ def prescribe(name: str, shape: list[int], kind: list[str], ranks: Any) -> Any:
     def replace(found: Tensor) -> Tensor:
         draw = torch.Generator().manual_seed(derive_seed(name, kind[0]))
         whole = torch.randn(*shape, generator=draw) * 0.01
-        # One value of one parameter on one rank.
-        if kind == ["bad"] and ranks.rank == 1 and name.endswith("1.feed_forward.dense.weight"):
+        # One value of one parameter on one rank, which tensor ranks hold whole.
+        if kind == ["bad"] and ranks.rank == 1 and name.endswith("1.feed_forward.dense.bias"):
             whole.view(-1)[-1] = math.inf
         return take_share(whole, name, ranks.tensor, ranks.tensor_rank).to(found.dtype)
 
