@@ -89,8 +89,7 @@ def _run(rank: int, attempt: Path, command: list[str], log: Path, file: IO[bytes
     copier = threading.Thread(target=_copy, args=(child.stdout, file), daemon=True)
     copier.start()
     code = child.wait()
-    # Those that lose a killed rank may say so before this process hears of its death.
-    died = time.time() - (0.1 if code == -signal.SIGKILL else 0)
+    died = time.time()
     signal.alarm(0)
     copier.join(timeout=1)  # a process that the rank left behind may hold the pipe open
     return describe_exit(rank, _node(), code, died, reading, log)

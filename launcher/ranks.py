@@ -25,6 +25,7 @@ from typing import Any
 from bertscale.errors import UserError
 
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: try again
+LATE_SECONDS = 0.5  # those that lose a killed rank may say so before its parent hears of its death
 LOG_LINES = 15  # of a rank that died without a word
 REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, whatever the language
 
@@ -180,6 +181,7 @@ def describe_exit(rank: int, node: str, code: int, died: float, pipe: int, log: 
     if code in (0, STOPPED_AND_SAVED):
         return Exit(rank, node, code, died, reason)
     if code == -signal.SIGKILL:
+        died -= LATE_SECONDS
         reason += " (by a person, or by the kernel when memory ran out: `dmesg` tells)"
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
