@@ -43,17 +43,18 @@ import transformers
 import yaml
 from torch.utils.data import Dataset as TorchDataset
 
+from bertscale.batch_stages import batch_stages
 from bertscale.checkpoint import step_folders
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
 from bertscale.convert import native_model, open_weights
 from bertscale.device import choose_precision, local_device
-from bertscale.loader import Loader, MicroBatch
+from bertscale.loader import Loader
 from bertscale.machine import processor
 from bertscale.masking import Ints
+from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture
 from bertscale.names import hugging_face_config
-from bertscale.pretrain import forward
-from bertscale.schedule import Clock, Course
+from bertscale.schedule import Clock, TrainingSchedule
 from bertscale.shards import Dataset, Split, open_dataset, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
@@ -262,8 +263,8 @@ def heldout_loss(weights: Path, heldout: list[MicroBatch]) -> tuple[float, float
     model = native_model(open_weights(weights))
     loss = right = 0.0
     for b in heldout:
-        sums = forward(model, b)
-        loss, right = loss + float(sums[0]), right + float(sums[3])
+        sums = model(b)
+        loss, right = loss + float(sums.mlm), right + float(sums.mlm_correct)
     masked = sum(len(batch.targets) for batch in heldout)
     return loss / masked, right / masked
 
@@ -319,8 +320,8 @@ class Rows(TorchDataset[dict[str, Any]]):
 class ByTheClock(transformers.TrainerCallback):  # type: ignore[misc]
     """The clock and the learning rates of `bertscale pretrain`, for Trainer."""
 
-    def __init__(self, course: Course) -> None:
-        self.course = course
+    def __init__(self, schedule: TrainingSchedule) -> None:
+        self.schedule = schedule
         self.last = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -328,9 +329,9 @@ class ByTheClock(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         now, after = self.clock.step()
-        self.last = self.course.over(state.global_step + 1, after)
+        self.last = self.schedule.over(state.global_step + 1, after)
         for group in parts["optimizer"].param_groups:
-            group["lr"] = self.course.learning_rate(state.global_step, now)
+            group["lr"] = self.schedule.learning_rate(state.global_step, now)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.clock.stepped()
@@ -373,6 +374,7 @@ def train_theirs(folder: Path) -> None:
         disable_tqdm=True,
         seed=train.seed,
     )
+    stages = batch_stages([], train.global_batch, [(0, float(LENGTH))])
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
@@ -380,7 +382,7 @@ def train_theirs(folder: Path) -> None:
         data_collator=transformers.DataCollatorForLanguageModeling(
             fast, mlm_probability=config.samples.mask_rate
         ),
-        callbacks=[ByTheClock(Course(config, [(0, float(LENGTH))]))],
+        callbacks=[ByTheClock(TrainingSchedule(config, stages))],
     )
     trainer.train()
     partial = folder / "theirs.partial"

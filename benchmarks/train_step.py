@@ -39,8 +39,9 @@ from torch.nn import functional as F
 from bertscale.config import PretrainConfig
 from bertscale.device import choose_precision, measured_peak
 from bertscale.engine import Engine
-from bertscale.loader import Loader, MicroBatch
+from bertscale.loader import Loader
 from bertscale.metrics import Rate
+from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture
 from bertscale.model import padded_vocab_size
 from bertscale.parallel import Ranks, start_ranks

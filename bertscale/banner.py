@@ -7,7 +7,7 @@ from bertscale.device import describe
 from bertscale.loader import Loader
 from bertscale.parallel import Ranks
 from bertscale.progress import show_count
-from bertscale.schedule import Course
+from bertscale.schedule import TrainingSchedule
 from bertscale.shards import Dataset
 
 
@@ -20,38 +20,38 @@ def banner(
     reason: str,
     peak: float,
     start: int,
-    course: Course,
+    schedule: TrainingSchedule,
 ) -> list[str]:
     """What a person wants to know before a long run, in a few lines."""
     sizes = config.model
     lines = [
         f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}; "
         f"{precision} ({reason})",
-        *data_lines(config, data, loader, start, course),
+        *data_lines(config, data, loader, start, schedule),
         f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
         f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
         f"{show_count(peak)} FLOP/s at most together",
         f"watch     tensorboard --logdir {config.run}/tensorboard",
     ]
     if start:
-        lines.append(f"resumed   from step {start} of {course.text}")
+        lines.append(f"resumed   from step {start} of {schedule.text}")
     return lines
 
 
 def data_lines(
-    config: PretrainConfig, data: list[Dataset], loader: Loader, start: int, course: Course
+    config: PretrainConfig, data: list[Dataset], loader: Loader, start: int, schedule: TrainingSchedule
 ) -> list[str]:
     """Size of each corpus, how often it will be gone through, and what of it makes no sample."""
     mixture, kind = loader.mixture, config.samples.kind
     name = {"nsp": "NSP pairs", "sop": "SOP pairs", "document": "samples", "packed": "packed samples"}[kind]
-    before, behind = mixture.epochs(start), mixture.epochs(course.steps or start)
+    before, behind = mixture.epochs(start), mixture.epochs(schedule.steps or start)
     lines = []
     for number, (one, plan) in enumerate(zip(data, mixture.stages[-1].plans, strict=True)):
         share = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
         lines.append(
             f"{'' if number else 'data':<10}{show_count(one.num_tokens)} tokens, {one.num_documents:,} "
             f"documents, {plan.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
-            + (f"{behind[number] - before[number]:.1f} epochs" if course.steps else course.text)
+            + (f"{behind[number] - before[number]:.1f} epochs" if schedule.steps else schedule.text)
             + " to go"
             + (f"; {one.folder}, {share:.1%} of the samples" if len(data) > 1 else "")
         )

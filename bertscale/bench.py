@@ -32,8 +32,8 @@ from bertscale.device import (
     synchronize,
 )
 from bertscale.engine import Engine
-from bertscale.loader import MicroBatch
 from bertscale.metrics import Rate
+from bertscale.micro_batch import MicroBatch
 from bertscale.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.pretrain import make_loader
 from bertscale.progress import Progress, show_count

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError, check_config
+from bertscale.parallel import Ranks
 from bertscale.shards import file_digest
 from bertscale.tokenizer import load_tokenizer
 
@@ -73,6 +74,49 @@ def write_shard(folder: Path, name: str, pieces: Iterable[Piece]) -> dict[str, A
         "digest": file_digest(path),
         "pieces": {piece.name: [piece.start, piece.states["weight"].numel()] for piece in kept},
     }
+
+
+def save_checkpoint(
+    final: Path, pieces: Iterable[Piece], table: dict[str, Any], tokenizer: Path, ranks: Ranks
+) -> None:
+    """Writes the checkpoint `final`, all ranks together, each its `pieces`; `table` is the first rank's.
+
+    Whatever fails on a rank, all of them learn of it before the folder gets its name: then it is removed, and
+    each of them raises UserError.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    failure: str | None = None
+    entry: dict[str, Any] = {}
+    if ranks.rank == 0:
+        failure = _attempt(lambda: shutil.copyfile(tokenizer, fresh_folder(final) / tokenizer.name))
+    ranks.barrier()  # the folder is there
+    if failure is None:
+
+        def write() -> None:
+            name = shard_name(ranks.tensor_rank, ranks.data_rank)
+            entry.update(write_shard(partial, name, pieces))
+            entry.update(tensor_rank=ranks.tensor_rank, data_rank=ranks.data_rank)
+
+        failure = _attempt(write)
+    reports: list[Any] = ranks.gather((failure, entry))
+    failure = next((text for text, _ in reports if text), None)
+    if failure is None and ranks.rank == 0:
+        whole = {"format": FORMAT, "has_moments": True, **table, "files": [file for _, file in reports]}
+        failure = _attempt(lambda: commit(partial, final, whole))
+    failure = ranks.broadcast(failure)
+    if failure:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {final}: {failure}; the ones before it are whole")
+
+
+def _attempt(work: Callable[[], object]) -> str | None:
+    """Does the work; an operating system's refusal comes back in words, so that all ranks can agree."""
+    try:
+        work()
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)
+    return None
 
 
 def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def set_clipping(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float)
     `WholeOptimizer`, divides gradients by, and where `found_inf` is 1 it changes nothing. Returns 1 if the
     step will take place and 0 if not, float32, 0-dim.
     """
-    taken = norm.isfinite().float()
+    applied = norm.isfinite().float()
     optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = 1 - taken  # type: ignore[attr-defined]
-    return taken
+    optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]
+    return applied

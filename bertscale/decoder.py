@@ -37,21 +37,21 @@ class TiedDecoder(nn.Module):
         self.bias = nn.Parameter(torch.empty(here))
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, chances: Tensor | None = None
+        self, hidden: Tensor, targets: Tensor, uniforms: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [P, H] and targets, ids [P] or -1 where nothing is predicted -> the sum of the losses
         and the number of right ones, float32 scalars, and an id for each position [P]: drawn from the
-        prediction by `chances` [P], float64 in (0, 1), or without them the target."""
-        shared = self.layers.fan_out(hidden)
+        prediction by `uniforms` [P], float64 in (0, 1), or without them the target."""
+        shared = self.layers.copy_to_tensor_parallel(hidden)
         learns = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         outputs: tuple[Tensor, Tensor, Tensor] = _Predict.apply(  # type: ignore[no-untyped-call]
-            shared, self.weight, self.bias, self.layers, self.real, targets, chances, learns
+            shared, self.weight, self.bias, self.layers, self.real, targets, uniforms, learns
         )
         return outputs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[P, H] -> [P, V], all at once."""
-        return _project(self.layers.fan_out(hidden), self.weight, self.bias, self.real)
+        return _project(self.layers.copy_to_tensor_parallel(hidden), self.weight, self.bias, self.real)
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor, real: int) -> Tensor:
@@ -74,20 +74,20 @@ class _Predict(torch.autograd.Function):
         layers: Layers,
         real: int,
         targets: Tensor,
-        chances: Tensor | None,
+        uniforms: Tensor | None,
         learns: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         valid = targets >= 0
         targets = targets.clamp(min=0)
-        drawn = targets if chances is None else torch.empty_like(targets)
+        drawn = targets if uniforms is None else torch.empty_like(targets)
         loss, right = hidden.new_zeros(2, dtype=torch.float32).unbind()
         of_hidden = torch.empty_like(hidden)
         of_weight, of_bias = weight.new_zeros(()), bias.new_zeros(())
         for rows in _parts(hidden):
             logits = _project(hidden[rows], weight, bias, real)
             right = right + (layers.correct(logits, targets[rows]) & valid[rows]).sum()
-            if chances is not None:
-                drawn[rows] = layers.sample(logits, chances[rows])
+            if uniforms is not None:
+                drawn[rows] = layers.sample(logits, uniforms[rows])
             losses, gradient = layers.cross_entropy(logits, targets[rows])
             loss = loss + (losses * valid[rows]).sum()
             if not learns:

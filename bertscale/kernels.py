@@ -71,9 +71,9 @@ def rotation(positions: Tensor, longest: int, size: int, theta: float) -> Rotati
     return cosines[positions], sines[positions]
 
 
-def rotate(query_key_value: Tensor, turn: Rotation) -> Tensor:
+def rotate(query_key_value: Tensor, rotary: Rotation) -> Tensor:
     """[T, A, 3, D] with queries and keys turned: feature d of the first half with d of the second."""
-    turned: Tensor = _Rotate.apply(query_key_value, *turn)  # type: ignore[no-untyped-call]
+    turned: Tensor = _Rotate.apply(query_key_value, *rotary)  # type: ignore[no-untyped-call]
     return turned
 
 

@@ -63,7 +63,7 @@ class Layers:
         """Ids [T] -> [T, width]: each rank holds a share of the rows."""
         return Embedding(vocab_size, width)
 
-    def fan_out(self, hidden: Tensor) -> Tensor:
+    def copy_to_tensor_parallel(self, hidden: Tensor) -> Tensor:
         """Hidden states for a projection whose outputs are shared out: the ranks' gradients are summed."""
         return hidden
 
@@ -80,13 +80,13 @@ class Layers:
         return logits.gather(1, targets[:, None])[:, 0] >= logits.amax(dim=-1)
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, chances: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """An id for each position, int64 [P], drawn from the softmax of its logits [P, V].
 
-        By the inverse of the cumulated softmax at `chances` [P], float64, at least 0 and below 1.
+        By the inverse of the cumulated softmax at `uniforms` [P], float64, at least 0 and below 1.
         """
         highest, sums = running_sums(logits)
-        return place_of(logits, highest, sums, chances * sums[:, -1])
+        return place_of(logits, highest, sums, uniforms * sums[:, -1])
 
     def seed(self, shared: int, own: int) -> None:
         """Starts the random draws anew: from `shared`, equal on all ranks of a layer, those that they share,

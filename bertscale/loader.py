@@ -17,60 +17,22 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from bertscale.masking import Ints, draw_chances, mask_rules, mask_tokens, target_capacity
+from bertscale.masking import Ints, draw_uniforms, mask_rules, mask_tokens, target_capacity
+from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture, Stage
 from bertscale.samples import Pieces, check_batch, spread
 from bertscale.tokenizer import Tokenizer
 
 AHEAD = 4  # steps made ahead
 SLAB = 2**17  # tokens made together: enough to forget numpy's cost of a call, few enough for the caches
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """S samples, Q sequences `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]` laid end to end, without padding."""
-
-    tokens: Tensor  # int64 [T], masked input
-    token_types: Tensor  # int64 [T], 0 for [CLS] A [SEP], 1 for B [SEP]
-    positions: Tensor  # int64 [T], 0, 1, ... within each sequence
-    lengths: tuple[int, ...]  # Q sequence lengths in tokens, on the host; nothing attends beyond its own
-    target_positions: Tensor  # int64 [P], ascending, into tokens; P may be 0
-    targets: Tensor  # int64 [P], the original ids there
-    num_targets: int  # of the P; those behind them only fill up: position 0, id -1, nothing is predicted
-    next_sentence_label: Tensor | None  # int64 [S], 0 = B continues A, 1 = B is random, or swapped with A
-    chances: Tensor | None = None  # float64 [P], random in (0, 1); where a generator draws ids
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """On `device`; from pinned memory the copy runs beside the computation."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> MicroBatch:
-        """In page-locked memory; needs CUDA."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        label, chances = self.next_sentence_label, self.chances
-        return MicroBatch(
-            tokens=change(self.tokens),
-            token_types=change(self.token_types),
-            positions=change(self.positions),
-            lengths=self.lengths,
-            target_positions=change(self.target_positions),
-            targets=change(self.targets),
-            num_targets=self.num_targets,
-            next_sentence_label=None if label is None else change(label),
-            chances=None if chances is None else change(chances),
-        )
 
 
 class Loader:
@@ -151,9 +113,9 @@ class Loader:
         masked, places, targets = tokens, np.zeros(0, np.int64), np.zeros(0, np.int64)
         if self.masks:
             masked, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
-        chances = None
+        uniforms = None
         if self.draws:
-            chances = draw_chances(places, sizes, samples, self.seed)
+            uniforms = draw_uniforms(places, sizes, samples, self.seed)
         types = np.zeros(len(tokens), np.int64)
         if pieces.label is not None:
             types = np.repeat(pieces.kind, extents)
@@ -171,12 +133,12 @@ class Loader:
             target_edges = np.cumsum([0, *room])
             filled = spread(target_edges[:-1], num_targets)
             places, targets = _fill_up(places, filled, room, 0), _fill_up(targets, filled, room, -1)
-            chances = None if chances is None else _fill_up(chances, filled, room, 0.5)
+            uniforms = None if uniforms is None else _fill_up(uniforms, filled, room, 0.5)
         sequence_edges = np.searchsorted(sequence_start, token_edges)
         lengths = sequence_length.tolist()
         flat = [torch.from_numpy(values) for values in (masked, types, positions, places, targets)]
         labels = None if pieces.label is None else torch.from_numpy(pieces.label)
-        random = None if chances is None else torch.from_numpy(chances)
+        random = None if uniforms is None else torch.from_numpy(uniforms)
         batches = []
         cuts = zip(*(e.tolist() for e in (edges, token_edges, target_edges, sequence_edges)), strict=True)
         row, token, target, sequence = next(cuts)
@@ -193,7 +155,7 @@ class Loader:
                     targets=flat[4][target:target_end],
                     num_targets=real,
                     next_sentence_label=None if labels is None else labels[row:row_end],
-                    chances=None if random is None else random[target:target_end],
+                    uniforms=None if random is None else random[target:target_end],
                 )
             )
             row, token, target, sequence = row_end, token_end, target_end, sequence_end

@@ -163,8 +163,8 @@ def mask_rules(
     elif starts_word.shape != (vocab_size,):
         raise ValueError(f"starts_word has shape {starts_word.shape}, not ({vocab_size},)")
     decided = 2**32 * mask_rate if unit == "token" else 2**32
-    chances = (1 - span_p) ** np.arange(span_max)  # of 1, 2, ... words, up to a factor
-    longer = np.append(np.cumsum(chances[::-1])[::-1] / chances.sum(), 0.0)
+    probabilities = (1 - span_p) ** np.arange(span_max)  # of 1, 2, ... words, up to a factor
+    longer = np.append(np.cumsum(probabilities[::-1])[::-1] / probabilities.sum(), 0.0)
     return MaskRules(
         special=special,
         ordinary=np.flatnonzero(~special),
@@ -223,7 +223,7 @@ def mask_tokens(
     return masked, place, tokens[place]
 
 
-def draw_chances(places: Ints, lengths: Ints, samples: Ints, seed: int) -> npt.NDArray[np.float64]:
+def draw_uniforms(places: Ints, lengths: Ints, samples: Ints, seed: int) -> npt.NDArray[np.float64]:
     """A number above 0 and below 1 for each place [P], by which replaced-token detection draws an id.
 
     `places` count in samples laid end to end, of `lengths` [S] and numbers `samples` [S]; a number depends

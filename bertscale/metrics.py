@@ -6,16 +6,18 @@ tensorboard --logdir RUN/tensorboard
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertscale.config import PAIRS, ModelConfig, ObjectivesConfig, PretrainConfig
-from bertscale.model import SUMS, attended_pairs, model_flops_per_token
+from bertscale.config import PAIRS, ModelConfig
+from bertscale.model import LossSums, attended_pairs, model_flops_per_token
+from bertscale.objectives import Counts
 from bertscale.parallel import Ranks
 from bertscale.progress import show_count
 
@@ -43,8 +45,9 @@ class Rate:
 
     def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
         """Rates of the stretch over all ranks; one that warms up is left out of `overall`."""
-        sums = ranks.sum(self.tokens, self.pairs, self.local_pairs, self.masked)
-        tokens, pairs, local, masked = (value / ranks.tensor for value in sums)
+        tokens, pairs, local, masked = ranks.sum_over_data(
+            self.tokens, self.pairs, self.local_pairs, self.masked
+        )
         seconds = time.perf_counter() - self.began
         flops = tokens * model_flops_per_token(
             self.model, self.vocab_size, pairs / tokens, masked / tokens, local / tokens
@@ -68,51 +71,49 @@ class Rate:
         }
 
 
-class Tally:
+class LossAccumulator:
     """Sums of the losses of the steps since the last log point, left on the device until then.
 
     A step that was skipped, for its gradient was not finite, has no part in them. `skipped` counts such steps
-    of the whole run, `new` those before the last `close` and after the one before it, `in_a_row` those that
-    the last steps were.
+    of the whole run, `newly_skipped` those between the last two calls of `close`, `in_a_row` those that the
+    last steps were.
     """
 
     def __init__(self, device: torch.device, skipped: int) -> None:
-        self.sums, self.counts = torch.zeros(SUMS, device=device), (0.0, 0.0, 0.0)
-        self.unread: list[tuple[tuple[float, float, float], Tensor]] = []
-        self.skipped, self.new, self.in_a_row = skipped, 0, 0
-        self.closed = skipped
+        self.sums, self.counts = torch.zeros(len(LossSums._fields), device=device), Counts(0, 0, 0)
+        self.unread: list[tuple[Counts, Tensor]] = []
+        self.skipped, self.newly_skipped, self.in_a_row = skipped, 0, 0
+        self.skipped_at_close = skipped
 
-    def add(self, sums: Tensor, counts: tuple[float, float, float], taken: Tensor) -> None:
-        """One step: this rank's sums [SUMS], as `PretrainingModel` returns them; masked tokens, samples and
-        tokens of all ranks; `Engine.taken`."""
-        self.sums += torch.where(taken > 0, sums, 0.0)
-        self.unread.append((counts, taken))
+    def add(self, sums: LossSums, counts: Counts, step_applied: Tensor) -> None:
+        """Adds a step: this rank's sums, what they are to be divided by, and `Engine.step_applied`."""
+        self.sums += torch.where(step_applied > 0, torch.stack(sums), 0.0)
+        self.unread.append((counts, step_applied))
 
     def read(self) -> None:
         """Brings `skipped` and `in_a_row` up to date. Waits for the device."""
         if not self.unread:
             return
-        flags = torch.stack([taken for _, taken in self.unread]).tolist()
-        for ((masked, samples, tokens), _), taken in zip(self.unread, flags, strict=True):
-            if taken:
-                all_masked, all_samples, all_tokens = self.counts
-                self.counts = all_masked + masked, all_samples + samples, all_tokens + tokens
+        flags = torch.stack([applied for _, applied in self.unread]).tolist()
+        for (counts, _), applied in zip(self.unread, flags, strict=True):
+            if applied:
+                self.counts = Counts(*map(operator.add, self.counts, counts))
                 self.in_a_row = 0
             else:
                 self.skipped += 1
                 self.in_a_row += 1
         self.unread.clear()
 
-    def close(self) -> tuple[Tensor, tuple[float, float, float]]:
-        """The sums and the counts since the last call; begins anew. Waits for the device."""
+    def close(self) -> tuple[Tensor, Counts]:
+        """The sums and the counts since the last call, and starts again from zero. Waits for the device."""
         self.read()
-        self.new, self.closed = self.skipped - self.closed, self.skipped
+        self.newly_skipped, self.skipped_at_close = self.skipped - self.skipped_at_close, self.skipped
         sums, counts = self.sums, self.counts
-        self.sums, self.counts = torch.zeros_like(sums), (0.0, 0.0, 0.0)
+        self.sums, self.counts = torch.zeros_like(sums), Counts(0, 0, 0)
         return sums, counts
 
 
-class Journal:
+class MetricsWriter:
     """Writes one run's figures to metrics.jsonl and TensorBoard; rank 0 only.
 
     What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is
@@ -152,36 +153,6 @@ def read_journal(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
-
-
-Number = TypeVar("Number", float, Tensor)
-
-
-def weighted(objectives: ObjectivesConfig, sums: Sequence[Number], counts: Sequence[float]) -> Number:
-    """The loss that is trained, from the losses' sums over masked tokens, pairs and tokens that may be
-    replaced, and from the counts of these; 0 of 0 is 0."""
-    mlm, pairs, rtd = (total / (count or 1.0) for total, count in zip(sums[:3], counts, strict=True))
-    return objectives.mlm * mlm + objectives.pairs * pairs + objectives.rtd * rtd
-
-
-def means(
-    prefix: str, config: PretrainConfig, totals: Tensor, counts: Sequence[float], ranks: Ranks
-) -> dict[str, float]:
-    """Mean losses and accuracies from this rank's sums (as `PretrainingModel` returns them) and the counts
-    over all ranks of masked tokens, samples and tokens; those of an objective that is not trained are
-    missing."""
-    sums = [value / ranks.tensor for value in ranks.sum(*totals.tolist())]
-    figures = {f"{prefix}/loss": weighted(config.objectives, sums, counts)}
-    for name, loss, right, count in zip(config.trained, sums[:3], sums[3:6], counts, strict=True):
-        if name is not None:
-            figures |= {
-                f"{prefix}/{name}_loss": loss / (count or 1.0),
-                f"{prefix}/{name}_accuracy": right / (count or 1.0),
-            }
-    if "rtd" in config.trained:
-        found, replaced = sums[6:]
-        figures[f"{prefix}/rtd_recall"] = found / (replaced or 1.0)
-    return figures
 
 
 SECOND = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss

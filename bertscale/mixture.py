@@ -17,12 +17,12 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
+from bertscale.batch_stages import FOREVER, batch_of, batch_stages
 from bertscale.config import Corpus, SamplesConfig
 from bertscale.index import Peers
 from bertscale.masking import Ints
 from bertscale.order import permute, round_keys
 from bertscale.samples import Pieces, Plan
-from bertscale.schedule import FOREVER, BatchStage, batch_of, batch_stages
 from bertscale.shards import Dataset, check_tokenizers
 
 PERIOD = 1024  # samples; a superperiod is PERIOD periods
@@ -41,8 +41,9 @@ class Stage:
 class Mixture:
     """The samples of a run: of each stage, and of each corpus in it.
 
-    Steps have `global_batch` samples, or what `follow` says. Raises UserError where the corpora were not made
-    with one tokenizer.
+    Steps have `global_batch` samples. With `batch_warmup`, that of the config's `train`, the first ones may
+    have fewer, and the mean tokens of a sample, which `batches` then tell, are measured: [] is enough.
+    Raises UserError where the corpora were not made with one tokenizer.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Mixture:
         *,
         global_batch: int,
         seed: int,
+        batch_warmup: Sequence[tuple[float, int]] | None = None,
         peers: Peers | None = None,
     ) -> None:
         self.datasets, self.samples, self.global_batch, self.seed = datasets, samples, global_batch, seed
@@ -69,11 +71,10 @@ class Mixture:
             ]
             self.stages.append(Stage(step, length, plans))
             step += steps
-        self.follow(batch_stages([], global_batch, [(stage.first_step, 1.0) for stage in self.stages]))
-
-    def follow(self, batches: Sequence[BatchStage]) -> None:
-        """Gives the steps their samples; `batches` are cut wherever the length of samples changes."""
-        self.batches = batches
+        lengths = [(stage.first_step, 1.0) for stage in self.stages]
+        if batch_warmup is not None:
+            lengths = self.tokens_a_sample()
+        self.batches = batch_stages(batch_warmup or [], global_batch, lengths)
         for stage in self.stages:
             stage.first_sample = self.batch(stage.first_step)[0]
 

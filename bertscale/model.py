@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from bertscale.config import ModelConfig
 from bertscale.decoder import TiedDecoder
 from bertscale.kernels import Packing, Rotation, attend, rotate, rotation
 from bertscale.layers import Embedding, Layers, Linear, derive_seed
+from bertscale.micro_batch import MicroBatch
 
-SUMS = 8  # what a forward pass of `PretrainingModel` returns
 GRAPH_SIZES = 16  # numbers of tokens at most that CUDA graphs are recorded for
 VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
 
@@ -88,12 +88,12 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(self.probs_dropout if modern else config.hidden_dropout_prob)
         self.half_window = config.half_window if config.is_local(number) else None
 
-    def forward(self, hidden: Tensor, packing: Packing, turn: Rotation | None) -> Tensor:
+    def forward(self, hidden: Tensor, packing: Packing, rotary: Rotation | None) -> Tensor:
         inputs = hidden if self.norm_after else self.LayerNorm(hidden)
         projected = self.query_key_value(inputs)  # [T, H] -> [T, A 3 D]
         projected = projected.view(projected.shape[0], self.heads, 3, -1)  # -> [T, A, 3, D]
-        if turn is not None:
-            projected = rotate(projected, turn)
+        if rotary is not None:
+            projected = rotate(projected, rotary)
         if self.recompute and self.training:
             attended = self.layers.checkpoint(self.attend, projected, packing)
         else:
@@ -155,8 +155,8 @@ class Layer(nn.Module):
         self.attention = Attention(config, layers, number, recompute)
         self.feed_forward = FeedForward(config, layers)
 
-    def forward(self, hidden: Tensor, packing: Packing, turn: Rotation | None) -> Tensor:
-        attended: Tensor = self.feed_forward(self.attention(hidden, packing, turn))
+    def forward(self, hidden: Tensor, packing: Packing, rotary: Rotation | None) -> Tensor:
+        attended: Tensor = self.feed_forward(self.attention(hidden, packing, rotary))
         return attended
 
 
@@ -210,18 +210,18 @@ class Encoder(nn.Module):
             rest = extra % longest
             lengths = [*lengths, *[longest] * (extra // longest), *[rest] * (rest > 0)]
         packing = Packing.of(lengths, tokens.device, few_shapes=self.graphs)
-        turns = self.rotations(positions)
+        rotaries = self.rotations(positions)
         embedded = embed(tokens, token_types, positions)
         hidden = self.parallel.scatter(embedded if self.projection is None else self.projection(embedded))
         if self.graphs:
             # What the graphs of the last pass hold is free.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         for number, layer in enumerate(self.layers):
-            turn = turns[self.config.is_local(number)] if turns else None
+            rotary = rotaries[self.config.is_local(number)] if rotaries else None
             if self.recompute and self.training:
-                hidden = self.parallel.checkpoint(layer, hidden, packing, turn)
+                hidden = self.parallel.checkpoint(layer, hidden, packing, rotary)
             else:
-                hidden = layer(hidden, packing, turn)
+                hidden = layer(hidden, packing, rotary)
         if self.config.preset != "bert":
             hidden = self.LayerNorm(hidden)
         hidden = self.parallel.gather(hidden)
@@ -275,11 +275,11 @@ class Predictions(nn.Module):
         self.decoder = TiedDecoder(layers, vocab_size, padded_vocab_size(vocab_size))
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, chances: Tensor | None
+        self, hidden: Tensor, targets: Tensor, uniforms: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From hidden states [P, H] the sum of the losses of targets [P] and the number of right ones; with
-        `chances` an id for each of them [P], drawn from the prediction, else the originals."""
-        predicted: tuple[Tensor, Tensor, Tensor] = self.decoder(self.transform(hidden), targets, chances)
+        `uniforms` an id for each of them [P], drawn from the prediction, else the originals."""
+        predicted: tuple[Tensor, Tensor, Tensor] = self.decoder(self.transform(hidden), targets, uniforms)
         return predicted
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -319,6 +319,22 @@ def replace(
     return tokens.index_copy(0, target_positions, sampled), replaced
 
 
+class LossSums(NamedTuple):
+    """Sums over samples: losses, and how many predictions were right; float32 scalars on the device.
+
+    They are sums, not means, so that those of micro-batches and of ranks add up.
+    """
+
+    mlm: Tensor  # losses of the masked positions
+    pairs: Tensor  # losses of the sentence pairs
+    rtd: Tensor  # losses of the tokens that may be replaced ones
+    mlm_correct: Tensor
+    pairs_correct: Tensor
+    rtd_correct: Tensor
+    replaced_found: Tensor  # replaced tokens that were found to be so
+    replaced: Tensor  # replaced tokens
+
+
 class PretrainingModel(nn.Module):
     """Encoder with the masked-language head and, where the config has it, that of sentence pairs.
 
@@ -345,46 +361,35 @@ class PretrainingModel(nn.Module):
         self.seq_relationship = Linear(config.hidden_size, 2) if config.sentence_head else None
         self.detector = Detector(config) if small else None
 
-    def forward(
-        self,
-        tokens: Tensor,
-        token_types: Tensor,
-        positions: Tensor,
-        lengths: Sequence[int],
-        target_positions: Tensor,
-        targets: Tensor,
-        next_sentence_label: Tensor | None,
-        chances: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Sums over the micro-batch, float32 scalars (`SUMS` of them): the losses of P masked positions, of S
-        pairs and of T tokens that may be replaced ones, how many of each were predicted right, how many
-        tokens were replaced and were found, and how many were replaced.
+    def forward(self, batch: MicroBatch) -> LossSums:
+        """Sums of the losses over the micro-batch.
 
         Without labels, or without that head, a sample may hold several sequences, each with a length of
         its own; the pairs' sums are 0. So are those of replaced tokens without a generator, which draws an
-        id for each masked position by `chances` [P], float64 in (0, 1).
+        id for each mlm position by `uniforms` [P].
         The projection to the vocabulary runs on the P masked positions only.
         """
-        sample = token_types, positions, lengths
+        tokens, target_positions, targets = batch.tokens, batch.target_positions, batch.targets
+        sample = batch.token_types, batch.positions, batch.lengths
         if self.generator is None:
             hidden, pooled = self.encoder(tokens, *sample)
-            masked, masked_right, _ = self.predictions(F.embedding(target_positions, hidden), targets, None)
-            replaced = replaced_right = found = number = torch.zeros_like(masked_right)
+            mlm, mlm_correct, _ = self.predictions(F.embedding(target_positions, hidden), targets, None)
+            rtd = rtd_correct = replaced_found = replaced = torch.zeros_like(mlm_correct)
         else:
             assert self.detector is not None
-            assert chances is not None
+            assert batch.uniforms is not None
             guessed, _ = self.generator(tokens, *sample, self.encoder.embeddings)
-            masked, masked_right, sampled = self.predictions(
-                F.embedding(target_positions, guessed), targets, chances
+            mlm, mlm_correct, sampled = self.predictions(
+                F.embedding(target_positions, guessed), targets, batch.uniforms
             )
             tokens, is_replaced = replace(tokens, target_positions, targets, sampled)
             hidden, pooled = self.encoder(tokens, *sample)
             verdict = self.detector(hidden)  # [T]
-            replaced = F.binary_cross_entropy_with_logits(verdict, is_replaced.float(), reduction="sum")
-            replaced_right = ((verdict > 0) == is_replaced).sum().float()
-            found, number = ((verdict > 0) & is_replaced).sum().float(), is_replaced.sum().float()
-        relation, relation_right = self.relate(pooled, next_sentence_label, torch.zeros_like(masked_right))
-        return masked, relation, replaced, masked_right, relation_right, replaced_right, found, number
+            rtd = F.binary_cross_entropy_with_logits(verdict, is_replaced.float(), reduction="sum")
+            rtd_correct = ((verdict > 0) == is_replaced).sum().float()
+            replaced_found, replaced = ((verdict > 0) & is_replaced).sum().float(), is_replaced.sum().float()
+        pairs, pairs_correct = self.relate(pooled, batch.next_sentence_label, torch.zeros_like(mlm_correct))
+        return LossSums(mlm, pairs, rtd, mlm_correct, pairs_correct, rtd_correct, replaced_found, replaced)
 
     def relate(
         self, pooled: Tensor | None, next_sentence_label: Tensor | None, nothing: Tensor

@@ -68,28 +68,28 @@ class WholeOptimizer(torch.optim.Optimizer):
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
             if not tensors:
                 continue
-            taken = torch.ones((), device=tensors[0].device)
+            applied = torch.ones((), device=tensors[0].device)
             if self.found_inf is not None and self.grad_scale is not None:
-                taken = 1 - self.found_inf
+                applied = 1 - self.found_inf
                 for tensor in tensors:  # what is left out becomes zero
-                    gradient_of(tensor).mul_(taken / self.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
+                    gradient_of(tensor).mul_(applied / self.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
             for tensor in tensors:
                 first_moments(self.state[tensor], tensor, second=not group["matrices"])
-            self.update(group, tensors, taken)
+            self.update(group, tensors, applied)
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
-        """Where `taken`, float32 0-dim, is 0, gradients are, and nothing is to change; else it is 1."""
+    def update(self, group: dict[str, Any], tensors: list[Tensor], applied: Tensor) -> None:
+        """Where `applied`, float32 0-dim, is 0, gradients are, and nothing is to change; else it is 1."""
         raise NotImplementedError
 
-    def advance(self, tensor: Tensor, taken: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def advance(self, tensor: Tensor, applied: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Takes the gradient into both moments. Gives weight, gradient, and the moments without their bias
         towards zero, some values at a time; the gradient is the caller's to overwrite."""
         state, gradient = self.state[tensor], gradient_of(tensor)
         beta1, beta2 = self.config.beta1, self.config.beta2
-        state["step"] += taken
+        state["step"] += applied
         step = state["step"].double().clamp(min=1)  # in float32, 1 - beta2 ** 1 would have lost four digits
         bias, bias_sq = 1 - beta1**step, 1 - beta2**step
-        keep, keep_sq = (torch.where(taken > 0, beta, 1.0) for beta in (beta1, beta2))
+        keep, keep_sq = (torch.where(applied > 0, beta, 1.0) for beta in (beta1, beta2))
         for weight, part, mean, square in in_parts(tensor, gradient, state["exp_avg"], state["exp_avg_sq"]):
             mean.mul_(keep).add_(part, alpha=1 - beta1)
             square.mul_(keep_sq).addcmul_(part, part, value=1 - beta2)
@@ -165,12 +165,12 @@ class StableAdamW(WholeOptimizer):
     parameter, which is Adafactor's update clipping. As there the decay, too, is at that rate.
     """
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
+    def update(self, group: dict[str, Any], tensors: list[Tensor], applied: Tensor) -> None:
         eps = self.config.eps
         changes, ratios = [], []
         for tensor in tensors:
             ratios.append(torch.empty_like(tensor))
-            parts = zip(self.advance(tensor, taken), in_parts(ratios[-1]), strict=True)
+            parts = zip(self.advance(tensor, applied), in_parts(ratios[-1]), strict=True)
             for (_, gradient, mean, square), (ratio,) in parts:
                 root = square.sqrt_()
                 torch.div(gradient, root.clamp(min=eps), out=ratio)
@@ -180,7 +180,7 @@ class StableAdamW(WholeOptimizer):
         for tensor, change, (norm,) in zip(tensors, changes, norms, strict=True):
             change.add_(tensor, alpha=group["weight_decay"])
             self.scale(tensor, change, 1 / (norm / self.sizes[tensor].sqrt()).clamp(min=1.0))
-            tensor.addcmul_(change, taken, value=-group["lr"])
+            tensor.addcmul_(change, applied, value=-group["lr"])
 
 
 class Lamb(WholeOptimizer):
@@ -191,10 +191,10 @@ class Lamb(WholeOptimizer):
     not. As in the authors' code, biases and LayerNorms, which do not decay, take no such ratio.
     """
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
+    def update(self, group: dict[str, Any], tensors: list[Tensor], applied: Tensor) -> None:
         changes = []
         for tensor in tensors:
-            for weight, gradient, mean, square in self.advance(tensor, taken):
+            for weight, gradient, mean, square in self.advance(tensor, applied):
                 torch.div(mean, square.sqrt_().add_(self.config.eps), out=gradient)
                 gradient.add_(weight, alpha=group["weight_decay"])
             changes.append(gradient_of(tensor))
@@ -205,7 +205,7 @@ class Lamb(WholeOptimizer):
                 ratio = torch.where((weight > 0) & (size > 0), bounded / size, 1.0)
                 self.scale(tensor, change, ratio)
         for tensor, change in zip(tensors, changes, strict=True):
-            tensor.addcmul_(change, taken, value=-group["lr"])
+            tensor.addcmul_(change, applied, value=-group["lr"])
 
 
 class Muon(WholeOptimizer):
@@ -233,7 +233,7 @@ class Muon(WholeOptimizer):
         self.split, self.join, self.dtype = split, join, dtype
         self.trades: dict[Tensor, Trade] = {}
 
-    def update(self, group: dict[str, Any], tensors: list[Tensor], taken: Tensor) -> None:
+    def update(self, group: dict[str, Any], tensors: list[Tensor], applied: Tensor) -> None:
         config, rate = self.config, group["lr"]
         states = [self.state[tensor] for tensor in tensors]
         gradients = [gradient_of(tensor) for tensor in tensors]
@@ -246,7 +246,7 @@ class Muon(WholeOptimizer):
                 [],
                 [state["step"] for state in states],
                 fused=True,
-                found_inf=1 - taken,
+                found_inf=1 - applied,
                 amsgrad=False,
                 beta1=config.beta1,
                 beta2=config.beta2,
@@ -257,13 +257,13 @@ class Muon(WholeOptimizer):
             )
             return
         for tensor, gradient, state in zip(tensors, gradients, states, strict=True):
-            state["step"] += taken
-            state["exp_avg"].lerp_(gradient, (1 - config.momentum) * taken)
+            state["step"] += applied
+            state["exp_avg"].lerp_(gradient, (1 - config.momentum) * applied)
             change = gradient.lerp(state["exp_avg"], config.momentum)
             if tensor not in self.trades:
                 self.trades[tensor] = Trade(self.layouts[tensor])
             self.trades[tensor].change_whole(change.view(-1), self.orthogonal)
-            tensor.mul_(1 - rate * group["weight_decay"] * taken).addcmul_(change, taken, value=-rate)
+            tensor.mul_(1 - rate * group["weight_decay"] * applied).addcmul_(change, applied, value=-rate)
 
     def orthogonal(self, name: str, momentum: Tensor) -> Tensor:
         """The update of the whole parameter `name` from its momentum, both [rows, columns]."""

@@ -82,6 +82,11 @@ class Ranks:
             dist.all_reduce(total)
         return [float(value) for value in total]
 
+    def sum_over_data(self, *values: float) -> list[float]:
+        """Sums host-side numbers over the data ranks. Tensor-parallel peers see the same samples: they count
+        as one, with their mean."""
+        return [total / self.tensor for total in self.sum(*values)]
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         box = [value]

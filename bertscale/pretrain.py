@@ -18,24 +18,26 @@ from typing import IO
 
 import torch
 import yaml
-from torch import Tensor
 
 from bertscale.banner import banner, epochs
-from bertscale.checkpoint import step_folders
+from bertscale.batch_stages import FOREVER
+from bertscale.checkpoint import save_checkpoint, step_folders
 from bertscale.config import PretrainConfig, UserError
 from bertscale.device import choose_precision, local_device, peak_flops
 from bertscale.engine import Engine
 from bertscale.heartbeat import beat
-from bertscale.loader import Loader, MicroBatch
-from bertscale.metrics import Journal, Rate, Tally, brief, heldout_brief, means, result, weighted
+from bertscale.loader import Loader
+from bertscale.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
 from bertscale.mixture import Mixture, data_digest
-from bertscale.model import SUMS, PretrainingModel
-from bertscale.parallel import Ranks, seed_dropout, start_ranks, stop_ranks
+from bertscale.model import LossSums
+from bertscale.objectives import Counts, mean_losses
+from bertscale.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.progress import Progress
 from bertscale.resume import check_same_run, newest_sound
 from bertscale.samples import check_batches
-from bertscale.schedule import FOREVER, Clock, Course
+from bertscale.schedule import Clock, TrainingSchedule
 from bertscale.shards import Dataset, Split, open_dataset, write_json
+from bertscale.step import train_step
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 MOST_SKIPPED = 10  # steps in a row whose gradient may be not finite
@@ -53,107 +55,108 @@ def pretrain(config: PretrainConfig) -> int:
     ranks = start_ranks(config.parallel.tensor, device)
     try:
         with only_one(Path(config.run), ranks):
-            return _train(config, ranks, stop)
+            return train(config, ranks, stop)
     finally:
         stop_ranks()
 
 
-def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
-    train, run, first = config.train, Path(config.run), ranks.rank == 0
+def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
+    """The training loop of one rank, from the newest sound checkpoint to the end of the budget.
+
+    Returns 0 there, or 75 when a signal stopped it after a checkpoint. Raises UserError as `pretrain`.
+    """
+    # What is trained: data, schedule, checkpoint, model.
+    run, first = Path(config.run), ranks.rank == 0
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     check_batches(config, ranks.data)
     loader = make_loader(config, tokenizer, ranks, "train", data)
-    course = Course(config, loader.mixture.tokens_a_sample())
-    loader.mixture.follow(course.stages)
     heldout = make_loader(config, tokenizer, ranks, "validation")
-    dtype, reason = choose_precision(train.precision, ranks.device)
+    schedule = TrainingSchedule(config, loader.mixture.batches)
+    dtype, reason = choose_precision(config.train.precision, ranks.device)
+    precision = f"{dtype}".removeprefix("torch.")
 
     checkpoint = newest_sound(run, ranks)
     if checkpoint is not None:
-        check_same_run(checkpoint, config, data, course)
-        if course.over(checkpoint.step, checkpoint.elapsed_seconds):
-            ranks.say(f"already pretrained: {checkpoint.folder} is the last of {course.text}")
+        check_same_run(checkpoint, config, data, schedule)
+        if schedule.over(checkpoint.step, checkpoint.elapsed_seconds):
+            ranks.say(f"already pretrained: {checkpoint.folder} is the last of {schedule.text}")
             return 0
     start = saved = done = checkpoint.step if checkpoint else 0
     engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
     if checkpoint is not None:
         engine.resume(checkpoint)
     else:
-        engine.start(train.seed)
+        engine.start(config.train.seed)
 
+    # What is told of it.
     peak = ranks.sum(peak_flops(ranks.device, dtype))[0]
     rate = Rate(config.model, tokenizer.vocab_size, peak)
-    journal = Journal(run, start) if first else None
+    losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
+    clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
+    writer = MetricsWriter(run, start) if first else None
     if first:
         settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
         (run / "config.yaml").write_text(settings, encoding="utf-8")
         (run / "result.json").unlink(missing_ok=True)  # of a shorter budget
-    precision = f"{dtype}".removeprefix("torch.")
-    for line in banner(config, data, loader, ranks, precision, reason, peak, start, course):
+    for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
         ranks.say(line)
-    tally = Tally(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
-    clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     last = False  # whether this step is the last of the budget
 
-    with Progress("pretrain", course.steps, "steps", start=start, hidden=not first) as progress:
-        for step, micro_batches in loader.iterate(start, course.steps or FOREVER):
-            own_masked = sum(batch.num_targets for batch in micro_batches)
-            own_tokens = sum(len(batch.tokens) for batch in micro_batches)
-            now, after = clock.step() if first else (0.0, 0.0)  # the first rank's clock is the run's
-            masked, tokens, stopping, now, after = ranks.sum(
-                own_masked / ranks.tensor, own_tokens / ranks.tensor, float(stop.asked), now, after
+    with Progress("pretrain", schedule.steps, "steps", start=start, hidden=not first) as progress:
+        for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
+            # All that ranks must agree on, in one collective; the run's clock is the mean of theirs.
+            masked, tokens, stopping, *times = ranks.sum_over_data(
+                sum(batch.num_targets for batch in micro_batches),
+                sum(len(batch.tokens) for batch in micro_batches),
+                float(stop.asked),
+                *clock.step(),
             )
             if stopping:
                 break
-            last = course.over(step + 1, after)
-            lr = course.learning_rate(step, now)
-            counts = masked, float(course.batch(step)[1]), tokens
-            totals = torch.zeros(SUMS, device=ranks.device)
-            for micro_step, batch in enumerate(micro_batches):
-                seed_dropout(engine.model.parallel, train.seed, step, micro_step, ranks)
-                sums = forward(engine, batch.to(ranks.device))
-                loss = weighted(config.objectives, sums, counts)
-                # DeepSpeed takes the mean over the data ranks.
-                engine.backward(loss * ranks.data, last=micro_step == len(micro_batches) - 1)
-                engine.step(lr)
-                totals += torch.stack(sums).detach()
+            now, after = (total / ranks.data for total in times)
+            last = schedule.over(step + 1, after)
+            learning_rate = schedule.learning_rate(step, now)
+            counts = Counts(masked, schedule.batch(step)[1], tokens)
+
+            sums = train_step(engine, micro_batches, counts, step=step, learning_rate=learning_rate)
+            losses.add(sums, counts, engine.step_applied)
+            for batch in micro_batches:
                 rate.add(batch.lengths, batch.num_targets)
             clock.stepped()
             done = step + 1
             beat(done)
-            tally.add(totals, counts, engine.taken)
 
-            if done % train.log_every == 0 or done == start + 1 or last:
-                totals, seen = tally.close()  # waits
-                if tally.new:
-                    progress.say(skipped(tally, done, saved))
+            if done % config.train.log_every == 0 or done == start + 1 or last:
+                totals, seen = losses.close()  # waits for the device
+                if losses.newly_skipped:
+                    progress.say(skipped(losses, done, saved))
                 figures = rate.close(ranks, warming_up=done == start + 1)
                 facts: dict[str, str] = {}
                 if any(seen):
-                    figures |= means("train", config, totals, seen, ranks)
-                    figures |= {"train/learning_rate": lr, "train/skipped_steps": tally.skipped}
-                    if not tally.in_a_row:
+                    figures |= mean_losses("train", config, totals, seen, ranks)
+                    figures |= {"train/learning_rate": learning_rate, "train/skipped_steps": losses.skipped}
+                    if not losses.in_a_row:
                         figures["train/gradient_norm"] = engine.gradient_norm()
                     figures["speed/data_wait_seconds"] = loader.data_wait
                     figures |= epochs(config, loader, done)
                     facts |= brief(figures)
-                    if journal:
-                        journal.write(done, figures)
+                    if writer:
+                        writer.write(done, figures)
                 progress.advance(done - progress.done, **facts)
-            if done % train.eval_every == 0 or last:
-                figures = evaluate(engine, heldout, train.eval_samples, ranks, done)
-                if journal:
-                    journal.write(done, figures)
+            if done % config.train.eval_every == 0 or last:
+                figures = evaluate(engine, heldout, config.train.eval_samples, done)
+                if writer:
+                    writer.write(done, figures)
                 progress.say(f"step {done}: held-out {heldout_brief(figures)}")
                 rate.restart()
             if last and first:  # before the checkpoint that makes the run a finished one
                 size = {"parameters": engine.num_parameters(), "precision": precision}
                 write_json(run / "result.json", {**result(run), **rate.overall(), **size, "peak_flops": peak})
-            if done % train.save_every == 0 or last:
+            if done % config.train.save_every == 0 or last:
                 # A budget in hours is spent when its last step is likely to pass it.
-                spent = (course.seconds or 0.0) if last else 0.0
-                save(engine, done, data, course, max(clock.elapsed(), spent), tally)
+                spent = (schedule.seconds or 0.0) if last else 0.0
+                save(engine, done, data, schedule, max(clock.elapsed(), spent), losses)
                 saved = done
                 rate.restart()
             if last:
@@ -161,11 +164,11 @@ def _train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
     if not last:  # a signal came
         if saved < done:
-            save(engine, done, data, course, clock.elapsed(), tally)
-        ranks.say(f"stopped after step {done} of {course.text}; everything until there is saved")
+            save(engine, done, data, schedule, clock.elapsed(), losses)
+        ranks.say(f"stopped after step {done} of {schedule.text}; everything until there is saved")
         return STOPPED
-    if journal:
-        journal.close()
+    if writer:
+        writer.close()
     return 0
 
 
@@ -232,6 +235,7 @@ def make_loader(
         [corpus.weight for corpus in config.corpora],
         samples if training else samples.model_copy(update={"warmup": []}),
         global_batch=config.train.global_batch,
+        batch_warmup=config.train.batch_warmup if training else None,
         seed=config.train.seed if training else 0,
         peers=ranks,
     )
@@ -248,72 +252,69 @@ def make_loader(
     )
 
 
-def forward(model: Engine | PretrainingModel, batch: MicroBatch) -> tuple[Tensor, ...]:
-    """Sums of the micro-batch, as `PretrainingModel` returns them."""
-    outputs: tuple[Tensor, ...] = model(
-        batch.tokens,
-        batch.token_types,
-        batch.positions,
-        batch.lengths,
-        batch.target_positions,
-        batch.targets,
-        batch.next_sentence_label,
-        batch.chances,
-    )
-    return outputs
-
-
 @torch.no_grad()
-def evaluate(engine: Engine, loader: Loader, samples: int, ranks: Ranks, done: int) -> dict[str, float]:
+def evaluate(engine: Engine, loader: Loader, samples: int, done: int) -> dict[str, float]:
     """Mean losses and accuracies of held-out documents, always over the same masked samples."""
+    ranks = engine.ranks
     engine.model.eval()
-    totals = torch.zeros(SUMS, device=ranks.device)
+    totals = torch.zeros(len(LossSums._fields), device=ranks.device)
     masked = tokens = 0
     steps = max(1, samples // loader.global_batch)
     for step in range(steps):
         for batch in loader.step(step):
-            totals += torch.stack(forward(engine, batch.to(ranks.device)))
+            totals += torch.stack(engine(batch.to(ranks.device)))
             masked += batch.num_targets
             tokens += len(batch.tokens)
             beat(done)
     engine.model.train()
-    masked_of_all, tokens_of_all = ranks.sum(masked / ranks.tensor, tokens / ranks.tensor)
-    counts = masked_of_all, float(steps * loader.global_batch), tokens_of_all
-    return means("heldout", engine.config, totals, counts, ranks)
+    all_masked, all_tokens = ranks.sum_over_data(masked, tokens)
+    counts = Counts(all_masked, steps * loader.global_batch, all_tokens)
+    return mean_losses("heldout", engine.config, totals, counts, ranks)
 
 
-def skipped(tally: Tally, done: int, saved: int) -> str:
+def skipped(losses: LossAccumulator, done: int, saved: int) -> str:
     """What to say at step `done` of the steps that were skipped since the last log point.
 
     Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
     """
-    if tally.in_a_row >= min(MOST_SKIPPED, done):
+    if losses.in_a_row >= min(MOST_SKIPPED, done):
         remedy = f"go on from the checkpoint of step {saved}" if saved else "nothing is saved, start again"
-        times = f", {tally.in_a_row} times in a row" if tally.in_a_row > 1 else ""
+        times = f", {losses.in_a_row} times in a row" if losses.in_a_row > 1 else ""
         raise UserError(
             f"step {done}: the gradient was not finite{times}; {remedy} with a lower optimizer.learning_rate"
         )
-    steps = "a step" if tally.new == 1 else f"{tally.new:,} steps"
-    return f"step {done}: skipped {steps} whose gradient was not finite ({tally.skipped:,} in all)"
+    steps = "a step" if losses.newly_skipped == 1 else f"{losses.newly_skipped:,} steps"
+    return f"step {done}: skipped {steps} whose gradient was not finite ({losses.skipped:,} in all)"
 
 
 def save(
-    engine: Engine, step: int, data: list[Dataset], course: Course, elapsed: float, tally: Tally
+    engine: Engine,
+    step: int,
+    data: list[Dataset],
+    schedule: TrainingSchedule,
+    elapsed: float,
+    losses: LossAccumulator,
 ) -> None:
-    """A checkpoint of `step`, reached after `elapsed` seconds; older ones past train.keep_checkpoints go."""
+    """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes those that are too many."""
     config = engine.config
-    tally.read()
+    losses.read()
     run = Path(config.run)
     facts = {
         "step": step,
-        "samples_consumed": course.batch(step)[0],
-        "skipped_steps": tally.skipped,
+        "samples_consumed": schedule.batch(step)[0],
+        "skipped_steps": losses.skipped,
         "elapsed_seconds": elapsed,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
     }
     beat(step)
-    engine.save(run / "checkpoints" / f"step-{step:07d}", facts, data[0].tokenizer_path)
+    save_checkpoint(
+        run / "checkpoints" / f"step-{step:07d}",
+        engine.pieces_to_save(),
+        {**facts, **engine.table()},
+        data[0].tokenizer_path,
+        engine.ranks,
+    )
     beat(step)
     if engine.ranks.rank == 0:
         for folder in step_folders(run)[: -config.train.keep_checkpoints]:

@@ -8,7 +8,7 @@ from bertscale.checkpoint import Checkpoint, open_checkpoint, step_folders
 from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
 from bertscale.mixture import data_digest
 from bertscale.parallel import Ranks
-from bertscale.schedule import Course
+from bertscale.schedule import TrainingSchedule
 from bertscale.shards import Dataset
 
 
@@ -32,7 +32,7 @@ def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
 
 
 def check_same_run(
-    checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset], course: Course
+    checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset], schedule: TrainingSchedule
 ) -> None:
     """Refuses to go on with other data or with settings that would change what the steps before meant."""
     if checkpoint.table["data_digest"] != data_digest(data, config.corpora):
@@ -59,7 +59,7 @@ def check_same_run(
                 f"{section}.{key}={now[section][key]!r}, but {checkpoint.folder} was trained with "
                 f"{before[section].get(key)!r}; choose another run folder or give the old value"
             )
-    expected = course.batch(checkpoint.step)[0]
+    expected = schedule.batch(checkpoint.step)[0]
     if checkpoint.samples_consumed != expected:
         raise UserError(
             f"{checkpoint.folder} has taken {checkpoint.samples_consumed:,} samples in {checkpoint.step:,} "

@@ -1,8 +1,7 @@
-"""What changes in the course of a run: the learning rate and the size of a batch.
+"""The learning rate of each step, and when a run ends.
 
-A budget may be given in steps, tokens or hours. The learning rate takes a place in it, in the budget's own
-unit, so that one function serves all three. Tokens are turned into samples by the mean length of a sample,
-a fact of the data alone: which samples a step takes, and when the run ends, depend on its number only.
+A budget is given in steps, tokens or hours. The learning rate follows the share of it that is spent, in the
+budget's own unit, so that one function serves all three.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from bertscale.batch_stages import BatchStage, batch_of, steps_until, tokens_until
 from bertscale.config import OptimizerConfig, PretrainConfig
-
-FOREVER = 2**62  # steps
 
 
 def learning_rate(begin: float, end: float, total: float, config: OptimizerConfig) -> float:
@@ -46,76 +43,18 @@ def learning_rate(begin: float, end: float, total: float, config: OptimizerConfi
     return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * share)
 
 
-class BatchStage(NamedTuple):
-    """From `first_step` on, when `first_sample` samples and `first_token` tokens are done, steps have `size`
-    samples, of `sample_tokens` tokens in the mean."""
+class TrainingSchedule:
+    """The batch and the learning rate of each step of a run, and when it ends.
 
-    first_step: int
-    first_sample: int
-    size: int
-    first_token: float
-    sample_tokens: float
-
-
-def batch_stages(
-    warmup: Sequence[tuple[float, int]], global_batch: int, lengths: Sequence[tuple[int, float]]
-) -> list[BatchStage]:
-    """The stages of `train.batch_warmup` and, at the end, that of `global_batch`.
-
-    `lengths` are first steps, from 0 up, and the mean tokens of a sample from there on; a stage in which
-    that changes becomes two. A stage of the warm-up ends with the first step that has brought the run to its
-    number of tokens, which may be less than one step away from the stage's begin: each has one step at least.
-    """
-    stages = []
-    step, sample, token = 0, 0, 0.0
-    for until, size in [*warmup, (None, global_batch)]:
-        enough = count = 0
-        while count == 0 or count < enough:
-            mean = next(mean for first, mean in reversed(lengths) if first <= step)
-            change = next((first for first, _ in lengths if first > step), None)
-            stages.append(BatchStage(step, sample, size, token, mean))
-            enough = FOREVER if until is None else max(1, math.ceil((until - token) / (size * mean)))
-            count = min(enough, FOREVER if change is None else change - step)
-            step, sample, token = step + count, sample + count * size, token + count * size * mean
-    return stages
-
-
-def batch_of(step: int, stages: Sequence[BatchStage]) -> tuple[int, int]:
-    """First sample and number of samples of `step`."""
-    stage = _stage_of(step, stages)
-    return stage.first_sample + (step - stage.first_step) * stage.size, stage.size
-
-
-def tokens_until(step: int, stages: Sequence[BatchStage]) -> float:
-    """Tokens of the steps before `step`, by the mean of their samples."""
-    stage = _stage_of(step, stages)
-    return stage.first_token + (step - stage.first_step) * stage.size * stage.sample_tokens
-
-
-def steps_until(tokens: float, stages: Sequence[BatchStage]) -> int:
-    """Steps, at least one, until `tokens` tokens are reached."""
-    stage = next((s for s in reversed(stages) if s.first_token < tokens), stages[0])
-    left = (tokens - stage.first_token) / (stage.size * stage.sample_tokens)
-    return max(1, stage.first_step + math.ceil(left))
-
-
-def _stage_of(step: int, stages: Sequence[BatchStage]) -> BatchStage:
-    return next(stage for stage in reversed(stages) if stage.first_step <= step)
-
-
-class Course:
-    """The course of a run: the batch and the learning rate of each step, and when it ends.
-
-    A budget in hours follows the clock of the first rank (Izsak et al., 2021, "How to train BERT with an
+    A budget in hours follows the clock of the ranks (Izsak et al., 2021, "How to train BERT with an
     academic budget"): the same run made twice takes other rates at other steps, so that its results are not
     repeated bit for bit. Time before the loop (loading, compiling) does not count, nor do steps that a crash
     undid; held-out losses and checkpoints do, but the last ones come on top. `steps` is then None.
-    `lengths` as `batch_stages` takes them.
+    `stages` are the mixture's batch stages.
     """
 
-    def __init__(self, config: PretrainConfig, lengths: Sequence[tuple[int, float]]) -> None:
-        train, self.optimizer = config.train, config.optimizer
-        self.stages = batch_stages(train.batch_warmup, train.global_batch, lengths)
+    def __init__(self, config: PretrainConfig, stages: Sequence[BatchStage]) -> None:
+        train, self.optimizer, self.stages = config.train, config.optimizer, stages
         self.seconds = None if train.hours is None else train.hours * 3600
         self.steps = train.steps
         self.text = f"{train.steps} steps"

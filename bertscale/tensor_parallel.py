@@ -78,7 +78,7 @@ class TensorParallelLayers(Layers):
         )
         return embedding
 
-    def fan_out(self, hidden: Tensor) -> Tensor:
+    def copy_to_tensor_parallel(self, hidden: Tensor) -> Tensor:
         same: Tensor = copy_to_tensor_model_parallel_region(hidden)
         return same
 
@@ -100,13 +100,13 @@ class TensorParallelLayers(Layers):
         return both[1] >= both[0]
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, chances: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         highest, sums = running_sums(logits)
         own = torch.stack([highest.double(), sums[:, -1]])  # [2, P]
         all_highest, totals = _all_gather(own).view(self.degree, 2, -1).unbind(1)  # 2 x [degree, P]
         scale = (all_highest - all_highest.amax(dim=0)).exp()
         ends = (totals * scale).cumsum(dim=0)  # of the ranks' shares of the whole sum
-        thresholds = chances * ends[-1]
+        thresholds = uniforms * ends[-1]
         here = (ends <= thresholds).sum(dim=0) == self.rank  # the share where the sum passes the threshold
         begin = ends[self.rank - 1] if self.rank else torch.zeros_like(thresholds)
         within = torch.where(here, (thresholds - begin) / scale[self.rank], 0.0)

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from bertscale.config import ModelConfig, PretrainConfig, UserError
 from bertscale.device import describe, synchronize
 from bertscale.engine import Engine
-from bertscale.loader import MicroBatch, deal
+from bertscale.loader import deal
 from bertscale.machine import processor
-from bertscale.metrics import weighted
+from bertscale.micro_batch import MicroBatch
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.names import hugging_face_config, to_hugging_face
+from bertscale.objectives import Counts, training_loss
 from bertscale.optim import parameter_groups
-from bertscale.parallel import Ranks, seed_dropout
-from bertscale.pretrain import forward
+from bertscale.parallel import Ranks
+from bertscale.step import train_step
 
 PARTS = ("data wait", "forward", "backward", "optimizer")
 LEARNING_RATE = 1e-5  # low enough for any config's weights to stay finite without a warm-up
@@ -131,7 +132,7 @@ class RandomBatches:
             targets=flat[4],
             num_targets=len(places),
             next_sentence_label=torch.arange(len(lengths)) & 1 if pairs else None,
-            chances=torch.from_numpy(draw.random(len(places))) if self.config.model.generator else None,
+            uniforms=torch.from_numpy(draw.random(len(places))) if self.config.model.generator else None,
         )
 
 
@@ -180,25 +181,16 @@ def padded(batch: MicroBatch, rows: Sequence[int]) -> dict[str, Tensor]:
 
 def our_step(engine: Engine, watch: Stopwatch) -> Step:
     """A step as `bertscale pretrain` makes it, on micro-batches of this rank."""
-    ranks, config = engine.ranks, engine.config
 
     def step(micro_batches: Sequence[MicroBatch]) -> Tensor:
-        masked, tokens = ranks.sum(
-            sum(batch.num_targets for batch in micro_batches) / ranks.tensor,
-            sum(len(batch.tokens) for batch in micro_batches) / ranks.tensor,
+        masked, tokens = engine.ranks.sum_over_data(
+            sum(batch.num_targets for batch in micro_batches),
+            sum(len(batch.tokens) for batch in micro_batches),
         )
-        total = torch.zeros((), device=ranks.device)
-        for number, batch in enumerate(micro_batches):
-            seed_dropout(engine.model.parallel, 0, 0, number, ranks)
-            sums = forward(engine, batch.to(ranks.device))
-            loss = weighted(config.objectives, sums, (masked, config.train.global_batch, tokens))
-            watch.mark("forward")
-            engine.backward(loss * ranks.data, last=number == len(micro_batches) - 1)
-            watch.mark("backward")
-            engine.step(LEARNING_RATE)
-            watch.mark("optimizer")
-            total += loss.detach()
-        return total
+        counts = Counts(masked, engine.config.train.global_batch, tokens)
+        rate = LEARNING_RATE
+        sums = train_step(engine, micro_batches, counts, step=0, learning_rate=rate, ended=watch.mark)
+        return training_loss(engine.config.objectives, sums, counts)
 
     return step
 

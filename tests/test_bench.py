@@ -16,7 +16,6 @@ from tiny import pretrain_config
 from bertscale.config import PretrainConfig
 from bertscale.model import PretrainingModel
 from bertscale.parallel import Ranks
-from bertscale.pretrain import forward
 from bertscale.trials import (
     PARTS,
     RandomBatches,
@@ -207,7 +206,7 @@ def test_the_peer_begins_with_our_weights_and_our_loss(model: dict[str, Any]) ->
     ours = PretrainingModel(config.model, 330)
     ours.load_state_dict(first_weights(config.model, 330, config.train.seed), strict=False)
     ours.eval()
-    masked, relation, *_ = forward(ours, batch)
+    masked, relation, *_ = ours(batch)
     inputs = padded(batch, row_lengths(batch, config))
     if model is MODERN:
         del inputs["token_type_ids"]

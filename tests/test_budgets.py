@@ -38,18 +38,22 @@ def train_each(data: str, folder: str, runs: list[list[Any]]) -> list[Any]:
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import _train
+    from bertscale.pretrain import train
 
     results = []
-    for name, train, stop, stage, optimizer in runs:
+    for name, budget, stop, stage, optimizer in runs:
         run = Path(folder) / name
         run.mkdir(exist_ok=True)
         config = pretrain_config(
-            data, run, train=train, optimizer={**OPTIMIZER, "name": optimizer}, parallel={"zero_stage": stage}
+            data,
+            run,
+            train=budget,
+            optimizer={**OPTIMIZER, "name": optimizer},
+            parallel={"zero_stage": stage},
         )
         ranks = start_ranks(1, local_device())
         try:
-            code: int | str = _train(config, ranks, StopAfter(stop))  # type: ignore[arg-type]
+            code: int | str = train(config, ranks, StopAfter(stop))  # type: ignore[arg-type]
         except UserError as error:
             code = str(error)
         leave_subgroups(ranks)

@@ -39,7 +39,7 @@ def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> li
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import _train
+    from bertscale.pretrain import train
 
     for number, (tensor, stage) in enumerate(stretches):
         config = pretrain_config(
@@ -49,7 +49,7 @@ def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> li
             parallel={"tensor": tensor, "zero_stage": stage},
         )
         ranks = start_ranks(tensor, local_device())
-        code = _train(config, ranks, StopAfter(3))  # type: ignore[arg-type]
+        code = train(config, ranks, StopAfter(3))  # type: ignore[arg-type]
         assert code == (0 if number == 3 else 75)
         leave_subgroups(ranks)
     return [e["train/loss"] for e in read_journal(Path(folder)) if "train/loss" in e]

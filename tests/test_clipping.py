@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dist import run_ranks
-from tiny import pretrain_config
+from tiny import pair_batch, pretrain_config
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,31 +52,30 @@ def engine_of(data: str, optimizer: str, precision: str, tensor: int, stage: int
 
 def follow(data: str, cases: list[list[Any]]) -> list[Any]:
     """On each rank, for each case: the digests of the state after sound steps, with and without bad ones
-    between them; whether each step was taken; whether bad ones left the state as it was."""
+    between them; whether each step was applied; whether bad ones left the state as it was."""
     from bertscale.parallel import leave_subgroups
 
     results, kind = [], [""]
     for optimizer, precision, tensor, stage in cases:
-        ends, taken, kept = [], [], []
+        ends, applied, kept = [], [], []
         for steps in (SOUND, WITH_BAD):
             _, ranks, engine = engine_of(data, optimizer, precision, tensor, stage)
             for name, parameter in engine.parameters.items():
                 parameter.register_hook(prescribe(name, engine._global_shape(name), kind, ranks))
             for kind[0] in steps:
                 before = state_of(engine)
-                places, zero = torch.arange(12), torch.zeros(12, dtype=torch.int64)
-                sums = engine(places, zero, places % 6, (6, 6), places[:3], places[:3], torch.tensor([0, 1]))
-                engine.backward(sums[0] + sums[1], last=True)
+                sums = engine(pair_batch())
+                engine.backward(sums.mlm + sums.pairs, last=True)
                 engine.step(0.01)
                 if steps == WITH_BAD:
-                    taken.append(float(engine.taken))
+                    applied.append(float(engine.step_applied))
                     if kind == ["bad"]:
                         kept.append(state_of(engine) == before)
                     else:
                         assert state_of(engine) != before
             ends.append(state_of(engine))
             leave_subgroups(ranks)
-        results.append([ends, taken, kept])
+        results.append([ends, applied, kept])
     return results
 
 
@@ -121,8 +120,8 @@ def followed(tiny_data: Path) -> dict[Any, Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_gradient_that_is_not_finite_changes_nothing(followed: dict[Any, Any], case: Any) -> None:
-    for ends, taken, kept in followed[case]:
-        assert taken == [0.0, 1.0, 0.0, 1.0]
+    for ends, applied, kept in followed[case]:
+        assert applied == [0.0, 1.0, 0.0, 1.0]
         assert kept == [True, True]
         assert ends[0] == ends[1]
 
@@ -159,27 +158,25 @@ class Copies(TorchFunctionMode):
 
 def watch(data: str, cases: list[list[Any]]) -> list[Any]:
     """On each rank, for each case, of the third of three steps: reads, copies, number of micro-batches."""
-    from bertscale.metrics import Tally, weighted
-    from bertscale.parallel import leave_subgroups, seed_dropout
-    from bertscale.pretrain import forward, make_loader
+    from bertscale.metrics import LossAccumulator
+    from bertscale.objectives import Counts
+    from bertscale.parallel import leave_subgroups
+    from bertscale.pretrain import make_loader
     from bertscale.shards import open_dataset
+    from bertscale.step import train_step
     from bertscale.tokenizer import load_tokenizer
 
     results = []
     for optimizer, precision, tensor, stage in cases:
         config, ranks, engine = engine_of(data, optimizer, precision, tensor, stage)
         tokenizer = load_tokenizer(open_dataset(config.data, "train").tokenizer_path)
-        loader, tally = make_loader(config, tokenizer, ranks, "train"), Tally(ranks.device, 0)
+        loader, losses = make_loader(config, tokenizer, ranks, "train"), LossAccumulator(ranks.device, 0)
+        counts = Counts(9.0, 8.0, 99.0)
         for step in range(3):
             batches = loader.step(step)
             with Reads() as reads, Copies() as copies:
-                for number, batch in enumerate(batches):
-                    seed_dropout(engine.model.parallel, 0, step, number, ranks)
-                    sums = forward(engine, batch)
-                    loss = weighted(config.objectives, sums, (9.0, 8.0, 99.0))
-                    engine.backward(loss, last=batch is batches[-1])
-                    engine.step(0.001)
-                tally.add(torch.stack(sums).detach(), (9.0, 8.0, 99.0), engine.taken)
+                sums = train_step(engine, batches, counts, step=step, learning_rate=0.001)
+                losses.add(sums, counts, engine.step_applied)
         leave_subgroups(ranks)
         results.append([reads.seen, copies.seen, len(batches)])
     return results
@@ -222,35 +219,37 @@ def test_reads_and_copies_are_seen() -> None:
 def train_with_bad_steps(data: str, run: str, bad: list[int], parallel: dict[str, int], stop: int) -> Any:
     """On each rank: trains, the losses of steps `bad` being NaN; until `stop` signals a stop. Exit code, or
     what the person is told."""
-    import bertscale.pretrain as loop
     from bertscale.config import UserError
     from bertscale.device import local_device
+    from bertscale.engine import Engine
+    from bertscale.model import LossSums
     from bertscale.parallel import start_ranks
+    from bertscale.pretrain import train
     from bertscale.resume import newest_sound
 
     config = pretrain_config(
         data, run, parallel=parallel, train={"steps": 16, "log_every": 4, "save_every": 5, "eval_every": 16}
     )
     ranks = start_ranks(config.parallel.tensor, local_device())
-    forward, each = loop.forward, 8 // 2 // ranks.data
+    forward, each = Engine.__call__, 8 // 2 // ranks.data
     checkpoint = newest_sound(Path(run), ranks)
     calls = [each * (checkpoint.step if checkpoint else 0)]
 
-    def poisoned(model: Any, batch: Any) -> tuple[Tensor, ...]:
-        sums = forward(model, batch)
+    def poisoned(engine: Engine, batch: Any) -> LossSums:
+        sums = forward(engine, batch)
         if not torch.is_grad_enabled():
             return sums
         calls[0] += 1
-        return tuple(value * math.nan for value in sums) if (calls[0] - 1) // each in bad else sums
+        return LossSums(*(value * math.nan for value in sums)) if (calls[0] - 1) // each in bad else sums
 
     class Stop:
         @property
         def asked(self) -> bool:
             return calls[0] >= each * stop
 
-    loop.forward = poisoned
+    Engine.__call__ = poisoned  # type: ignore[assignment,method-assign]
     try:
-        return loop._train(config, ranks, Stop())  # type: ignore[arg-type]
+        return train(config, ranks, Stop())  # type: ignore[arg-type]
     except UserError as error:
         return str(error)
 

@@ -20,10 +20,9 @@ from torch._dynamo.utils import counters
 from bertscale.config import PretrainConfig, UserError, load_config
 from bertscale.engine import _graph_tokens
 from bertscale.kernels import Packing, attend, rotate, rotation
-from bertscale.loader import MicroBatch
+from bertscale.micro_batch import MicroBatch
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.parallel import Ranks
-from bertscale.pretrain import forward
 from bertscale.trials import RandomBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler gives some of its own
@@ -61,8 +60,8 @@ def losses_and_gradients(model: PretrainingModel, batches: list[MicroBatch]) -> 
     found = []
     for batch in batches:
         model.zero_grad()
-        masked, relation, *_ = forward(model, batch)
-        (masked + relation).backward()  # type: ignore[no-untyped-call]
+        masked, relation, *_ = model(batch)
+        (masked + relation).backward()
         found += [masked.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     return found
 
@@ -166,12 +165,12 @@ def test_attention_by_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch) 
 
 def test_turning_compiled_is_turning() -> None:
     positions = torch.arange(11)
-    turn = rotation(positions, 16, 8, 10_000.0)
+    rotary = rotation(positions, 16, 8, 10_000.0)
     values = torch.randn(11, 3, 3, 8, requires_grad=True)
-    wanted = rotate(values, turn)
+    wanted = rotate(values, rotary)
     gradient = torch.randn_like(wanted)
     (of_eager,) = torch.autograd.grad(wanted, values, gradient)
-    found = torch.compile(rotate, backend="aot_eager", dynamic=True)(values, turn)
+    found = torch.compile(rotate, backend="aot_eager", dynamic=True)(values, rotary)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(torch.autograd.grad(found, values, gradient)[0], of_eager)
 

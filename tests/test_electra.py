@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bertscale.config import ModelConfig
 from bertscale.electra import CLASSES, electra_config, to_electra
 from bertscale.layers import Layers
+from bertscale.micro_batch import MicroBatch
 from bertscale.model import (
     PretrainingModel,
     initial_value,
@@ -63,8 +64,9 @@ def masked_batch() -> dict[str, Any]:
         "lengths": LENGTHS,
         "target_positions": places,
         "targets": ids[places],
+        "num_targets": len(places),
         "next_sentence_label": torch.tensor([0, 1, 1, 0, 1, 0]),
-        "chances": torch.rand(len(places), dtype=torch.float64, generator=draw),
+        "uniforms": torch.rand(len(places), dtype=torch.float64, generator=draw),
     }
 
 
@@ -97,7 +99,7 @@ def test_losses_and_all_gradients_are_those_of_transformers(share: float, recomp
     ours = random_model(sizes, recompute)
     inputs = masked_batch()
     places, targets = inputs["target_positions"], inputs["targets"]
-    masked, _, replaced, right, _, judged_right, found, number = ours(**inputs)
+    masked, _, replaced, right, _, judged_right, found, number = ours(MicroBatch(**inputs))
     (masked / len(places) + 50 * replaced / sum(LENGTHS)).backward()
 
     models = theirs(ours, sizes)
@@ -109,7 +111,7 @@ def test_losses_and_all_gradients_are_those_of_transformers(share: float, recomp
     generated = models["generator"](input_ids=rows(inputs["tokens"]), labels=rows(labels, -100), **shared)
     logits = torch.cat([row[:length] for row, length in zip(generated.logits, LENGTHS, strict=True)])[places]
     cumulated = torch.softmax(logits.detach().double(), dim=-1).cumsum(dim=-1)
-    drawn = (cumulated > inputs["chances"][:, None]).long().argmax(dim=-1)
+    drawn = (cumulated > inputs["uniforms"][:, None]).long().argmax(dim=-1)
     tokens = inputs["tokens"].index_copy(0, places, drawn)
     original = inputs["tokens"].index_copy(0, places, targets)
     judged = models["discriminator"](
@@ -146,7 +148,7 @@ def test_losses_and_all_gradients_are_those_of_transformers(share: float, recomp
 def test_every_preset_with_pairs_on_the_discriminator(preset: str) -> None:
     sizes = with_generator(0.5, preset=preset, sentence_head=True, intermediate_size=52)
     ours = random_model(sizes)
-    sums = ours(**masked_batch())
+    sums = ours(MicroBatch(**masked_batch()))
     assert all(value.item() > 0 for value in sums[:3])
     sum(sums[:3]).backward()
     for name, parameter in ours.named_parameters():
@@ -154,7 +156,7 @@ def test_every_preset_with_pairs_on_the_discriminator(preset: str) -> None:
         assert parameter.grad.abs().max() > 0, name
     # What the discriminator says does not reach the generator, whose draws have no gradient.
     ours.zero_grad()
-    ours(**masked_batch())[2].backward()
+    ours(MicroBatch(**masked_batch()))[2].backward()
     assert ours.generator is not None
     layers = [*ours.generator.parameters(), *ours.predictions.dense.parameters()]
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in layers)
@@ -175,9 +177,9 @@ def test_only_masked_positions_are_replaced_and_the_original_is_no_replacement()
 def test_without_a_masked_position_all_is_original() -> None:
     sizes = with_generator(0.5)
     inputs = masked_batch()
-    for key in ("target_positions", "targets", "chances"):
+    for key in ("target_positions", "targets", "uniforms"):
         inputs[key] = inputs[key][:0]
-    masked, _, replaced, right, _, judged_right, found, number = random_model(sizes)(**inputs)
+    masked, _, replaced, right, _, judged_right, found, number = random_model(sizes)(MicroBatch(**inputs))
     assert masked.item() == right.item() == found.item() == number.item() == 0
     assert replaced.item() > 0
     assert 0 <= int(judged_right) <= sum(LENGTHS)
@@ -189,8 +191,8 @@ def test_draws_follow_the_softmax(dtype: torch.dtype) -> None:
     count, width, real = 60_000, 384, 330
     logits = (torch.randn(width, generator=draw) * 2).to(dtype)
     logits[real:] = torch.finfo(dtype).min  # padding
-    chances = torch.rand(count, dtype=torch.float64, generator=draw)
-    ids = Layers().sample(logits.expand(count, width).contiguous(), chances)
+    uniforms = torch.rand(count, dtype=torch.float64, generator=draw)
+    ids = Layers().sample(logits.expand(count, width).contiguous(), uniforms)
     share = torch.softmax(logits.double(), dim=0)
     drawn = torch.bincount(ids, minlength=width).double()
     assert int(ids.max()) < real
@@ -219,7 +221,7 @@ def test_draws_at_the_edges(dtype: torch.dtype) -> None:
 
 
 def some_logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """[500, 384], of which 330 are pieces, and chances."""
+    """[500, 384], of which 330 are pieces, and uniforms."""
     draw = torch.Generator().manual_seed(5)
     logits = torch.randn(500, 384, generator=draw) * 3
     logits[:, 330:] = torch.finfo(dtype).min
@@ -233,17 +235,17 @@ def draws_of_a_rank(tensor: int) -> list[int]:
     from bertscale.parallel import start_ranks
 
     ranks = start_ranks(tensor, local_device())
-    logits, chances = some_logits()
+    logits, uniforms = some_logits()
     share = logits.chunk(tensor, dim=1)[ranks.tensor_rank].contiguous()
-    ids = ranks.layers().sample(share, chances)
-    assert ranks.layers().sample(share[:0], chances[:0]).tolist() == []
+    ids = ranks.layers().sample(share, uniforms)
+    assert ranks.layers().sample(share[:0], uniforms[:0]).tolist() == []
     return ids.tolist()
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_ranks_that_share_the_vocabulary_draw_what_one_draws(tensor: int) -> None:
-    logits, chances = some_logits()
-    dense = Layers().sample(logits, chances).tolist()
+    logits, uniforms = some_logits()
+    dense = Layers().sample(logits, uniforms).tolist()
     assert max(dense) < 330
     assert {min(3, place // 96) for place in dense} == {0, 1, 2, 3}  # some on each of four ranks
     for drawn in run_ranks(__file__, "draws_of_a_rank", world=tensor, tensor=tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bertscale import index
+from bertscale.batch_stages import batch_of
 from bertscale.config import SamplesConfig, UserError
-from bertscale.loader import Loader, MicroBatch, deal
+from bertscale.loader import Loader, deal
 from bertscale.masking import mask_rules, mask_tokens, target_capacity
+from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture, Stage
-from bertscale.schedule import batch_of, batch_stages
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 from bertscale.tokenizer import Tokenizer
 
@@ -79,10 +80,13 @@ def make_loader(
     micro_tokens: int | None = None,
     static_targets: bool = False,
     masks: bool = True,
+    batch_warmup: list[tuple[float, int]] | None = None,
     **samples: object,
 ) -> Loader:
     config = SamplesConfig.model_validate({"max_length": 64, **samples})
-    mixture = Mixture([dataset], [1.0], config, global_batch=global_batch, seed=seed)
+    mixture = Mixture(
+        [dataset], [1.0], config, global_batch=global_batch, seed=seed, batch_warmup=batch_warmup
+    )
     return Loader(
         mixture,
         cast(Tokenizer, Special()),
@@ -129,7 +133,7 @@ def originals(sample: Sample) -> np.ndarray:
 
 def same(one: list[MicroBatch], other: list[MicroBatch]) -> bool:
     def equal(a: MicroBatch, b: MicroBatch) -> bool:
-        values = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(MicroBatch)]
+        values = [(getattr(a, name), getattr(b, name)) for name in MicroBatch._fields]
         return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in values)
 
     return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
@@ -176,15 +180,15 @@ def test_micro_batches_are_dense_int64_and_sorted_by_length(dataset: Dataset) ->
     lengths = [length for batch in batches for length in batch.lengths]
     assert lengths == sorted(lengths)
     for batch in batches:
-        for field in fields(MicroBatch):
-            value = getattr(batch, field.name)
-            if field.name == "num_targets":
+        for name in MicroBatch._fields:
+            value = getattr(batch, name)
+            if name == "num_targets":
                 assert value == len(batch.targets)
                 continue
-            if field.name == "chances":  # of a generator's draws, which this run has none of
+            if name == "uniforms":  # of a generator's draws, which this run has none of
                 assert value is None
                 continue
-            assert field.name == "lengths" or (value.dtype == torch.int64 and value.is_contiguous())
+            assert name == "lengths" or (value.dtype == torch.int64 and value.is_contiguous())
         assert same([batch.to("cpu")], [batch])
         assert batch.to("meta").tokens.device.type == "meta"
 
@@ -300,15 +304,6 @@ def test_batches_that_grow_are_the_same_for_any_ranks_and_after_any_stop(
     dataset: Dataset, kind: str, micro_tokens: int | None
 ) -> None:
     """Sizes 8, 16, 24 while samples grow to 16, 32, 64 tokens, all at steps of their own."""
-    lengths = [(0, 10.0), (5, 20.0), (9, 40.0)]
-    stages = batch_stages([(240, 8), (1400, 16)], 24, lengths)
-    assert [stage[:3] for stage in stages] == [
-        (0, 0, 8),
-        (3, 24, 16),
-        (5, 56, 16),
-        (8, 104, 24),
-        (9, 128, 24),
-    ]
     settings: dict[str, Any] = {
         "global_batch": 24,
         "kind": kind,
@@ -317,10 +312,21 @@ def test_batches_that_grow_are_the_same_for_any_ranks_and_after_any_stop(
         "micro_tokens": micro_tokens,
     }
 
+    (_, short), (_, middle), _ = make_loader(dataset, **settings).mixture.tokens_a_sample()
+    until = 8 * 2.5 * short, 8 * 3 * short + 16 * (2 * short + 2.5 * middle)  # tokens, in mid-step
+
     def growing(rank: int = 0, world: int = 1) -> Loader:
-        loader = make_loader(dataset, rank=rank, world=world, **settings)
-        loader.mixture.follow(stages)
-        return loader
+        warmup = [(until[0], 8), (until[1], 16)]
+        return make_loader(dataset, rank=rank, world=world, batch_warmup=warmup, **settings)
+
+    stages = growing().mixture.batches
+    assert [stage[:3] for stage in stages] == [
+        (0, 0, 8),
+        (3, 24, 16),
+        (5, 56, 16),
+        (8, 104, 24),
+        (9, 128, 24),
+    ]
 
     alone = [growing().step(k) for k in range(14)]
     for k, batches in enumerate(alone):
@@ -420,9 +426,9 @@ def test_the_stream_is_the_one_that_earlier_versions_gave(dataset: Dataset, kind
     loader = make_loader(dataset, seed=2**40 + 1, kind=kind)
     for step in (0, 1, 2**33):
         for batch in loader.step(step):
-            for field in fields(MicroBatch):
-                value = getattr(batch, field.name)
-                if value is not None and field.name != "num_targets":
+            for name in MicroBatch._fields:
+                value = getattr(batch, name)
+                if value is not None and name != "num_targets":
                     digest.update(np.asarray(value, np.int64).tobytes())
     assert digest.hexdigest() == expected
 

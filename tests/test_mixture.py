@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertscale.batch_stages import FOREVER
 from bertscale.config import Corpus, SamplesConfig, UserError
 from bertscale.mixture import PERIOD, Mixture, Quotas, data_digest
-from bertscale.schedule import FOREVER, batch_stages
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=8)
@@ -36,10 +36,15 @@ def make_dataset(folder: Path, documents: int, first: int = 0, model: bytes = b"
 
 
 def mix(
-    datasets: Sequence[Dataset], weights: Sequence[float], *, global_batch: int = 8, **samples: object
+    datasets: Sequence[Dataset],
+    weights: Sequence[float],
+    *,
+    global_batch: int = 8,
+    batch_warmup: Sequence[tuple[float, int]] | None = None,
+    **samples: object,
 ) -> Mixture:
     config = SamplesConfig.model_validate({"kind": "document", "max_length": 32, **samples})
-    return Mixture(datasets, weights, config, global_batch=global_batch, seed=0)
+    return Mixture(datasets, weights, config, global_batch=global_batch, seed=0, batch_warmup=batch_warmup)
 
 
 @settings(deadline=None)
@@ -129,13 +134,14 @@ def test_stages_follow_the_steps(tmp_path: Path) -> None:
 
 
 def test_batches_and_lengths_grow_together(tmp_path: Path) -> None:
-    mixture = mix([make_dataset(tmp_path / "a", 40)], [1], warmup=[[3, 8], [2, 16]])
+    dataset = make_dataset(tmp_path / "a", 40)
+    mixture = mix([dataset], [1], warmup=[[3, 8], [2, 16]])
     # Documents of 15 tokens and [CLS], [SEP]: three samples of at most 8, two of 16, one of 32.
     lengths = mixture.tokens_a_sample()
     assert [step for step, _ in lengths] == [0, 3, 5]
     np.testing.assert_allclose([mean for _, mean in lengths], [15 / 3 + 2, 15 / 2 + 2, 17], rtol=0.01)
     assert mixture.tokens_a_sample() == lengths
-    mixture.follow(batch_stages([(27, 2), (120, 4)], 8, lengths))
+    mixture = mix([dataset], [1], warmup=[[3, 8], [2, 16]], batch_warmup=[(27, 2), (120, 4)])
     # 7 tokens a sample: two steps of 2 are 28 tokens; of 4, one is 28, then two of some 38 each.
     sizes = [2, 2, 4, 4, 4, 8, 8, 8]
     assert [mixture.batch(step)[1] for step in range(8)] == sizes

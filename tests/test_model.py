@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bertscale.config import ModelConfig
 from bertscale.kernels import Packing, _attend_padded, attend, rotate, rotation
+from bertscale.micro_batch import MicroBatch
 from bertscale.model import (
     ClassificationModel,
     PretrainingModel,
@@ -123,7 +124,8 @@ def test_loss_logits_and_all_gradients_are_those_of_transformers(
     packed = (torch.cat(ids), torch.cat(types), positions, LENGTHS)
     again = PretrainingModel(sizes, VOCAB, recompute=recompute)
     again.load_state_dict(ours.state_dict())
-    masked, relation, replaced, right, relation_right, *_ = again(*packed, places, flat_labels[places], pairs)
+    sums = again(MicroBatch(*packed, places, flat_labels[places], len(places), pairs))
+    masked, relation, replaced, right, relation_right, *_ = sums
     assert float(replaced) == 0  # no generator
     loss = masked / len(places) + relation / len(LENGTHS)
     loss.backward()
@@ -185,7 +187,8 @@ def test_dropout_is_the_same_when_it_is_recomputed(case: str, recompute: str) ->
         positions = torch.cat([torch.arange(length) for length in LENGTHS])
         places = (labels >= 0).nonzero().flatten()
         torch.manual_seed(4)
-        masked, relation, *_ = model(ids, types, positions, LENGTHS, places, labels[places], pairs)
+        micro_batch = MicroBatch(ids, types, positions, LENGTHS, places, labels[places], len(places), pairs)
+        masked, relation, *_ = model(micro_batch)
         (masked + relation).backward()
         found.append([masked, *(parameter.grad for parameter in model.parameters())])
     for plain, recomputed in zip(*found, strict=True):

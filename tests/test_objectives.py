@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from bertscale.checkpoint import open_checkpoint
 from bertscale.config import PrepConfig, PretrainConfig, SamplesConfig, UserError
 from bertscale.convert import native_model
-from bertscale.loader import Loader, MicroBatch
+from bertscale.loader import Loader
 from bertscale.metrics import read_journal
+from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture
 from bertscale.model import replace
 from bertscale.shards import open_dataset
@@ -113,13 +114,13 @@ def train_each(data: str, folder: str, cases: list[str]) -> None:
     """Runs in a process of its own: one training for each case."""
     from bertscale.device import local_device
     from bertscale.parallel import start_ranks
-    from bertscale.pretrain import StopSignal, _train
+    from bertscale.pretrain import StopSignal, train
 
     ranks = start_ranks(1, local_device())
     for case in cases:
         config = config_of(case, data, folder)
         Path(config.run).mkdir()
-        assert _train(config, ranks, StopSignal()) == 0
+        assert train(config, ranks, StopSignal()) == 0
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,8 @@ def test_replaced_tokens_are_learnt(trained: Path, sentences: Path) -> None:
             assert model.detector is not None
             guessed, _ = model.generator(batch.tokens, *sample, model.encoder.embeddings)
             logits = model.predictions.logits(guessed[batch.target_positions])
-            assert batch.chances is not None
-            drawn = model.parallel.sample(logits, batch.chances)
+            assert batch.uniforms is not None
+            drawn = model.parallel.sample(logits, batch.uniforms)
             tokens, replaced = replace(batch.tokens, batch.target_positions, batch.targets, drawn)
             verdict = model.detector(model.encoder(tokens, *sample)[0]) > 0
             kinds.append(torch.bincount(2 * replaced.long() + verdict.long(), minlength=4))
@@ -214,10 +215,10 @@ def test_chances_belong_to_the_samples_whatever_the_ranks(tiny_data: Path) -> No
         found = []
         for loader in some:
             for batch in loader.step(step):
-                assert batch.chances is not None
-                assert batch.chances.dtype == torch.float64
-                assert len(batch.chances) == len(batch.targets)
-                found += list(zip(batch.targets.tolist(), batch.chances.tolist(), strict=True))
+                assert batch.uniforms is not None
+                assert batch.uniforms.dtype == torch.float64
+                assert len(batch.uniforms) == len(batch.targets)
+                found += list(zip(batch.targets.tolist(), batch.uniforms.tolist(), strict=True))
         return set(found)
 
     one = loaders(tiny_data, draws=True)
@@ -230,7 +231,7 @@ def test_chances_belong_to_the_samples_whatever_the_ranks(tiny_data: Path) -> No
     assert 0 < float(values.min()) < float(values.max()) < 1
     deviation = (12 * len(values)) ** -0.5
     assert abs(float(values.mean()) - 0.5) < 5 * deviation
-    assert loaders(tiny_data)[0].step(0)[0].chances is None
+    assert loaders(tiny_data)[0].step(0)[0].uniforms is None
 
 
 def test_without_masks_tokens_are_the_text(tiny_data: Path) -> None:
@@ -249,7 +250,7 @@ def stop_and_go(data: str, folder: str) -> list[Any]:
     """Runs on each of two ranks: TP 2 x ZeRO-3, once through and once in two parts; what is refused then."""
     from bertscale.device import local_device
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, _train
+    from bertscale.pretrain import StopSignal, train
 
     results: list[Any] = []
     changes: dict[str, Any] = {
@@ -260,18 +261,18 @@ def stop_and_go(data: str, folder: str) -> list[Any]:
         run = Path(folder) / name
         run.mkdir(exist_ok=True)
         for steps in parts:
-            train = {"steps": steps, "schedule_steps": 8, "save_every": 4, "eval_every": 4}
+            length = {"steps": steps, "schedule_steps": 8, "save_every": 4, "eval_every": 4}
             ranks = start_ranks(2, local_device())
-            assert _train(pretrain_config(data, run, train=train, **changes), ranks, StopSignal()) == 0
+            assert train(pretrain_config(data, run, train=length, **changes), ranks, StopSignal()) == 0
             leave_subgroups(ranks)
         results.append(
             [{k: v for k, v in entry.items() if not k.startswith("speed/")} for entry in read_journal(run)]
         )
-    train = {"steps": 12, "schedule_steps": 12}
-    other = pretrain_config(data, run, train=train, objectives={"rtd": 25.0}, **changes)
+    length = {"steps": 12, "schedule_steps": 12}
+    other = pretrain_config(data, run, train=length, objectives={"rtd": 25.0}, **changes)
     ranks = start_ranks(2, local_device())
     try:
-        _train(other, ranks, StopSignal())
+        train(other, ranks, StopSignal())
     except UserError as error:
         results.append(str(error))
     return results

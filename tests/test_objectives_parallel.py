@@ -52,7 +52,7 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, _train
+    from bertscale.pretrain import StopSignal, train
 
     results = []
     for kind, tensor, size, stage, recompute, sequence in cases:
@@ -71,7 +71,7 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
         )
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
-        assert _train(config, ranks, StopSignal()) == 0
+        assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
         figures = {}
         for entry in read_journal(run):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dist import run_ranks
-from tiny import pretrain_config
+from tiny import pair_batch, pretrain_config
 from torch import Tensor
 
 from bertscale.checkpoint import Checkpoint, open_checkpoint
@@ -51,6 +51,7 @@ def settings(data: str, run: Path, optimizer: str, tensor: int, stage: int, prec
 
 def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
     """Five steps of prescribed gradients through DeepSpeed; a checkpoint of the end; the norms."""
+    from bertscale.checkpoint import save_checkpoint
     from bertscale.engine import Engine
     from bertscale.parallel import take_share
     from bertscale.shards import open_dataset
@@ -69,16 +70,15 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
 
     for name, parameter in engine.parameters.items():
         hook = prescribe(name, engine._global_shape(name))
-        parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+        parameter.register_hook(hook)
     for _ in range(STEPS):
         for last in (False, True):
-            places = torch.arange(12)
-            zero = torch.zeros(12, dtype=torch.int64)
-            sums = engine(places, zero, places % 6, (6, 6), places[:3], places[:3], torch.tensor([0, 1]))
-            engine.backward(sums[0] + sums[1], last=last)
+            sums = engine(pair_batch())
+            engine.backward(sums.mlm + sums.pairs, last=last)
             engine.step(RATE)
         norms.append(engine.gradient_norm())
-    engine.save(folder, {"step": STEPS, "samples_consumed": 0}, data.tokenizer_path)
+    table = {"step": STEPS, "samples_consumed": 0, **engine.table()}
+    save_checkpoint(folder, engine.pieces_to_save(), table, data.tokenizer_path, ranks)
     return norms
 
 
@@ -87,7 +87,7 @@ def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, _train
+    from bertscale.pretrain import StopSignal, train
 
     results: list[Any] = []
     for optimizer, precision, (tensor, size, stage) in cases:
@@ -101,7 +101,7 @@ def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
             leave_subgroups(ranks)
             results.append([norms, []])
             continue
-        assert _train(config, ranks, StopSignal()) == 0
+        assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
         steps = [e for e in read_journal(run) if "train/loss" in e]
         results.append([norms, [[e["train/loss"], e["train/gradient_norm"]] for e in steps]])
@@ -125,7 +125,7 @@ def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[A
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import _train
+    from bertscale.pretrain import train
 
     results = []
     for number, (optimizer, precision, *stretches) in enumerate(cases):
@@ -134,7 +134,7 @@ def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[A
         for code, (tensor, stage) in zip((75, 0), stretches, strict=True):
             config = settings(data, run, optimizer, tensor, stage, precision)
             ranks = start_ranks(tensor, local_device())
-            assert _train(config, ranks, StopAfter(3 if code else 9)) == code  # type: ignore[arg-type]
+            assert train(config, ranks, StopAfter(3 if code else 9)) == code  # type: ignore[arg-type]
             leave_subgroups(ranks)
         steps = [e for e in read_journal(run) if "train/loss" in e]
         results.append([[e["train/loss"], e["train/gradient_norm"]] for e in steps])

@@ -18,17 +18,17 @@ TOPOLOGIES = [(1, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 3), 
 
 def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int | None = None) -> list[Any]:
     """Runs on each rank: one short training for each topology; the figures of its steps."""
-    from bertscale import engine
+    from bertscale import zero
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, _train
+    from bertscale.pretrain import StopSignal, train
 
     results = []
     for tensor, size, stage in topologies:
         run = Path(folder) / f"t{tensor}-d{size}-z{stage}-{bucket}"
         run.mkdir(exist_ok=True)
-        engine.BUCKET = bucket or engine.BUCKET
+        zero.BUCKET = bucket or zero.BUCKET
         config = pretrain_config(
             data,
             run,
@@ -37,7 +37,7 @@ def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int 
         )
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
-        assert _train(config, ranks, StopSignal()) == 0
+        assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
         steps = [e for e in read_journal(run) if "train/loss" in e]
         results.append([[e["train/loss"], e["train/mlm_loss"], e["train/gradient_norm"]] for e in steps])

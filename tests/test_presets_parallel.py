@@ -43,7 +43,7 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
     from bertscale.device import local_device
     from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, _train
+    from bertscale.pretrain import StopSignal, train
 
     results = []
     for preset, tensor, size, stage, recompute, sequence, dropout in cases:
@@ -60,7 +60,7 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
         )
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
-        assert _train(config, ranks, StopSignal()) == 0
+        assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
         steps = [e for e in read_journal(run) if "train/loss" in e]
         assert ("train/nsp_loss" in steps[0]) == (preset != "modern")

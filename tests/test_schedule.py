@@ -8,16 +8,9 @@ from typing import Any
 import pytest
 from tiny import pretrain_config
 
+from bertscale.batch_stages import BatchStage, batch_of, batch_stages, steps_until, tokens_until
 from bertscale.config import OptimizerConfig
-from bertscale.schedule import (
-    BatchStage,
-    Course,
-    batch_of,
-    batch_stages,
-    learning_rate,
-    steps_until,
-    tokens_until,
-)
+from bertscale.schedule import TrainingSchedule, learning_rate
 
 
 def rates(total: int, **changes: Any) -> list[float]:
@@ -122,22 +115,21 @@ def test_steps_until_a_number_of_tokens() -> None:
         assert batch_of(steps, stages)[0] >= samples > batch_of(steps - 1, stages)[0]
 
 
-def course(train: dict[str, Any], **optimizer: Any) -> Course:
+def schedule(train: dict[str, Any], **optimizer: Any) -> TrainingSchedule:
     values = {"steps": None, "global_batch": 16, **train}
-    return Course(
-        pretrain_config("d", "r", train=values, optimizer={"learning_rate": 1.0, **optimizer}), [(0, 50.0)]
-    )
+    config = pretrain_config("d", "r", train=values, optimizer={"learning_rate": 1.0, **optimizer})
+    return TrainingSchedule(config, batch_stages(config.train.batch_warmup, 16, [(0, 50.0)]))
 
 
 def test_a_budget_in_steps() -> None:
-    found = course({"steps": 10})
+    found = schedule({"steps": 10})
     assert (found.steps, found.over(9, 1e9), found.over(10, 0.0)) == (10, False, True)
-    half = course({"steps": 5, "schedule_steps": 10})
+    half = schedule({"steps": 5, "schedule_steps": 10})
     assert [half.learning_rate(k, 0.0) for k in range(5)] == [found.learning_rate(k, 0.0) for k in range(5)]
 
 
 def test_a_budget_in_tokens_is_one_in_steps_and_the_rate_follows_the_tokens() -> None:
-    found = course({"tokens": 8000, "batch_warmup": [[1600, 8]]}, warmup_fraction=0.0)  # 32 samples, then 128
+    found = schedule({"tokens": 8000, "batch_warmup": [[1600, 8]]}, warmup_fraction=0.0)  # 32 samples, 128
     assert found.steps == 4 + 8
     assert "12 steps (8000 tokens, 50.0 a sample)" in found.text
     assert [found.learning_rate(k, 0.0) for k in (0, 4, 8)] == [1.0, 1 - 32 / 160, 1 - 96 / 160]
@@ -146,7 +138,7 @@ def test_a_budget_in_tokens_is_one_in_steps_and_the_rate_follows_the_tokens() ->
 
 
 def test_a_budget_in_hours_follows_the_clock() -> None:
-    found = course({"hours": 2.0}, warmup_fraction=0.1)
+    found = schedule({"hours": 2.0}, warmup_fraction=0.1)
     assert found.steps is None
     assert found.learning_rate(10**9, 360.0) == pytest.approx(0.5)
     assert found.learning_rate(0, 720 + 0.75 * 6480) == pytest.approx(0.25)

@@ -7,7 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bertscale.config import PrepConfig, PretrainConfig
+from bertscale.micro_batch import MicroBatch
 from data_prep.build import prep
 
 SUBJECTS = ["The cat", "A small dog", "Every teacher", "The old river", "My neighbour", "This engine"]
@@ -76,3 +79,18 @@ def pretrain_config(data: Path | str, run: Path | str, **changes: dict[str, Any]
     for section, change in changes.items():
         values[section] = {**values.get(section, {}), **change}
     return PretrainConfig.model_validate(values)
+
+
+def pair_batch() -> MicroBatch:
+    """Two sentence pairs of 6 tokens, with 3 masked positions."""
+    places = torch.arange(12)
+    return MicroBatch(
+        tokens=places,
+        token_types=torch.zeros(12, dtype=torch.int64),
+        positions=places % 6,
+        lengths=(6, 6),
+        target_positions=places[:3],
+        targets=places[:3],
+        num_targets=3,
+        next_sentence_label=torch.tensor([0, 1]),
+    )
