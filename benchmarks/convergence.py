@@ -43,7 +43,7 @@ import transformers
 import yaml
 from torch.utils.data import Dataset as TorchDataset
 
-from bertscale.batch_stages import batch_stages
+from bertscale.batch_phases import batch_phases
 from bertscale.checkpoint import step_folders
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
 from bertscale.convert import native_model, open_weights
@@ -229,7 +229,7 @@ def make_loader(
 
 def epoch(loader: Loader) -> int:
     """Samples of all corpora together."""
-    return sum(plan.num_samples for plan in loader.mixture.stages[0].plans)
+    return sum(sampler.num_samples for sampler in loader.mixture.phases[0].samplers)
 
 
 # ---------------------------------------------------------------------------------------- the measure
@@ -374,7 +374,7 @@ def train_theirs(folder: Path) -> None:
         disable_tqdm=True,
         seed=train.seed,
     )
-    stages = batch_stages([], train.global_batch, [(0, float(LENGTH))])
+    phases = batch_phases([], train.global_batch, [(0, float(LENGTH))])
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
@@ -382,7 +382,7 @@ def train_theirs(folder: Path) -> None:
         data_collator=transformers.DataCollatorForLanguageModeling(
             fast, mlm_probability=config.samples.mask_rate
         ),
-        callbacks=[ByTheClock(TrainingSchedule(config, stages))],
+        callbacks=[ByTheClock(TrainingSchedule(config, phases))],
     )
     trainer.train()
     partial = folder / "theirs.partial"

@@ -39,7 +39,7 @@ from bertscale.index import BlockIndex, load_index
 from bertscale.loader import Loader
 from bertscale.machine import processor
 from bertscale.mixture import Mixture
-from bertscale.samples import Plan
+from bertscale.samples import Sampler
 from bertscale.shards import Dataset, open_dataset
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
@@ -179,18 +179,18 @@ class Samples(TorchDataset[dict[str, Any]]):
 
     def _plan(self, number: int) -> None:
         numbers = np.arange(number, number + 1024)
-        pieces = self.loader.mixture.pieces(self.loader.mixture.stages[0], numbers)
-        shard = np.searchsorted(self.loader.shard_start, pieces.start, side="right") - 1
-        begin = pieces.start - self.loader.shard_start[shard]
-        columns = (shard, begin, begin + pieces.length, pieces.kind)
+        segments = self.loader.mixture.segments(self.loader.mixture.phases[0], numbers)
+        shard = np.searchsorted(self.loader.shard_start, segments.start, side="right") - 1
+        begin = segments.start - self.loader.shard_start[shard]
+        columns = (shard, begin, begin + segments.length, segments.kind)
         found = list(zip(*(column.tolist() for column in columns), strict=True))
-        edges = np.searchsorted(pieces.row, np.arange(len(numbers) + 1)).tolist()
+        edges = np.searchsorted(segments.row, np.arange(len(numbers) + 1)).tolist()
         self.rows = [found[a:b] for a, b in pairwise(edges)]
         self.first = number
 
 
 def start(dataset: Dataset, kind: str, step: int) -> tuple[float, float]:
-    """Seconds and megabytes from a kept index of 10^9 samples to the pieces of global step `step`."""
+    """Seconds and megabytes from a kept index of 10^9 samples to the segments of global step `step`."""
     real = load_index(dataset, "packed" if kind == "packed" else "pairs", 128)
     times = -(-SIMULATED // int(real.samples.sum(dtype=np.int64)))
     samples = np.arange(step * BATCH, (step + 1) * BATCH)
@@ -201,9 +201,9 @@ def start(dataset: Dataset, kind: str, step: int) -> tuple[float, float]:
         def begin() -> float:
             began = time.perf_counter()
             index = BlockIndex(*np.load(path))
-            plan = Plan(dataset, kind, 128, window_blocks=64, seed=0, index=index)
-            assert plan.num_samples >= SIMULATED
-            assert len(plan.pieces(samples, samples).start) >= BATCH
+            sampler = Sampler(dataset, kind, 128, window_blocks=64, seed=0, index=index)
+            assert sampler.num_samples >= SIMULATED
+            assert len(sampler.segments(samples, samples).start) >= BATCH
             return time.perf_counter() - began
 
         seconds = statistics.median(begin() for _ in range(3))

@@ -46,17 +46,17 @@ def data_lines(
     name = {"nsp": "NSP pairs", "sop": "SOP pairs", "document": "samples", "packed": "packed samples"}[kind]
     before, behind = mixture.epochs(start), mixture.epochs(schedule.steps or start)
     lines = []
-    for number, (one, plan) in enumerate(zip(data, mixture.stages[-1].plans, strict=True)):
+    for number, (one, sampler) in enumerate(zip(data, mixture.phases[-1].samplers, strict=True)):
         share = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
         lines.append(
             f"{'' if number else 'data':<10}{show_count(one.num_tokens)} tokens, {one.num_documents:,} "
-            f"documents, {plan.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
+            f"documents, {sampler.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
             + (f"{behind[number] - before[number]:.1f} epochs" if schedule.steps else schedule.text)
             + " to go"
             + (f"; {one.folder}, {share:.1%} of the samples" if len(data) > 1 else "")
         )
-        if plan.left_out:
-            lines.append(f"{'':<10}{plan.left_out:,} documents of one token make no pair")
+        if sampler.left_out:
+            lines.append(f"{'':<10}{sampler.left_out:,} documents of one token make no pair")
     for steps, length in config.samples.warmup:
         lines.append(f"{'':<10}{steps:,} steps of {length} tokens at most before")
     for tokens, size in config.train.batch_warmup:

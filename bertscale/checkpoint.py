@@ -1,11 +1,11 @@
 """Checkpoints: written whole or not at all, read as full tensors whatever the topology that wrote them.
 
 A checkpoint is a folder `step-0000100` with
-    bertscale.json                 facts, the parameter table, and per file its pieces, size and digest
+    bertscale.json                 facts, the parameter table, and per file its fragments, size and digest
     shard-t00-d00.safetensors      what tensor rank 0, data rank 0 held: float32 weights and Adam moments
     tokenizer.model                or tokenizer.json
-Each shard holds flat pieces named `state:parameter`; the table says where in the tensor rank's flattened
-share of the parameter a piece starts. Parameters that are whole on every tensor rank are written by
+Each shard holds flat fragments named `state:parameter`; the table says where in the tensor rank's flattened
+share of the parameter a fragment starts. Parameters that are whole on every tensor rank are written by
 tensor rank 0 alone. The folder is written under a temporary name and renamed: one with the final name
 is whole. DeepSpeed's own files are not used: they are pickles, its reader runs what is in them, and
 they fit one topology only.
@@ -39,7 +39,7 @@ TABLE = "bertscale.json"
 
 
 @dataclass(frozen=True)
-class Piece:
+class StateFragment:
     """This rank's part of one parameter: views of the float32 tensors that the optimizer updates.
 
     `start` counts from the beginning of the tensor rank's flattened share; the views are 1-D.
@@ -57,13 +57,13 @@ def shard_name(tensor_rank: int, data_rank: int) -> str:
     return f"shard-t{tensor_rank:02d}-d{data_rank:02d}.safetensors"
 
 
-def write_shard(folder: Path, name: str, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Writes one rank's pieces and returns the file's entry in the table. Raises OSError."""
-    kept = [piece for piece in pieces if piece.states["weight"].numel()]
+def write_shard(folder: Path, name: str, fragments: Iterable[StateFragment]) -> dict[str, Any]:
+    """Writes one rank's fragments and returns the file's entry in the table. Raises OSError."""
+    kept = [fragment for fragment in fragments if fragment.states["weight"].numel()]
     tensors = {
-        f"{state}:{piece.name}": value.detach().cpu().contiguous()
-        for piece in kept
-        for state, value in piece.states.items()
+        f"{state}:{fragment.name}": value.detach().cpu().contiguous()
+        for fragment in kept
+        for state, value in fragment.states.items()
     }
     path = folder / name
     save_tensors(path, tensors)
@@ -72,14 +72,14 @@ def write_shard(folder: Path, name: str, pieces: Iterable[Piece]) -> dict[str, A
         "name": name,
         "bytes": path.stat().st_size,
         "digest": file_digest(path),
-        "pieces": {piece.name: [piece.start, piece.states["weight"].numel()] for piece in kept},
+        "pieces": {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in kept},
     }
 
 
 def save_checkpoint(
-    final: Path, pieces: Iterable[Piece], table: dict[str, Any], tokenizer: Path, ranks: Ranks
+    final: Path, fragments: Iterable[StateFragment], table: dict[str, Any], tokenizer: Path, ranks: Ranks
 ) -> None:
-    """Writes the checkpoint `final`, all ranks together, each its `pieces`; `table` is the first rank's.
+    """Writes the checkpoint `final`, all ranks together, each its `fragments`; `table` is the first rank's.
 
     Whatever fails on a rank, all of them learn of it before the folder gets its name: then it is removed, and
     each of them raises UserError.
@@ -94,7 +94,7 @@ def save_checkpoint(
 
         def write() -> None:
             name = shard_name(ranks.tensor_rank, ranks.data_rank)
-            entry.update(write_shard(partial, name, pieces))
+            entry.update(write_shard(partial, name, fragments))
             entry.update(tensor_rank=ranks.tensor_rank, data_rank=ranks.data_rank)
 
         failure = _attempt(write)
@@ -175,7 +175,7 @@ class Checkpoint:
         """The whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
 
         Raises KeyError for an unknown parameter or a state that its optimizer does not keep, UserError when
-        pieces are missing.
+        fragments are missing.
         """
         entry = self.parameters[name]
         if state not in entry.get("states", STATES):
@@ -279,11 +279,11 @@ def write_whole(
     partial = fresh_folder(folder)
     load_tokenizer(tokenizer).save(partial)
     shapes: dict[str, list[int]] = {}
-    pieces = []
+    fragments = []
     for name, value in tensors:
         shapes[name] = list(value.shape)
-        pieces.append(Piece(name, 0, {"weight": value.float().flatten()}))
-    entry = write_shard(partial, shard_name(0, 0), pieces)
+        fragments.append(StateFragment(name, 0, {"weight": value.float().flatten()}))
+    entry = write_shard(partial, shard_name(0, 0), fragments)
     parameters = {n: {"shape": shape, "tensor_parallel_dimension": None} for n, shape in shapes.items()}
     commit(
         partial,

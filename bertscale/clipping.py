@@ -15,13 +15,13 @@ from bertscale.parallel import Ranks, tensor_parallel_dimension
 
 
 @torch.no_grad()
-def whole_norm(pieces: Iterable[tuple[str, Tensor]], ranks: Ranks, *, sharded: bool) -> Tensor:
-    """Norm of the whole gradient, float32, 0-dim, from this rank's pieces of it: (parameter, gradient).
+def whole_norm(fragments: Iterable[tuple[str, Tensor]], ranks: Ranks, *, sharded: bool) -> Tensor:
+    """Norm of the whole gradient, float32, 0-dim, from this rank's fragments of it: (parameter, gradient).
 
     Shares of tensor ranks add up; what every one of them holds whole counts on the first, but must be finite
-    on each: else the norm is infinite. `sharded`: data ranks hold different pieces, not the same.
+    on each: else the norm is infinite. `sharded`: data ranks hold different fragments, not the same.
     """
-    parts = dict(pieces)
+    parts = dict(fragments)
     norms = torch._foreach_norm(list(parts.values()), 2, torch.float32) if parts else ()
     counted = [
         norm

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bertscale.checkpoint import STATES, Checkpoint, Piece
+from bertscale.checkpoint import STATES, Checkpoint, StateFragment
 from bertscale.clipping import set_clipping, whole_norm
 from bertscale.config import PretrainConfig, UserError
-from bertscale.layout import Layout, Parameter, Segment
+from bertscale.layout import Fragment, Layout, Parameter
 from bertscale.micro_batch import MicroBatch
 from bertscale.model import LossSums, PretrainingModel, initial_value
 from bertscale.optim import is_matrix, make_optimizer
@@ -130,30 +130,30 @@ class Engine:
         for state in self.optimizer.state.values():
             state["step"].fill_(checkpoint.step - checkpoint.skipped_steps)
 
-    def pieces(self) -> list[Piece]:
+    def fragments(self) -> list[StateFragment]:
         """This rank's part of the state, as views: what is written into them is trained on."""
         states = self.optimizer.state
         for tensor, names in self.zero.tensors:  # moments come to life at the first step; they are needed now
             first_moments(states[tensor], tensor, second="exp_avg_sq" in self._states(names[0]))
-        pieces = []
+        fragments = []
         for name, (tensor, offset, start, length) in self.zero.places.items():
             values = {"weight": tensor.data, **states[tensor]}
             views = {key: values[key].view(-1).narrow(0, offset, length) for key in self._states(name)}
-            pieces.append(Piece(name, start, views))
-        return pieces
+            fragments.append(StateFragment(name, start, views))
+        return fragments
 
-    def pieces_to_save(self) -> list[Piece]:
-        """The pieces that this rank writes into a checkpoint, so that each is written once."""
+    def fragments_to_save(self) -> list[StateFragment]:
+        """The fragments that this rank writes into a checkpoint, so that each is written once."""
         if self.stage == 0 and self.ranks.data_rank:  # without ZeRO the data ranks hold the same
             return []
         return [
-            piece
-            for piece in self.pieces()
-            if self.ranks.tensor_rank == 0 or tensor_parallel_dimension(piece.name) is not None
+            fragment
+            for fragment in self.fragments()
+            if self.ranks.tensor_rank == 0 or tensor_parallel_dimension(fragment.name) is not None
         ]
 
     def table(self) -> dict[str, Any]:
-        """What a checkpoint's table says of the model and of its pieces."""
+        """What a checkpoint's table says of the model and of its fragments."""
         return {
             "model": self.config.model.model_dump(),
             "vocab_size": self.vocab_size,
@@ -175,16 +175,16 @@ class Engine:
         return STATES[:2] if muon else STATES
 
     def _fill(self, read: Callable[[str, str], Tensor], states: tuple[str, ...]) -> None:
-        pieces = {piece.name: piece for piece in self.pieces()}
+        fragments = {fragment.name: fragment for fragment in self.fragments()}
         for name, parameter in self.parameters.items():
             for state in states:
                 whole_too = state == "weight" and self.stage < 3
-                if state not in self._states(name) or not (whole_too or name in pieces):
+                if state not in self._states(name) or not (whole_too or name in fragments):
                     continue
                 share = take_share(read(name, state), name, self.ranks.tensor, self.ranks.tensor_rank)
-                if name in pieces:
-                    target = pieces[name].states[state]
-                    start = pieces[name].start
+                if name in fragments:
+                    target = fragments[name].states[state]
+                    start = fragments[name].start
                     target.copy_(share.flatten()[start : start + target.numel()])
                 if whole_too:
                     parameter.data.copy_(share)
@@ -195,7 +195,7 @@ class Engine:
         ranks, tensors = self.ranks, self.zero.tensors
         mine = [
             [
-                Segment(index, start, offset, length)
+                Fragment(index, start, offset, length)
                 for index, name in enumerate(names)
                 if name in self.zero.places
                 for _, offset, start, length in [self.zero.places[name]]
@@ -212,11 +212,11 @@ class Engine:
             for name in names:
                 shape, dim = self.zero.share_shape(name), tensor_parallel_dimension(name)
                 parameters.append(Parameter(name, tuple(shape), dim, ranks.tensor))
-            segments = [() for _ in members] if everyone is None else [everyone[r][number] for r in members]
-            segments[members.index(ranks.rank)] = mine[number]
+            fragments = [() for _ in members] if everyone is None else [everyone[r][number] for r in members]
+            fragments[members.index(ranks.rank)] = mine[number]
             layout = Layout(
                 parameters=tuple(parameters),
-                segments=tuple(tuple(part) for part in segments),
+                fragments=tuple(tuple(part) for part in fragments),
                 tensor_ranks=tuple(member % ranks.tensor for member in members),
                 rank=members.index(ranks.rank),
                 group=group,

@@ -1,8 +1,8 @@
-"""Pieces of parameters: what lies where in the tensors of a sharded optimizer, and how to make them whole.
+"""Fragments of parameters: what lies where in the tensors of a sharded optimizer, and how to make them whole.
 
-DeepSpeed hands an optimizer flat tensors in which pieces of many parameters lie end to end (ZeRO 1 to 3), or
-whole tensors (stage 0); tensor-parallel ranks hold shares besides. A `Layout` says what lies where in one
-tensor; a `Trade` brings the pieces of each matrix to one rank and takes them back.
+DeepSpeed hands an optimizer flat tensors in which fragments of many parameters lie end to end (ZeRO 1 to 3),
+or whole tensors (stage 0); each tensor-parallel rank holds a share of each parameter besides. A `Layout` says
+what lies where in one tensor; an `Exchange` brings the fragments of each matrix to one rank and back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Segment(NamedTuple):
+class Fragment(NamedTuple):
     """`length` values of a parameter's flattened share, from `start` on, that lie at `offset` of a tensor."""
 
     parameter: int  # its number in `Layout.parameters`
@@ -49,32 +49,32 @@ class Layout:
     """What lies in one tensor that the optimizer updates, on each rank of the group that shares it out.
 
     `parameters` are the same on all of those ranks, so that they make the same collectives; ranks that hold
-    nothing of a parameter have no segment of it. Ranks are numbered within `group`. Where no matrices
-    travel, the segments of other ranks may be left empty.
+    nothing of a parameter have no fragment of it. Ranks are numbered within `group`. Where no matrices
+    travel, the fragments of other ranks may be left empty.
     """
 
     parameters: tuple[Parameter, ...]
-    segments: tuple[tuple[Segment, ...], ...]  # by rank
-    tensor_ranks: tuple[int, ...]  # by rank: which share of a parameter its segments are of
+    fragments: tuple[tuple[Fragment, ...], ...]  # by rank
+    tensor_ranks: tuple[int, ...]  # by rank: which share of a parameter its fragments are of
     rank: int  # this one
     group: Any  # a process group; None: all ranks
 
     @property
-    def mine(self) -> tuple[Segment, ...]:
-        return self.segments[self.rank]
+    def mine(self) -> tuple[Fragment, ...]:
+        return self.fragments[self.rank]
 
-    def counts(self, segment: Segment, rank: int) -> bool:
-        """Whether the segment is the one copy that counts: parameters may be whole on each tensor rank."""
-        return self.tensor_ranks[rank] == 0 or self.parameters[segment.parameter].dim is not None
+    def counts(self, fragment: Fragment, rank: int) -> bool:
+        """Whether the fragment is the one copy that counts: parameters may be whole on each tensor rank."""
+        return self.tensor_ranks[rank] == 0 or self.parameters[fragment.parameter].dim is not None
 
     def views(self, values: Tensor) -> list[Tensor]:
-        """This rank's segments of `values`, a tensor laid out so, flat."""
+        """This rank's fragments of `values`, a tensor laid out so, flat."""
         flat = values.view(-1)
-        return [flat.narrow(0, segment.offset, segment.length) for segment in self.mine]
+        return [flat.narrow(0, fragment.offset, fragment.length) for fragment in self.mine]
 
 
-class Trade:
-    """Brings the pieces of each parameter of a layout to one rank, and what became of them back.
+class Exchange:
+    """Brings the fragments of each parameter of a layout to one rank, and what became of them back.
 
     The rank is one of those that hold most of the parameter, the one with the least work so far, so that
     each matrix is worked on once and those that lie whole on a rank stay there.
@@ -83,13 +83,13 @@ class Trade:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         owners = self._owners()
-        ranks = range(len(layout.segments))
+        ranks = range(len(layout.fragments))
 
-        def between(holder: int, owner: int, *, copies: bool) -> list[Segment]:
+        def between(holder: int, owner: int, *, copies: bool) -> list[Fragment]:
             return [
-                segment
-                for segment in layout.segments[holder]
-                if owners[segment.parameter] == owner and (copies or layout.counts(segment, holder))
+                fragment
+                for fragment in layout.fragments[holder]
+                if owners[fragment.parameter] == owner and (copies or layout.counts(fragment, holder))
             ]
 
         me = layout.rank
@@ -97,16 +97,16 @@ class Trade:
         self.takes = [between(holder, me, copies=False) for holder in ranks]
         self.returns = [between(holder, me, copies=True) for holder in ranks]
         self.gets = [between(me, owner, copies=True) for owner in ranks]
-        self.owned = sorted({segment.parameter for part in self.takes for segment in part})
+        self.owned = sorted({fragment.parameter for part in self.takes for fragment in part})
 
     def _owners(self) -> list[int]:
         layout = self.layout
-        held = [[0] * len(layout.segments) for _ in layout.parameters]
-        for rank, segments in enumerate(layout.segments):
-            for segment in segments:
-                if layout.counts(segment, rank):
-                    held[segment.parameter][rank] += segment.length
-        load = [0] * len(layout.segments)
+        held = [[0] * len(layout.fragments) for _ in layout.parameters]
+        for rank, fragments in enumerate(layout.fragments):
+            for fragment in fragments:
+                if layout.counts(fragment, rank):
+                    held[fragment.parameter][rank] += fragment.length
+        load = [0] * len(layout.fragments)
         owners = []
         for parameter, amounts in zip(layout.parameters, held, strict=True):
             fit = [rank for rank, amount in enumerate(amounts) if amount == max(amounts)]
@@ -124,8 +124,8 @@ class Trade:
             for p in [layout.parameters[index]]
         }
         sent = [[flat[s.offset : s.offset + s.length] for s in part] for part in self.sends]
-        for holder, segment, values in self._send(flat, sent, self.takes):
-            self._of(shares, segment, holder).copy_(values)
+        for holder, fragment, values in self._send(flat, sent, self.takes):
+            self._of(shares, fragment, holder).copy_(values)
         for number, parts in shares.items():
             parameter = layout.parameters[number]
             dim = parameter.dim or 0
@@ -134,33 +134,33 @@ class Trade:
             for part, values in zip(parts, changed, strict=True):
                 part.view(parameter.share).copy_(values)
         back = [
-            [self._of(shares, segment, holder) for segment in part]
+            [self._of(shares, fragment, holder) for fragment in part]
             for holder, part in enumerate(self.returns)
         ]
-        for _, segment, values in self._send(flat, back, self.gets):
-            flat[segment.offset : segment.offset + segment.length] = values
+        for _, fragment, values in self._send(flat, back, self.gets):
+            flat[fragment.offset : fragment.offset + fragment.length] = values
 
-    def _of(self, shares: dict[int, Tensor], segment: Segment, holder: int) -> Tensor:
-        """Where a segment of rank `holder` lies in the whole parameter."""
-        split = self.layout.parameters[segment.parameter].dim is not None
-        share = shares[segment.parameter][self.layout.tensor_ranks[holder] if split else 0]
-        return share[segment.start : segment.start + segment.length]
+    def _of(self, shares: dict[int, Tensor], fragment: Fragment, holder: int) -> Tensor:
+        """Where a fragment of rank `holder` lies in the whole parameter."""
+        split = self.layout.parameters[fragment.parameter].dim is not None
+        share = shares[fragment.parameter][self.layout.tensor_ranks[holder] if split else 0]
+        return share[fragment.start : fragment.start + fragment.length]
 
     def _send(
-        self, like: Tensor, parts: list[list[Tensor]], expected: list[list[Segment]]
-    ) -> list[tuple[int, Segment, Tensor]]:
-        """Sends `parts`, by rank; what came: the rank, the segment, its values."""
+        self, like: Tensor, parts: list[list[Tensor]], expected: list[list[Fragment]]
+    ) -> list[tuple[int, Fragment, Tensor]]:
+        """Sends `parts`, by rank; what came: the rank, the fragment, its values."""
         arrived = [values for part in parts for values in part]
         if len(parts) > 1:
-            lengths = [segment.length for part in expected for segment in part]
+            lengths = [fragment.length for part in expected for fragment in part]
             received = like.new_empty(sum(lengths))
             dist.all_to_all_single(
                 received,
                 torch.cat(arrived) if arrived else like.new_empty(0),
-                [sum(segment.length for segment in part) for part in expected],
+                [sum(fragment.length for fragment in part) for part in expected],
                 [sum(len(values) for values in part) for part in parts],
                 group=self.layout.group,
             )
             arrived = list(torch.split(received, lengths))
-        places = [(rank, segment) for rank, part in enumerate(expected) for segment in part]
-        return [(rank, segment, values) for (rank, segment), values in zip(places, arrived, strict=True)]
+        places = [(rank, fragment) for rank, part in enumerate(expected) for fragment in part]
+        return [(rank, fragment, values) for (rank, fragment), values in zip(places, arrived, strict=True)]

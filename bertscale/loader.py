@@ -8,8 +8,8 @@ Global step k holds the samples k * global_batch .. (k + 1) * global_batch - 1 o
 batches grow, see `schedule.batch_of`), whatever the number of ranks: to resume is to begin at another step.
 Batches are made ahead by one background thread, many samples at a time, whatever the size of a step.
 
-S: samples, Q: sequences ([CLS] ... [SEP]; a packed sample has several), T: tokens, P: masked positions,
-N: pieces.
+K: steps, S: samples of all of them, Q: sequences ([CLS] ... [SEP]; a packed sample has several), T: tokens,
+P: masked positions, N: segments, M: micro-batches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ import torch
 
 from bertscale.masking import Ints, draw_uniforms, mask_rules, mask_tokens, target_capacity
 from bertscale.micro_batch import MicroBatch
-from bertscale.mixture import Mixture, Stage
-from bertscale.samples import Pieces, check_batch, spread
+from bertscale.mixture import LengthPhase, Mixture
+from bertscale.samples import Segments, check_batch, spread
 from bertscale.tokenizer import Tokenizer
 
 AHEAD = 4  # steps made ahead
@@ -41,7 +41,7 @@ class Loader:
     A micro-batch has `micro_batch` samples, or with `micro_tokens` as many as stay within so many tokens:
     then the samples of a step are dealt out to as few micro-batches as will do, the same number of them on
     each rank. `masks`: whether tokens are masked at all; `draws`: whether a generator draws ids for them.
-    `static_targets`: P is the same for all micro-batches of a stage (`target_capacity`), or, for rare
+    `static_targets`: P is the same for all micro-batches of a phase (`target_capacity`), or, for rare
     chance, twice that.
     `data_wait` is the time in seconds that callers of `iterate` have waited for a batch.
     Raises UserError where the batch does not divide (`check_batch`).
@@ -86,81 +86,100 @@ class Loader:
 
     def step(self, k: int) -> list[MicroBatch]:
         """This rank's micro-batches of global step `k`, shorter samples first."""
-        return self.steps(self.mixture.stage_of(k), k, k + 1)[0]
+        return self.steps(self.mixture.phase_of(k), k, k + 1)[0]
 
-    def steps(self, stage: Stage, first: int, last: int) -> list[list[MicroBatch]]:
-        """`step(k)` for k = first .. last - 1, all of one stage and one size."""
-        begin, size = self.mixture.batch(first)
-        # With a budget each rank looks at the whole batch, to know how all of it is dealt out.
-        share, rank = (size, 0) if self.micro_tokens else (size // self.world, self.rank)
-        samples = begin + np.arange(last - first)[:, None] * size + rank * share + np.arange(share)
-        pieces = self.mixture.pieces(stage, samples.ravel())
-        extents = pieces.length + 1 + (pieces.kind == 0)  # [SEP], and [CLS] if it begins a sequence
-        sizes = np.bincount(pieces.row, extents, samples.size).astype(np.int64).reshape(samples.shape)
-        orders, counts = zip(*map(self._deal, sizes), strict=True)  # in each step
-        order = np.concatenate([own + share * step for step, own in enumerate(orders)])
-        samples, sizes, pieces = samples.ravel()[order], sizes.ravel()[order], _reorder(pieces, order)
+    def steps(self, phase: LengthPhase, first: int, last: int) -> list[list[MicroBatch]]:
+        """`step(k)` for k = first .. last - 1, all of one phase and one size.
 
-        begins = pieces.kind == 0
-        extents = pieces.length + 1 + begins
-        ends = np.cumsum(extents)
-        tokens = self._read(pieces, ends - 1 - pieces.length, int(ends[-1]))
+        All of these steps are made together, as few long arrays. A packed step of two samples of 8 tokens in
+        one micro-batch, with segments of 6, 2 and 2 tokens, the second sample holding two of them:
+
+            tokens            C a b c d e f S   C g h S C i j S      C: [CLS], S: [SEP]
+            segments.row      0                 1       1            the sample of each segment
+            extents           8                 4       4            tokens of each with [CLS] and [SEP]
+            ends              8                 12      16
+            sizes             8                 8                    tokens of each sample
+            sequence_start    0                 8       12
+            positions         0 1 2 3 4 5 6 7   0 1 2 3 0 1 2 3
+        """
+        # Which samples, and in which order.
+        samples, segments = self._samples_of(phase, first, last)  # [K, S / K], [N]
+        extents = segments.length + 1 + (segments.kind == 0)  # [N]: [SEP], and [CLS] if a sequence begins
+        sizes = np.bincount(segments.row, extents, samples.size).astype(np.int64)  # [S]
+        orders, counts = zip(*map(self._deal, sizes.reshape(samples.shape)), strict=True)  # of each step
+        order = np.concatenate([own + samples.shape[1] * k for k, own in enumerate(orders)])  # [S]
+        samples, sizes, segments = samples.ravel()[order], sizes[order], _reorder(segments, order)
+
+        # Their tokens, end to end.
+        begins = segments.kind == 0  # [N] whether a sequence begins
+        extents = segments.length + 1 + begins  # [N]
+        ends = np.cumsum(extents)  # [N] one behind its [SEP]
+        tokens = self._read(segments, ends - 1 - segments.length, int(ends[-1]))  # [T]
         tokens[ends - 1] = self.sep_id
-        first_piece = np.flatnonzero(begins)
-        sequence_start = (ends - extents)[first_piece]
+        sequence_start = (ends - extents)[begins]  # [Q]
         tokens[sequence_start] = self.cls_id
-        sequence_length = np.diff(sequence_start, append=len(tokens))
-        masked, places, targets = tokens, np.zeros(0, np.int64), np.zeros(0, np.int64)
-        if self.masks:
-            masked, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
-        uniforms = None
-        if self.draws:
-            uniforms = draw_uniforms(places, sizes, samples, self.seed)
-        types = np.zeros(len(tokens), np.int64)
-        if pieces.label is not None:
-            types = np.repeat(pieces.kind, extents)
-        positions = spread(np.zeros_like(sequence_start), sequence_length)
+        sequence_length = np.diff(sequence_start, append=len(tokens))  # [Q]
+        positions = spread(np.zeros_like(sequence_start), sequence_length)  # [T]
+        types = np.zeros(len(tokens), np.int64)  # [T]
+        if segments.label is not None:
+            types = np.repeat(segments.kind, extents)
 
-        edges = np.cumsum([0, *(count for step in counts for count in step)])  # of micro-batches, in samples
-        token_edges = np.concatenate([[0], np.cumsum(sizes)])[edges]
-        target_edges = np.searchsorted(places, token_edges)
-        num_targets = np.diff(target_edges)
-        places -= np.repeat(token_edges[:-1], num_targets)
+        # What is predicted of them.
+        places, targets = np.zeros(0, np.int64), np.zeros(0, np.int64)  # [P] into tokens
+        if self.masks:
+            tokens, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
+        uniforms = draw_uniforms(places, sizes, samples, self.seed) if self.draws else None  # [P]
+
+        # Where micro-batches begin: M of them in all steps, and M + 1 edges of each kind.
+        row_edges = np.cumsum([0, *(count for step in counts for count in step)])  # [M + 1] in samples
+        token_edges = np.concatenate([[0], np.cumsum(sizes)])[row_edges]  # [M + 1] in tokens
+        sequence_edges = np.searchsorted(sequence_start, token_edges)  # [M + 1] in sequences
+        target_edges = np.searchsorted(places, token_edges)  # [M + 1] in predicted positions
+        num_targets = np.diff(target_edges)  # [M]
+        places -= np.repeat(token_edges[:-1], num_targets)  # now they count from their micro-batch's begin
         if self.static_targets:
-            most = self.micro_tokens or self.micro_batch * stage.max_length
+            most = self.micro_tokens or self.micro_batch * phase.max_length
             capacity = target_capacity(most, self.rules)
-            room = capacity * np.maximum(1, -(-num_targets // capacity))
+            room = capacity * np.maximum(1, -(-num_targets // capacity))  # [M]
             target_edges = np.cumsum([0, *room])
-            filled = spread(target_edges[:-1], num_targets)
+            filled = spread(target_edges[:-1], num_targets)  # [P] where the real ones stand
             places, targets = _fill_up(places, filled, room, 0), _fill_up(targets, filled, room, -1)
             uniforms = None if uniforms is None else _fill_up(uniforms, filled, room, 0.5)
-        sequence_edges = np.searchsorted(sequence_start, token_edges)
-        lengths = sequence_length.tolist()
-        flat = [torch.from_numpy(values) for values in (masked, types, positions, places, targets)]
-        labels = None if pieces.label is None else torch.from_numpy(pieces.label)
-        random = None if uniforms is None else torch.from_numpy(uniforms)
-        batches = []
-        cuts = zip(*(e.tolist() for e in (edges, token_edges, target_edges, sequence_edges)), strict=True)
-        row, token, target, sequence = next(cuts)
-        for (row_end, token_end, target_end, sequence_end), real in zip(
-            cuts, num_targets.tolist(), strict=True
-        ):
-            batches.append(
-                MicroBatch(
-                    tokens=flat[0][token:token_end],
-                    token_types=flat[1][token:token_end],
-                    positions=flat[2][token:token_end],
-                    lengths=tuple(lengths[sequence:sequence_end]),
-                    target_positions=flat[3][target:target_end],
-                    targets=flat[4][target:target_end],
-                    num_targets=real,
-                    next_sentence_label=None if labels is None else labels[row:row_end],
-                    uniforms=None if random is None else random[target:target_end],
-                )
+
+        # Views of the arrays, as tensors, for each micro-batch.
+        lengths, label = sequence_length.tolist(), segments.label
+        flat = [torch.from_numpy(values) for values in (tokens, types, positions, places, targets)]
+        labels = None if label is None else torch.from_numpy(label)
+        drawn = None if uniforms is None else torch.from_numpy(uniforms)
+        edges = (row_edges, token_edges, sequence_edges, target_edges)
+        slices = zip(*([slice(*pair) for pair in pairwise(each.tolist())] for each in edges), strict=True)
+        batches = [
+            MicroBatch(
+                tokens=flat[0][token],
+                token_types=flat[1][token],
+                positions=flat[2][token],
+                lengths=tuple(lengths[sequence]),
+                target_positions=flat[3][target],
+                targets=flat[4][target],
+                num_targets=real,
+                next_sentence_label=None if labels is None else labels[row],
+                uniforms=None if drawn is None else drawn[target],
             )
-            row, token, target, sequence = row_end, token_end, target_end, sequence_end
+            for (row, token, sequence, target), real in zip(slices, num_targets.tolist(), strict=True)
+        ]
         left = iter(batches)
         return [list(islice(left, len(step))) for step in counts]
+
+    def _samples_of(self, phase: LengthPhase, first: int, last: int) -> tuple[Ints, Segments]:
+        """This rank's samples of the steps `first` .. `last` - 1, [K, S / K], and their segments [N].
+
+        With a budget of tokens each rank looks at the whole batch, to know how all of it is dealt out.
+        """
+        begin, size = self.mixture.batch(first)
+        share, rank = (size, 0) if self.micro_tokens else (size // self.world, self.rank)
+        steps = np.arange(last - first)[:, None]  # [K, 1]
+        samples = begin + steps * size + rank * share + np.arange(share)  # [K, share]
+        return samples, self.mixture.segments(phase, samples.ravel())
 
     def _deal(self, sizes: Ints) -> tuple[Ints, list[int]]:
         """Which samples of a step, of these sizes in tokens, are this rank's, micro-batch by micro-batch,
@@ -172,15 +191,15 @@ class Loader:
         turn = bins[own] // self.world
         return own[np.lexsort((sizes[own], turn))], np.bincount(turn).tolist()
 
-    def _read(self, pieces: Pieces, places: Ints, size: int) -> Ints:
-        """The tokens of the pieces, each from its place on, in an array of `size`; the rest is undefined."""
+    def _read(self, segments: Segments, places: Ints, size: int) -> Ints:
+        """The tokens of the segments [N], each from its place on, in an array of `size`, else undefined."""
         tokens = np.empty(size, np.int64)
-        shard = np.searchsorted(self.shard_start, pieces.start, side="right") - 1
+        shard = np.searchsorted(self.shard_start, segments.start, side="right") - 1
         order = np.argsort(shard, kind="stable")
-        shard, length = shard[order], pieces.length[order]
-        source = spread(pieces.start[order] - self.shard_start[shard], length)
+        shard, length = shard[order], segments.length[order]
+        source = spread(segments.start[order] - self.shard_start[shard], length)
         target = spread(places[order], length)
-        edges = np.flatnonzero(np.diff(shard, prepend=-1))  # first piece of each shard
+        edges = np.flatnonzero(np.diff(shard, prepend=-1))  # first segment of each shard
         token_edges = np.append((np.cumsum(length) - length)[edges], len(source)).tolist()
         for number, begin, end in zip(shard[edges].tolist(), token_edges, token_edges[1:], strict=False):
             tokens[target[begin:end]] = self.shard_tokens[number].take(source[begin:end], mode="clip")
@@ -201,10 +220,10 @@ class Loader:
                     torch.cuda.set_device(device)
                 step = start_step
                 while step < stop_step:
-                    stage = self.mixture.stage_of(step)
+                    phase = self.mixture.phase_of(step)
                     share = self.mixture.batch(step)[1] // self.world
-                    end = step + max(1, SLAB // (share * stage.max_length))
-                    for batches in self.steps(stage, step, min(end, self.mixture.end_of(step), stop_step)):
+                    end = step + max(1, SLAB // (share * phase.max_length))
+                    for batches in self.steps(phase, step, min(end, self.mixture.end_of(step), stop_step)):
                         if device is not None:
                             batches = [batch.pin_memory() for batch in batches]
                         if stop.is_set():
@@ -255,15 +274,15 @@ def _fill_up(values: npt.NDArray[Any], places: Ints, room: Ints, fill: float) ->
     return filled
 
 
-def _reorder(pieces: Pieces, order: Ints) -> Pieces:
-    """The pieces of the samples `order`, in that order."""
-    count = np.bincount(pieces.row)
-    if (count == count[0]).all():  # the same number of pieces in each sample
+def _reorder(segments: Segments, order: Ints) -> Segments:
+    """The segments of the samples `order`, in that order."""
+    count = np.bincount(segments.row)
+    if (count == count[0]).all():  # the same number of segments in each sample
         each = int(count[0])
         index = (order[:, None] * each + np.arange(each)).ravel()
     else:
         first = np.cumsum(count) - count
         index = spread(first[order], count[order])
     row = np.repeat(np.arange(len(order)), count[order])
-    label = None if pieces.label is None else pieces.label[order]
-    return Pieces(pieces.start[index], pieces.length[index], pieces.kind[index], row, label)
+    label = None if segments.label is None else segments.label[order]
+    return Segments(segments.start[index], segments.length[index], segments.kind[index], row, label)

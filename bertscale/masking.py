@@ -302,67 +302,88 @@ def _draw_share(counts: Ints, low: Ints, high: Ints, rules: MaskRules, seed: int
 def _draw_spans(words: _WordTable, low: Ints, high: Ints, rules: MaskRules, seed: int) -> tuple[Ints, Ints]:
     """The words in spans: the sample and the number of each, in order.
 
-    Every ordinary word begins one span, and the spans take their turns in random order. So the turn of a
-    word is that of the earliest span that reaches it: no loop over spans, and any share is reached.
+    Every ordinary word begins one span, of a drawn extent, and has a random priority; spans are chosen from
+    the lowest priority on until the share is reached. So the priority of a word is the lowest one of the
+    spans that reach it: no loop over spans, and any share is reached. Priorities 0 .. 9 and extents in words:
+
+        word                      the  old  cat  sat  on  it
+        own priority               7    2    5    9    4   8
+        extent of its span         1    3    1    2    2   1
+        lowest that reaches it     7    2    2    2    4   4    -> half of the words: old, cat, sat
     """
     samples, number = len(words.count), len(words.begin)
-    row = np.repeat(np.arange(samples), words.count)  # [W]
+    row = np.repeat(np.arange(samples), words.count)  # [W] the sample of each word
     drawn, _, block_start = _draw(words.count, low, high, seed)
-    own_turn = drawn[np.arange(number) + np.repeat(4 * block_start - words.first, words.count)]
-    size = np.where(words.special, 0, words.size)  # tokens that may be masked
+    own = drawn[np.arange(number) + np.repeat(4 * block_start - words.first, words.count)]  # [W]
+    size = np.where(words.special, 0, words.size)  # [W] tokens that may be masked
     total = np.bincount(row, size, samples).astype(np.int64)  # [S]
-    # A span ends with the last word of its sample, or before a special token, at the latest.
-    stops = words.special.copy()
-    stops[words.first[words.count > 0]] = True
-    stop = np.flatnonzero(stops)
-    behind = np.append(stop, number)[1:]
-    end = np.repeat(behind, behind - stop)  # [W]
+    span_end = _span_ends(words)  # [W]
 
-    # Late turns do not matter, so only `early` ones are worked out. What is early is an estimate for speed;
-    # where it falls short of the share, all of the sample is done. The outcome is the same for any estimate.
-    early = _early_turns(words.count, rules)
+    # High priorities do not matter, so only those below a limit are worked out. The limit is an estimate, for
+    # speed; where it falls short of the share, all of the sample is done. The outcome is always the same.
+    limit = _priority_limits(words.count, rules)  # [S]
     while True:
-        begin = np.flatnonzero((own_turn < early[row]) & ~words.special)
-        at = row[begin]
+        begin = np.flatnonzero((own < limit[row]) & ~words.special)  # [spans] their first words
+        at = row[begin]  # [spans]
         extent = philox4x32(begin - words.first[at], low[at], high[at], Draw.EXTENT, seed)[:, 0]
-        room, begin_turn = end[begin] - begin, own_turn[begin]
-        turn = np.full(number, 0xFFFFFFFF, np.uint32)
-        turn[begin] = begin_turn
-        for further in range(1, len(rules.longer_below) - 1):
-            reaching = np.flatnonzero((extent < rules.longer_below[further]) & (room > further))
-            if not len(reaching):
-                break
-            begin, begin_turn = begin[reaching], begin_turn[reaching]
-            extent, room = extent[reaching], room[reaching]
-            turn[begin + further] = np.minimum(turn[begin + further], begin_turn)
-        word = np.flatnonzero((turn < early[row]) & ~words.special)
-        reached = np.bincount(row[word], size[word], samples).astype(np.int64)
-        lacking = (reached << 32 < rules.chosen_below * total) & (early < 1 << 32)
+        priority = _lowest_priorities(own, begin, extent, span_end[begin] - begin, rules)  # [W]
+        word = np.flatnonzero((priority < limit[row]) & ~words.special)  # [candidates]
+        reached = np.bincount(row[word], size[word], samples).astype(np.int64)  # [S] tokens
+        lacking = (reached << 32 < rules.chosen_below * total) & (limit < 1 << 32)  # [S]
         if not lacking.any():
             break
-        early[lacking] = 1 << 32
+        limit[lacking] = 1 << 32
 
-    # By sample, turn, and place in the text: a radix sort, which numpy has for two bytes.
-    low_turn, high_turn = turn.astype(np.uint16), (turn >> 16).astype(np.uint16)
-    for key in (low_turn, high_turn, row.astype(np.min_scalar_type(samples))):
+    # By sample, priority, and place in the text: a radix sort, which numpy has for two bytes.
+    low_half, high_half = priority.astype(np.uint16), (priority >> 16).astype(np.uint16)  # [W]
+    for key in (low_half, high_half, row.astype(np.min_scalar_type(samples))):
         word = word[np.argsort(key[word], kind="stable")]
-    at, size = row[word], size[word]
-    before = np.cumsum(size) - size
-    before -= (np.cumsum(reached) - reached)[at]
-    # What is left of the share, in tokens * 2**32. The word that would pass it is taken by chance, so
+    at, size = row[word], size[word]  # [candidates]
+    before = np.cumsum(size) - size  # [candidates] tokens of those before it
+    before -= (np.cumsum(reached) - reached)[at]  # ... in its own sample
+    # What is left of the share, in tokens * 2**32. The word that would pass it is taken with a chance, so
     # that the mean is the share; for those after it nothing is left.
-    left = rules.chosen_below * total[at] - (before << 32)
-    chance = philox4x32(0, low, high, Draw.ROUND, seed)[:, 0].astype(np.int64)
-    chosen = np.zeros(number, np.bool_)
+    left = rules.chosen_below * total[at] - (before << 32)  # [candidates]
+    chance = philox4x32(0, low, high, Draw.ROUND, seed)[:, 0].astype(np.int64)  # [S]
+    chosen = np.zeros(number, np.bool_)  # [W]
     chosen[word[chance[at] * size < left]] = True
     return row[chosen], np.flatnonzero(chosen)
 
 
-def _early_turns(count: Ints, rules: MaskRules) -> Ints:
-    """A turn of 0 .. 2**32 for each sample of `count` [S] words, so late that the spans before it reach
+def _span_ends(words: _WordTable) -> Ints:
+    """One behind the last word that a span may reach from each word [W]: it ends with the sample, or before a
+    special token, at the latest."""
+    stops = words.special.copy()
+    stops[words.first[words.count > 0]] = True
+    stop = np.flatnonzero(stops)  # special tokens and first words
+    next_stop = np.append(stop, len(words.begin))[1:]
+    return np.repeat(next_stop, next_stop - stop)
+
+
+def _lowest_priorities(own: Words, begin: Ints, extent: Words, room: Ints, rules: MaskRules) -> Words:
+    """The lowest priority of the spans that reach each word [W], the highest number there is where none does.
+
+    Spans begin at the words `begin`, with the priority there of `own` [W], and have `room` words at most;
+    `extent` are the random numbers that their lengths are drawn by.
+    """
+    priority = np.full(len(own), 0xFFFFFFFF, np.uint32)  # [W]
+    span_priority = own[begin]  # [spans]
+    priority[begin] = span_priority
+    for further in range(1, len(rules.longer_below) - 1):  # to the words behind the first one
+        reaching = np.flatnonzero((extent < rules.longer_below[further]) & (room > further))
+        if not len(reaching):
+            break
+        begin, span_priority = begin[reaching], span_priority[reaching]
+        extent, room = extent[reaching], room[reaching]
+        priority[begin + further] = np.minimum(priority[begin + further], span_priority)
+    return priority
+
+
+def _priority_limits(count: Ints, rules: MaskRules) -> Ints:
+    """A priority of 0 .. 2**32 for each sample of `count` [S] words, so high that the spans below it reach
     the share but for rare chance: their mean number, five standard deviations and a few."""
     rate = min(rules.chosen_below, 2**32 - 1) / 2**32
     spans = -math.log1p(-rate) / (sum(rules.longer_below) / 2**32) * count
-    early = (spans + 5 * np.sqrt(spans) + 8) / np.maximum(count, 1)
-    turns: Ints = (2.0**32 * np.minimum(early, 1)).astype(np.int64)
-    return turns
+    share = (spans + 5 * np.sqrt(spans) + 8) / np.maximum(count, 1)
+    limits: Ints = (2.0**32 * np.minimum(share, 1)).astype(np.int64)
+    return limits

@@ -1,11 +1,11 @@
-"""Several corpora mixed by weight, stages of growing length and growing batches: which sample is whose, in
+"""Several corpora mixed by weight, phases of growing length and growing batches: which sample is whose, in
 O(1) memory.
 
 Every 1,024 samples each corpus has its quota of them, in an order permuted by key; quotas change by one
 from period to period, so that after 2**20 samples the shares are the weights to 2**-20.
 
     mixture = Mixture([dataset, other], [0.7, 0.3], config.samples, global_batch=256, seed=0)
-    pieces = mixture.pieces(mixture.stage_of(step), samples)
+    segments = mixture.segments(mixture.phase_of(step), samples)
 
 S: samples, C: corpora.
 """
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from bertscale.batch_stages import FOREVER, batch_of, batch_stages
+from bertscale.batch_phases import FOREVER, batch_of, batch_phases
 from bertscale.config import Corpus, SamplesConfig
 from bertscale.index import Peers
 from bertscale.masking import Ints
 from bertscale.order import permute, round_keys
-from bertscale.samples import Pieces, Plan
+from bertscale.samples import Sampler, Segments
 from bertscale.shards import Dataset, check_tokenizers
 
 PERIOD = 1024  # samples; a superperiod is PERIOD periods
@@ -30,16 +30,16 @@ MEASURED = 16_384  # samples whose mean length stands for all
 SLOTS = 2**32 - 2  # in the place of a window, in the key of a period's permutation
 
 
-class Stage:
-    """Steps of one sample length; `plans` has one for each corpus, `first_sample` is where it begins."""
+class LengthPhase:
+    """Steps of one sample length; `samplers` has one for each corpus, `first_sample` is where it begins."""
 
-    def __init__(self, first_step: int, max_length: int, plans: list[Plan]) -> None:
-        self.first_step, self.max_length, self.plans = first_step, max_length, plans
+    def __init__(self, first_step: int, max_length: int, samplers: list[Sampler]) -> None:
+        self.first_step, self.max_length, self.samplers = first_step, max_length, samplers
         self.first_sample = 0
 
 
 class Mixture:
-    """The samples of a run: of each stage, and of each corpus in it.
+    """The samples of a run: of each phase, and of each corpus in it.
 
     Steps have `global_batch` samples. With `batch_warmup`, that of the config's `train`, the first ones may
     have fewer, and the mean tokens of a sample, which `batches` then tell, are measured: [] is enough.
@@ -62,70 +62,70 @@ class Mixture:
         self.quotas = Quotas(weights)
         sizes = [sum(shard.entry.tokens for shard in dataset.shards) for dataset in datasets]
         self.first_token = np.cumsum([0, *sizes[:-1]])
-        self.stages: list[Stage] = []
+        self.phases: list[LengthPhase] = []
         step = 0
         for number, (steps, length) in enumerate([*samples.warmup, (0, samples.max_length)]):
-            plans = [
-                Plan(data, samples.kind, length, samples.window_blocks, seed, stage=number, peers=peers)
+            samplers = [
+                Sampler(data, samples.kind, length, samples.window_blocks, seed, phase=number, peers=peers)
                 for data in datasets
             ]
-            self.stages.append(Stage(step, length, plans))
+            self.phases.append(LengthPhase(step, length, samplers))
             step += steps
-        lengths = [(stage.first_step, 1.0) for stage in self.stages]
+        lengths = [(phase.first_step, 1.0) for phase in self.phases]
         if batch_warmup is not None:
             lengths = self.tokens_a_sample()
-        self.batches = batch_stages(batch_warmup or [], global_batch, lengths)
-        for stage in self.stages:
-            stage.first_sample = self.batch(stage.first_step)[0]
+        self.batches = batch_phases(batch_warmup or [], global_batch, lengths)
+        for phase in self.phases:
+            phase.first_sample = self.batch(phase.first_step)[0]
 
     def batch(self, step: int) -> tuple[int, int]:
         """First sample and number of samples of global step `step`."""
         return batch_of(step, self.batches)
 
-    def stage_of(self, step: int) -> Stage:
-        """The stage that global step `step` belongs to."""
-        return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
+    def phase_of(self, step: int) -> LengthPhase:
+        """The phase that global step `step` belongs to."""
+        return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
 
     def end_of(self, step: int) -> int:
         """The first step behind `step` whose samples are of another number or length."""
         return next((batch.first_step for batch in self.batches if batch.first_step > step), FOREVER)
 
     def tokens_a_sample(self) -> list[tuple[int, float]]:
-        """First step of each stage, and the mean tokens of its first samples, as if the run began with them:
+        """First step of each phase, and the mean tokens of its first samples, as if the run began with them:
         a fact of the data, the seed and the `samples` section alone."""
         numbers = np.arange(MEASURED)
         found = []
-        for stage in self.stages:
-            pieces = self._pieces(stage, numbers, numbers)
-            tokens = int(pieces.length.sum()) + len(pieces.length) + int((pieces.kind == 0).sum())
-            found.append((stage.first_step, tokens / MEASURED))
+        for phase in self.phases:
+            segments = self._segments(phase, numbers, numbers)
+            tokens = int(segments.length.sum()) + len(segments.length) + int((segments.kind == 0).sum())
+            found.append((phase.first_step, tokens / MEASURED))
         return found
 
-    def pieces(self, stage: Stage, samples: Ints) -> Pieces:
-        """The samples of these numbers [S], all of one stage; tokens are numbered through all corpora."""
-        return self._pieces(stage, samples - stage.first_sample, samples)
+    def segments(self, phase: LengthPhase, samples: Ints) -> Segments:
+        """The samples of these numbers [S], all of one phase; tokens are numbered through all corpora."""
+        return self._segments(phase, samples - phase.first_sample, samples)
 
-    def _pieces(self, stage: Stage, numbers: Ints, samples: Ints) -> Pieces:
-        if len(stage.plans) == 1:
-            return stage.plans[0].pieces(numbers, samples)
+    def _segments(self, phase: LengthPhase, numbers: Ints, samples: Ints) -> Segments:
+        if len(phase.samplers) == 1:
+            return phase.samplers[0].segments(numbers, samples)
         corpus, own = self.quotas.share_out(numbers, self.seed)
         parts = []
         for number in np.unique(corpus).tolist():
             rows = np.flatnonzero(corpus == number)
-            part = stage.plans[number].pieces(own[rows], samples[rows])
+            part = phase.samplers[number].segments(own[rows], samples[rows])
             parts.append((part.start + self.first_token[number], part.length, part.kind, rows[part.row]))
         start, length, kind, row = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.argsort(row, kind="stable")
         label = None if part.label is None else samples & 1
-        return Pieces(start[order], length[order], kind[order], row[order], label)
+        return Segments(start[order], length[order], kind[order], row[order], label)
 
     def epochs(self, step: int) -> list[float]:
         """How often each corpus has been gone through when `step` global steps are done."""
         done = np.zeros(len(self.datasets))
-        ends = [*(stage.first_step for stage in self.stages[1:]), step]
-        for stage, end in zip(self.stages, ends, strict=True):
-            samples = max(0, self.batch(min(step, end))[0] - stage.first_sample)
-            sizes = np.array([plan.num_samples for plan in stage.plans])
+        ends = [*(phase.first_step for phase in self.phases[1:]), step]
+        for phase, end in zip(self.phases, ends, strict=True):
+            samples = max(0, self.batch(min(step, end))[0] - phase.first_sample)
+            sizes = np.array([sampler.num_samples for sampler in phase.samplers])
             done += self.quotas.taken(samples) / sizes
         return [float(value) for value in done]
 

@@ -1,8 +1,8 @@
-"""StableAdamW, LAMB and Muon, exact where the parameters lie in pieces on many ranks.
+"""StableAdamW, LAMB and Muon, exact where the parameters lie in fragments on many ranks.
 
-They need what a piece cannot tell: the norm of a whole parameter, or the whole matrix. A `Layout` says what
-lies where in a tensor. Sums of squares of all its parameters go over the ranks in one collective; pieces of
-matrices travel to one rank each, are orthogonalised there, and travel back.
+They need what a fragment cannot tell: the norm of a whole parameter, or the whole matrix. A `Layout` says
+what lies where in a tensor. Sums of squares of all its parameters go over the ranks in one collective;
+fragments of matrices travel to one rank each, are orthogonalised there, and travel back.
 
 All keep their moments under AdamW's names: exp_avg is the mean of the gradients, exp_avg_sq of their squares.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from bertscale.config import OptimizerConfig
-from bertscale.layout import Layout, Trade
+from bertscale.layout import Exchange, Layout
 
 # Coefficients of the quintic iteration: steepest at zero among those that stay near one (Jordan, 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -46,15 +46,15 @@ class WholeOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.learning_rate})
         self.config = config
         self.layouts: dict[Tensor, Layout] = {}
-        self.counted: dict[Tensor, tuple[list[int], Tensor]] = {}  # segments; their parameters' numbers
+        self.counted: dict[Tensor, tuple[list[int], Tensor]] = {}  # fragments; their parameters' numbers
         self.sizes: dict[Tensor, Tensor] = {}  # values of each parameter, float64
 
     def lay_out(self, tensor: Tensor, layout: Layout) -> None:
         """Says what lies in `tensor`."""
-        segments = [i for i, segment in enumerate(layout.mine) if layout.counts(segment, layout.rank)]
-        numbers = torch.tensor([layout.mine[i].parameter for i in segments], device=tensor.device)
+        fragments = [i for i, fragment in enumerate(layout.mine) if layout.counts(fragment, layout.rank)]
+        numbers = torch.tensor([layout.mine[i].parameter for i in fragments], device=tensor.device)
         self.layouts[tensor] = layout
-        self.counted[tensor] = segments, numbers
+        self.counted[tensor] = fragments, numbers
         self.sizes[tensor] = torch.tensor(
             [parameter.numel for parameter in layout.parameters], dtype=torch.float64, device=tensor.device
         )
@@ -102,17 +102,17 @@ class WholeOptimizer(torch.optim.Optimizer):
         """
         found = []
         for number, tensor in enumerate(tensors):
-            layout, (segments, numbers) = self.layouts[tensor], self.counted[tensor]
+            layout, (fragments, numbers) = self.layouts[tensor], self.counted[tensor]
             squares = tensor.new_zeros(len(values), len(layout.parameters), dtype=torch.float64)
             for row, part in enumerate(values):
                 views = layout.views(part[number])
-                if segments:
-                    squares[row, numbers] = sums_of_squares([views[i] for i in segments])
+                if fragments:
+                    squares[row, numbers] = sums_of_squares([views[i] for i in fragments])
             found.append(squares)
         sizes = [part.shape[1] for part in found]
         together = torch.cat(found, dim=1)
         layout = self.layouts[tensors[0]]
-        if len(layout.segments) > 1:
+        if len(layout.fragments) > 1:
             dist.all_reduce(together, group=layout.group)
         return [part.sqrt() for part in torch.split(together, sizes, dim=1)]
 
@@ -121,7 +121,7 @@ class WholeOptimizer(torch.optim.Optimizer):
         layout = self.layouts[tensor]
         if layout.mine:
             own = factors.to(values.dtype).unbind()
-            torch._foreach_mul_(layout.views(values), [own[segment.parameter] for segment in layout.mine])
+            torch._foreach_mul_(layout.views(values), [own[fragment.parameter] for fragment in layout.mine])
 
 
 def gradient_of(tensor: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class Muon(WholeOptimizer):
     ) -> None:
         super().__init__(groups, config)
         self.split, self.join, self.dtype = split, join, dtype
-        self.trades: dict[Tensor, Trade] = {}
+        self.exchanges: dict[Tensor, Exchange] = {}
 
     def update(self, group: dict[str, Any], tensors: list[Tensor], applied: Tensor) -> None:
         config, rate = self.config, group["lr"]
@@ -260,9 +260,9 @@ class Muon(WholeOptimizer):
             state["step"] += applied
             state["exp_avg"].lerp_(gradient, (1 - config.momentum) * applied)
             change = gradient.lerp(state["exp_avg"], config.momentum)
-            if tensor not in self.trades:
-                self.trades[tensor] = Trade(self.layouts[tensor])
-            self.trades[tensor].change_whole(change.view(-1), self.orthogonal)
+            if tensor not in self.exchanges:
+                self.exchanges[tensor] = Exchange(self.layouts[tensor])
+            self.exchanges[tensor].change_whole(change.view(-1), self.orthogonal)
             tensor.mul_(1 - rate * group["weight_decay"] * applied).addcmul_(change, applied, value=-rate)
 
     def orthogonal(self, name: str, momentum: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The order of samples: keyed permutations of blocks, and of the samples inside a window of blocks.
 
 An epoch is a permutation of the blocks, cut into windows; inside a window the samples are permuted. Both
-are functions of (seed, stage, epoch, window), so that the n-th sample of a corpus of any size is found at
+are functions of (seed, phase, epoch, window), so that the n-th sample of a corpus of any size is found at
 once and reads stay inside a few blocks at a time.
 
     order = Order(samples_per_block, window_blocks=64, seed=0)
@@ -38,15 +38,15 @@ class Stretch(NamedTuple):
 
 
 class Order:
-    """The order of one corpus at one stage; `num_samples` make an epoch.
+    """The order of one corpus at one phase; `num_samples` make an epoch.
 
     Windows have `window_blocks` blocks; what is left over joins the last one. Holds 8 bytes a block for
     each of two epochs.
     """
 
-    def __init__(self, samples_per_block: Ints, window_blocks: int, seed: int, stage: int = 0) -> None:
+    def __init__(self, samples_per_block: Ints, window_blocks: int, seed: int, phase: int = 0) -> None:
         self.samples_per_block, self.window_blocks = samples_per_block, window_blocks
-        self.seed, self.stage = seed, stage
+        self.seed, self.phase = seed, phase
         self.num_samples = int(samples_per_block.sum(dtype=np.int64))
         self.num_windows = max(1, len(samples_per_block) // window_blocks)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
@@ -61,7 +61,7 @@ class Order:
             for window in np.unique(windows).tolist():
                 rows = here[windows == window]
                 size = int(starts[window + 1] - starts[window])
-                keys = round_keys(self.seed, self.stage, epoch, window)
+                keys = round_keys(self.seed, self.phase, epoch, window)
                 moved = permute(places[rows] - starts[window], size, keys)
                 yield Stretch(epoch, window, self.blocks(epoch, window), rows, moved)
 
@@ -78,7 +78,7 @@ class Order:
     def _make_epoch(self, epoch: int) -> tuple[Ints, Ints]:
         """The blocks in the epoch's order [B] and the first sample of each window [W + 1]."""
         size = len(self.samples_per_block)
-        blocks = permute(np.arange(size), size, round_keys(self.seed, self.stage, epoch))
+        blocks = permute(np.arange(size), size, round_keys(self.seed, self.phase, epoch))
         ends = np.cumsum(self.samples_per_block[blocks], dtype=np.int64)
         inner = ends[np.arange(1, self.num_windows) * self.window_blocks - 1]
         return blocks, np.concatenate([np.zeros(1, np.int64), inner, ends[-1:]])
@@ -106,9 +106,9 @@ def permute(places: Ints, size: int, keys: Keys) -> Ints:
 
 
 @lru_cache(maxsize=64)
-def round_keys(seed: int, stage: int, epoch: int, window: int = -1) -> Keys:
+def round_keys(seed: int, phase: int, epoch: int, window: int = -1) -> Keys:
     """The keys of `permute` for the samples of a window, or (-1) for the blocks of an epoch."""
-    use = Draw.ORDER | stage << 8 | epoch >> 32 << 20  # the other draws leave these bits at 0
+    use = Draw.ORDER | phase << 8 | epoch >> 32 << 20  # the other draws leave these bits at 0
     words = philox4x32(np.arange(_ROUNDS), epoch & 0xFFFFFFFF, window + 1, use, seed).astype(np.uint64)
     return words[:, 0] << np.uint64(32) | words[:, 1]
 

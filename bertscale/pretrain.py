@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from bertscale.banner import banner, epochs
-from bertscale.batch_stages import FOREVER
+from bertscale.batch_phases import FOREVER
 from bertscale.checkpoint import save_checkpoint, step_folders
 from bertscale.config import PretrainConfig, UserError
 from bertscale.device import choose_precision, local_device, peak_flops
@@ -310,7 +310,7 @@ def save(
     beat(step)
     save_checkpoint(
         run / "checkpoints" / f"step-{step:07d}",
-        engine.pieces_to_save(),
+        engine.fragments_to_save(),
         {**facts, **engine.table()},
         data[0].tokenizer_path,
         engine.ranks,

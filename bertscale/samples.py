@@ -1,4 +1,4 @@
-"""Which tokens make which sample: the plans of every kind, pure functions of (data, seed, sample).
+"""Which tokens make which sample: the samplers of every kind, pure functions of (data, seed, sample).
 
 | kind     | a sample                                                                  | label          |
 | -------- | ------------------------------------------------------------------------- | -------------- |
@@ -11,10 +11,10 @@ nsp follows the data creation published with BERT (Devlin et al. 2019), sop that
 2020); samples with even numbers keep their segments, those with odd numbers do not, so an even number
 of neighbours is exactly half and half. Nothing is stored, nothing moves along.
 
-    plan = Plan(open_dataset("runs/data", "train"), "nsp", max_length=128, window_blocks=64, seed=0)
-    pieces = plan.pieces(np.arange(256), np.arange(256))
+    sampler = Sampler(open_dataset("runs/data", "train"), "nsp", max_length=128, window_blocks=64, seed=0)
+    segments = sampler.segments(np.arange(256), np.arange(256))
 
-S: samples, N: pieces, D: documents. Tokens are numbered through all shards of the split.
+S: samples, N: segments, D: documents. Tokens are numbered through all shards of the split.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _REMEDIES = {
 }
 
 
-class Pieces(NamedTuple):
-    """S samples as ranges of tokens, sample after sample; each piece is followed by [SEP]."""
+class Segments(NamedTuple):
+    """S samples as ranges of tokens, sample after sample; each segment is followed by [SEP]."""
 
     start: Ints  # [N] number of the first token
     length: Ints  # [N] tokens, at least one
@@ -47,10 +47,10 @@ class Pieces(NamedTuple):
     label: Ints | None  # [S] see the module; None where the kind has none
 
 
-class Plan:
+class Sampler:
     """The samples of one corpus at one length; `num_samples` of them make an epoch.
 
-    `stage` tells apart the plans of a run that trains on several lengths, one after another. Raises
+    `phase` tells apart the samplers of a run that trains on several lengths, one after another. Raises
     UserError where the data makes no sample. Holds the index and the tables of two windows.
     """
 
@@ -61,7 +61,7 @@ class Plan:
         max_length: int,
         window_blocks: int,
         seed: int,
-        stage: int = 0,
+        phase: int = 0,
         peers: Peers | None = None,
         index: BlockIndex | None = None,
     ) -> None:
@@ -74,7 +74,7 @@ class Plan:
         self._check()
         # Another document is sought in the window, so a window has two blocks at least, if there are two.
         window_blocks = max(window_blocks, 2) if kind == "nsp" else window_blocks
-        self.order = Order(self.index.samples.astype(np.int64), window_blocks, seed, stage)
+        self.order = Order(self.index.samples.astype(np.int64), window_blocks, seed, phase)
         self.num_samples = self.order.num_samples
         self.blocks = Blocks(*(column.astype(np.int64) for column in self.index[:3]))
         self._table = lru_cache(maxsize=2)(self._make_table)
@@ -91,8 +91,8 @@ class Plan:
         if not self.index.samples.any():
             raise UserError(f"the {self.num_documents:,} documents of {where} have one token each: no pairs")
 
-    def pieces(self, numbers: Ints, samples: Ints) -> Pieces:
-        """The samples `numbers` [S] of this plan, which count on through the epochs. Draws and labels
+    def segments(self, numbers: Ints, samples: Ints) -> Segments:
+        """The samples `numbers` [S] of this sampler, which count on through the epochs. Draws and labels
         go by `samples` [S], their numbers in the run."""
         parts, rows = [], []
         for stretch in self.order.find(numbers):
@@ -103,7 +103,7 @@ class Plan:
                     read_ahead(
                         self.dataset, self.blocks, self.order.blocks(stretch.epoch, stretch.window + 1)
                     )
-            part = self._pieces(table, stretch.places, samples[stretch.rows])
+            part = self._segments(table, stretch.places, samples[stretch.rows])
             parts.append(part)
             rows.append(stretch.rows[part.row])
         label = samples & 1 if self.kind in PAIRS else None
@@ -112,19 +112,19 @@ class Plan:
         row = np.concatenate(rows)
         order = np.argsort(row, kind="stable")
         start, length, kind = (np.concatenate(column)[order] for column in list(zip(*parts, strict=True))[:3])
-        return Pieces(start, length, kind, row[order], label)
+        return Segments(start, length, kind, row[order], label)
 
     def _make_table(self, blocks: tuple[int, ...]) -> Table:
         return Table(self.dataset, self.blocks, np.array(blocks, np.int64), self.form, self.max_length)
 
-    def _pieces(self, table: Table, places: Ints, samples: Ints) -> Pieces:
+    def _segments(self, table: Table, places: Ints, samples: Ints) -> Segments:
         if self.kind == "packed":
             return _packed(table, places)
         if self.kind == "document":
             first, last = table.chunk_first[places], table.chunk_last[places]
             start, end = table.unit_start[first], table.unit_start[last]
             rows = np.arange(len(places))
-            return Pieces(table.locate(start), end - start, np.zeros_like(rows), rows, None)
+            return Segments(table.locate(start), end - start, np.zeros_like(rows), rows, None)
         return _pairs(table, places, samples, self.seed, other_documents=self.kind == "nsp")
 
 
@@ -168,7 +168,7 @@ def check_batch(
     raise UserError(message)
 
 
-def _pairs(table: Table, places: Ints, samples: Ints, seed: int, *, other_documents: bool) -> Pieces:
+def _pairs(table: Table, places: Ints, samples: Ints, seed: int, *, other_documents: bool) -> Segments:
     """Segments A and B of each sample, cut to the budget as published."""
     low, high = words_of(samples)
     words = philox4x32(0, low, high, Draw.PAIR, seed)  # [S, 4]
@@ -203,7 +203,7 @@ def _pairs(table: Table, places: Ints, samples: Ints, seed: int, *, other_docume
     a_start += _heads(cut_a, 0, low, high, seed)
     b_start += _heads(cut_b, 1, low, high, seed)
     rows = np.arange(2 * len(places))
-    return Pieces(
+    return Segments(
         start=table.locate(np.stack([a_start, b_start], axis=1).ravel()),
         length=np.stack([a_length - cut_a, b_length - cut_b], axis=1).ravel(),
         kind=rows & 1,
@@ -212,21 +212,31 @@ def _pairs(table: Table, places: Ints, samples: Ints, seed: int, *, other_docume
     )
 
 
-def _packed(table: Table, places: Ints) -> Pieces:
-    """A bin is `budget` places of the stream between a [CLS] and a [SEP]; where it begins or ends inside
-    the two places between documents, the sequence without a token is left away."""
-    low = places * table.budget
-    high = low + table.budget
-    length = np.diff(table.document_start)
-    first = np.searchsorted(table.stream_start + length, low, side="right")
-    last = np.searchsorted(table.stream_start, high)
-    row = np.repeat(np.arange(len(places)), last - first)
-    document = spread(first, last - first)
-    stream = table.stream_start[document]
-    begin = np.maximum(stream, low[row])
-    end = np.minimum(stream + length[document], high[row])
-    start = table.document_start[document] + begin - stream
-    return Pieces(table.locate(start), end - begin, np.zeros_like(row), row, None)
+def _packed(table: Table, places: Ints) -> Segments:
+    """The bins `places` [S]: each is `budget` places of the stream between a [CLS] and a [SEP].
+
+    The stream is all documents end to end with two places between them, for the [SEP] and the [CLS] there.
+    Documents of 3 and 4 tokens and bins of 6 places:
+
+        place in the stream   0 1 2 3 4 5 | 6 7 8 ...
+        token                 a b c - - d | e f g         -> [CLS] a b c [SEP] [CLS] d [SEP], [CLS] e f g ...
+
+    Where a bin begins or ends inside the two places, the sequence without a token is left out.
+    """
+    bin_begin = places * table.budget  # [S] in the stream
+    bin_end = bin_begin + table.budget  # [S]
+    length = np.diff(table.document_start)  # [D]
+    # The documents that have a token in each bin: those that end behind its begin and begin before its end.
+    first = np.searchsorted(table.stream_start + length, bin_begin, side="right")  # [S]
+    last = np.searchsorted(table.stream_start, bin_end)  # [S]
+    row = np.repeat(np.arange(len(places)), last - first)  # [N] the bin of each segment
+    document = spread(first, last - first)  # [N]
+    # What of the document lies inside of the bin.
+    document_begin = table.stream_start[document]  # [N]
+    begin = np.maximum(document_begin, bin_begin[row])  # [N]
+    end = np.minimum(document_begin + length[document], bin_end[row])  # [N]
+    start = table.document_start[document] + begin - document_begin  # [N] in the table's tokens
+    return Segments(table.locate(start), end - begin, np.zeros_like(row), row, None)
 
 
 def spread(first: Ints, count: Ints) -> Ints:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from bertscale.batch_stages import BatchStage, batch_of, steps_until, tokens_until
+from bertscale.batch_phases import BatchPhase, batch_of, steps_until, tokens_until
 from bertscale.config import OptimizerConfig, PretrainConfig
 
 
@@ -50,25 +50,25 @@ class TrainingSchedule:
     academic budget"): the same run made twice takes other rates at other steps, so that its results are not
     repeated bit for bit. Time before the loop (loading, compiling) does not count, nor do steps that a crash
     undid; held-out losses and checkpoints do, but the last ones come on top. `steps` is then None.
-    `stages` are the mixture's batch stages.
+    `phases` are the mixture's batch phases.
     """
 
-    def __init__(self, config: PretrainConfig, stages: Sequence[BatchStage]) -> None:
-        train, self.optimizer, self.stages = config.train, config.optimizer, stages
+    def __init__(self, config: PretrainConfig, phases: Sequence[BatchPhase]) -> None:
+        train, self.optimizer, self.phases = config.train, config.optimizer, phases
         self.seconds = None if train.hours is None else train.hours * 3600
         self.steps = train.steps
         self.text = f"{train.steps} steps"
         self.schedule_steps = train.schedule_steps or train.steps
         if train.tokens is not None:
-            self.steps = steps_until(train.tokens, self.stages)
-            mean = tokens_until(self.steps, self.stages) / self.batch(self.steps)[0]
+            self.steps = steps_until(train.tokens, self.phases)
+            mean = tokens_until(self.steps, self.phases) / self.batch(self.steps)[0]
             self.text = f"{self.steps} steps ({train.tokens:.4g} tokens, {mean:.1f} a sample)"
         if train.hours is not None:
             self.text = f"{train.hours:g} hours"
 
     def batch(self, step: int) -> tuple[int, int]:
         """First sample and number of samples of `step`, which is also the samples of all steps before it."""
-        return batch_of(step, self.stages)
+        return batch_of(step, self.phases)
 
     def learning_rate(self, step: int, elapsed: float) -> float:
         """Of `step`, which begins when `elapsed` seconds of training are over."""
@@ -77,7 +77,7 @@ class TrainingSchedule:
         if self.schedule_steps is not None:
             return learning_rate(step, step + 1, self.schedule_steps, self.optimizer)
         assert self.steps is not None
-        begin, end, total = (tokens_until(k, self.stages) for k in (step, step + 1, self.steps))
+        begin, end, total = (tokens_until(k, self.phases) for k in (step, step + 1, self.steps))
         return learning_rate(begin, end, total, self.optimizer)
 
     def over(self, step: int, elapsed: float) -> bool:

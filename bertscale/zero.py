@@ -133,7 +133,7 @@ class Zero:
         self.engine.step()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's pieces of the gradient of the step that ends, with the names of their parameters."""
+        """This rank's fragments of the gradient of the step that ends, with the names of their parameters."""
         if self.stage == 0:
             yield from ((name, gradient_of(parameter)) for name, parameter in self.parameters.items())
             return
@@ -210,7 +210,7 @@ class Zero:
         if all_others:
             raise unknown_layout("its tensors hold other parameters than the model")
         if all_outside:
-            raise unknown_layout(f"{all_outside:.0f} pieces lie outside of their tensors")
+            raise unknown_layout(f"{all_outside:.0f} fragments lie outside of their tensors")
         holders = self.ranks.tensor if self.stage else self.ranks.world  # of each value of a share
         for name, total in zip(self.parameters, totals, strict=True):
             numel = torch.Size(self.share_shape(name)).numel()

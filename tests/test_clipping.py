@@ -95,8 +95,8 @@ def prescribe(name: str, shape: list[int], kind: list[str], ranks: Any) -> Any:
 
 
 def state_of(engine: Any) -> list[int]:
-    """A number for each piece of this rank's weights and moments, and for each weight that it trains with."""
-    tensors = [tensor for piece in engine.pieces() for tensor in piece.states.values()]
+    """A number for each fragment of this rank's weights and moments, and for each weight that trains."""
+    tensors = [tensor for fragment in engine.fragments() for tensor in fragment.states.values()]
     if engine.stage < 3:
         tensors += [parameter.data for parameter in engine.parameters.values()]
     return [hash(tensor.detach().float().numpy().tobytes()) for tensor in tensors]

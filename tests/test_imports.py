@@ -17,7 +17,7 @@ ROOMS = ("bertscale", "data_prep", "launcher")
 
 # Each module imports only from the rows above its own, and from its own row without a circle.
 ROWS = (
-    ("batch_stages", "errors", "heartbeat", "machine", "micro_batch"),
+    ("batch_phases", "errors", "heartbeat", "machine", "micro_batch"),
     ("config.section",),
     ("config.cluster", "config.finetune", "config.model", "config.prep"),
     ("config.pretrain",),

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bertscale import index
-from bertscale.batch_stages import batch_of
+from bertscale.batch_phases import batch_of
 from bertscale.config import SamplesConfig, UserError
 from bertscale.loader import Loader, deal
 from bertscale.masking import mask_rules, mask_tokens, target_capacity
 from bertscale.micro_batch import MicroBatch
-from bertscale.mixture import Mixture, Stage
+from bertscale.mixture import LengthPhase, Mixture
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 from bertscale.tokenizer import Tokenizer
 
@@ -198,8 +198,8 @@ def test_sequences_of_other_kinds_are_runs_of_one_document(dataset: Dataset, kin
     ends = np.concatenate([s.token_offsets[1:] + (s is dataset.shards[1]) * len(dataset.shards[0].tokens)
                            for s in dataset.shards])  # fmt: skip
     loader = make_loader(dataset, kind=kind)
-    plan = loader.mixture.stages[0].plans[0]
-    epoch = -(-plan.num_samples // 32)
+    sampler = loader.mixture.phases[0].samplers[0]
+    epoch = -(-sampler.num_samples // 32)
     seen = np.zeros(dataset.num_tokens, np.int64)
     for step in range(epoch):
         batches = loader.step(step)
@@ -319,8 +319,8 @@ def test_batches_that_grow_are_the_same_for_any_ranks_and_after_any_stop(
         warmup = [(until[0], 8), (until[1], 16)]
         return make_loader(dataset, rank=rank, world=world, batch_warmup=warmup, **settings)
 
-    stages = growing().mixture.batches
-    assert [stage[:3] for stage in stages] == [
+    phases = growing().mixture.batches
+    assert [phase[:3] for phase in phases] == [
         (0, 0, 8),
         (3, 24, 16),
         (5, 56, 16),
@@ -330,7 +330,7 @@ def test_batches_that_grow_are_the_same_for_any_ranks_and_after_any_stop(
 
     alone = [growing().step(k) for k in range(14)]
     for k, batches in enumerate(alone):
-        first, size = batch_of(k, stages)
+        first, size = batch_of(k, phases)
         found = samples_of(batches)
         length = 16 if k < 5 else 32 if k < 9 else 64
         if kind == "nsp":
@@ -339,16 +339,16 @@ def test_batches_that_grow_are_the_same_for_any_ranks_and_after_any_stop(
             assert 8 < max(len(sample[0]) for sample in found) <= length
         else:
             assert sum(len(sample[0]) for sample in found) in range(size * (length - 2), size * length + 1)
-        # They are the samples of these numbers, as one step of the stage's own plan would take them.
+        # They are the samples of these numbers, as one step of the phase's own sampler would take them.
         mixture = growing().mixture
-        stage = mixture.stage_of(k)
-        pieces = mixture.pieces(stage, np.arange(first, first + size))
-        same = stage.plans[0].pieces(
-            np.arange(first, first + size) - {0: 0, 5: 56, 9: 128}[stage.first_step],
+        phase = mixture.phase_of(k)
+        segments = mixture.segments(phase, np.arange(first, first + size))
+        same = phase.samplers[0].segments(
+            np.arange(first, first + size) - {0: 0, 5: 56, 9: 128}[phase.first_step],
             np.arange(first, first + size),
         )
-        np.testing.assert_array_equal(pieces.start, same.start)
-        total = pieces.length.sum() + len(pieces.length) + (pieces.kind == 0).sum()
+        np.testing.assert_array_equal(segments.start, same.start)
+        total = segments.length.sum() + len(segments.length) + (segments.kind == 0).sum()
         assert sum(len(batch.tokens) for batch in batches) == total
     for start, world in ((0, 1), (0, 2), (2, 4), (4, 2), (6, 1), (8, 4), (11, 2)):
         streams = [dict(growing(rank, world).iterate(start, 14)) for rank in range(world)]
@@ -378,7 +378,7 @@ def test_a_budget_of_tokens_is_kept_and_filled_and_changes_no_batch(dataset: Dat
             # No fewer would do; beyond that the ranks' equal number of micro-batches leaves room.
             assert len(sizes) <= world * (sum(sizes) // (0.95 * budget * world) + 1)
             assert sorted(sample for batches in ranks for sample in samples_of(batches)) == expected
-            assert all(loader.steps(loader.mixture.stages[0], step, step + 2) for loader in loaders)
+            assert all(loader.steps(loader.mixture.phases[0], step, step + 2) for loader in loaders)
 
 
 @given(
@@ -435,7 +435,7 @@ def test_the_stream_is_the_one_that_earlier_versions_gave(dataset: Dataset, kind
 
 def test_a_chunk_gets_other_masks_in_another_epoch(dataset: Dataset) -> None:
     loader = make_loader(dataset, global_batch=2, micro_batch=2)
-    n = loader.mixture.stages[0].plans[0].num_samples
+    n = loader.mixture.phases[0].samplers[0].num_samples
     seen: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for step in range(10 * n // 2):
         for masked, _, _, places, originals, _ in samples_of(loader.step(step)):
@@ -483,10 +483,10 @@ def test_an_error_of_the_thread_is_raised_to_the_caller(
     loader = make_loader(dataset, global_batch=2048, micro_batch=64)  # one step at a time
     plain = loader.steps
 
-    def steps_of(stage: Stage, first: int, last: int) -> list[list[MicroBatch]]:
+    def steps_of(phase: LengthPhase, first: int, last: int) -> list[list[MicroBatch]]:
         if first == 3:
             raise OSError("the disk went away")
-        return plain(stage, first, last)
+        return plain(phase, first, last)
 
     monkeypatch.setattr(loader, "steps", steps_of)
     steps = loader.iterate(0, 100)
@@ -557,7 +557,7 @@ def test_the_fixed_number_of_targets_is_not_passed_by_chance() -> None:
             mask_token_rate=0.8,
             random_token_rate=0.1,
             unit=unit,
-            starts_word=Special().starts_word,  # words of three pieces in the mean
+            starts_word=Special().starts_word,  # words of three segments in the mean
         )
         places = mask_tokens(tokens, lengths, samples, loader_rules, 0)[1]
         most = np.bincount(places // 512, minlength=20_000).max()

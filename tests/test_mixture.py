@@ -1,4 +1,4 @@
-"""Corpora mixed by weight, and stages of growing length."""
+"""Corpora mixed by weight, and phases of growing length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertscale.batch_stages import FOREVER
+from bertscale.batch_phases import FOREVER
 from bertscale.config import Corpus, SamplesConfig, UserError
 from bertscale.mixture import PERIOD, Mixture, Quotas, data_digest
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
@@ -93,15 +93,15 @@ def test_a_sample_is_shared_out_by_its_number_alone() -> None:
 def test_tokens_come_from_the_corpora_by_weight(tmp_path: Path) -> None:
     datasets = [make_dataset(tmp_path / "a", 40), make_dataset(tmp_path / "b", 10)]
     mixture = mix(datasets, [3, 1])
-    pieces = mixture.pieces(mixture.stages[0], np.arange(4 * PERIOD))
-    assert (np.diff(pieces.row) >= 0).all()
-    second = pieces.start >= 40 * 15
+    segments = mixture.segments(mixture.phases[0], np.arange(4 * PERIOD))
+    assert (np.diff(segments.row) >= 0).all()
+    second = segments.start >= 40 * 15
     assert second.sum() == PERIOD
-    assert pieces.start.max() < 50 * 15
+    assert segments.start.max() < 50 * 15
     # Each corpus goes through its own epochs.
-    counts = np.bincount(pieces.start[second] // 15 - 40)
+    counts = np.bincount(segments.start[second] // 15 - 40)
     assert counts.max() - counts.min() <= 1
-    counts = np.bincount(pieces.start[~second] // 15)
+    counts = np.bincount(segments.start[~second] // 15)
     assert counts.max() - counts.min() <= 1
     np.testing.assert_allclose(mixture.epochs(4 * PERIOD // 8), [3 * PERIOD / 40, PERIOD / 10])
 
@@ -110,25 +110,25 @@ def test_half_of_every_batch_of_a_mixture_are_other_pairs(tmp_path: Path) -> Non
     datasets = [make_dataset(tmp_path / "a", 40), make_dataset(tmp_path / "b", 10)]
     mixture = mix(datasets, [0.8, 0.2], kind="nsp")
     for step in range(50):
-        pieces = mixture.pieces(mixture.stages[0], np.arange(8 * step, 8 * step + 8))
-        assert pieces.label is not None
-        assert pieces.label.tolist() == [0, 1] * 4
-        same = pieces.start[::2] // 15 == pieces.start[1::2] // 15
-        np.testing.assert_array_equal(same, pieces.label == 0)
-        assert ((pieces.start[::2] < 600) == (pieces.start[1::2] < 600)).all()  # of one corpus
+        segments = mixture.segments(mixture.phases[0], np.arange(8 * step, 8 * step + 8))
+        assert segments.label is not None
+        assert segments.label.tolist() == [0, 1] * 4
+        same = segments.start[::2] // 15 == segments.start[1::2] // 15
+        np.testing.assert_array_equal(same, segments.label == 0)
+        assert ((segments.start[::2] < 600) == (segments.start[1::2] < 600)).all()  # of one corpus
 
 
 def test_stages_follow_the_steps(tmp_path: Path) -> None:
     mixture = mix([make_dataset(tmp_path / "a", 40)], [1], warmup=[[3, 8], [2, 16]])
-    lengths = [mixture.stage_of(step).max_length for step in range(7)]
+    lengths = [mixture.phase_of(step).max_length for step in range(7)]
     assert lengths == [8, 8, 8, 16, 16, 32, 32]
     assert [mixture.end_of(step) for step in range(6)] == [3, 3, 3, 5, 5, FOREVER]
     for step in range(7):
-        stage = mixture.stage_of(step)
-        pieces = mixture.pieces(stage, np.arange(8 * step, 8 * step + 8))
-        assert 0 < pieces.length.max() <= stage.max_length - 2
+        phase = mixture.phase_of(step)
+        segments = mixture.segments(phase, np.arange(8 * step, 8 * step + 8))
+        assert 0 < segments.length.max() <= phase.max_length - 2
     # A document of 15 tokens is three samples of at most 8 tokens, two of 16, one of 32.
-    assert [stage.plans[0].num_samples for stage in mixture.stages] == [120, 80, 40]
+    assert [phase.samplers[0].num_samples for phase in mixture.phases] == [120, 80, 40]
     np.testing.assert_allclose(mixture.epochs(4), [24 / 120 + 8 / 80])
     np.testing.assert_allclose(mixture.epochs(10), [24 / 120 + 16 / 80 + 40 / 40])
 
@@ -147,21 +147,21 @@ def test_batches_and_lengths_grow_together(tmp_path: Path) -> None:
     assert [mixture.batch(step)[1] for step in range(8)] == sizes
     assert [mixture.batch(step)[0] for step in range(9)] == np.cumsum([0, *sizes]).tolist()
     assert [mixture.end_of(step) for step in range(6)] == [2, 2, 3, 5, 5, FOREVER]
-    assert [stage.first_sample for stage in mixture.stages] == [0, 8, 16]
+    assert [phase.first_sample for phase in mixture.phases] == [0, 8, 16]
     assert mixture.tokens_a_sample() == lengths  # whatever the batches
     np.testing.assert_allclose(mixture.epochs(2), [4 / 120])
     np.testing.assert_allclose(mixture.epochs(4), [8 / 120 + 4 / 80])
     np.testing.assert_allclose(mixture.epochs(7), [8 / 120 + 8 / 80 + 16 / 40])
-    # Each stage counts from its own first sample: an epoch has every sample once.
-    last = mixture.stages[-1]
-    starts = mixture.pieces(last, last.first_sample + np.arange(40)).start
+    # Each phase counts from its own first sample: an epoch has every sample once.
+    last = mixture.phases[-1]
+    starts = mixture.segments(last, last.first_sample + np.arange(40)).start
     assert np.sort(starts).tolist() == list(range(0, 600, 15))
 
 
 def test_the_first_stage_does_not_give_its_order_to_the_next(tmp_path: Path) -> None:
     mixture = mix([make_dataset(tmp_path / "a", 400)], [1], warmup=[[50, 32]])
     first, second = (
-        mixture.pieces(stage, stage.first_sample + np.arange(400)).start for stage in mixture.stages
+        mixture.segments(phase, phase.first_sample + np.arange(400)).start for phase in mixture.phases
     )
     assert (first == second).sum() < 12
     np.testing.assert_array_equal(np.sort(first), np.sort(second))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bertscale import optimizers
 from bertscale.config import ModelConfig, OptimizerConfig
-from bertscale.layout import Layout, Parameter, Segment
+from bertscale.layout import Fragment, Layout, Parameter
 from bertscale.optim import decays, is_matrix, make_optimizer, parameter_groups
 from bertscale.optimizers import Muon, WholeOptimizer, orthogonalize
 
@@ -137,8 +137,8 @@ def whole_layouts(optimizer: torch.optim.Optimizer, model: Model) -> None:
     if isinstance(optimizer, WholeOptimizer):
         for name, value in model.values.items():
             parameter = Parameter(name, tuple(value.shape), None, 1)
-            segments = ((Segment(0, 0, 0, value.numel()),),)
-            optimizer.lay_out(value, Layout((parameter,), segments, (0,), 0, None))
+            fragments = ((Fragment(0, 0, 0, value.numel()),),)
+            optimizer.lay_out(value, Layout((parameter,), fragments, (0,), 0, None))
 
 
 @pytest.mark.parametrize(

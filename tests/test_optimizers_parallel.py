@@ -78,7 +78,7 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
             engine.step(RATE)
         norms.append(engine.gradient_norm())
     table = {"step": STEPS, "samples_consumed": 0, **engine.table()}
-    save_checkpoint(folder, engine.pieces_to_save(), table, data.tokenizer_path, ranks)
+    save_checkpoint(folder, engine.fragments_to_save(), table, data.tokenizer_path, ranks)
     return norms
 
 

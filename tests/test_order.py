@@ -15,7 +15,7 @@ ORDERS = st.tuples(
     st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),  # samples of each block
     st.integers(1, 12),  # blocks of a window
     st.integers(0, 2**64 - 1),  # seed
-    st.integers(0, 5),  # stage
+    st.integers(0, 5),  # phase
 )
 
 
@@ -83,8 +83,8 @@ def test_no_two_uses_share_their_keys() -> None:
 def test_an_epoch_takes_every_sample_once_window_by_window(
     setting: tuple[list[int], int, int, int],
 ) -> None:
-    blocks, window_blocks, seed, stage = setting
-    order = Order(np.array(blocks), window_blocks, seed, stage)
+    blocks, window_blocks, seed, phase = setting
+    order = Order(np.array(blocks), window_blocks, seed, phase)
     n = order.num_samples
     assert n == sum(blocks)
     found = locations(order, list(order.find(np.arange(3 * n))), 3 * n)
@@ -119,8 +119,8 @@ def test_a_sample_is_found_by_its_number_alone(
 def test_epochs_seeds_and_stages_have_orders_of_their_own() -> None:
     blocks = np.full(300, 10)
     orders = []
-    for seed, stage, epoch in ((0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0)):
-        order = Order(blocks, 16, seed, stage)
+    for seed, phase, epoch in ((0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0)):
+        order = Order(blocks, 16, seed, phase)
         numbers = epoch * order.num_samples + np.arange(order.num_samples)
         found = locations(order, list(order.find(numbers)), len(numbers))
         orders.append(found[:, 2] * 10 + found[:, 3])

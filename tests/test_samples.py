@@ -1,4 +1,4 @@
-"""The plans of every kind against the documents. Every token of the corpus is its own number, so a range
+"""The samplers of every kind against the documents. Every token of the corpus is its own number, so a range
 of tokens says where it comes from."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tiny import pretrain_config
 
 from bertscale import index
 from bertscale.config import UserError
-from bertscale.samples import Pieces, Plan, _cuts, _heads, check_batch, check_batches
+from bertscale.samples import Sampler, Segments, _cuts, _heads, check_batch, check_batches
 from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
 
 Sizes = list[list[int]]  # documents as the lengths of their sentences
@@ -76,14 +76,14 @@ def dataset_of(shards: list[Sizes], block_tokens: int) -> Iterator[Dataset]:
         yield make_dataset(Path(folder), shards)
 
 
-def make_plan(
+def make_sampler(
     dataset: Dataset, kind: str = "nsp", max_length: int = MAX_LENGTH, window_blocks: int = 64, seed: int = 0
-) -> Plan:
-    return Plan(dataset, kind, max_length, window_blocks, seed)
+) -> Sampler:
+    return Sampler(dataset, kind, max_length, window_blocks, seed)
 
 
-def pieces_of(plan: Plan, numbers: np.ndarray) -> Pieces:
-    return plan.pieces(numbers, numbers)
+def segments_of(sampler: Sampler, numbers: np.ndarray) -> Segments:
+    return sampler.segments(numbers, numbers)
 
 
 def random_sizes(documents: int, seed: int) -> Sizes:
@@ -146,28 +146,28 @@ def test_every_token_is_used_once_an_epoch(
 ) -> None:
     shards, max_length, window_blocks, block_tokens, seed = setting
     with dataset_of(shards, block_tokens) as dataset:
-        plan = make_plan(dataset, kind, max_length, window_blocks, seed)
-        n = plan.num_samples
+        sampler = make_sampler(dataset, kind, max_length, window_blocks, seed)
+        n = sampler.num_samples
         for epoch in range(2):
-            pieces = pieces_of(plan, epoch * n + np.arange(n))
-            ranges = sorted(zip(pieces.start.tolist(), pieces.length.tolist(), strict=True))
+            segments = segments_of(sampler, epoch * n + np.arange(n))
+            ranges = sorted(zip(segments.start.tolist(), segments.length.tolist(), strict=True))
             at = 0
             for start, length in ranges:
                 assert start == at
                 at += length
             assert at == dataset.num_tokens
             np.testing.assert_array_equal(
-                owners(shards, pieces.start), owners(shards, pieces.start + pieces.length - 1)
+                owners(shards, segments.start), owners(shards, segments.start + segments.length - 1)
             )
-            assert pieces.label is None
-            assert not pieces.kind.any()
-            sizes = np.bincount(pieces.row, pieces.length + 2, n)
+            assert segments.label is None
+            assert not segments.kind.any()
+            sizes = np.bincount(segments.row, segments.length + 2, n)
             assert sizes.max() <= max_length
             if kind == "document":
                 assert ranges == reference_chunks(shards, max_length - 2, fill=False)
-                assert pieces.row.tolist() == list(range(n))
+                assert segments.row.tolist() == list(range(n))
             else:  # all but the last of a block are full, up to a cut inside [SEP] [CLS] at either end
-                assert (sizes < max_length - 4).sum() <= len(plan.index.shard)
+                assert (sizes < max_length - 4).sum() <= len(sampler.index.shard)
 
 
 @settings(deadline=None, max_examples=60)
@@ -178,20 +178,20 @@ def test_an_epoch_of_pairs_takes_every_chunk_of_every_document_once(
     shards, max_length, window_blocks, block_tokens, seed = setting
     budget = max_length - 3
     with dataset_of(shards, block_tokens) as dataset:
-        plan = make_plan(dataset, kind, max_length, window_blocks, seed)
-        n = plan.num_samples
+        sampler = make_sampler(dataset, kind, max_length, window_blocks, seed)
+        n = sampler.num_samples
         chunks = [c for c in reference_chunks(shards, budget, fill=True) if c[1] >= 2]
         assert len(chunks) == n
         documents = [sum(sentences) for sizes in shards for sentences in sizes]
-        assert plan.num_documents == sum(size > 0 for size in documents)
-        assert plan.left_out == documents.count(1)
+        assert sampler.num_documents == sum(size > 0 for size in documents)
+        assert sampler.left_out == documents.count(1)
         chunk_starts = np.array([start for start, _ in chunks])
         chunk_ends = np.array([start + size for start, size in chunks])
         assert set(owners(shards, chunk_starts).tolist()) == {d for d, s in enumerate(documents) if s > 1}
         for epoch in range(2):  # even numbers: no pair is changed
-            pieces = plan.pieces(epoch * n + np.arange(n), 2 * np.arange(n))
-            a, b = pieces.start[::2], pieces.start[1::2]
-            of_a, of_b = pieces.length[::2], pieces.length[1::2]
+            segments = sampler.segments(epoch * n + np.arange(n), 2 * np.arange(n))
+            a, b = segments.start[::2], segments.start[1::2]
+            of_a, of_b = segments.length[::2], segments.length[1::2]
             chunk = np.searchsorted(chunk_starts, a, side="right") - 1
             np.testing.assert_array_equal(np.sort(chunk), np.arange(n))
             assert (a + of_a <= b).all()
@@ -207,24 +207,24 @@ def test_next_sentence_pairs_are_labelled_right(
     shards, max_length, window_blocks, block_tokens, seed = setting
     starts = document_starts(shards)
     with dataset_of(shards, block_tokens) as dataset:
-        plan = make_plan(dataset, "nsp", max_length, window_blocks, seed)
-        numbers = first + np.arange(2 * plan.num_samples)
-        pieces = pieces_of(plan, numbers)
-        assert pieces.label is not None
-        np.testing.assert_array_equal(pieces.label, numbers % 2)
-        np.testing.assert_array_equal(pieces.row, np.repeat(np.arange(len(numbers)), 2))
-        np.testing.assert_array_equal(pieces.kind, np.tile([0, 1], len(numbers)))
-        assert pieces.length.min() >= 1
-        owner = owners(shards, pieces.start)
-        assert (pieces.start + pieces.length <= starts[owner + 1]).all()  # no segment leaves its document
+        sampler = make_sampler(dataset, "nsp", max_length, window_blocks, seed)
+        numbers = first + np.arange(2 * sampler.num_samples)
+        segments = segments_of(sampler, numbers)
+        assert segments.label is not None
+        np.testing.assert_array_equal(segments.label, numbers % 2)
+        np.testing.assert_array_equal(segments.row, np.repeat(np.arange(len(numbers)), 2))
+        np.testing.assert_array_equal(segments.kind, np.tile([0, 1], len(numbers)))
+        assert segments.length.min() >= 1
+        owner = owners(shards, segments.start)
+        assert (segments.start + segments.length <= starts[owner + 1]).all()  # no segment leaves its document
         a, b = owner[::2], owner[1::2]
-        np.testing.assert_array_equal(a != b, pieces.label == 1)
-        assert (pieces.length[::2] + pieces.length[1::2]).max() <= max_length - 3
-        for stretch in plan.order.find(numbers):  # partners are of the same window, so that reads stay there
+        np.testing.assert_array_equal(a != b, segments.label == 1)
+        assert (segments.length[::2] + segments.length[1::2]).max() <= max_length - 3
+        for stretch in sampler.order.find(numbers):  # partners are of one window, so that reads stay there
             documents = set()
             for block in stretch.blocks.tolist():
-                rows = plan.index.row[block] + np.arange(plan.index.rows[block])
-                before = sum(len(sizes) for sizes in shards[: plan.index.shard[block]])
+                rows = sampler.index.row[block] + np.arange(sampler.index.rows[block])
+                before = sum(len(sizes) for sizes in shards[: sampler.index.shard[block]])
                 documents |= set((before + rows).tolist())
             assert set(b[stretch.rows].tolist()) <= documents
             assert set(a[stretch.rows].tolist()) <= documents
@@ -237,29 +237,29 @@ def test_sentence_order_pairs_are_the_same_in_order_and_swapped(
 ) -> None:
     shards, max_length, window_blocks, block_tokens, seed = setting
     with dataset_of(shards, block_tokens) as dataset:
-        plan = make_plan(dataset, "sop", max_length, window_blocks, seed)
-        numbers = np.arange(2 * plan.num_samples)
-        pieces = pieces_of(plan, numbers)
-        assert pieces.label is not None
-        np.testing.assert_array_equal(pieces.label, numbers % 2)
-        a, b = pieces.start[::2], pieces.start[1::2]
+        sampler = make_sampler(dataset, "sop", max_length, window_blocks, seed)
+        numbers = np.arange(2 * sampler.num_samples)
+        segments = segments_of(sampler, numbers)
+        assert segments.label is not None
+        np.testing.assert_array_equal(segments.label, numbers % 2)
+        a, b = segments.start[::2], segments.start[1::2]
         np.testing.assert_array_equal(owners(shards, a), owners(shards, b))
-        np.testing.assert_array_equal(a > b, pieces.label == 1)
+        np.testing.assert_array_equal(a > b, segments.label == 1)
         first, second = np.minimum(a, b), np.maximum(a, b)
-        size = np.where(a < b, pieces.length[::2], pieces.length[1::2])
+        size = np.where(a < b, segments.length[::2], segments.length[1::2])
         assert (first + size <= second).all()
-        whole = pieces.length[::2] + pieces.length[1::2] < max_length - 3  # nothing was cut
+        whole = segments.length[::2] + segments.length[1::2] < max_length - 3  # nothing was cut
         np.testing.assert_array_equal((first + size)[whole], second[whole])  # side by side
 
 
 def test_uncut_segments_are_of_whole_sentences_and_partners_of_all_documents(tmp_path: Path) -> None:
-    plan = make_plan(make_dataset(tmp_path, SHARDS))
+    sampler = make_sampler(make_dataset(tmp_path, SHARDS))
     documents = document_starts(SHARDS)
     sentences = np.cumsum([0] + [size for sizes in DOCUMENTS for size in units_of(sizes, BUDGET)])
-    pieces = pieces_of(plan, np.arange(40 * plan.num_samples))
-    a, b = pieces.start[::2], pieces.start[1::2]
-    a_end, b_end = a + pieces.length[::2], b + pieces.length[1::2]
-    real = pieces.label == 0
+    segments = segments_of(sampler, np.arange(40 * sampler.num_samples))
+    a, b = segments.start[::2], segments.start[1::2]
+    a_end, b_end = a + segments.length[::2], b + segments.length[1::2]
+    real = segments.label == 0
     full = a_end - a + b_end - b < BUDGET  # nothing was cut
     split = np.isin(a_end, sentences) | ~real  # a lone sentence is split between two tokens
     assert full.any()
@@ -273,14 +273,14 @@ def test_uncut_segments_are_of_whole_sentences_and_partners_of_all_documents(tmp
 
 
 def test_a_chunk_is_left_alone_about_half_of_the_time(tmp_path: Path) -> None:
-    plan = make_plan(make_dataset(tmp_path, SHARDS), "sop")
-    n = plan.num_samples
+    sampler = make_sampler(make_dataset(tmp_path, SHARDS), "sop")
+    n = sampler.num_samples
     real = np.zeros(document_starts(SHARDS)[-1])
     for epoch in range(100):
         numbers = epoch * n + np.arange(n)
-        pieces = plan.pieces(numbers, numbers)
-        first = np.minimum(pieces.start[::2], pieces.start[1::2])
-        np.add.at(real, owners(SHARDS, first[pieces.label == 0]), 1)
+        segments = sampler.segments(numbers, numbers)
+        first = np.minimum(segments.start[::2], segments.start[1::2])
+        np.add.at(real, owners(SHARDS, first[segments.label == 0]), 1)
     chunks = np.bincount(
         owners(SHARDS, np.array([s for s, size in reference_chunks(SHARDS, BUDGET, fill=True) if size > 1])),
         minlength=len(DOCUMENTS),
@@ -293,13 +293,13 @@ def test_a_chunk_is_left_alone_about_half_of_the_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_depends_on_its_number_alone(tmp_path: Path, kind: str) -> None:
     with mock.patch.object(index, "BLOCK_TOKENS", 700):
-        plan = make_plan(make_dataset(tmp_path, SHARDS), kind, window_blocks=3)
-    assert plan.order.num_windows > 3
-    numbers = np.arange(3 * plan.num_samples)
-    together = pieces_of(plan, numbers)
+        sampler = make_sampler(make_dataset(tmp_path, SHARDS), kind, window_blocks=3)
+    assert sampler.order.num_windows > 3
+    numbers = np.arange(3 * sampler.num_samples)
+    together = segments_of(sampler, numbers)
     shuffled = np.random.default_rng(0).permutation(numbers)
     for some in (shuffled[:200], shuffled[200:201]):
-        found = pieces_of(plan, some)
+        found = segments_of(sampler, some)
         expected = [np.flatnonzero(together.row == number) for number in some]
         rows = np.concatenate(expected)
         np.testing.assert_array_equal(found.start, together.start[rows])
@@ -313,16 +313,16 @@ def test_a_sample_depends_on_its_number_alone(tmp_path: Path, kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_seed_gives_another_order(tmp_path: Path, kind: str) -> None:
     dataset = make_dataset(tmp_path, SHARDS)
-    one, two = (pieces_of(make_plan(dataset, kind, seed=seed), np.arange(300)) for seed in (0, 1))
+    one, two = (segments_of(make_sampler(dataset, kind, seed=seed), np.arange(300)) for seed in (0, 1))
     size = min(len(one.start), len(two.start))
     assert (one.start[:size] == two.start[:size]).mean() < 0.05
 
 
 def test_packed_samples_of_long_documents_are_dense(tmp_path: Path) -> None:
-    plan = make_plan(make_dataset(tmp_path, [[[20] * 5] * 300] * 2), "packed", max_length=128)
-    pieces = pieces_of(plan, np.arange(plan.num_samples))
-    tokens = int((pieces.length + 2).sum())
-    assert tokens >= 0.99 * 128 * plan.num_samples
+    sampler = make_sampler(make_dataset(tmp_path, [[[20] * 5] * 300] * 2), "packed", max_length=128)
+    segments = segments_of(sampler, np.arange(sampler.num_samples))
+    tokens = int((segments.length + 2).sum())
+    assert tokens >= 0.99 * 128 * sampler.num_samples
 
 
 def test_cuts_are_those_of_the_published_loop() -> None:
@@ -366,15 +366,15 @@ def test_data_without_samples_is_refused(
 ) -> None:
     dataset = make_dataset(tmp_path, shards)
     with pytest.raises(UserError, match=message) as error:
-        make_plan(dataset, kind)
+        make_sampler(dataset, kind)
     assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["sop", "document", "packed"])
 def test_one_document_is_enough_for_other_kinds(tmp_path: Path, kind: str) -> None:
-    plan = make_plan(make_dataset(tmp_path, [[[4, 5, 6]]]), kind)
-    assert plan.num_samples == 1
-    assert pieces_of(plan, np.arange(4)).length.sum() == 4 * 15
+    sampler = make_sampler(make_dataset(tmp_path, [[[4, 5, 6]]]), kind)
+    assert sampler.num_samples == 1
+    assert segments_of(sampler, np.arange(4)).length.sum() == 4 * 15
 
 
 def test_a_shard_that_does_not_add_up_is_refused_by_name(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_shard_that_does_not_add_up_is_refused_by_name(tmp_path: Path) -> None
     at = content.index(lengths)
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     with pytest.raises(UserError, match=r"train-00001\.arrow is damaged"):
-        make_plan(open_dataset(tmp_path, "train"))
+        make_sampler(open_dataset(tmp_path, "train"))
 
 
 # --------------------------------------------------------------------------------------------- index
@@ -393,36 +393,36 @@ def test_a_shard_that_does_not_add_up_is_refused_by_name(tmp_path: Path) -> None
 
 def test_samples_are_counted_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_dataset(tmp_path, SHARDS)
-    first = make_plan(dataset, "nsp")
+    first = make_sampler(dataset, "nsp")
     kept = list((tmp_path / ".index").iterdir())
     assert len(kept) == 1
     with monkeypatch.context() as patch:
         patch.setattr(index, "cut_blocks", lambda dataset: pytest.fail("counted again"))
         for kind in ("nsp", "sop"):  # both are of the same chunks
-            again = make_plan(open_dataset(tmp_path, "train"), kind)
+            again = make_sampler(open_dataset(tmp_path, "train"), kind)
             for one, other in zip(first.index, again.index, strict=True):
                 np.testing.assert_array_equal(one, other)
         with pytest.raises(BaseException, match="counted again"):
-            make_plan(dataset, "nsp", max_length=MAX_LENGTH + 1)
+            make_sampler(dataset, "nsp", max_length=MAX_LENGTH + 1)
 
     content = kept[0].read_bytes()
     for damaged in (b"", content[:-1], content[:40] + bytes([content[40] ^ 1]) + content[41:]):
         kept[0].write_bytes(damaged)
-        assert make_plan(dataset).num_samples == first.num_samples
+        assert make_sampler(dataset).num_samples == first.num_samples
         assert kept[0].read_bytes() == content  # mended
 
 
 def test_other_shards_are_counted_anew(tmp_path: Path) -> None:
-    before = make_plan(make_dataset(tmp_path, SHARDS)).num_samples
+    before = make_sampler(make_dataset(tmp_path, SHARDS)).num_samples
     dataset = make_dataset(tmp_path, SHARDS[:1])
-    assert make_plan(dataset).num_samples < before
+    assert make_sampler(dataset).num_samples < before
     assert len(list((tmp_path / ".index").iterdir())) == 2
 
 
 def test_a_folder_that_cannot_be_written_does(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, SHARDS)
     (tmp_path / ".index").write_text("a file where the folder would be")  # root writes to any folder
-    assert make_plan(dataset).num_samples > 0
+    assert make_sampler(dataset).num_samples > 0
 
 
 def test_ranks_count_together(tmp_path: Path) -> None:

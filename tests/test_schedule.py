@@ -1,4 +1,4 @@
-"""Learning rates against their formulas; batches, budgets and their stages as pure functions of the step."""
+"""Learning rates against their formulas; batches, budgets and their phases as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import pretrain_config
 
-from bertscale.batch_stages import BatchStage, batch_of, batch_stages, steps_until, tokens_until
+from bertscale.batch_phases import BatchPhase, batch_of, batch_phases, steps_until, tokens_until
 from bertscale.config import OptimizerConfig
 from bertscale.schedule import TrainingSchedule, learning_rate
 
@@ -57,9 +57,9 @@ def test_schedules_of_one_part(changes: dict[str, float]) -> None:
 
 def test_batches_grow_with_the_tokens_seen() -> None:
     """50 tokens a sample: 4 samples until 1,000 tokens (5 steps), 8 until 2,500 (4 steps), then 16."""
-    stages = batch_stages([(1000, 4), (2500, 8)], 16, [(0, 50.0)])
-    assert [stage[:3] for stage in stages] == [(0, 0, 4), (5, 20, 8), (9, 52, 16)]
-    assert [batch_of(step, stages) for step in (0, 4, 5, 8, 9, 100)] == [
+    phases = batch_phases([(1000, 4), (2500, 8)], 16, [(0, 50.0)])
+    assert [phase[:3] for phase in phases] == [(0, 0, 4), (5, 20, 8), (9, 52, 16)]
+    assert [batch_of(step, phases) for step in (0, 4, 5, 8, 9, 100)] == [
         (0, 4),
         (16, 4),
         (20, 8),
@@ -69,56 +69,56 @@ def test_batches_grow_with_the_tokens_seen() -> None:
     ]
     sample = 0
     for step in range(30):  # nothing is left out, nothing taken twice
-        first, size = batch_of(step, stages)
+        first, size = batch_of(step, phases)
         assert first == sample
         sample += size
 
 
 def test_every_stage_has_a_step() -> None:
-    stages = batch_stages([(1, 4), (2, 8)], 16, [(0, 50.0)])
-    assert [stage[:3] for stage in stages] == [(0, 0, 4), (1, 4, 8), (2, 12, 16)]
+    phases = batch_phases([(1, 4), (2, 8)], 16, [(0, 50.0)])
+    assert [phase[:3] for phase in phases] == [(0, 0, 4), (1, 4, 8), (2, 12, 16)]
 
 
 def test_batches_grow_by_tokens_while_samples_do() -> None:
     """10 tokens a sample for 8 steps, 20 for 2, then 50: 4 samples until 200 tokens, 8 until 700."""
-    stages = batch_stages([(200, 4), (700, 8)], 16, [(0, 10.0), (8, 20.0), (10, 50.0)])
-    assert stages == [
-        BatchStage(0, 0, 4, 0.0, 10.0),
-        BatchStage(5, 20, 8, 200.0, 10.0),
-        BatchStage(8, 44, 8, 440.0, 20.0),
-        BatchStage(10, 60, 16, 760.0, 50.0),
+    phases = batch_phases([(200, 4), (700, 8)], 16, [(0, 10.0), (8, 20.0), (10, 50.0)])
+    assert phases == [
+        BatchPhase(0, 0, 4, 0.0, 10.0),
+        BatchPhase(5, 20, 8, 200.0, 10.0),
+        BatchPhase(8, 44, 8, 440.0, 20.0),
+        BatchPhase(10, 60, 16, 760.0, 50.0),
     ]
     sample, tokens = 0, 0.0
     for step in range(15):
-        first, size = batch_of(step, stages)
-        assert (first, tokens_until(step, stages)) == (sample, tokens)
+        first, size = batch_of(step, phases)
+        assert (first, tokens_until(step, phases)) == (sample, tokens)
         for wanted in (tokens + 1, tokens + 100):
-            steps = steps_until(wanted, stages)
-            assert tokens_until(steps, stages) >= wanted > tokens_until(steps - 1, stages)
+            steps = steps_until(wanted, phases)
+            assert tokens_until(steps, phases) >= wanted > tokens_until(steps - 1, phases)
         sample += size
         tokens += size * (10 if step < 8 else 20 if step < 10 else 50)
 
 
 def test_a_stage_over_several_lengths_is_cut_where_they_change() -> None:
-    stages = batch_stages([], 8, [(0, 10.0), (3, 20.0), (5, 40.0)])
-    assert [stage[:3] for stage in stages] == [(0, 0, 8), (3, 24, 8), (5, 40, 8)]
-    stages = batch_stages([(1e9, 4)], 8, [(0, 10.0), (3, 20.0)])
-    assert [stage[:3] for stage in stages[:2]] == [(0, 0, 4), (3, 12, 4)]
-    assert stages[2].size == 8
-    assert stages[2].first_token >= 1e9
+    phases = batch_phases([], 8, [(0, 10.0), (3, 20.0), (5, 40.0)])
+    assert [phase[:3] for phase in phases] == [(0, 0, 8), (3, 24, 8), (5, 40, 8)]
+    phases = batch_phases([(1e9, 4)], 8, [(0, 10.0), (3, 20.0)])
+    assert [phase[:3] for phase in phases[:2]] == [(0, 0, 4), (3, 12, 4)]
+    assert phases[2].size == 8
+    assert phases[2].first_token >= 1e9
 
 
 def test_steps_until_a_number_of_tokens() -> None:
-    stages = batch_stages([(1000, 4), (2500, 8)], 16, [(0, 50.0)])
+    phases = batch_phases([(1000, 4), (2500, 8)], 16, [(0, 50.0)])
     for samples in (1, 4, 5, 20, 21, 52, 53, 500):
-        steps = steps_until(50.0 * samples, stages)
-        assert batch_of(steps, stages)[0] >= samples > batch_of(steps - 1, stages)[0]
+        steps = steps_until(50.0 * samples, phases)
+        assert batch_of(steps, phases)[0] >= samples > batch_of(steps - 1, phases)[0]
 
 
 def schedule(train: dict[str, Any], **optimizer: Any) -> TrainingSchedule:
     values = {"steps": None, "global_batch": 16, **train}
     config = pretrain_config("d", "r", train=values, optimizer={"learning_rate": 1.0, **optimizer})
-    return TrainingSchedule(config, batch_stages(config.train.batch_warmup, 16, [(0, 50.0)]))
+    return TrainingSchedule(config, batch_phases(config.train.batch_warmup, 16, [(0, 50.0)]))
 
 
 def test_a_budget_in_steps() -> None:

@@ -45,8 +45,8 @@ def read_strange_layouts() -> list[Any]:
     for stage in (1, 2, 3):
         config = pretrain_config("d", "r", parallel={"zero_stage": stage})
         for change in (lost, shorter, further, twice, renamed):
-            Zero._places = places if change is twice else change  # type: ignore[method-assign]
-            Zero._tensors = twice if change is twice else tensors  # type: ignore[method-assign]
+            Zero._places = places if change is twice else change  # type: ignore[assignment,method-assign]
+            Zero._tensors = twice if change is twice else tensors  # type: ignore[assignment,method-assign]
             try:
                 Engine(config, 330, ranks, torch.float32)
             except UserError as error:
