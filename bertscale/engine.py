@@ -35,12 +35,12 @@ from bertscale.checkpoint import (  # noqa: E402
     Checkpoint,
     Piece,
     commit,
-    fresh_folder,
     shard_name,
     write_shard,
 )
 from bertscale.clipping import set_clipping, whole_norm  # noqa: E402
 from bertscale.config import PretrainConfig, UserError  # noqa: E402
+from bertscale.files import fresh_folder, partial_folder  # noqa: E402
 from bertscale.layout import Layout, Parameter, Segment  # noqa: E402
 from bertscale.model import PretrainingModel, initial_value  # noqa: E402
 from bertscale.optim import is_matrix, make_optimizer  # noqa: E402
@@ -362,7 +362,7 @@ class Engine:
     def save(self, final: Path, facts: dict[str, Any], tokenizer: Path) -> None:
         """Writes a checkpoint `final`, all ranks together. Raises UserError when any rank cannot."""
         ranks = self.ranks
-        partial = final.with_name(f".{final.name}.partial")
+        partial = partial_folder(final)
         failure: str | None = None
         entry: dict[str, Any] = {}
         if ranks.rank == 0:
