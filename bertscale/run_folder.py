@@ -19,7 +19,7 @@
     attempt-002-17/                in logs/: one start of all ranks, here by job 17
         rank-0003.log              stdout and stderr of a rank (rank-3.log where no Slurm is)
         rank-0003.json             how a rank of a Slurm step ended
-        heartbeat  failed  srun.log
+        heartbeat  failed  srun.log  check/
 
     newest_step(Path("runs/base"))
     read_metrics(Path("runs/base"))[-1]["train/loss"]
@@ -48,6 +48,7 @@ LOGS = "logs"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
 
+JOB = "job"  # of a run folder
 JOB_SPEC = "job.json"
 SCRIPT = "script.sh"
 ENVIRONMENT = "environment.json"
@@ -63,19 +64,24 @@ SLURM_DIGITS = 4  # of a rank's number, under Slurm
 
 def job_folder(stage: str, target: str | Path) -> Path:
     """Where the job of `stage` that makes `target` is kept: inside a run folder, beside any other output."""
-    target = Path(target).absolute()
-    return target / "job" if stage == "pretrain" else target.with_name(f"{target.name}.job")
+    inside, beside = job_folders(Path(target).absolute())
+    return inside if stage == "pretrain" else beside
+
+
+def job_folders(target: Path) -> list[Path]:
+    """Where the job that makes `target` may be, whatever its stage."""
+    return [target / JOB, target.with_name(f"{target.name}.job")]
 
 
 def is_job_folder(path: Path) -> bool:
     """Whether `path` has the name of a job folder and what was submitted."""
-    named_so = path.name == "job" or path.suffix == ".job"
+    named_so = path.name == JOB or path.suffix == ".job"
     return named_so and ((path / JOB_SPEC).is_file() or (path / SCRIPT).is_file())
 
 
 def target_of(job: Path) -> Path:
     """What a job folder's job makes: RUN/job makes RUN, OUTPUT.job makes OUTPUT."""
-    return job.parent if job.name == "job" else job.with_suffix("")
+    return job.parent if job.name == JOB else job.with_suffix("")
 
 
 def done_marks(array: int) -> list[str]:

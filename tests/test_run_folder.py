@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from bertscale.run_folder import (
 )
 from launcher.status.found import find, look
 
+ROOT = Path(__file__).parents[1]
 STEPS = range(9_999_990, 10_000_011)  # as text, those of eight digits come before those of seven
 
 
@@ -160,3 +163,24 @@ def test_two_processes_append_at_the_same_time(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     assert len(read_lines(tmp_path / "lines")) == 400
+
+
+# ------------------------------------------------------------------------------------------- the names
+
+PRODUCT = [path for room in ("bertscale", "data_prep", "launcher") for path in (ROOT / room).rglob("*.py")]
+FILE_NAMES = re.compile(
+    r"config\.yaml|result\.json|metrics\.jsonl|events\.jsonl|bertscale\.json|job\.json|script\.sh"
+    r"|environment\.json|srun\.log|\.lock|\.?heartbeat|tensorboard|checkpoints|BERTSCALE_ATTEMPT"
+    r"|(step|attempt|rank|done|slurm)-"
+)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_names_are_spelled_in_one_file(path: Path) -> None:
+    """No other file has a string, alone or in a path, that is one of the names; sentences may."""
+    if path.name == "run_folder.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            found = [part for part in node.value.split("/") if FILE_NAMES.fullmatch(part)]
+            assert not found, f"line {node.lineno}: {node.value}"

@@ -24,6 +24,7 @@ from bertscale.run_folder import (
     CONFIG,
     EVENTS,
     HEARTBEAT,
+    JOB,
     JOB_SPEC,
     LOCK,
     LOGS,
@@ -35,6 +36,7 @@ from bertscale.run_folder import (
     done_marks,
     is_job_folder,
     is_number,
+    job_folders,
     read_events,
     read_metrics,
     target_of,
@@ -101,7 +103,7 @@ class Facts:
 def find(name: str) -> Place:
     """The run that a run folder, an output folder or a job folder belongs to. Raises UserError."""
     path = Path(name).absolute()
-    for job in (path, path / "job", path.with_name(f"{path.name}.job")):
+    for job in (path, *job_folders(path)):
         if is_job_folder(job):
             return place_of(job)
     if is_local_run(path):
@@ -131,12 +133,12 @@ def known_places() -> list[Place]:
     """The jobs and runs in and one folder below `runs` of the current directory, by name."""
     runs, places = Path("runs").absolute(), []
     for folder in sorted(path for depth in ("*", "*/*") for path in runs.glob(depth) if path.is_dir()):
-        if folder.name == "job":
+        if folder.name == JOB:
             continue  # found with its run
         if is_job_folder(folder):
             places.append(place_of(folder))
-        elif is_job_folder(folder / "job"):
-            places.append(place_of(folder / "job"))
+        elif is_job_folder(folder / JOB):
+            places.append(place_of(folder / JOB))
         elif (folder / METRICS).is_file() or (folder / CHECKPOINTS).is_dir():
             places.append(Place(folder, None))
     return places
