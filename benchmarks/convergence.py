@@ -44,18 +44,19 @@ import yaml
 from torch.utils.data import Dataset as TorchDataset
 
 from bertscale.batch_phases import batch_phases
-from bertscale.checkpoint import step_folders
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
 from bertscale.convert import native_model, open_weights
 from bertscale.device import choose_precision, local_device
+from bertscale.files import write_json
 from bertscale.loader import Loader
 from bertscale.machine import processor
 from bertscale.masking import Ints
 from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture
 from bertscale.names import hugging_face_config
+from bertscale.run_folder import CONFIG, RESULT, checkpoints
 from bertscale.schedule import Clock, TrainingSchedule
-from bertscale.shards import Dataset, Split, open_dataset, write_json
+from bertscale.shards import Dataset, Split, open_dataset
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/pretrain"
@@ -85,10 +86,10 @@ class Run:
         """Where the trained weights are, if they are there."""
         if self.name.endswith("trainer"):
             return self.folder / "theirs" if (self.folder / "theirs").is_dir() else None
-        return next(reversed(step_folders(self.folder / "run")), None)
+        return next(reversed(checkpoints(self.folder / "run")), None)
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = ["-m", "bertscale", "pretrain", str(self.folder / "config.yaml")]
+        command = ["-m", "bertscale", "pretrain", str(self.folder / CONFIG)]
         if self.name.endswith("trainer"):
             command = [__file__, "--trainer", str(self.folder)]
         with open(self.folder / "log.txt", "ab") as log:
@@ -185,7 +186,7 @@ def begun(name: str, rate: float, options: argparse.Namespace, corpora: list[Cor
     ]
     config = load_config(PretrainConfig, CONFIGS / f"{preset}-{options.size}.yaml", overrides)
     text = f"# {facts}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
-    path = run.folder / "config.yaml"
+    path = run.folder / CONFIG
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)
@@ -237,11 +238,11 @@ def epoch(loader: Loader) -> int:
 
 def measured(run: Run, heldout: list[MicroBatch], step_tokens: float, minutes: float) -> dict[str, Any]:
     """What the table says of the run; kept in its folder."""
-    path = run.folder / "result.json"
+    path = run.folder / RESULT
     if not path.is_file():
         weights = run.weights()
         assert weights is not None
-        steps = json.loads((run.folder / "run/result.json").read_text(encoding="utf-8"))["steps"]
+        steps = json.loads((run.folder / "run" / RESULT).read_text(encoding="utf-8"))["steps"]
         loss, accuracy = heldout_loss(weights, heldout)
         figures = {
             "learning_rate": run.rate,
@@ -340,7 +341,7 @@ class ByTheClock(transformers.TrainerCallback):  # type: ignore[misc]
 
 def train_theirs(folder: Path) -> None:
     """One run of transformers' Trainer, in a process of its own; weights go to FOLDER/theirs."""
-    config = load_config(PretrainConfig, folder / "config.yaml", [])
+    config = load_config(PretrainConfig, folder / CONFIG, [])
     train, optimizer = config.train, config.optimizer
     loader = make_loader(config.corpora, config.samples, "train", 1024, 1)
     tokenizer = load_tokenizer(loader.mixture.datasets[0].tokenizer_path)
@@ -388,7 +389,7 @@ def train_theirs(folder: Path) -> None:
     partial = folder / "theirs.partial"
     trainer.save_model(str(partial))
     (folder / "run").mkdir(exist_ok=True)
-    write_json(folder / "run/result.json", {"steps": trainer.state.global_step})
+    write_json(folder / "run" / RESULT, {"steps": trainer.state.global_step})
     partial.rename(folder / "theirs")
 
 

@@ -7,6 +7,7 @@ from bertscale.device import describe
 from bertscale.loader import Loader
 from bertscale.parallel import Ranks
 from bertscale.progress import show_count
+from bertscale.run_folder import TENSORBOARD
 from bertscale.schedule import TrainingSchedule
 from bertscale.shards import Dataset
 
@@ -31,7 +32,7 @@ def banner(
         f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
         f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
         f"{show_count(peak)} FLOP/s at most together",
-        f"watch     tensorboard --logdir {config.run}/tensorboard",
+        f"watch     tensorboard --logdir {config.run}/{TENSORBOARD}",
     ]
     if start:
         lines.append(f"resumed   from step {start} of {schedule.text}")

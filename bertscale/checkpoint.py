@@ -29,13 +29,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError, check_config
+from bertscale.files import file_digest, fresh_folder, partial_folder, put_in_place, sync, write_json
 from bertscale.parallel import Ranks
-from bertscale.shards import file_digest
+from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoints
 from bertscale.tokenizer import load_tokenizer
 
 FORMAT = 1
 STATES = ("weight", "exp_avg", "exp_avg_sq")
-TABLE = "bertscale.json"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def save_checkpoint(
     Whatever fails on a rank, all of them learn of it before the folder gets its name: then it is removed, and
     each of them raises UserError.
     """
-    partial = final.with_name(f".{final.name}.partial")
+    partial = partial_folder(final)
     failure: str | None = None
     entry: dict[str, Any] = {}
     if ranks.rank == 0:
@@ -121,28 +121,8 @@ def _attempt(work: Callable[[], object]) -> str | None:
 
 def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:
     """Writes the table into `partial` and gives the folder its final name. Raises OSError."""
-    (partial / TABLE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_json(partial / TABLE, table, flush=False)
     put_in_place(partial, final)
-
-
-def put_in_place(partial: Path, final: Path) -> None:
-    """Flushes the files of `partial` and renames it, in place of an older `final`. Raises OSError."""
-    for path in partial.rglob("*"):
-        sync(path)
-    sync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    sync(final.parent)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -215,9 +195,11 @@ class Checkpoint:
         return self._open[name]
 
 
-def step_folders(run: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / TABLE).is_file())
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints of a run. Raises OSError."""
+    for folder in checkpoints(run)[:-keep]:
+        (folder / TABLE).unlink()  # first: one that is half removed is no checkpoint
+        shutil.rmtree(folder)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -227,8 +209,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint {folder}: no such folder")
-    if (folder / "checkpoints").is_dir():
-        found = step_folders(folder)
+    if (folder / CHECKPOINTS).is_dir():
+        found = checkpoints(folder)
         if not found:
             raise UserError(f"the run {folder} has no finished checkpoint yet")
         return open_checkpoint(found[-1])
@@ -262,14 +244,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors makes it the owner's alone
-
-
-def fresh_folder(final: Path) -> Path:
-    """An empty folder beside `final` under its temporary name. Raises OSError."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
 
 
 def write_whole(

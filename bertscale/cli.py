@@ -3,8 +3,7 @@
 bertscale prep|pretrain|convert|finetune|bench|quickstart --help
 
 Nothing heavy is imported before a stage begins, so that help and mistakes answer at once.
-Exit codes: 0 done, 1 a fault (with its traceback), 2 a mistake of the person (one line), 75 stopped
-and saved, 130 interrupted; `bertscale pretrain` passes on the code of a failed rank.
+Exit codes: bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bertscale.console import complain, disk_full, make_parser
+from bertscale.errors import INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from bertscale.config import PretrainConfig
-
-INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-        return 0 if arguments else 2
+        return 0 if arguments else MISTAKE
     if arguments[0] == "--version":
         print(f"bertscale {importlib.metadata.version('bertscale')}")
         return 0
@@ -44,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         print(f"bertscale: error: there is no command {name!r}; {hint}", file=sys.stderr)
-        return 2
+        return MISTAKE
 
     from bertscale.config import UserError
 
@@ -173,7 +171,7 @@ def pretrain(arguments: list[str]) -> int:
         "pretrain",
         "Trains an encoder on token shards, from its newest whole checkpoint where there is one. Starts "
         "its ranks on this machine by itself; under torchrun or srun each process is one rank. Ctrl-C "
-        "finishes the step, saves and exits with 75: the same command goes on.",
+        f"finishes the step, saves and exits with {STOPPED_AND_SAVED}: the same command goes on.",
         PretrainConfig,
     )
     parser.add_argument(
@@ -185,6 +183,7 @@ def pretrain(arguments: list[str]) -> int:
         verify = options.verify and rank.rank == 0
         return ranks.run_as_rank(lambda: _train(options.config, options.overrides, rank.world_size, verify))
 
+    from bertscale.run_folder import LOGS
     from launcher.supervise import Limits, run_here
 
     config, count = _checked(options.config, options.overrides, None, options.verify)
@@ -197,8 +196,8 @@ def pretrain(arguments: list[str]) -> int:
     )
     again = ["pretrain", options.config, *options.overrides]
     command = [sys.executable, "-m", "bertscale", *again]
-    code = run_here(command, count, run / "logs", limits, run / "checkpoints")
-    if code == ranks.STOPPED_AND_SAVED:
+    code = run_here(command, count, run / LOGS, limits, run)
+    if code == STOPPED_AND_SAVED:
         print(f"stopped and saved; to go on: {shlex.join(['bertscale', *again])}", file=sys.stderr)
     return code
 

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING
 
+from bertscale.errors import MISTAKE
+
 if TYPE_CHECKING:
     from bertscale.config import Section
 
@@ -63,7 +65,7 @@ def complain(name: str, message: str) -> int:
     """A mistake of the person, in one line or several; returns the exit code."""
     for line in message.splitlines():
         print(f"bertscale {name}: error: {line}", file=sys.stderr)
-    return 2
+    return MISTAKE
 
 
 def disk_full(error: OSError) -> str:

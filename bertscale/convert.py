@@ -19,9 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bertscale.checkpoint import TABLE, fresh_folder, open_checkpoint, put_in_place, save_tensors, write_whole
+from bertscale.checkpoint import open_checkpoint, save_tensors, write_whole
 from bertscale.config import ModelConfig, UserError
 from bertscale.electra import CLASSES, check_exportable, electra_config, electra_names, to_electra
+from bertscale.files import file_digest, fresh_folder, put_in_place
 from bertscale.layers import Layers
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.names import (
@@ -32,7 +33,7 @@ from bertscale.names import (
     model_of,
     to_hugging_face,
 )
-from bertscale.shards import file_digest
+from bertscale.run_folder import CHECKPOINTS, TABLE
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -309,7 +310,7 @@ def _check_output(output: Path, marker: str, key: str | None = None) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     ours = (output / marker).is_file() and (key is None or _origin(output) is not None)
-    if not ours or (output / "checkpoints").exists():
+    if not ours or (output / CHECKPOINTS).exists():
         raise UserError(
             f"{output} exists and is not an earlier output of this command; choose another folder"
         )

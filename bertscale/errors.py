@@ -1,5 +1,29 @@
-"""The error that is shown to a person as one line; alone here, so that a batch host loads no pydantic."""
+"""The error that is shown to a person as one line, and the exit codes; the standard library alone.
+
+On a batch host there may be no pydantic.
+"""
 
 
 class UserError(ValueError):
-    """A mistake that the person can mend: shown as one line without a traceback, exit code 2."""
+    """A mistake that the person can mend: shown as one line without a traceback, exit code MISTAKE."""
+
+
+FAULT = 1
+MISTAKE = 2
+STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: try again
+HUNG = 76
+CRASH_LOOP = 77
+TOO_FEW_NODES = 78
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+
+# The table of the documentation; any other code is that of the rank that failed first, 128 + N for signal N.
+EXIT_CODES = {
+    0: "done",
+    FAULT: "a fault of the program, with its traceback",
+    MISTAKE: "a mistake that you can mend, in one line; never tried again",
+    STOPPED_AND_SAVED: "stopped by a signal, and saved: the same command resumes",
+    HUNG: "gave up: the ranks hang, again and again",
+    CRASH_LOOP: "gave up: restarts, or requeues, bring no new checkpoint; the one that stood still is named",
+    TOO_FEW_NODES: "too few sound nodes (in a Slurm job)",
+    INTERRUPTED: "interrupted: nothing to save, or killed by a second Ctrl-C",
+}

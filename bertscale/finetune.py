@@ -30,15 +30,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertscale.checkpoint import fresh_folder, put_in_place, save_tensors
+from bertscale.checkpoint import save_tensors
 from bertscale.config import FinetuneConfig, ModelConfig, OptimizerConfig, UserError, check_config
 from bertscale.convert import Weights, open_weights
 from bertscale.device import choose_precision, describe, local_device
+from bertscale.files import file_digest, fresh_folder, put_in_place, write_bytes, write_json
 from bertscale.model import ClassificationModel, initial_value
 from bertscale.optim import adamw
 from bertscale.progress import Progress
+from bertscale.run_folder import CONFIG, RESULT, TABLE
 from bertscale.schedule import learning_rate
-from bertscale.shards import file_digest, write_bytes, write_json
 from bertscale.tasks import (
     Batch,
     Label,
@@ -147,7 +148,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "made_of": made_of,
     }
-    (output / "result.json").unlink(missing_ok=True)  # it would speak of files that are now replaced
+    (output / RESULT).unlink(missing_ok=True)  # it would speak of files that are now replaced
     facts = {
         "labels": classes,
         "model": model_config(config, weights).model_dump(),
@@ -169,9 +170,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(output / "predictions.jsonl", lines.encode("utf-8", "surrogatepass"))
     settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    write_bytes(output / "config.yaml", settings.encode())
+    write_bytes(output / CONFIG, settings.encode())
     result["files"] = {name: file_digest(output / name) for name in written_files(output)}
-    write_json(output / "result.json", result)
+    write_json(output / RESULT, result)
     print(table(result))
     return result
 
@@ -329,7 +330,7 @@ def make_folder(output: Path) -> None:
 def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
     """What a result follows from: settings, encoder and examples, as digests."""
     settings = config.model_dump(exclude={"encoder", "train", "test", "output"})
-    table_file = weights.folder / "bertscale.json"  # it holds the digests of a checkpoint's shards
+    table_file = weights.folder / TABLE  # it holds the digests of a checkpoint's shards
     files = [table_file] if table_file.exists() else sorted(weights.folder.glob("*.safetensors"))
     others = [weights.folder / "config.json", find_tokenizer(weights.folder)]
     digests = [file_digest(file) for file in (*files, *others) if file.exists()]
@@ -344,7 +345,7 @@ def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
 def finished_result(output: Path, made_of: dict[str, str]) -> dict[str, Any] | None:
     """The result of an output made of the same things whose files are all as they were written."""
     try:
-        result: dict[str, Any] = json.loads((output / "result.json").read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads((output / RESULT).read_text(encoding="utf-8"))
         whole = all(file_digest(output / name) == digest for name, digest in result["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -353,7 +354,7 @@ def finished_result(output: Path, made_of: dict[str, str]) -> dict[str, Any] | N
 
 def written_files(output: Path) -> list[str]:
     model = sorted(f"model/{path.name}" for path in (output / "model").iterdir())
-    return ["predictions.jsonl", "config.yaml", *model]
+    return ["predictions.jsonl", CONFIG, *model]
 
 
 def write_model(

@@ -21,9 +21,10 @@ import xxhash
 
 from bertscale.chunks import Blocks, Form, Table
 from bertscale.config import UserError
+from bertscale.files import write_bytes
 from bertscale.masking import Ints
 from bertscale.progress import Progress
-from bertscale.shards import Dataset, write_bytes
+from bertscale.shards import Dataset
 
 BLOCK_TOKENS = 2**19
 FOLDER = ".index"

@@ -10,16 +10,17 @@ import operator
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertscale.config import PAIRS, ModelConfig
+from bertscale.files import write_bytes
 from bertscale.model import LossSums, attended_pairs, model_flops_per_token
 from bertscale.objectives import Counts
 from bertscale.parallel import Ranks
 from bertscale.progress import show_count
+from bertscale.run_folder import METRICS, TENSORBOARD, append_line, read_metrics
 
 
 class Rate:
@@ -123,36 +124,20 @@ class MetricsWriter:
     def __init__(self, run: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = run / "metrics.jsonl"
-        kept = [entry for entry in read_journal(run) if entry["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self.path = run / METRICS
+        kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
+        write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        self.events = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step + 1)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """`step`: optimizer steps done; keys such as `train/mlm_loss` become TensorBoard's tags."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        append_line(self.path, {"step": step, **figures})
         for key, value in figures.items():
             self.events.add_scalar(key, value, step)
         self.events.flush()
 
     def close(self) -> None:
         self.events.close()
-
-
-def read_journal(run: Path) -> list[dict[str, Any]]:
-    """The entries of RUN/metrics.jsonl; a last line that a crash cut short is left out."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
 
 
 SECOND = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
@@ -189,7 +174,7 @@ def heldout_brief(figures: dict[str, float]) -> str:
 
 def result(run: Path) -> dict[str, float]:
     """First and last losses of the run, from its journal."""
-    entries = read_journal(run)
+    entries = read_metrics(run)
     trained = [entry for entry in entries if "train/loss" in entry]
     heldout = [entry for entry in entries if "heldout/loss" in entry]
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,10 +20,12 @@ import yaml
 
 from bertscale.banner import banner, epochs
 from bertscale.batch_phases import FOREVER
-from bertscale.checkpoint import save_checkpoint, step_folders
+from bertscale.checkpoint import prune, save_checkpoint
 from bertscale.config import PretrainConfig, UserError
 from bertscale.device import choose_precision, local_device, peak_flops
 from bertscale.engine import Engine
+from bertscale.errors import STOPPED_AND_SAVED
+from bertscale.files import write_bytes, write_json
 from bertscale.heartbeat import beat
 from bertscale.loader import Loader
 from bertscale.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
@@ -34,18 +35,18 @@ from bertscale.objectives import Counts, mean_losses
 from bertscale.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.progress import Progress
 from bertscale.resume import check_same_run, newest_sound
+from bertscale.run_folder import CONFIG, LOCK, RESULT, checkpoint_folder
 from bertscale.samples import check_batches
 from bertscale.schedule import Clock, TrainingSchedule
-from bertscale.shards import Dataset, Split, open_dataset, write_json
+from bertscale.shards import Dataset, Split, open_dataset
 from bertscale.step import train_step
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 MOST_SKIPPED = 10  # steps in a row whose gradient may be not finite
-STOPPED = 75  # exit code: stopped by a signal, saved, goes on when started again
 
 
 def pretrain(config: PretrainConfig) -> int:
-    """Runs this rank of the job to its end; returns 0, or 75 when a signal stopped it after a checkpoint.
+    """Runs this rank of the job to its end; returns 0, or STOPPED_AND_SAVED when a signal came.
 
     Raises UserError for what the person can mend: data, config and checkpoint that do not fit
     together, a full disk.
@@ -97,8 +98,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     writer = MetricsWriter(run, start) if first else None
     if first:
         settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
-        (run / "config.yaml").write_text(settings, encoding="utf-8")
-        (run / "result.json").unlink(missing_ok=True)  # of a shorter budget
+        write_bytes(run / CONFIG, settings.encode())
+        (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
         ranks.say(line)
     last = False  # whether this step is the last of the budget
@@ -152,7 +153,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 rate.restart()
             if last and first:  # before the checkpoint that makes the run a finished one
                 size = {"parameters": engine.num_parameters(), "precision": precision}
-                write_json(run / "result.json", {**result(run), **rate.overall(), **size, "peak_flops": peak})
+                write_json(run / RESULT, {**result(run), **rate.overall(), **size, "peak_flops": peak})
             if done % config.train.save_every == 0 or last:
                 # A budget in hours is spent when its last step is likely to pass it.
                 spent = (schedule.seconds or 0.0) if last else 0.0
@@ -166,7 +167,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         if saved < done:
             save(engine, done, data, schedule, clock.elapsed(), losses)
         ranks.say(f"stopped after step {done} of {schedule.text}; everything until there is saved")
-        return STOPPED
+        return STOPPED_AND_SAVED
     if writer:
         writer.close()
     return 0
@@ -197,7 +198,7 @@ def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if ranks.rank == 0:
-            path, job = run / ".lock", os.environ.get("SLURM_JOB_ID", "")
+            path, job = run / LOCK, os.environ.get("SLURM_JOB_ID", "")
             file = stack.enter_context(path.open("a+"))
             if not _lock(file):
                 file.seek(0)
@@ -309,7 +310,7 @@ def save(
     }
     beat(step)
     save_checkpoint(
-        run / "checkpoints" / f"step-{step:07d}",
+        checkpoint_folder(run, step),
         engine.fragments_to_save(),
         {**facts, **engine.table()},
         data[0].tokenizer_path,
@@ -317,5 +318,4 @@ def save(
     )
     beat(step)
     if engine.ranks.rank == 0:
-        for folder in step_folders(run)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(folder)
+        prune(run, config.train.keep_checkpoints)

@@ -19,10 +19,13 @@ from types import FrameType
 from typing import Any
 
 from bertscale.config import UserError
+from bertscale.errors import INTERRUPTED
+from bertscale.files import write_json
 from bertscale.progress import show_count, show_duration
+from bertscale.run_folder import CONFIG, RESULT
 
 DEFAULT_RUN = Path("runs/quickstart")
-CONFIG = Path("configs/pretrain/quickstart.yaml")
+PRETRAINING = Path("configs/pretrain/quickstart.yaml")
 
 
 def quickstart(run: Path, gpus: int) -> int:
@@ -30,8 +33,8 @@ def quickstart(run: Path, gpus: int) -> int:
 
     `gpus` is the number of CUDA devices of this machine.
     """
-    if not CONFIG.exists():
-        raise UserError(f"there is no {CONFIG} here; run this in the folder that holds configs/")
+    if not PRETRAINING.exists():
+        raise UserError(f"there is no {PRETRAINING} here; run this in the folder that holds configs/")
     began = time.monotonic()
     plan = stages(run, gpus)
     seconds: dict[str, float] = {}
@@ -50,7 +53,7 @@ def quickstart(run: Path, gpus: int) -> int:
         print(f"--- {name} took {show_duration(seconds[name])}", flush=True)
     seconds["all"] = round(time.monotonic() - began, 1)
     summary = _summarize(run, seconds)
-    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(run / "summary.json", summary)
     print(_show(summary))
     return 0
 
@@ -81,7 +84,7 @@ def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
         (
             "pretrain",
             "token shards -> BERT",
-            ["bertscale", "pretrain", str(CONFIG), *pretrain, *_devices(gpus)],
+            ["bertscale", "pretrain", str(PRETRAINING), *pretrain, *_devices(gpus)],
         ),
         (
             "convert",
@@ -123,7 +126,7 @@ def _run(command: list[str]) -> int:
         signal.signal(signal.SIGTERM, previous)
     if code < 0:
         return 128 - code
-    return 130 if interrupted and code == 0 else code
+    return INTERRUPTED if interrupted and code == 0 else code
 
 
 def _summarize(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -133,8 +136,8 @@ def _summarize(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
     return {
         "corpus": _read(run / "collected.json"),
         "data": {**data, "documents": sum(shard["rows"] for shard in shards), "shards": len(shards)},
-        "pretrain": _read(run / "pretrain/result.json"),
-        "finetune": _read(run / "finetune/result.json"),
+        "pretrain": _read(run / f"pretrain/{RESULT}"),
+        "finetune": _read(run / f"finetune/{RESULT}"),
         "seconds": seconds,
         "paths": {
             "corpus": f"{run}/corpus",
@@ -175,6 +178,6 @@ def _show(summary: dict[str, Any]) -> str:
     lines += [
         "the curves:      .venv/bin/tensorboard --logdir " + paths["pretrain"],
         "what to try next: train longer, from where this stopped:",
-        f"  .venv/bin/bertscale pretrain {paths['pretrain']}/config.yaml train.steps={2 * pretrain['steps']}",
+        f"  .venv/bin/bertscale pretrain {paths['pretrain']}/{CONFIG} train.steps={2 * pretrain['steps']}",
     ]
     return "\n".join(lines)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bertscale.checkpoint import Checkpoint, open_checkpoint, step_folders
+from bertscale.checkpoint import Checkpoint, open_checkpoint
 from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
 from bertscale.mixture import data_digest
 from bertscale.parallel import Ranks
+from bertscale.run_folder import checkpoints
 from bertscale.schedule import TrainingSchedule
 from bertscale.shards import Dataset
 
 
 def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint whose digests are right; each damaged one is named and passed over."""
-    found = ranks.broadcast([str(folder) for folder in step_folders(run)])
+    found = ranks.broadcast([str(folder) for folder in checkpoints(run)])
     for folder in reversed(found):
         failure: str | None = None
         try:

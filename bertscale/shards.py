@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -36,6 +34,7 @@ import pyarrow as pa
 import xxhash
 
 from bertscale.config import UserError
+from bertscale.files import file_digest, whole_file, write_json
 from bertscale.tokenizer import find_tokenizer
 
 FORMAT_VERSION = 2
@@ -146,34 +145,6 @@ def write_manifest(
     }
     write_json(Path(folder) / MANIFEST_NAME, manifest)
     return manifest
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` so that `path` is either the old file or the whole new one."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `content` so that `path` is either the old file or the whole new one."""
-    with whole_file(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to under a temporary name; at the end it is flushed to the disk and renamed to `path`.
-
-    After an exception, `path` is what it was, and nothing else is left.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- read
@@ -295,15 +266,6 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     """xxh3-128 (hex) of the manifest's content, whatever its spacing and the order of its keys."""
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return xxhash.xxh3_128_hexdigest(text.encode())
-
-
-def file_digest(path: str | Path) -> str:
-    """xxh3-128 (hex) of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(4 * 2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 _REMEDY = "run `bertscale prep` again: it makes what is missing or changed"

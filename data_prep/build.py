@@ -41,14 +41,13 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
+from bertscale.files import whole_file, write_json
 from bertscale.progress import Progress
 from bertscale.shards import (
     MANIFEST_NAME,
     ShardEntry,
     token_dtype,
-    whole_file,
     write_columns,
-    write_json,
     write_manifest,
 )
 from bertscale.tokenizer import Tokenizer

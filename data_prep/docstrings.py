@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.config import UserError
+from bertscale.errors import INTERRUPTED, MISTAKE
+from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress
-from bertscale.shards import write_bytes, write_json
 from data_prep.docstring_clean import prose
 from data_prep.docstring_task import make_task
 from data_prep.segment import split_sentences
@@ -243,15 +244,15 @@ def _write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(__doc__)
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+        return 0 if arguments and arguments[0] in ("-h", "--help") else MISTAKE
     try:
         collect(arguments[0])
     except UserError as error:
         print(f"docstrings: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print("\ndocstrings: stopped; the same command begins anew", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

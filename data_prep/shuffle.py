@@ -33,7 +33,8 @@ import numpy.typing as npt
 import xxhash
 
 from bertscale.config import UserError
-from bertscale.shards import LARGEST_SHARD, Ids, whole_file
+from bertscale.files import whole_file
+from bertscale.shards import LARGEST_SHARD, Ids
 
 PIECE_BYTES = 64 * 2**20  # of memory, as `weight` counts it, before a piece is written
 CHUNK = 2**18  # tokens moved at once: their positions stay in the cache

@@ -29,8 +29,8 @@ from typing import Literal
 import xxhash
 
 from bertscale.config import UserError
+from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress, show_count, show_duration
-from bertscale.shards import write_bytes, write_json
 from bertscale.tokenizer import (  # fmt: skip
     CLS,
     MASK,

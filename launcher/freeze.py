@@ -26,12 +26,12 @@ from typing import Any
 import yaml
 
 from bertscale.config import Section, UserError
+from bertscale.run_folder import CANCELLED, CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT, found_marks
 from launcher.job import JobSpec, render
 
 PACKAGES = ("bertscale", "data_prep", "launcher")
 SOURCE = Path(__file__).absolute().parents[1]  # the folder that the packages are imported from
-FROZEN = ("code", "config.yaml", "environment.json", "job.json", "script.sh")
-NO_LONGER_TRUE = ("done*.json", "cancelled")  # of an earlier job of the same folder
+FROZEN = (CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT)
 
 
 def freeze(spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None:
@@ -61,23 +61,22 @@ def config_text(config: Section) -> str:
 def _write(partial: Path, spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None:
     for package in PACKAGES:
         for source in sorted((SOURCE / package).rglob("*.py")):
-            copy = partial / "code" / source.relative_to(SOURCE)
+            copy = partial / CODE / source.relative_to(SOURCE)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
     if config is not None:
-        (partial / "config.yaml").write_text(config_text(config), encoding="utf-8")
-    (partial / "environment.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    (partial / "job.json").write_text(spec.to_json(), encoding="utf-8")
-    script = partial / "script.sh"
+        (partial / CONFIG).write_text(config_text(config), encoding="utf-8")
+    (partial / ENVIRONMENT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (partial / JOB_SPEC).write_text(spec.to_json(), encoding="utf-8")
+    script = partial / SCRIPT
     script.write_text(render(spec), encoding="utf-8")
     script.chmod(0o755)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in NO_LONGER_TRUE:
-        for marker in folder.glob(pattern):
-            marker.unlink()
+    for mark in (*found_marks(folder), folder / CANCELLED):  # of an earlier job of the same folder
+        mark.unlink(missing_ok=True)
     old = partial / "old"
     old.mkdir()
     for name in FROZEN:

@@ -10,8 +10,9 @@ import json
 import re
 import string
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from bertscale.run_folder import CODE, EVENTS, batch_log_name
 
 STAGES = ("prep", "pretrain", "convert", "finetune")
 
@@ -76,17 +77,6 @@ class JobSpec:
         return cls(**{**values, **lists})
 
 
-def job_folder(stage: str, target: str | Path) -> Path:
-    """Where the job of `stage` that makes `target` is kept: inside a run folder, beside any other output."""
-    target = Path(target).absolute()
-    return target / "job" if stage == "pretrain" else target.with_name(f"{target.name}.job")
-
-
-def done_marks(array: int) -> list[str]:
-    """Files that a finished job has in its folder: one, or one for each of the `array` tasks."""
-    return [f"done-{index}.json" for index in range(array)] or ["done.json"]
-
-
 def step_command(spec: JobSpec) -> list[str]:
     """The words of the srun line: what starts all ranks of one attempt."""
     return [word for line in _step_lines(spec) for word in line]
@@ -99,7 +89,7 @@ def render(spec: JobSpec) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# {spec.stage} by bertscale {spec.version}; what happens in it: {spec.folder}/events.jsonl",
+            f"# {spec.stage} by bertscale {spec.version}; what happens in it: {spec.folder}/{EVENTS}",
             *(f"#SBATCH {_quote(option)}" for option in _sbatch_options(spec)),
             "",
             *spec.setup,
@@ -107,7 +97,7 @@ def render(spec: JobSpec) -> str:
             "",
             "# The code that was submitted, whatever became of the checkout, and wherever a process stands.",
             f"job={_quote(spec.folder)}",
-            'export PYTHONPATH="$job/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
+            f'export PYTHONPATH="$job/{CODE}${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1',
             'cd "$job" || exit 1',
             "trap '' USR1 # until the supervisor listens to it",
             " \\\n    ".join([f'{supervisor} "$job" --', *words]),
@@ -117,7 +107,7 @@ def render(spec: JobSpec) -> str:
 
 
 def _sbatch_options(spec: JobSpec) -> list[str]:
-    log = "slurm-%A_%a.out" if spec.array else "slurm-%j.out"
+    log = batch_log_name("%A_%a" if spec.array else "%j")
     values = {
         "--job-name": spec.name,
         "--comment": f"bertscale {spec.folder}",

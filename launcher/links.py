@@ -28,8 +28,9 @@ from bertscale.config import (
     UserError,
     load_config,
 )
+from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, found_marks, job_folder
 from launcher.freeze import config_text, version
-from launcher.job import JobSpec, job_folder
+from launcher.job import JobSpec
 from launcher.status.ask import from_record
 from launcher.status.found import is_done, read_spec, shown
 
@@ -47,9 +48,9 @@ PATHS = {  # keys of a config that name files or folders
 }
 RESULTS = {  # what a finished stage has written last
     "prep": "manifest.json",
-    "pretrain": "result.json",
+    "pretrain": RESULT,
     "convert": "",
-    "finetune": "result.json",
+    "finetune": RESULT,
 }
 
 
@@ -138,7 +139,7 @@ def _link(
     words = [chain or kind, kind if chain else Path(target).name, part]
     name = re.sub(r"[^\w.-]", "-", "-".join(filter(None, words)))
     source = os.path.abspath(stage.convert[0]) if stage.convert else None
-    said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/config.yaml", *options)
+    said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/{CONFIG}", *options)
     python = _program(site.python) or sys.executable
     launch = config.launch if isinstance(config, PretrainConfig) else LaunchConfig.model_validate({})
     in_a_row = launch.restarts_without_progress
@@ -147,7 +148,7 @@ def _link(
         name=name,
         folder=str(folder),
         target=target,
-        logs=str(Path(site.log_root).absolute() / name if site.log_root else folder / "logs"),
+        logs=str(Path(site.log_root).absolute() / name if site.log_root else folder / LOGS),
         command=("-m", "bertscale", *said),
         python=python,
         batch_python=_program(site.batch_python) or python,
@@ -211,8 +212,8 @@ def _finished(link: Link) -> bool:
         if link.config is None:
             same = read_spec(folder).command == spec.command
         else:
-            same = (folder / "config.yaml").read_text(encoding="utf-8") == config_text(link.config)
-        done = min(marker.stat().st_mtime for marker in folder.glob("done*.json"))
+            same = (folder / CONFIG).read_text(encoding="utf-8") == config_text(link.config)
+        done = min(marker.stat().st_mtime for marker in found_marks(folder))
         return same and all(_changed(name) <= done for name in _inputs(link))
     except (OSError, UserError):
         return False
@@ -262,7 +263,7 @@ def unfinished(links: list[Link]) -> list[Link]:
 def folder_of(record: dict[str, str]) -> Path | None:
     """The job folder of a job by Slurm's record of it; None where bertscale did not submit it."""
     folder = from_record(record).folder
-    return folder if folder and (folder / "job.json").is_file() else None
+    return folder if folder and (folder / JOB_SPEC).is_file() else None
 
 
 def quoted(path: str) -> str:

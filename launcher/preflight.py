@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
+from bertscale.run_folder import TABLE, checkpoints
 from bertscale.samples import check_batches
 from bertscale.shards import Dataset, check_tokenizers, open_dataset
 from launcher import limits, slurm
@@ -166,7 +167,7 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
         _collect(report, lambda: check_tokenizers(data))
     _check_memory(link, config, vocab_size, report)
     size = checkpoint_bytes(config.model, vocab_size)
-    there = len(list((Path(config.run) / "checkpoints").glob("step-*")))
+    there = len(checkpoints(Path(config.run)))
     more = max(1, config.train.keep_checkpoints + 1 - there)
     keep = f"train.keep_checkpoints={config.train.keep_checkpoints} and the one being written"
     why = f"{more} checkpoints of {gb(size)} ({keep})"
@@ -238,7 +239,7 @@ def _check_weights(key: str, name: str, promises: Promises, report: Report) -> N
     folder = Path(name)
     if promises.hold(name):
         return
-    marks = [folder / "config.json", folder / "bertscale.json", *_tables(folder)]
+    marks = [folder / "config.json", folder / TABLE, *_tables(folder)]
     if not folder.is_dir():
         report.problems.append(f"{key}={name}: there is no such folder")
     elif not any(mark.is_file() for mark in marks):
@@ -253,7 +254,7 @@ def _positions_of(encoder: str, promises: Promises) -> int | None:
         if Path(encoder).is_relative_to(target):
             return longest
     folder = Path(encoder)
-    for table in [folder / "config.json", folder / "bertscale.json", *_tables(folder)[-1:]]:
+    for table in [folder / "config.json", folder / TABLE, *_tables(folder)[-1:]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             values = json.loads(table.read_text(encoding="utf-8"))
             return int(values.get("model", values)["max_position_embeddings"])
@@ -262,11 +263,11 @@ def _positions_of(encoder: str, promises: Promises) -> int | None:
 
 def _tables(run: Path) -> list[Path]:
     """Of each finished checkpoint of a run, oldest first."""
-    return sorted(run.glob("checkpoints/step-*/bertscale.json"))
+    return [folder / TABLE for folder in checkpoints(run)]
 
 
 def _check_convert_output(output: Path, report: Report) -> None:
-    ours = ("config.json", "bertscale.json")
+    ours = ("config.json", TABLE)
     if output.is_dir() and any(output.iterdir()) and not any((output / name).is_file() for name in ours):
         report.problems.append(f"OUTPUT={output} holds something else: choose another folder")
 

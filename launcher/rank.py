@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launcher.ranks import ATTEMPT, PARENT, REPORT, STOPPED_AND_SAVED, Exit, describe_exit, die_with_parent
+from bertscale.errors import MISTAKE, STOPPED_AND_SAVED
+from bertscale.files import write_json
+from bertscale.run_folder import ATTEMPT_VARIABLE, FAILED, SLURM_DIGITS, rank_log, rank_report
+from launcher.ranks import PARENT, REPORT, Exit, describe_exit, die_with_parent
 
 # srun answers a failed rank with SIGTERM for all, and after KillWait, often 30 s, with SIGKILL.
 GRACE_SECONDS = 3
@@ -30,19 +32,17 @@ GRACE_SECONDS = 3
 
 def main(command: list[str]) -> int:
     """Runs `command` as the rank that srun's variables name; returns its exit code, 128 + N for signal N."""
-    if ATTEMPT not in os.environ:
+    if ATTEMPT_VARIABLE not in os.environ:
         print("launcher.rank is started by launcher.watch: run `sbatch` on the job's script", file=sys.stderr)
-        return 2
+        return MISTAKE
     rank = int(os.environ["SLURM_PROCID"])
-    attempt = Path(os.environ[ATTEMPT])
-    log = attempt / f"rank-{rank:04d}.log"
+    attempt = Path(os.environ[ATTEMPT_VARIABLE])
+    log = rank_log(attempt, rank, SLURM_DIGITS)
     with open(log, "ab", buffering=0) as file:
         ended = _run(rank, attempt, command, log, file)
     if ended.code not in (0, STOPPED_AND_SAVED):
-        (attempt / "failed").touch()  # for the others: what srun sends now is no friendly request
-    partial = attempt / f".rank-{rank:04d}.json"
-    partial.write_text(json.dumps(dataclasses.asdict(ended), ensure_ascii=False), encoding="utf-8")
-    partial.replace(attempt / f"rank-{rank:04d}.json")
+        (attempt / FAILED).touch()
+    write_json(rank_report(attempt, rank), dataclasses.asdict(ended), flush=False)
     return ended.code if ended.code >= 0 else 128 - ended.code
 
 
@@ -65,7 +65,7 @@ def _run(rank: int, attempt: Path, command: list[str], log: Path, file: IO[bytes
         os.fsync(file.fileno())  # the stacks that were asked for, which a shared disk else shows much later
         if ending:
             late = time.monotonic() - ending > GRACE_SECONDS
-            if late and child is not None and (attempt / "failed").exists():
+            if late and child is not None and (attempt / FAILED).exists():
                 child.kill()
             signal.alarm(1)
 

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertscale.errors import UserError
+from bertscale.errors import FAULT, MISTAKE, STOPPED_AND_SAVED, UserError
 
-STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: try again
 LATE_SECONDS = 0.5  # those that lose a killed rank may say so before its parent hears of its death
 LOG_LINES = 15  # of a rank that died without a word
 REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, whatever the language
@@ -33,7 +32,6 @@ REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, wh
 # uncaught exception. A pipe, since the exception may be that the disk is full.
 PARENT = "BERTSCALE_PARENT"
 REPORT = "BERTSCALE_REPORT"
-ATTEMPT = "BERTSCALE_ATTEMPT"  # the folder of this start of all ranks: logs, reports, heartbeat
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def run_as_rank(main: Callable[[], int]) -> int:
     except Exception as error:
         report_failure(error, int(os.environ[REPORT]))
         # Not sys.exit: threads that wait for the other ranks could hold the interpreter's exit back.
-        os._exit(2 if isinstance(error, UserError) else 1)
+        os._exit(MISTAKE if isinstance(error, UserError) else FAULT)
 
 
 def report_failure(error: Exception, pipe: int) -> None:

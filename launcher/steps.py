@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bertscale.errors import UserError
+from bertscale.errors import STOPPED_AND_SAVED, UserError
+from bertscale.run_folder import ATTEMPT_VARIABLE, SLURM_DIGITS, SRUN_LOG, rank_log, rank_report
 from launcher import slurm
-from launcher.ranks import ATTEMPT, PARENT, REPORT, STOPPED_AND_SAVED, Exit, describe_exit
+from launcher.ranks import PARENT, REPORT, Exit, describe_exit
 
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for the ranks that outlive a failed one
 KILL_SECONDS = 20.0  # for srun to kill all ranks
@@ -42,7 +43,7 @@ class Step(Protocol):
         """Whether any rank still runs."""
 
     def ask_to_save(self) -> None:
-        """Sends all ranks the signal at which they finish the step, save and exit with 75."""
+        """Sends all ranks the signal at which they finish the step, save and exit with STOPPED_AND_SAVED."""
 
     def ask_for_stacks(self) -> None:
         """SIGUSR2: every rank writes the stacks of its threads to its log."""
@@ -92,7 +93,7 @@ class LocalRanks:
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
-            ATTEMPT: str(attempt.absolute()),
+            ATTEMPT_VARIABLE: str(attempt.absolute()),
             PARENT: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",  # a rank that is killed has still written its log
         }
@@ -118,7 +119,7 @@ class LocalRanks:
         self.alive = list(self.children)
 
     def log(self, rank: int) -> Path:
-        return self.attempt / f"rank-{rank}.log"
+        return rank_log(self.attempt, rank)
 
     def node(self, rank: int) -> str:
         return ""
@@ -201,17 +202,17 @@ class SlurmStep:
         self.dead = ""  # the node that Slurm has lost, if any
         # --overlap: what Slurm still counts of an earlier step, on a node that it has lost, holds no cores.
         inserted = [f"--nodelist={','.join(nodes)}", f"--job-name={attempt.name}", "--overlap"]
-        with open(attempt / "srun.log", "ab") as log:
+        with open(attempt / SRUN_LOG, "ab") as log:
             self.process = subprocess.Popen(
                 [command[0], *inserted, *command[1:]],
-                env=dict(os.environ) | variables | {ATTEMPT: str(attempt)},
+                env=dict(os.environ) | variables | {ATTEMPT_VARIABLE: str(attempt)},
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
             )
 
     def log(self, rank: int) -> Path:
-        return self.attempt / f"rank-{rank:04d}.log"
+        return rank_log(self.attempt, rank, SLURM_DIGITS)
 
     def node(self, rank: int) -> str:
         return self.nodes[rank * len(self.nodes) // self.ranks]  # srun fills one node after another
@@ -251,12 +252,12 @@ class SlurmStep:
         found, self.missing = [], []
         for rank in range(self.ranks):
             try:
-                report = (self.attempt / f"rank-{rank:04d}.json").read_text(encoding="utf-8")
+                report = rank_report(self.attempt, rank).read_text(encoding="utf-8")
                 found.append(Exit(**json.loads(report)))
             except (FileNotFoundError, ValueError):
                 self.missing.append(rank)
         code = self.process.returncode
-        said = (self.attempt / "srun.log").read_text(encoding="utf-8", errors="replace")
+        said = (self.attempt / SRUN_LOG).read_text(encoding="utf-8", errors="replace")
         lost = re.search(r"(?:Node failure on|failed on node) ([\w.-]+)", said)
         if code and lost and lost[1] in self.nodes:
             rank = next(rank for rank in range(self.ranks) if self.node(rank) == lost[1])

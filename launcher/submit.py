@@ -9,8 +9,8 @@ bertscale submit pipeline PIPELINE
 Each takes --time T, --after JOB, --exclude NODES and --dry-run.
 
 The links of a chain begin in any case when the one before has ended (afterany), and look for its done-marker
-themselves: a dependency on success would wait for ever behind a job that failed. Exit codes: 0 queued, or
-finished before, 2 a mistake of the person, with every line that the checks found.
+themselves: a dependency on success would wait for ever behind a job that failed. A mistake of the person is
+shown with every line that the checks found.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertscale.config import PipelineConfig, PipelineStage, UserError, load_config
+from bertscale.errors import MISTAKE
+from bertscale.run_folder import CANCELLED, EVENTS, SCRIPT, Events
 from launcher import slurm
-from launcher.events import Events
 from launcher.freeze import about_now, freeze
 from launcher.job import STAGES, JobSpec, render
 from launcher.links import Link, folder_of, links_of, quoted, unfinished
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
     """`bertscale submit ...`; raises UserError with one line for each thing that is wrong."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if arguments else 2
+        return 0 if arguments else MISTAKE
     stage, rest = arguments[0], arguments[1:]
     if stage not in (*STAGES, "pipeline"):
         raise UserError(f"{stage!r} is none of prep, pretrain, convert, finetune and pipeline")
@@ -112,10 +113,10 @@ def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:
     """Cancels the first links of a chain whose later one could not be queued."""
     for job, spec in reversed(queued):
         folder = Path(spec.folder)
-        (folder / "cancelled").touch()  # before it ends: it is not to queue itself again
+        (folder / CANCELLED).touch()  # before it ends: it is not to queue itself again
         with contextlib.suppress(UserError):
             slurm.ask("scancel", job)
-        Events(folder / "events.jsonl").write("cancelled", job=job, reason="a later link was refused")
+        Events(folder / EVENTS).write("cancelled", job=job, reason="a later link was refused")
         print(f"job {job} ({spec.name}) was cancelled: a later link could not be queued", file=sys.stderr)
 
 
@@ -128,10 +129,10 @@ def queue(spec: JobSpec, after: Sequence[str] = (), exclude: Sequence[str] = ())
     options = [f"--dependency=afterany:{':'.join(after)}"] if after else []
     if out := _left_out(spec, exclude):
         options.append(f"--exclude={','.join(out)}")
-    script = f"{spec.folder}/script.sh"
+    script = f"{spec.folder}/{SCRIPT}"
     done = slurm.ask("sbatch", "--parsable", *options, script, env=slurm.own_environment())
     job = done.stdout.strip().partition(";")[0]  # the cluster's name may follow
-    Events(Path(spec.folder, "events.jsonl")).write("queued", job=job, after=list(after))
+    Events(Path(spec.folder, EVENTS)).write("queued", job=job, after=list(after))
     return job
 
 
@@ -181,7 +182,7 @@ def _show(links: list[Link], facts: Sequence[str], after: Sequence[str], exclude
     """The dry run: scripts, what a rank runs, the chain, and what the checks have found out."""
     for link in links:
         spec = link.spec
-        print(f"--- {spec.folder}/script.sh\n{render(spec)}")
+        print(f"--- {spec.folder}/{SCRIPT}\n{render(spec)}")
         print(
             f"--- a rank of {spec.name} runs\n{shlex.join([*spec.container, spec.python, *spec.command])}\n"
         )

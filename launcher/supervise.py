@@ -2,15 +2,7 @@
 
 code = run_here(command, 4, Path("runs/base/logs"))    # ranks of this machine; in a Slurm job: launcher.watch
 
-Exit codes, in both cases:
-  0     done
-  2     a mistake of the person, shown as one line; never tried again
-  75    stopped by a signal and saved (EX_TEMPFAIL): the same command goes on; a Slurm job requeues itself
-  76    gave up: the ranks stand still, again and again
-  77    gave up: restarts bring no new checkpoint
-  78    too few sound nodes in a Slurm job
-  130   stopped by a signal before there was anything to save, or killed by a second Ctrl-C
-  else  the exit code of the rank that failed first, or 128 + the signal that killed it
+Exit codes, in both cases: bertscale.errors, or of the rank that failed first, 128 + N for signal N.
 Only the standard library: a batch host may have nothing else.
 """
 
@@ -25,15 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from bertscale.errors import UserError
-from launcher.events import Events
-from launcher.ranks import STOPPED_AND_SAVED, Exit
+from bertscale.errors import CRASH_LOOP, HUNG, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED, UserError
+from bertscale.run_folder import (
+    EVENTS,
+    HEARTBEAT,
+    Events,
+    attempt_name,
+    attempt_number,
+    attempts_in,
+    newest_step,
+)
+from launcher.ranks import Exit
 from launcher.steps import LocalRanks, Step
 
-HUNG = 76
-CRASH_LOOP = 77
-TOO_FEW_NODES = 78
-STOPPED_UNSAVED = 130  # 128 + SIGINT, as a shell says it
 LOOK_SECONDS = 1.0  # between two looks at the heartbeat and the checkpoints
 STACK_SECONDS = 10.0  # at most, for ranks that stand still to write their stacks
 STACK = b"most recent call first"  # what faulthandler puts above each of them
@@ -91,33 +87,34 @@ def run_here(
     ranks: int,
     log_folder: Path,
     limits: Limits = Limits(),
-    checkpoints: Path | None = None,
+    run: Path | None = None,
 ) -> int:
     """Runs `command` as `ranks` processes on this machine and returns the exit code (see the top).
 
     Rank 0 writes to this process's stdout; all other output goes to a new folder
-    `log_folder/attempt-NNN` for each start, the history to `log_folder/events.jsonl`. Raises UserError
-    when a rank ended with one, or when the logs cannot be written.
+    `log_folder/attempt-NNN` for each start, the history to `log_folder/events.jsonl`. `run` is the run folder
+    whose checkpoints are progress. Raises UserError when a rank ended with one, or when the logs cannot be
+    written.
     """
 
     def start() -> LocalRanks:
-        attempt = new_attempt(log_folder, "attempt-[0-9]*")
+        attempt = new_attempt(log_folder)
         print(f"{ranks} rank{'s' if ranks > 1 else ''} on this machine, logs in {attempt}", flush=True)
         return LocalRanks(command, ranks, attempt)
 
     with StopRequests() as stop:
-        code = supervise(start, limits, Events(log_folder / "events.jsonl"), checkpoints, stop)
-    if code == STOPPED_UNSAVED:
+        code = supervise(start, limits, Events(log_folder / EVENTS), run, stop)
+    if code == INTERRUPTED:
         print("killed" if stop.kill else "stopped before there was anything to save", file=sys.stderr)
     return code
 
 
-def new_attempt(log_folder: Path, pattern: str, suffix: str = "") -> Path:
-    """Makes the folder attempt-NNN`suffix`, NNN one more than that of any folder like `pattern`."""
+def new_attempt(log_folder: Path, job: str = "", task: str = "") -> Path:
+    """Makes the folder of the next attempt, which `job` makes; each task of an array counts its own."""
     try:
         log_folder.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name.split("-")[1]) for path in log_folder.glob(pattern)]
-        attempt = log_folder / f"attempt-{1 + max(numbers, default=0):03d}{suffix}"
+        numbers = [attempt_number(path.name) for path in attempts_in(log_folder, task)]
+        attempt = log_folder / attempt_name(1 + max(numbers, default=0), job)
         attempt.mkdir()
     except OSError as error:
         raise UserError(f"cannot make a folder for logs in {log_folder}: {error.strerror}") from error
@@ -128,16 +125,16 @@ def new_attempt(log_folder: Path, pattern: str, suffix: str = "") -> Path:
 
 
 def supervise(
-    start: Callable[[], Step], limits: Limits, events: Events, checkpoints: Path | None, stop: StopRequests
+    start: Callable[[], Step], limits: Limits, events: Events, run: Path | None, stop: StopRequests
 ) -> int:
     """Has `start` start all ranks, again after a failure, within the limits; returns the exit code."""
     restarts = stalled = 0
-    reached = newest_step(checkpoints)
+    reached = newest_step(run)
     while True:
         if stop.count:
-            return STOPPED_UNSAVED
+            return INTERRUPTED
         step = start()
-        hang = watch(step, limits, events, checkpoints, stop, reached)
+        hang = watch(step, limits, events, run, stop, reached)
         exits = step.exits()
         if sys.stdout.isatty():  # a rank killed under its progress bar has left the cursor hidden
             print("\x1b[?25h", end="", flush=True)
@@ -150,13 +147,13 @@ def supervise(
             if first.mistake is not None:
                 raise UserError(first.mistake)
             if stop.count and (stop.kill or first.code in (-signal.SIGTERM, -signal.SIGUSR1)):
-                return STOPPED_UNSAVED
+                return INTERRUPTED
         code = _explain(step, hang, first, events)
-        if stop.count or code == 2:
+        if stop.count or code == MISTAKE:
             return code
 
         step.kill()  # what a rank has left behind on its node
-        before, reached = reached, newest_step(checkpoints)
+        before, reached = reached, newest_step(run)
         stalled = 0 if reached > before else stalled + 1
         if stalled > limits.restarts_without_progress or restarts >= limits.restarts:
             return _give_up(code, hang, stalled, restarts, reached, limits)
@@ -169,7 +166,7 @@ def watch(
     step: Step,
     limits: Limits,
     events: Events,
-    checkpoints: Path | None,
+    run: Path | None,
     stop: StopRequests,
     reached: int,
 ) -> Hang | None:
@@ -198,7 +195,7 @@ def watch(
             beat = _read_beat(step)
             if beat != last_beat:
                 last_beat, alive = beat, now
-            found = newest_step(checkpoints)
+            found = newest_step(run)
             if found > reached:
                 reached = found
                 events.write("checkpoint", step=found)
@@ -206,7 +203,7 @@ def watch(
             if patience and now - alive > patience:
                 return _end_hang(step, last_beat, now - alive)
         time.sleep(step.poll_seconds)
-    found = newest_step(checkpoints)
+    found = newest_step(run)
     if found > reached:
         events.write("checkpoint", step=found)
     return None
@@ -214,7 +211,7 @@ def watch(
 
 def _read_beat(step: Step) -> str:
     try:
-        return (step.attempt / "heartbeat").read_text(encoding="utf-8")
+        return (step.attempt / HEARTBEAT).read_text(encoding="utf-8")
     except OSError:
         return ""
 
@@ -248,12 +245,6 @@ def _has_stack(log: Path, offset: int) -> bool:
             return STACK in file.read(2**20)
     except OSError:
         return False
-
-
-def newest_step(checkpoints: Path | None) -> int:
-    """Step of the newest whole checkpoint, 0 without any."""
-    names = [path.name for path in checkpoints.glob("step-*")] if checkpoints is not None else []
-    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
 
 
 # ------------------------------------------------------------------------------------------- in words

@@ -3,7 +3,7 @@
 python -m launcher.watch JOB_FOLDER -- srun ...    # the last line of a batch script
 
 It leaves nodes out that are down or fail their check, requeues the job when a signal (time limit,
-pre-emption) has stopped it, and ends the chain when it gives up. Exit codes: launcher.supervise.
+pre-emption) has stopped it, and ends the chain when it gives up. Exit codes: bertscale.errors.
 """
 
 from __future__ import annotations
@@ -15,23 +15,32 @@ import sys
 import time
 from pathlib import Path
 
-from bertscale.errors import UserError
-from launcher import slurm
-from launcher.events import Events, read_events
-from launcher.job import JobSpec, done_marks
-from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
-from launcher.ranks import STOPPED_AND_SAVED, job_port
-from launcher.steps import SlurmStep
-from launcher.supervise import (
+from bertscale.errors import (
     CRASH_LOOP,
-    STOPPED_UNSAVED,
+    FAULT,
+    INTERRUPTED,
+    MISTAKE,
+    STOPPED_AND_SAVED,
     TOO_FEW_NODES,
-    Limits,
-    StopRequests,
-    new_attempt,
-    newest_step,
-    supervise,
+    UserError,
 )
+from bertscale.files import write_json
+from bertscale.run_folder import (
+    CANCELLED,
+    EVENTS,
+    JOB_SPEC,
+    Events,
+    attempt_number,
+    done_marks,
+    newest_step,
+    read_events,
+)
+from launcher import slurm
+from launcher.job import JobSpec
+from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.ranks import job_port
+from launcher.steps import SlurmStep
+from launcher.supervise import Limits, StopRequests, new_attempt, supervise
 
 RETRY_SECONDS = 2.0  # between two questions to a controller that does not answer
 END_SECONDS = 900.0  # until Slurm has ended a job that it said it would
@@ -42,15 +51,15 @@ def main(arguments: list[str]) -> int:
     """Runs the job of the folder `arguments`[0] to its end; returns the exit code of the batch script."""
     if len(arguments) < 3 or arguments[1] != "--":
         print("usage: python -m launcher.watch JOB_FOLDER -- srun ...", file=sys.stderr)
-        return 2
+        return MISTAKE
     with StopRequests() as stop:  # first of all: until here the script ignores USR1
         folder = Path(arguments[0])
-        spec = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8"))
+        spec = JobSpec.from_json((folder / JOB_SPEC).read_text(encoding="utf-8"))
         job = Job(spec, arguments[2:], stop)
         try:
             return job.run()
         except UserError as error:
-            return job.give_up(2, str(error))
+            return job.give_up(MISTAKE, str(error))
 
 
 class TooFewNodesError(Exception):
@@ -72,8 +81,8 @@ class Job:
         self.index = env.get("SLURM_ARRAY_TASK_ID", "") if spec.array else ""
         # The number alone would mean the whole array where it is also the number of this task.
         self.name = f"{env['SLURM_ARRAY_JOB_ID']}_{self.index}" if self.index else self.number
-        self.events = Events(self.folder / "events.jsonl", job=self.name)
-        self.checkpoints = Path(spec.target, "checkpoints") if spec.stage == "pretrain" else None
+        self.events = Events(self.folder / EVENTS, job=self.name)
+        self.run_folder = Path(spec.target) if spec.stage == "pretrain" else None
         self.done = self.folder / done_marks(spec.array)[int(self.index or 0)]
         listed = slurm.ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"])
         self.nodes = listed.stdout.split()  # in the order in which srun fills them
@@ -87,11 +96,11 @@ class Job:
         for folder in self.spec.previous:
             if missing := _unfinished(Path(folder)):
                 return self.give_up(
-                    1, f"the job before this one, {folder}, is not done: {missing} is missing"
+                    FAULT, f"the job before this one, {folder}, is not done: {missing} is missing"
                 )
-        if (self.folder / "cancelled").exists():
+        if (self.folder / CANCELLED).exists():
             print("cancelled before it began", flush=True)
-            return STOPPED_UNSAVED
+            return INTERRUPTED
         spec = self.spec
         limits = Limits(
             start_seconds=spec.start_seconds,
@@ -101,15 +110,15 @@ class Job:
             save_seconds=SAVE_SHARE * spec.signal_seconds,
         )
         try:
-            code = supervise(self.start, limits, self.events, self.checkpoints, self.stop)
+            code = supervise(self.start, limits, self.events, self.run_folder, self.stop)
         except TooFewNodesError as error:
             return self.requeue(TOO_FEW_NODES, str(error), error.bad)
         if code == 0:
             self.finish()
             return 0
-        if code == STOPPED_AND_SAVED or (self.stop.count and code != 2):
+        if code == STOPPED_AND_SAVED or (self.stop.count and code != MISTAKE):
             reason = self.stop.name or "SIGTERM to the ranks"
-            return self.requeue(STOPPED_UNSAVED if code == STOPPED_UNSAVED else STOPPED_AND_SAVED, reason)
+            return self.requeue(INTERRUPTED if code == INTERRUPTED else STOPPED_AND_SAVED, reason)
         return self.give_up(code, f"exit code {code}; what failed is above, and in {self.spec.logs}")
 
     # ------------------------------------------------------------------------------------- one start
@@ -120,11 +129,10 @@ class Job:
         if self.last is not None:
             self.last.wait_until_gone()
         spec = self.spec
-        pattern = f"attempt-[0-9]*_{self.index}" if self.index else "attempt-[0-9]*"
-        attempt = new_attempt(Path(spec.logs), pattern, f"-{self.name}")
+        attempt = new_attempt(Path(spec.logs), self.name, self.index)
         nodes = self.choose_nodes(attempt)
-        reached = newest_step(self.checkpoints)
-        number = int(attempt.name.split("-")[1])
+        reached = newest_step(self.run_folder)
+        number = attempt_number(attempt.name)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.events.write("started", attempt=attempt.name, nodes=nodes, restart_count=restarts)
         if reached:
@@ -173,14 +181,14 @@ class Job:
                 f"Slurm is ending this job ({record.get('JobState', 'unknown')})", file=sys.stderr, flush=True
             )
             time.sleep(END_SECONDS)
-            raise SystemExit(STOPPED_UNSAVED)
+            raise SystemExit(INTERRUPTED)
 
     def requeue(self, code: int, reason: str, bad: dict[str, str] | None = None) -> int:
         """Has Slurm end this job and queue it again; returns `code` where that is not to be."""
-        if (self.folder / "cancelled").exists():
+        if (self.folder / CANCELLED).exists():
             print("cancelled: not requeued", flush=True)
             return code
-        reached = newest_step(self.checkpoints)
+        reached = newest_step(self.run_folder)
         if self.idle_requeues(reached) > self.spec.restarts:
             return self.give_up(
                 CRASH_LOOP, f"the checkpoint of step {reached} stood still through all requeues"
@@ -226,23 +234,21 @@ class Job:
 
     def finish(self) -> None:
         """The mark that the next link looks for."""
-        partial = self.done.with_name(f".{self.done.name}")
-        partial.write_text(f'{{"job": "{self.name}", "time": {time.time()}}}\n', encoding="utf-8")
-        partial.replace(self.done)
+        write_json(self.done, {"job": self.name, "time": time.time()})
         self.events.write("done")
         print("done", flush=True)
 
     def give_up(self, code: int, reason: str) -> int:
         """Says why, cancels the links that wait for this one, and returns `code`."""
         print(f"bertscale: error: {reason}", file=sys.stderr, flush=True)
-        self.events.write("gave_up", reason=reason, code=code, checkpoint=newest_step(self.checkpoints))
+        self.events.write("gave_up", reason=reason, code=code, checkpoint=newest_step(self.run_folder))
         for folder in map(Path, self.spec.following):
-            queued = [event for event in read_events(folder / "events.jsonl") if event["event"] == "queued"]
+            queued = [event for event in read_events(folder / EVENTS) if event["event"] == "queued"]
             if queued:
                 job = queued[-1]["job"]
                 with contextlib.suppress(UserError):
                     slurm.ask("scancel", job, check=False)
-                Events(folder / "events.jsonl").write("cancelled", job=job, reason=f"{self.folder}: {reason}")
+                Events(folder / EVENTS).write("cancelled", job=job, reason=f"{self.folder}: {reason}")
                 print(f"job {job} of {folder}, which waited for this one, is cancelled", file=sys.stderr)
         return code
 
@@ -250,9 +256,9 @@ class Job:
 def _unfinished(folder: Path) -> str | None:
     """The mark that a job folder lacks, None when it is done."""
     try:
-        tasks = JobSpec.from_json((folder / "job.json").read_text(encoding="utf-8")).array
+        tasks = JobSpec.from_json((folder / JOB_SPEC).read_text(encoding="utf-8")).array
     except OSError:
-        return "job.json"
+        return JOB_SPEC
     return next((mark for mark in done_marks(tasks) if not (folder / mark).exists()), None)
 
 

@@ -36,9 +36,9 @@ def train_each(data: str, folder: str, runs: list[list[Any]]) -> list[Any]:
     """
     from bertscale.config import UserError
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import train
+    from bertscale.run_folder import read_metrics
 
     results = []
     for name, budget, stop, stage, optimizer in runs:
@@ -57,7 +57,7 @@ def train_each(data: str, folder: str, runs: list[list[Any]]) -> list[Any]:
         except UserError as error:
             code = str(error)
         leave_subgroups(ranks)
-        entries = [e for e in read_journal(run) if "train/loss" in e]
+        entries = [e for e in read_metrics(run) if "train/loss" in e]
         kept = ("step", "train/loss", "train/gradient_norm", "train/learning_rate")
         results.append([code, [[entry[key] for key in kept] for entry in entries]])
     return results

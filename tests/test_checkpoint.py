@@ -14,8 +14,9 @@ import torch
 from dist import run_ranks
 from tiny import pretrain_config
 
-from bertscale.checkpoint import STATES, TABLE, open_checkpoint, step_folders
+from bertscale.checkpoint import STATES, open_checkpoint
 from bertscale.config import UserError
+from bertscale.run_folder import TABLE, checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +38,9 @@ class StopAfter:
 def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> list[float]:
     """Runs on each rank: three steps in each topology, each from the checkpoint of the one before."""
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import train
+    from bertscale.run_folder import read_metrics
 
     for number, (tensor, stage) in enumerate(stretches):
         config = pretrain_config(
@@ -52,7 +53,7 @@ def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> li
         code = train(config, ranks, StopAfter(3))  # type: ignore[arg-type]
         assert code == (0 if number == 3 else 75)
         leave_subgroups(ranks)
-    return [e["train/loss"] for e in read_journal(Path(folder)) if "train/loss" in e]
+    return [e["train/loss"] for e in read_metrics(Path(folder)) if "train/loss" in e]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_a_run_that_changes_topology_at_every_stop_is_the_dense_run(
     (dense, dense_losses), (elastic, elastic_losses) = runs["dense"], runs["elastic"]
     assert len(dense_losses) == 12
     torch.testing.assert_close(elastic_losses, dense_losses, rtol=1e-5, atol=1e-5)
-    folders = list(zip(step_folders(dense), step_folders(elastic), strict=True))
+    folders = list(zip(checkpoints(dense), checkpoints(elastic), strict=True))
     assert len(folders) == 4
     for one, other in folders:
         ours, theirs = open_checkpoint(one), open_checkpoint(other)
@@ -90,7 +91,7 @@ def test_a_run_that_changes_topology_at_every_stop_is_the_dense_run(
 @pytest.fixture
 def checkpoint(runs: dict[str, tuple[Path, list[float]]], tmp_path: Path) -> Path:
     """A copy of a (TP 2 x DP 2 x ZeRO-3) checkpoint, to be damaged."""
-    folder = step_folders(runs["elastic"][0])[0]
+    folder = checkpoints(runs["elastic"][0])[0]
     return Path(shutil.copytree(folder, tmp_path / folder.name))
 
 
@@ -146,7 +147,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(
     """A run goes on from step 3 on a file system with room for one checkpoint and a half."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    source = step_folders(runs["dense"][0])[0]
+    source = checkpoints(runs["dense"][0])[0]
     size = sum(path.stat().st_size for path in source.iterdir())
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(disk)], capture_output=True

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertscale.checkpoint import open_checkpoint
 from bertscale.layers import derive_seed
-from bertscale.metrics import read_journal
+from bertscale.run_folder import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -265,7 +265,7 @@ def test_a_bad_step_is_skipped_said_and_counted(
     for run in (tmp_path / "whole", tmp_path / "parts"):
         run.mkdir()
     assert train(tmp_path / "whole") == [0, 0]
-    entries = [e for e in read_journal(tmp_path / "whole") if "train/loss" in e]
+    entries = [e for e in read_metrics(tmp_path / "whole") if "train/loss" in e]
     assert [(e["step"], e["train/skipped_steps"]) for e in entries] == [
         (1, 0),
         (4, 1),

@@ -26,7 +26,8 @@ from bertscale.config import (
     describe_fields,
     load_config,
 )
-from launcher.job import STAGES, JobSpec, job_folder, render, step_command
+from bertscale.run_folder import job_folder
+from launcher.job import STAGES, JobSpec, render, step_command
 
 ROOT = Path(__file__).parents[1]
 SHELL_FILES = ("tests/golden/*.sbatch", "slurm/*.sbatch", "slurm/cluster/*.sh", "slurm/cluster/vc", ".ci/run")

@@ -9,7 +9,8 @@ import pytest
 from virtual import Cluster
 
 from bertscale.config import ClusterConfig, load_config
-from launcher.job import JobSpec, job_folder, render
+from bertscale.run_folder import job_folder
+from launcher.job import JobSpec, render
 
 pytestmark = pytest.mark.slurm
 

@@ -21,8 +21,8 @@ import yaml
 from tiny import pretrain_config
 from virtual import Cluster
 
-from bertscale.checkpoint import open_checkpoint, step_folders
-from launcher.events import read_events
+from bertscale.checkpoint import open_checkpoint
+from bertscale.run_folder import checkpoints, read_events
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -133,7 +133,7 @@ def night_config(data: Path, run: Path) -> Any:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(step_folders(run)[-1])
+    checkpoint = open_checkpoint(checkpoints(run)[-1])
     assert checkpoint.step == STEPS
     return {name: checkpoint.tensor(name, "weight") for name in checkpoint.parameters}
 

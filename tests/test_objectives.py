@@ -16,10 +16,10 @@ from bertscale.checkpoint import open_checkpoint
 from bertscale.config import PrepConfig, PretrainConfig, SamplesConfig, UserError
 from bertscale.convert import native_model
 from bertscale.loader import Loader
-from bertscale.metrics import read_journal
 from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture
 from bertscale.model import replace
+from bertscale.run_folder import read_metrics
 from bertscale.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 from data_prep.build import prep
@@ -132,14 +132,14 @@ def trained(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def last(run: Path, key: str) -> float:
     """Mean over the last three log points."""
-    entries = [entry for entry in read_journal(run) if "train/loss" in entry][-3:]
+    entries = [entry for entry in read_metrics(run) if "train/loss" in entry][-3:]
     return sum(float(entry[key]) for entry in entries) / len(entries)
 
 
 @pytest.mark.parametrize("case", ["tokens", "words", "spans"])
 def test_masked_tokens_are_learnt(trained: Path, case: str) -> None:
     assert last(trained / case, "train/mlm_accuracy") > 0.85
-    entries = [entry for entry in read_journal(trained / case) if "train/loss" in entry]
+    entries = [entry for entry in read_metrics(trained / case) if "train/loss" in entry]
     assert entries[0]["train/mlm_accuracy"] < 0.1
     assert set(entries[0]) & {"train/nsp_loss", "train/sop_loss", "train/rtd_loss"} == set()
 
@@ -266,7 +266,7 @@ def stop_and_go(data: str, folder: str) -> list[Any]:
             assert train(pretrain_config(data, run, train=length, **changes), ranks, StopSignal()) == 0
             leave_subgroups(ranks)
         results.append(
-            [{k: v for k, v in entry.items() if not k.startswith("speed/")} for entry in read_journal(run)]
+            [{k: v for k, v in entry.items() if not k.startswith("speed/")} for entry in read_metrics(run)]
         )
     length = {"steps": 12, "schedule_steps": 12}
     other = pretrain_config(data, run, train=length, objectives={"rtd": 25.0}, **changes)

@@ -50,9 +50,9 @@ SHARDED: list[Case] = [
 def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
     """Runs on each rank: one short training for each case; the figures of its steps."""
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, train
+    from bertscale.run_folder import read_metrics
 
     results = []
     for kind, tensor, size, stage, recompute, sequence in cases:
@@ -74,7 +74,7 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
         assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
         figures = {}
-        for entry in read_journal(run):
+        for entry in read_metrics(run):
             chosen = ("loss", "accuracy", "gradient_norm")
             figures[f"{entry['step']}{'held-out' if 'heldout/loss' in entry else ''}"] = {
                 key: value for key, value in entry.items() if key.endswith(chosen)

@@ -85,9 +85,9 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
 def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case the norms of prescribed steps, and the figures of a training."""
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, train
+    from bertscale.run_folder import read_metrics
 
     results: list[Any] = []
     for optimizer, precision, (tensor, size, stage) in cases:
@@ -103,7 +103,7 @@ def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
             continue
         assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
-        steps = [e for e in read_journal(run) if "train/loss" in e]
+        steps = [e for e in read_metrics(run) if "train/loss" in e]
         results.append([norms, [[e["train/loss"], e["train/gradient_norm"]] for e in steps]])
     return results
 
@@ -123,9 +123,9 @@ class StopAfter:
 def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case three steps in each of two topologies; the losses and norms."""
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import train
+    from bertscale.run_folder import read_metrics
 
     results = []
     for number, (optimizer, precision, *stretches) in enumerate(cases):
@@ -136,7 +136,7 @@ def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[A
             ranks = start_ranks(tensor, local_device())
             assert train(config, ranks, StopAfter(3 if code else 9)) == code  # type: ignore[arg-type]
             leave_subgroups(ranks)
-        steps = [e for e in read_journal(run) if "train/loss" in e]
+        steps = [e for e in read_metrics(run) if "train/loss" in e]
         results.append([[e["train/loss"], e["train/gradient_norm"]] for e in steps])
     return results
 

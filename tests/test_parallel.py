@@ -20,9 +20,9 @@ def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int 
     """Runs on each rank: one short training for each topology; the figures of its steps."""
     from bertscale import zero
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, train
+    from bertscale.run_folder import read_metrics
 
     results = []
     for tensor, size, stage in topologies:
@@ -39,7 +39,7 @@ def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int 
         assert ranks.data == size
         assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
-        steps = [e for e in read_journal(run) if "train/loss" in e]
+        steps = [e for e in read_metrics(run) if "train/loss" in e]
         results.append([[e["train/loss"], e["train/mlm_loss"], e["train/gradient_norm"]] for e in steps])
     return results
 

@@ -14,9 +14,9 @@ import yaml
 from tiny import prep_config, pretrain_config, write_corpus
 from virtual import Cluster
 
-from bertscale.checkpoint import open_checkpoint, step_folders
+from bertscale.checkpoint import open_checkpoint
+from bertscale.run_folder import checkpoints, read_events
 from bertscale.shards import open_dataset
-from launcher.events import read_events
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -104,7 +104,7 @@ def test_one_command_takes_text_to_a_classifier(cluster: Cluster, tmp_path: Path
         *("parallel.tensor=1", "parallel.zero_stage=0", "parallel.ranks=1"),
     )
     assert dense.returncode == 0, dense.stderr
-    jobs, one = (open_checkpoint(step_folders(tmp_path / run)[-1]) for run in ("run", "dense"))
+    jobs, one = (open_checkpoint(checkpoints(tmp_path / run)[-1]) for run in ("run", "dense"))
     assert jobs.table["topology"] == {"tensor": 2, "data": 4, "zero_stage": 3}
     for name in one.parameters:
         torch.testing.assert_close(jobs.tensor(name, "weight"), one.tensor(name, "weight"), rtol=0, atol=1e-5)

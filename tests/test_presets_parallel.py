@@ -41,9 +41,9 @@ DROPOUT: list[Case] = [
 def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
     """Runs on each rank: one short training for each case; loss and gradient norm of its steps."""
     from bertscale.device import local_device
-    from bertscale.metrics import read_journal
     from bertscale.parallel import leave_subgroups, start_ranks
     from bertscale.pretrain import StopSignal, train
+    from bertscale.run_folder import read_metrics
 
     results = []
     for preset, tensor, size, stage, recompute, sequence, dropout in cases:
@@ -62,7 +62,7 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
         assert ranks.data == size
         assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
-        steps = [e for e in read_journal(run) if "train/loss" in e]
+        steps = [e for e in read_metrics(run) if "train/loss" in e]
         assert ("train/nsp_loss" in steps[0]) == (preset != "modern")
         results.append([[e["train/loss"], e["train/gradient_norm"]] for e in steps])
     return results

@@ -16,8 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
 
-from bertscale.checkpoint import open_checkpoint, step_folders
-from bertscale.metrics import read_journal
+from bertscale.checkpoint import open_checkpoint
+from bertscale.run_folder import checkpoints, read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:
-    entries = [e for e in read_journal(run) if "train/loss" in e]
+    entries = [e for e in read_metrics(run) if "train/loss" in e]
     return {e["step"]: (e["train/loss"], e["train/gradient_norm"]) for e in entries}
 
 
@@ -92,7 +92,7 @@ def test_a_finished_run_leaves_figures_events_checkpoints_and_its_config(whole: 
     assert result["last_loss"] == figures[12][0] < result["first_loss"]
     assert result["tokens_per_second"] > 0
     assert 0 < result["mfu"] < 1
-    assert [f.name for f in step_folders(run)] == ["step-0000008", "step-0000012"]  # two are kept
+    assert [f.name for f in checkpoints(run)] == ["step-0000008", "step-0000012"]  # two are kept
     assert open_checkpoint(run).step == 12
     assert (run / "config.yaml").is_file()
 
@@ -180,7 +180,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     import shutil
 
     run = Path(shutil.copytree(whole[0], tmp_path / "damaged"))
-    shard = step_folders(run)[-1] / "shard-t01-d00.safetensors"
+    shard = checkpoints(run)[-1] / "shard-t01-d00.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
@@ -214,7 +214,7 @@ def test_packed_samples_train_without_pairs(tiny_data: Path, tmp_path: Path, sta
     assert "packed samples of 48 tokens at most" in printed
     written = (run / "metrics.jsonl").read_text() + (run / "result.json").read_text() + printed
     assert "nsp" not in written.lower()
-    entry = read_journal(run)[-1]
+    entry = read_metrics(run)[-1]
     assert entry["heldout/loss"] == entry["heldout/mlm_loss"]
     model = open_checkpoint(run)
     assert not model.tensor("seq_relationship.weight", "exp_avg").any()
@@ -245,7 +245,7 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     assert open_checkpoint(whole).samples_consumed in range(10 * 8 - 5 * 4, 10 * 8 - 2 * 4 + 1)
     assert f"{other}, 25.0% of the samples" in printed
     assert "SOP accuracy" in printed
-    entries = [entry for entry in read_journal(whole) if "train/loss" in entry]
+    entries = [entry for entry in read_metrics(whole) if "train/loss" in entry]
     assert all("train/sop_accuracy" in entry and "train/nsp_loss" not in entry for entry in entries)
     assert entries[-1][f"data/epochs/{tiny_data}"] > entries[-1][f"data/epochs/{other}"] > 0
 

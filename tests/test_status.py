@@ -19,9 +19,9 @@ import pytest
 from virtual import Cluster
 
 from bertscale.errors import UserError
+from bertscale.run_folder import Events, job_folder, read_events
 from launcher import slurm
-from launcher.events import Events
-from launcher.job import JobSpec, job_folder
+from launcher.job import JobSpec
 from launcher.status import ask, found, history, logs
 from launcher.status import commands as status
 
@@ -613,8 +613,8 @@ def test_resume_cancel_resume(
     assert "is not queued or running: nothing to cancel" in bertscale("cancel", "runs/base")
     bertscale("resume", "runs/base")
     assert not (job / "cancelled").exists()
-    first = history.slurm_ids(history.read_history(job / "events.jsonl"))[-1]
-    second = history.slurm_ids(history.read_history(hf_job / "events.jsonl"))[-1]
+    first = history.slurm_ids(read_events(job / "events.jsonl"))[-1]
+    second = history.slurm_ids(read_events(hf_job / "events.jsonl"))[-1]
     cluster.wait(first, "RUNNING")
     wait_for_line(job, first, "begins")
     reports = {report["name"]: report for report in json.loads(bertscale("status", "--json"))}
@@ -635,7 +635,7 @@ def test_resume_cancel_resume(
     assert [report["state"] for report in json.loads(bertscale("status", "--json"))] == ["cancelled"] * 2
 
     bertscale("resume", "runs/base", "--only")
-    third = history.slurm_ids(history.read_history(job / "events.jsonl"))[-1]
+    third = history.slurm_ids(read_events(job / "events.jsonl"))[-1]
     cluster.wait(third, "RUNNING")
     wait_for_line(job, third, "begins")
     assert f"job {third}, pretrain of runs/base, was ended" in bertscale("cancel", third, "--now")
@@ -644,7 +644,7 @@ def test_resume_cancel_resume(
     (job / "done.json").write_text("{}")
     assert "runs/base is done already" in bertscale("resume", "runs/base", "--only")
     bertscale("resume", "runs/hf")
-    cluster.wait(history.slurm_ids(history.read_history(hf_job / "events.jsonl"))[-1], "COMPLETED")
+    cluster.wait(history.slurm_ids(read_events(hf_job / "events.jsonl"))[-1], "COMPLETED")
 
 
 @pytest.mark.slurm
@@ -653,7 +653,7 @@ def test_status_while_slurmctld_is_down(
 ) -> None:
     bertscale, run, _ = chain
     bertscale("resume", "runs/base", "--only")
-    number = history.slurm_ids(history.read_history(run / "job" / "events.jsonl"))[-1]
+    number = history.slurm_ids(read_events(run / "job" / "events.jsonl"))[-1]
     cluster.wait(number, "RUNNING")
     cluster.fault("kill-ctld")
     text = bertscale("status", "runs/base")

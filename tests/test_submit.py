@@ -16,8 +16,8 @@ from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
 from bertscale.config import PipelineStage, PrepConfig, PretrainConfig, UserError
+from bertscale.run_folder import read_events
 from launcher import freeze as freezing
-from launcher.events import read_events
 from launcher.freeze import about_now, config_text, freeze
 from launcher.job import JobSpec
 from launcher.links import Link, folder_of, links_of, unfinished

@@ -21,8 +21,8 @@ import pytest
 from virtual import Cluster
 
 from bertscale.errors import UserError
+from bertscale.run_folder import Events, read_events
 from launcher import slurm, watch
-from launcher.events import Events, read_events
 from launcher.job import JobSpec, render
 from launcher.supervise import StopRequests
 
@@ -54,7 +54,9 @@ def reached():
     return max((int(path.name[5:]) for path in (home / "run/checkpoints").glob("step-*")), default=0)
 
 def save(step):
-    (home / f"run/checkpoints/step-{step:07d}").mkdir(parents=True)
+    folder = home / f"run/checkpoints/step-{step:07d}"
+    folder.mkdir(parents=True)
+    (folder / "bertscale.json").touch()
 
 def ready():
     (home / f"writing-{start}-{rank}").write_text(str(os.getpid()))
@@ -101,7 +103,7 @@ supervise.STACK_SECONDS, supervise.LOOK_SECONDS = 1.5, 0.1
 limits = supervise.Limits(LIMITS)
 try:
     command = [sys.executable, "rank.py"]
-    sys.exit(supervise.run_here(command, 2, Path("logs"), limits, Path("run/checkpoints")))
+    sys.exit(supervise.run_here(command, 2, Path("logs"), limits, Path("run")))
 except UserError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(2)

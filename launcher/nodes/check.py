@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bertscale.run_folder import append_line, read_lines
 from launcher.job import JobSpec
 from launcher.nodes.step import Check
 
@@ -98,23 +97,15 @@ def _new_folder(folder: Path) -> Path:
 def remember_bad(path: Path, node: str, reason: str) -> None:
     """Appends one line to the list of nodes to avoid; any number of jobs may at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    entry = json.dumps({"time": time.time(), "node": node, "reason": reason}, ensure_ascii=False)
-    with open(path, "a+b", buffering=0) as file:
-        cut = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(f"{chr(10) if cut else ''}{entry}\n".encode())  # one write: lines of two jobs never mix
+    append_line(path, {"time": time.time(), "node": node, "reason": reason})
 
 
 def bad_nodes(path: Path, hours: float) -> dict[str, str]:
     """{node: reason} of the lines that are younger than `hours`; damaged lines are passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return {}
     found: dict[str, str] = {}
     oldest = time.time() - hours * 3600
-    for line in lines:
+    for entry in read_lines(path):
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            entry = json.loads(line)
             if float(entry["time"]) >= oldest:
                 found[str(entry["node"])] = str(entry["reason"])
     return found

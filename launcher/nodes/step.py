@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bertscale.run_folder import SRUN_LOG
 from launcher.job import JobSpec
 
 TRIES = 6  # exchanges that a node may fail before it is left out, and with nodes that are proven:
@@ -60,7 +61,7 @@ class Check:
         self.spec, self.folder, self.end = spec, folder, end
         self.nodes = {name: Node(name) for name in names}
         self.token = secrets.token_hex(16)
-        self.log = folder / "srun.log"
+        self.log = folder / SRUN_LOG
         self.said = ""  # what stands in it
         self.pairs: set[asyncio.Task[None]] = set()
 

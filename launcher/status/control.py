@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 
 from bertscale.errors import UserError
+from bertscale.run_folder import CANCELLED, CONFIG, EVENTS, Events, read_events
 from launcher import slurm
-from launcher.events import Events
 from launcher.status import ask, found, history
 from launcher.status.ask import QueueJob
 from launcher.status.found import Place, place_of, read_spec
@@ -45,11 +45,11 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
     active = _active(job, jobs)
     if not active:
         return False
-    marker = job / "cancelled"
+    marker = job / CANCELLED
     asked_before = marker.exists()
     # Before Slurm ends anything: a supervisor that sees the marker does not requeue its job.
     marker.touch()
-    Events(job / "events.jsonl").write(
+    Events(job / EVENTS).write(
         "cancelled", job=active[0].number, **({"reason": f"it follows {because}"} if because else {})
     )
     running = [entry for entry in active if not entry.waits]
@@ -82,7 +82,7 @@ def resume(place: Place, *, only: bool) -> int:
     jobs = ask.own_jobs()
     active = _active(place.job, jobs)
     if active:
-        ending = (place.job / "cancelled").exists() and not active[0].waits
+        ending = (place.job / CANCELLED).exists() and not active[0].waits
         advice = "it was cancelled and is about to end: wait for it" if ending else "it needs no resume"
         state = "waits in the queue" if active[0].waits else "is running"
         raise UserError(f"job {active[0].id} of {place.shown} {state}: {advice}")
@@ -111,7 +111,7 @@ def _queue_again(job: Path, jobs: list[QueueJob], queued: dict[Path, str]) -> st
                 f"{_shown(previous)}, which {_shown(job)} builds on, is not done: "
                 f"bertscale resume {shlex.quote(_shown(previous))}"
             )
-    marker = job / "cancelled"
+    marker = job / CANCELLED
     was_cancelled = marker.exists()
     marker.unlink(missing_ok=True)  # before the job can begin and see it
     try:
@@ -126,7 +126,7 @@ def _queue_again(job: Path, jobs: list[QueueJob], queued: dict[Path, str]) -> st
 
 
 def _active(job: Path, jobs: list[QueueJob]) -> list[QueueJob]:
-    return ask.jobs_of(job, history.slurm_ids(history.read_history(job / "events.jsonl")), jobs)
+    return ask.jobs_of(job, history.slurm_ids(read_events(job / EVENTS)), jobs)
 
 
 def _is_done(job: Path) -> bool:
@@ -161,8 +161,8 @@ def how_to_stop(place: Place) -> str:
 
 def local_command(place: Place) -> str:
     """The command that goes on with a pretraining that was started by hand."""
-    path = place.run / "config.yaml"
-    shown = shlex.quote(os.path.join(place.shown, "config.yaml"))
+    path = place.run / CONFIG
+    shown = shlex.quote(os.path.join(place.shown, CONFIG))
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         run = Path(config["run"])

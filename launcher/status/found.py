@@ -18,16 +18,31 @@ from typing import Any
 import yaml
 
 from bertscale.errors import UserError
-from launcher.job import JobSpec, done_marks
-from launcher.status.history import (
-    Attempt,
-    attempt_folders,
-    changed,
+from bertscale.run_folder import (
+    CANCELLED,
+    CHECKPOINTS,
+    CONFIG,
+    EVENTS,
+    HEARTBEAT,
+    JOB,
+    JOB_SPEC,
+    LOCK,
+    LOGS,
+    METRICS,
+    RESULT,
+    TABLE,
+    checkpoint_step,
+    checkpoints,
+    done_marks,
+    is_job_folder,
     is_number,
-    read_attempts,
-    read_history,
-    slurm_ids,
+    job_folders,
+    read_events,
+    read_metrics,
+    target_of,
 )
+from launcher.job import JobSpec
+from launcher.status.history import Attempt, attempt_folders, changed, read_attempts, slurm_ids
 
 TAIL_BYTES = 2**18  # of metrics.jsonl: some hundred lines, however long the run
 STEADY_SECONDS = 60.0  # a rate over less than this is a guess
@@ -48,7 +63,7 @@ class Place:
 
     @property
     def events(self) -> Path:
-        return self.job / "events.jsonl" if self.job else self.run / "logs" / "events.jsonl"
+        return self.job / EVENTS if self.job else self.run / LOGS / EVENTS
 
     @property
     def shown(self) -> str:
@@ -88,8 +103,8 @@ class Facts:
 def find(name: str) -> Place:
     """The run that a run folder, an output folder or a job folder belongs to. Raises UserError."""
     path = Path(name).absolute()
-    for job in (path, path / "job", path.with_name(f"{path.name}.job")):
-        if _is_job(job):
+    for job in (path, *job_folders(path)):
+        if is_job_folder(job):
             return place_of(job)
     if is_local_run(path):
         return Place(path, None)
@@ -104,36 +119,27 @@ def find(name: str) -> Place:
     )
 
 
-def _is_job(path: Path) -> bool:
-    named_so = path.name == "job" or path.suffix == ".job"
-    return named_so and ((path / "job.json").is_file() or (path / "script.sh").is_file())
-
-
 def place_of(job: Path) -> Place:
-    """The run of a job folder: RUN/job makes RUN, OUTPUT.job makes OUTPUT."""
-    return Place(job.parent if job.name == "job" else job.with_suffix(""), job)
+    """The run of a job folder."""
+    return Place(target_of(job), job)
 
 
 def is_local_run(path: Path) -> bool:
     """Whether a pretraining has begun in `path`."""
-    return (
-        (path / "metrics.jsonl").is_file()
-        or (path / "checkpoints").is_dir()
-        or bool(attempt_folders(path / "logs"))
-    )
+    return (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir() or bool(attempt_folders(path / LOGS))
 
 
 def known_places() -> list[Place]:
     """The jobs and runs in and one folder below `runs` of the current directory, by name."""
     runs, places = Path("runs").absolute(), []
     for folder in sorted(path for depth in ("*", "*/*") for path in runs.glob(depth) if path.is_dir()):
-        if folder.name == "job":
+        if folder.name == JOB:
             continue  # found with its run
-        if _is_job(folder):
+        if is_job_folder(folder):
             places.append(place_of(folder))
-        elif _is_job(folder / "job"):
-            places.append(place_of(folder / "job"))
-        elif (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+        elif is_job_folder(folder / JOB):
+            places.append(place_of(folder / JOB))
+        elif (folder / METRICS).is_file() or (folder / CHECKPOINTS).is_dir():
             places.append(Place(folder, None))
     return places
 
@@ -142,10 +148,10 @@ def read_spec(job: Path) -> JobSpec:
     """J/job.json, also of an older or newer version. Raises UserError when it is missing or damaged."""
     known = {entry.name for entry in dataclasses.fields(JobSpec)}
     try:
-        values = json.loads((job / "job.json").read_text(encoding="utf-8"))
+        values = json.loads((job / JOB_SPEC).read_text(encoding="utf-8"))
         return JobSpec.from_json(json.dumps({key: values[key] for key in values if key in known}))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{job / 'job.json'} cannot be read ({error}); submit the run again") from error
+        raise UserError(f"{job / JOB_SPEC} cannot be read ({error}); submit the run again") from error
 
 
 def spec_of(place: Place) -> JobSpec | None:
@@ -160,7 +166,7 @@ def log_folder(place: Place, spec: JobSpec | None) -> Path:
     """Where the batch logs and the attempts lie; beside the job when that folder was moved."""
     if spec and Path(spec.logs).is_dir():
         return Path(spec.logs)
-    return (place.job or place.run) / "logs"
+    return (place.job or place.run) / LOGS
 
 
 # ----------------------------------------------------------------------------------------- looking
@@ -169,7 +175,7 @@ def log_folder(place: Place, spec: JobSpec | None) -> Path:
 def look(place: Place, now: float) -> Facts:
     """Reads what the files of `place` tell; damaged or missing ones are passed over."""
     spec = spec_of(place)
-    events = read_history(place.events)
+    events = read_events(place.events)
     logs = log_folder(place, spec)
     stage = spec.stage if spec else "pretrain" if (place.job or place.run).suffix != ".job" else "job"
     tasks = spec.array if spec else 0
@@ -181,7 +187,7 @@ def look(place: Place, now: float) -> Facts:
         tasks=tasks,
         tasks_done=tasks_done,
         done=place.job is not None and is_done(place.job, tasks),
-        cancelled=bool(place.job and (place.job / "cancelled").exists()),
+        cancelled=bool(place.job and (place.job / CANCELLED).exists()),
         attempts=read_attempts(events, attempt_folders(logs)),
         events=events,
         logs=logs,
@@ -198,18 +204,19 @@ def is_done(job: Path, tasks: int) -> bool:
 
 
 def _look_at_training(place: Place, facts: Facts, now: float) -> None:
-    entries = newest_entries(place.run / "metrics.jsonl")
+    entries = newest_entries(place.run)
     trained = [entry for entry in entries if is_number(entry.get("train/loss"))]
     if trained:
         facts.loss = trained[-1]["train/loss"]
         facts.tokens_per_second = trained[-1].get("speed/tokens_per_second")
     facts.steps = planned_steps(place)
-    checkpoints = saved_steps(place.run)
-    if checkpoints:
-        facts.checkpoint_step, facts.checkpoint_time, facts.checkpoint = checkpoints[-1]
+    folders = checkpoints(place.run)
+    saved = [(checkpoint_step(folder) or 0, changed(folder / TABLE)) for folder in folders]
+    if saved:
+        (facts.checkpoint_step, facts.checkpoint_time), facts.checkpoint = saved[-1], folders[-1]
     attempt = facts.attempts[-1] if facts.attempts else None
-    reached = [(entry["step"], changed(place.run / "metrics.jsonl")) for entry in entries[-1:]]
-    reached += [(step, when) for step, when, _ in checkpoints[-1:]]
+    reached = [(entry["step"], changed(place.run / METRICS)) for entry in entries[-1:]]
+    reached += saved[-1:]
     if attempt and attempt.folder:
         reached += heartbeat(attempt.folder)
     if attempt and attempt.started:  # what an attempt before it reached past its checkpoint is done again
@@ -220,7 +227,7 @@ def _look_at_training(place: Place, facts: Facts, now: float) -> None:
         facts.process = training_process(place.run)
         facts.done = facts.done or (facts.steps is not None and (facts.checkpoint_step or 0) >= facts.steps)
     if attempt and attempt.started and facts.steps and reached and not facts.done:
-        begins = [(step, when) for step, when, _ in checkpoints if when <= attempt.started]
+        begins = [(step, when) for step, when in saved if when <= attempt.started]
         resumed = [
             (event["step"], event["time"])
             for event in facts.events
@@ -229,19 +236,19 @@ def _look_at_training(place: Place, facts: Facts, now: float) -> None:
             and is_number(event.get("step"))
         ]
         start = resumed[-1] if resumed else (begins[-1][0] if begins else 0, attempt.started)
-        inside = [(step, when) for step, when, _ in checkpoints if when > attempt.started]
+        inside = [(step, when) for step, when in saved if when > attempt.started]
         facts.expected_end = expected_end(start, inside, max(reached), facts.steps)
 
 
 def expected_end(
-    start: tuple[int, float], checkpoints: list[tuple[int, float]], newest: tuple[int, float], steps: int
+    start: tuple[int, float], saved: list[tuple[int, float]], newest: tuple[int, float], steps: int
 ) -> float | None:
     """When step `steps` will be reached at the present rate; points are (step, seconds since 1970).
 
     The rate is counted from the attempt's first checkpoint, since its start-up makes no steps; from
     `start` when less than a minute has passed since that one.
     """
-    for step, when in [*checkpoints[:1], start]:
+    for step, when in [*saved[:1], start]:
         if newest[1] - when >= STEADY_SECONDS and newest[0] > step:
             return newest[1] + (steps - newest[0]) * (newest[1] - when) / (newest[0] - step)
     if newest[0] > start[0] and newest[1] > start[1]:
@@ -252,31 +259,11 @@ def expected_end(
 # ------------------------------------------------------------------------------------- small pieces
 
 
-def newest_entries(metrics: Path) -> list[dict[str, Any]]:
-    """The last entries of metrics.jsonl; lines that a crash cut short are left out."""
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    entries = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and is_number(entry.get("step")):
-                entries.append(entry)
-    return entries
-
-
-def saved_steps(run: Path) -> list[tuple[int, float, Path]]:
-    """Step, time and folder of each whole checkpoint, oldest first."""
-    found = []
-    for table in (run / "checkpoints").glob("step-*/bertscale.json"):
-        digits = table.parent.name.removeprefix("step-")
-        if digits.isdigit():
-            found.append((int(digits), changed(table), table.parent))
-    return sorted(found)
+def newest_entries(run: Path) -> list[dict[str, Any]]:
+    """The last entries of metrics.jsonl; none where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return read_metrics(run, TAIL_BYTES)
+    return []
 
 
 def planned_steps(place: Place) -> int | None:
@@ -284,16 +271,16 @@ def planned_steps(place: Place) -> int | None:
     for folder in (place.job, place.run):
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             if folder is not None:
-                config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+                config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
                 return int(config["train"]["steps"])
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-        return int(json.loads((place.run / "result.json").read_text(encoding="utf-8"))["steps"])
+        return int(json.loads((place.run / RESULT).read_text(encoding="utf-8"))["steps"])
     return None
 
 
 def heartbeat(attempt: Path) -> list[tuple[int, float]]:
     """Step of an attempt's last heartbeat and its time; nothing before the first."""
-    path = attempt / "heartbeat"
+    path = attempt / HEARTBEAT
     try:
         step = json.loads(path.read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -304,7 +291,7 @@ def heartbeat(attempt: Path) -> list[tuple[int, float]]:
 def training_process(run: Path) -> int | None:
     """The process of this machine that holds RUN/.lock; taking the lock to look would disturb a start."""
     try:
-        inode = (run / ".lock").stat().st_ino
+        inode = (run / LOCK).stat().st_ino
         locks = Path("/proc/locks").read_text(encoding="utf-8")
     except OSError:
         return None
@@ -315,4 +302,4 @@ def training_process(run: Path) -> int | None:
 def signs_of_life(place: Place, facts: Facts) -> list[Path]:
     """The files that a run at work writes now and then."""
     attempt = facts.attempts[-1].folder if facts.attempts else None
-    return [place.run / "metrics.jsonl", *(attempt.iterdir() if attempt else ())]
+    return [place.run / METRICS, *(attempt.iterdir() if attempt else ())]

@@ -1,20 +1,19 @@
 """The history of a run in words: its events, its attempts, and how each attempt ended.
 
-for attempt in read_attempts(read_history(events_path), attempt_folders(logs)): ...
+for attempt in read_attempts(read_events(events_path), attempt_folders(logs)): ...
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.events import read_events
-from launcher.ranks import STOPPED_AND_SAVED
+from bertscale.errors import STOPPED_AND_SAVED
+from bertscale.run_folder import attempt_job, attempt_number, attempts_in, rank_reports
 
 
 @dataclass
@@ -30,15 +29,6 @@ class Attempt:
     folder: Path | None = None
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; what is none is passed over."""
-    return [
-        event
-        for event in read_events(path)
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and is_number(event.get("time"))
-    ]
-
-
 def slurm_ids(events: Iterable[dict[str, Any]]) -> list[str]:
     """The Slurm jobs that a run has had, oldest first; the tasks of an array share theirs."""
     return list(dict.fromkeys(str(event["job"]).partition("_")[0] for event in events if event.get("job")))
@@ -47,15 +37,9 @@ def slurm_ids(events: Iterable[dict[str, Any]]) -> list[str]:
 def attempt_folders(logs: Path) -> list[Path]:
     """`attempt-NNN` and `attempt-NNN-JOBID` folders, oldest first."""
     return sorted(
-        (path for path in logs.glob("attempt-[0-9]*") if path.is_dir()),
+        (path for path in attempts_in(logs) if path.is_dir()),
         key=lambda path: (attempt_number(path.name), changed(path)),
     )
-
-
-def attempt_number(name: object) -> int:
-    """`attempt-002-17`, a path to it, `2` -> 2"""
-    found = re.search(r"attempt-(\d+)", str(name)) or re.search(r"(\d+)", str(name))
-    return int(found.group(1)) if found else 0
 
 
 def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list[Attempt]:
@@ -90,7 +74,7 @@ def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list
             if kind not in ("signal", "cancelled"):  # these only tell it to end
                 attempt.ended = when
     for folder in folders:
-        number, job = attempt_number(folder.name), folder.name.partition("-")[2].partition("-")[2]
+        number, job = attempt_number(folder.name), attempt_job(folder.name)
         for attempt in attempts:
             if attempt.number == number and (not attempt.job or attempt.job == job) and not attempt.folder:
                 attempt.folder = folder
@@ -110,7 +94,7 @@ ENDS = ("failed", "hang", "signal", "requeued", "done", "gave_up", "cancelled")
 def first_failed(attempt: Path) -> dict[str, Any] | None:
     """The exit report of the rank that failed first, of those in the attempt's folder."""
     reports = []
-    for path in attempt.glob("rank-*.json"):
+    for path in rank_reports(attempt):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             report = {**report, "time": float(report["time"]), "rank": int(report["rank"])}
@@ -151,10 +135,6 @@ def tell(event: dict[str, Any]) -> str:
         f"{key} {_words(value)}" for key, value in event.items() if key not in ("event", "time")
     )
     return sentences.get(kind, f"{kind.replace('_', ' ')}{f': {facts}' if facts else ''}")
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def changed(path: Path) -> float:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.errors import UserError
+from bertscale.run_folder import attempt_job, attempt_number, batch_log_name, rank_logs, read_events
 from launcher.status import ask, found, history
 from launcher.status.found import Place
-from launcher.status.history import attempt_number, first_failed
+from launcher.status.history import first_failed
 
 POLL_SECONDS = 0.2  # between two looks into the log
 LOOK_SECONDS = 1.0  # between two looks for another log, or the end
@@ -124,7 +125,7 @@ def ended(place: Place) -> str | None:
     tasks = spec.array if (spec := found.spec_of(place)) else 0
     if found.is_done(place.job, tasks):
         return f"{place.shown} is done"
-    turns = [event for event in history.read_history(place.events) if event["event"] in TURNS]
+    turns = [event for event in read_events(place.events) if event["event"] in TURNS]
     if turns and turns[-1]["event"] == "gave_up" and not tasks:
         return f"{place.shown}: {history.tell(turns[-1])}"
     return None
@@ -134,7 +135,7 @@ def gone(place: Place) -> str | None:
     """A sentence when Slurm answers, and the job is neither queued nor running."""
     if place.job is None:
         return None
-    ids = history.slurm_ids(history.read_history(place.events))
+    ids = history.slurm_ids(read_events(place.events))
     try:
         if ask.jobs_of(place.job, ids, ask.own_jobs()):
             return None
@@ -187,9 +188,9 @@ def choose(
 
 def failed_event(place: Place, attempt: Path) -> dict[str, Any] | None:
     """The event of the rank that failed first in `attempt`, the newest one of its job."""
-    job = attempt.name.partition("-")[2].partition("-")[2]
+    job = attempt_job(attempt.name)
     found_first = None
-    for event in history.read_history(place.events):
+    for event in read_events(place.events):
         if event["event"] in TURNS and str(event.get("job", job)) == job:
             found_first = None
         elif event["event"] == "failed" and isinstance(event.get("rank"), int):
@@ -199,13 +200,7 @@ def failed_event(place: Place, attempt: Path) -> dict[str, Any] | None:
 
 def batch_log(root: Path, task: str | None) -> Path | None:
     """The newest log of a batch script, which the first rank writes to as well."""
-    return max(root.glob(f"slurm-{task or '*'}.out"), key=history.changed, default=None)
-
-
-def rank_logs(attempt: Path) -> dict[int, Path]:
-    """The logs of an attempt by rank; rank-3.log and rank-0003.log are both rank 3's."""
-    named = ((re.fullmatch(r"rank-(\d+)\.log", path.name), path) for path in attempt.iterdir())
-    return {int(match.group(1)): path for match, path in named if match}
+    return max(root.glob(batch_log_name(task or "*")), key=history.changed, default=None)
 
 
 def _list(numbers: list[int]) -> str:

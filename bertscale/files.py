@@ -1,0 +1,103 @@
+"""Files and folders that appear whole or not at all, and digests of them.
+
+    write_json(path, {"steps": 100})     # `path` is the old file or the new one, whatever happens meanwhile
+    partial = fresh_folder(final)        # fill it, then:
+    put_in_place(partial, final)
+
+Only the standard library, but for the digest: a batch host may have nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def whole_file(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to under a temporary name; at the end it is flushed to the disk and renamed to `path`.
+
+    After an exception, `path` is what it was, and nothing else is left. Without `flush` that holds for a
+    process that is killed, not for a machine that loses power. Raises OSError.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if flush:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes, *, flush: bool = True) -> None:
+    """Writes `content` so that `path` is either the old file or the whole new one. Raises OSError."""
+    with whole_file(path, flush=flush) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value: Any, *, flush: bool = True) -> None:
+    """Writes `value` so that `path` is either the old file or the whole new one. Raises OSError."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), flush=flush)
+
+
+# -------------------------------------------------------------------------------------------- folders
+
+
+def partial_folder(final: Path) -> Path:
+    """The temporary name of a folder that will be `final`."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def fresh_folder(final: Path) -> Path:
+    """An empty folder beside `final` under its temporary name. Raises OSError."""
+    partial = partial_folder(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Flushes the files of `partial` and renames it, in place of an older `final`. Raises OSError."""
+    for path in partial.rglob("*"):
+        sync(path)
+    sync(partial)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)  # not removed at its place: a kill would leave half of it under the final name
+    os.rename(partial, final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or folder to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -------------------------------------------------------------------------------------------- digests
+
+
+def file_digest(path: str | Path) -> str:
+    """xxh3-128 (hex) of a file's bytes."""
+    import xxhash  # here, for those that have only the standard library
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(4 * 2**20):
+            digest.update(block)
+    return digest.hexdigest()
