@@ -5,7 +5,7 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
 from bertscale.config.finetune import FinetuneConfig
-from bertscale.config.model import MODERN_KEYS, PRESET_DEFAULTS, ModelConfig
+from bertscale.config.model import MODERN_KEYS, PRESET_DEFAULTS, ModelConfig, padded_vocab_size
 from bertscale.config.prep import LANGUAGES, SCRIPTS, PrepConfig, TokenizerTraining, check_language
 from bertscale.config.pretrain import (
     PAIRS,
@@ -49,4 +49,5 @@ __all__ = [
     "check_language",
     "describe_fields",
     "load_config",
+    "padded_vocab_size",
 ]
