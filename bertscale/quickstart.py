@@ -76,7 +76,7 @@ def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
         (
             "prep",
             "text -> tokenizer and token shards",
-            ["bertscale", "prep", "configs/data/quickstart.yaml", *prep],
+            ["bertscale", "prep", "configs/prep/quickstart.yaml", *prep],
         ),
         (
             "pretrain",

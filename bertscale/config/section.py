@@ -22,31 +22,24 @@ Config = TypeVar("Config", bound=Section)
 
 
 def load_config(section: type[Config], path: str | Path, overrides: list[str]) -> Config:
-    """Reads YAML at `path`, applies `key=value` overrides and checks the whole.
+    """Reads YAML at `path`, upon its `base` if it names one, applies `key=value` overrides, checks the whole.
 
     A value is read as YAML (`train.steps=100`, `input=[a.txt, b.txt]`). Raises UserError that
     names each wrong key and value.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {_reason(error)}") from error
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"the config {path} is not a mapping of keys to values")
+    values, files = _read(Path(path), ())
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r} is not of the form key=value, such as train.steps=100")
+        if key == "base":
+            raise UserError(f"{override!r}: base stands in the config file, not on the command line")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not YAML") from error
         _set(values, key, value)
-    return check_config(section, values, str(path))
+    return check_config(section, values, ", based on ".join(map(str, files)))
 
 
 def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
@@ -70,6 +63,57 @@ def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str,
             default = "required" if field.is_required() else f"default {value}"
             rows.append((f"{prefix}{name}", f"{field.description} ({default})"))
     return rows
+
+
+def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The values of a config file merged into those of its base, and the files they are of.
+
+    `based` are the files that are based on this one, the nearest last.
+    """
+    values = _parse(path, f" (the base of {based[-1]})" if based else "")
+    files = (*based, path)
+    if "base" not in values:
+        return values, files
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise UserError(f"the config {path}: base={base!r} is not the path of one config file")
+    parent = path.parent / base
+    if parent.resolve() in [file.resolve() for file in files]:
+        circle = " -> ".join(map(str, [*files, parent]))
+        raise UserError(f"the config {path}: base={base!r} closes a circle: {circle}; take one base away")
+    below, files = _read(parent, files)
+    return _merged(below, values), files
+
+
+def _parse(path: Path, role: str) -> dict[str, Any]:
+    """What stands in one file; `role` is a word on it for messages."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}{role}: {_reason(error)}{_moved(path)}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"the config {path}{role} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the config {path}{role} is not a mapping of keys to values")
+    return values
+
+
+def _moved(path: Path) -> str:
+    """Where a config of data preparation is now that was shipped in configs/data."""
+    if path.exists() or path.parts[-3:-1] != ("configs", "data"):
+        return ""
+    return f"; configs/data is now configs/prep: take {path.parent.with_name('prep') / path.name}"
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` upon `below`: mappings key by key, every other value replaces the one below."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:
