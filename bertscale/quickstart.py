@@ -63,8 +63,8 @@ def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
         pretrain = [f"run={run}/pretrain", f"data={run}/data"]
         finetune = [
             f"encoder={run}/pretrain",
-            f"train={run}/task/train.jsonl",
-            f"test={run}/task/test.jsonl",
+            f"data.train={run}/task/train.jsonl",
+            f"data.test={run}/task/test.jsonl",
             f"output={run}/finetune",
         ]
     return [

@@ -20,6 +20,7 @@ from typing import Any
 from bertscale.config import (
     ClusterConfig,
     Corpus,
+    ExamplesConfig,
     FinetuneConfig,
     LaunchConfig,
     PipelineStage,
@@ -43,7 +44,7 @@ SECTIONS: dict[str, type[Config]] = {
 PATHS = {  # keys of a config that name files or folders
     "prep": ("input", "output", "tokenizer"),
     "pretrain": ("run", "data"),
-    "finetune": ("encoder", "train", "test", "output"),
+    "finetune": ("encoder", "data", "output"),
 }
 RESULTS = {  # what a finished stage has written last
     "prep": "manifest.json",
@@ -94,11 +95,14 @@ def _load(stage: PipelineStage) -> Config:
 
 
 def _absolute(value: Any) -> Any:
-    """A path, a corpus, several of them or None, with absolute paths."""
+    """A path, a corpus, several of them, labelled examples or None, with absolute paths."""
     if isinstance(value, list):
         return [_absolute(one) for one in value]
     if isinstance(value, Corpus):
         return value.model_copy(update={"path": os.path.abspath(value.path)})
+    if isinstance(value, ExamplesConfig):
+        paths = {"train": os.path.abspath(value.train), "test": os.path.abspath(value.test)}
+        return value.model_copy(update=paths)
     return value and os.path.abspath(value)
 
 
@@ -225,7 +229,7 @@ def _inputs(link: Link) -> list[str]:
     if isinstance(config, PretrainConfig):
         return [corpus.path for corpus in config.corpora]
     if isinstance(config, FinetuneConfig):
-        return [config.encoder, config.train, config.test]
+        return [config.encoder, config.data.train, config.data.test]
     assert link.source is not None
     return [link.source]
 

@@ -147,6 +147,34 @@ def test_a_base_is_no_override(minimal: Path) -> None:
         load_config(PretrainConfig, minimal, ["base=x.yaml"])
 
 
+@pytest.mark.parametrize(
+    ("text", "override", "lines"),
+    [
+        ("encoder: a\nlearning_rate: 1.0e-4\n", "", ["learning_rate is now optimizer.learning_rate"]),
+        ("encoder: a\n", "batch=8", ["batch is now train.global_batch"]),
+        (
+            "train: a.jsonl\ntest: b.jsonl\nseeds: [1]\n",
+            "train.epochs=3",
+            ["train is now data.train", "test is now data.test", "seeds is now train.seeds"],
+        ),
+        ("data: {test: b}\n", "train=a.jsonl", ["train is now data.train"]),
+    ],
+)
+def test_a_former_key_is_refused_with_the_present_one(
+    text: str, override: str, lines: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(FinetuneConfig, path, [override] if override else [])
+    assert str(refused.value).splitlines() == [f"{path}: {line}" for line in lines]
+
+
+def test_every_former_key_has_a_present_one() -> None:
+    present = {name for name, _ in describe_fields(FinetuneConfig)}
+    assert set(FinetuneConfig.former_keys.values()) == present - {"encoder", "output"}
+
+
 def test_the_former_folder_of_prep_s_configs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"configs/data is now configs/prep: take configs/prep/english\.yaml"):

@@ -4,7 +4,7 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 """
 
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
-from bertscale.config.finetune import FinetuneConfig
+from bertscale.config.finetune import ExamplesConfig, FinetuneConfig
 from bertscale.config.model import MODERN_KEYS, PRESET_DEFAULTS, ModelConfig, padded_vocab_size
 from bertscale.config.prep import LANGUAGES, SCRIPTS, PrepConfig, TokenizerTraining, check_language
 from bertscale.config.pretrain import (
@@ -30,6 +30,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "Corpus",
+    "ExamplesConfig",
     "FinetuneConfig",
     "LaunchConfig",
     "ModelConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +16,7 @@ class Section(BaseModel):
     """A part of a config: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    former_keys: ClassVar[dict[str, str]] = {}  # what a key was called in earlier versions -> what it is now
 
 
 Config = TypeVar("Config", bound=Section)
@@ -28,6 +29,8 @@ def load_config(section: type[Config], path: str | Path, overrides: list[str]) -
     names each wrong key and value.
     """
     values, files = _read(Path(path), ())
+    origin = ", based on ".join(map(str, files))
+    _check_former_keys(section, values, origin)  # first, since an override may want a section in the place
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -39,16 +42,29 @@ def load_config(section: type[Config], path: str | Path, overrides: list[str]) -
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not YAML") from error
         _set(values, key, value)
-    return check_config(section, values, ", based on ".join(map(str, files)))
+    return check_config(section, values, origin)
 
 
 def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
     """`values` as a checked `section`; raises UserError, one line for each wrong key."""
+    _check_former_keys(section, values, origin)
     try:
         return section.model_validate(values)
     except ValidationError as error:
         lines = [_explain(section, problem) for problem in error.errors()]
         raise UserError("\n".join(f"{origin}: {line}" for line in lines)) from error
+
+
+def _check_former_keys(section: type[Section], values: Any, origin: str) -> None:
+    """Refuses keys of earlier versions, with the present ones; a section of the same name is none of them."""
+    old = values if isinstance(values, dict) else {}
+    lines = [
+        f"{origin}: {key} is now {now}"
+        for key, now in section.former_keys.items()
+        if key in old and not isinstance(old[key], dict)
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str, str]]:
@@ -143,12 +159,14 @@ def _explain(section: type[Section], problem: Any) -> str:
             here = _inner_section(field.annotation) if field else None
         names = list(here.model_fields) if here else []
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        everywhere = [name for name, _ in describe_fields(section)]
-        deep = [name for name in everywhere if name.split(".")[-1] == location[-1]]
-        if deep:
-            return f"unknown key {key}; did you mean {deep[0]}?"
+        # The last part of each key, wherever it is: of two alike the first.
+        deep = {name.split(".")[-1]: name for name, _ in reversed(describe_fields(section))}
+        if location[-1] in deep:
+            return f"unknown key {key}; did you mean {deep[location[-1]]}?"
         if near:
             return f"unknown key {key}; did you mean {'.'.join([*location[:-1], near[0]])}?"
+        if far := difflib.get_close_matches(location[-1], deep, n=1, cutoff=0.8):
+            return f"unknown key {key}; did you mean {deep[far[0]]}?"
         return f"unknown key {key}; the keys here are {', '.join(names)}"
     if problem["type"] == "missing":
         return f"{key} is missing"
