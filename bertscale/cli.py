@@ -176,7 +176,7 @@ def pretrain(arguments: list[str]) -> int:
         start_seconds=launch.start_seconds,
         hang_seconds=launch.hang_seconds,
         restarts=launch.restarts,
-        restarts_without_progress=launch.restarts_without_progress or 0,
+        restarts_without_progress=launch.restarts_in_a_row(slurm=False),
     )
     again = ["pretrain", options.config, *options.overrides]
     command = [sys.executable, "-m", "bertscale", *again]

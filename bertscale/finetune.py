@@ -243,12 +243,7 @@ def write_output(output: Path, task: Task, findings: Findings, result: dict[str,
 
 def check_fit(config: FinetuneConfig, weights: Weights, tokenizer: Tokenizer) -> None:
     """Refuses examples longer than the encoder's positions, and another encoder's tokenizer."""
-    longest = weights.model.max_position_embeddings
-    if config.samples.max_length > longest:
-        raise UserError(
-            f"samples.max_length={config.samples.max_length} is longer than the encoder {config.encoder} "
-            f"takes: {longest} tokens (its max_position_embeddings)"
-        )
+    config.check_length(weights.model.max_position_embeddings)
     if tokenizer.vocab_size != weights.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} pieces, the encoder beside it "

@@ -145,7 +145,6 @@ def _link(
     said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/config.yaml", *options)
     python = _program(site.python) or sys.executable
     launch = config.launch if isinstance(config, PretrainConfig) else LaunchConfig.model_validate({})
-    in_a_row = launch.restarts_without_progress
     spec = JobSpec(
         stage=kind,
         name=name,
@@ -175,7 +174,7 @@ def _link(
         start_seconds=launch.start_seconds if kind == "pretrain" else 0.0,
         hang_seconds=launch.hang_seconds,
         restarts=launch.restarts,
-        restarts_without_progress=2 if in_a_row is None else in_a_row,
+        restarts_without_progress=launch.restarts_in_a_row(slurm=True),
         node_check=site.node_check,
         check_seconds=site.check_seconds,
         min_free_memory_gb=site.min_free_memory_gb,

@@ -34,9 +34,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bertscale.config import ModelConfig, PretrainConfig, padded_vocab_size
+from bertscale.config import GPU_POSITIONS, POSITIONS, ModelConfig, PretrainConfig, padded_vocab_size
 
-POSITIONS, GPU_POSITIONS = 1024, 4096  # whose logits exist at a time, as in bertscale.decoder
 GPU_BASE, CPU_BASE = 2.5e9, 0.7e9  # bytes of a process without a model
 CHECKPOINT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in float32
 

@@ -212,11 +212,8 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
 def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) -> None:
     _check_weights("encoder", config.encoder, promises, report)
     longest, data = _positions_of(config.encoder, promises), config.data
-    if longest is not None and config.samples.max_length > longest:
-        report.problems.append(
-            f"samples.max_length={config.samples.max_length} is longer than the encoder {config.encoder} "
-            f"takes: {longest} tokens (its max_position_embeddings)"
-        )
+    if longest is not None:
+        _collect(report, lambda: config.check_length(longest))
     for key, name in (("data.train", data.train), ("data.test", data.test)):
         if promises.hold(name) or not _check_readable(f"{key}={name}", Path(name), report):
             continue

@@ -184,6 +184,12 @@ def test_the_former_folder_of_prep_s_configs_is_told(tmp_path: Path, monkeypatch
     assert load_config(PrepConfig, "configs/data/mine.yaml", []).output == "out"
 
 
+@pytest.mark.parametrize(("given", "slurm", "here"), [("null", 2, 0), ("5", 5, 5), ("0", 0, 0)])
+def test_restarts_in_a_row(given: str, slurm: int, here: int, minimal: Path) -> None:
+    launch = load_config(PretrainConfig, minimal, [f"launch.restarts_without_progress={given}"]).launch
+    assert (launch.restarts_in_a_row(slurm=True), launch.restarts_in_a_row(slurm=False)) == (slurm, here)
+
+
 def test_a_preset_has_its_own_defaults(minimal: Path) -> None:
     modern = load_config(
         PretrainConfig,

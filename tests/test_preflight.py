@@ -17,10 +17,9 @@ import yaml
 from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
-from bertscale import decoder
 from bertscale.config import ModelConfig, PipelineStage, PretrainConfig, UserError
 from bertscale.model import PretrainingModel
-from launcher import memory, slurm
+from launcher import slurm
 from launcher.freeze import freeze
 from launcher.links import links_of
 from launcher.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit
@@ -536,10 +535,6 @@ def large(**parallel: int) -> PretrainConfig:
         "num_hidden_layers": 24,
     }
     return config.model_copy(update={"model": config.model.model_copy(update=sizes)})
-
-
-def test_positions_at_a_time_are_those_of_the_projection() -> None:
-    assert (memory.POSITIONS, memory.GPU_POSITIONS) == (decoder.POSITIONS, decoder.GPU_POSITIONS)
 
 
 def test_zero_stages_share_what_they_say() -> None:

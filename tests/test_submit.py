@@ -296,6 +296,28 @@ def test_help_and_mistakes_of_the_command_line(capsys: Any) -> None:
     assert "'0' is not a number of at least 1" in capsys.readouterr().err
 
 
+def test_every_stage_takes_a_cluster_file(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    for stage in ("prep", "pretrain", "convert", "finetune", "pipeline"):
+        with pytest.raises(SystemExit):
+            main([stage, "--help"])
+        assert "--cluster FILE" in capsys.readouterr().out
+    stages = [{"convert": ["a", "b"]}, {"convert": ["b", "c"], "cluster": "own.yaml"}]
+    asked: list[list[str | None]] = []
+
+    def links_of(stages: Any, cluster: str, chain: str) -> tuple[list[Link], list[str]]:
+        asked.append([chain, *(stage.cluster or cluster for stage in stages)])
+        return [], ["enough"]
+
+    monkeypatch.setattr("launcher.submit.links_of", links_of)
+    monkeypatch.setattr("launcher.submit.submit", lambda *_, **__: 0)
+    chain = write(tmp_path / "chain.yaml", {"name": "two", "cluster": "theirs.yaml", "stages": stages})
+    assert main(["pipeline", chain]) == 0
+    assert main(["pipeline", chain, "--cluster", "site: 1.yaml"]) == 0
+    nameless = write(tmp_path / "nameless.yaml", {"name": "two", "stages": stages})
+    assert main(["pipeline", nameless, "--cluster", "site.yaml"]) == 0
+    assert asked == [["two", site, "own.yaml"] for site in ("theirs.yaml", "site: 1.yaml", "site.yaml")]
+
+
 def test_help_loads_neither_torch_nor_pyarrow(bertscale: Any) -> None:
     code = "import sys; from launcher.submit import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

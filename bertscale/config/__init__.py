@@ -5,7 +5,14 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
 from bertscale.config.finetune import ExamplesConfig, FinetuneConfig
-from bertscale.config.model import MODERN_KEYS, PRESET_DEFAULTS, ModelConfig, padded_vocab_size
+from bertscale.config.model import (
+    GPU_POSITIONS,
+    MODERN_KEYS,
+    POSITIONS,
+    PRESET_DEFAULTS,
+    ModelConfig,
+    padded_vocab_size,
+)
 from bertscale.config.prep import LANGUAGES, SCRIPTS, PrepConfig, TokenizerTraining, check_language
 from bertscale.config.pretrain import (
     PAIRS,
@@ -22,9 +29,11 @@ from bertscale.config.section import Config, Section, check_config, describe_fie
 from bertscale.errors import UserError
 
 __all__ = [
+    "GPU_POSITIONS",
     "LANGUAGES",
     "MODERN_KEYS",
     "PAIRS",
+    "POSITIONS",
     "PRESET_DEFAULTS",
     "SCRIPTS",
     "ClusterConfig",

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from bertscale.config.section import Section
+from bertscale.errors import UserError
 
 
 class ExamplesConfig(Section):
@@ -98,3 +99,11 @@ class FinetuneConfig(Section):
         default_factory=lambda: FinetuneOptimizer(), description="The optimizer and its learning rate."
     )
     train: FinetuneTraining = Field(default_factory=lambda: FinetuneTraining(), description="The runs.")
+
+    def check_length(self, longest: int) -> None:
+        """Raises UserError where examples are longer than the `longest` tokens that the encoder takes."""
+        if self.samples.max_length > longest:
+            raise UserError(
+                f"samples.max_length={self.samples.max_length} is longer than the encoder {self.encoder} "
+                f"takes: {longest} tokens (its max_position_embeddings)"
+            )

@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 
 from bertscale.config.section import Section
 
+POSITIONS = 1024  # whose logits exist at a time: enough for the matrix products to be at their fastest
+GPU_POSITIONS = 4096  # likewise on a GPU
 VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
 
 
