@@ -419,7 +419,7 @@ def prepared(options: argparse.Namespace) -> Path:
         "validation_fraction=0.03",  # of books there are few
         f"train_tokenizer.vocab_size={options.pieces}",
     ]
-    command = [sys.executable, "-m", "bertscale", "prep", str(CONFIGS.parent / "data/quickstart.yaml")]
+    command = [sys.executable, "-m", "bertscale", "prep", str(CONFIGS.parent / "prep/quickstart.yaml")]
     if subprocess.run([*command, *overrides]).returncode:
         raise SystemExit("the text could not be prepared")
     return folder

@@ -225,7 +225,7 @@ def quickstart_data() -> Path:
         [
             "bertscale",
             "prep",
-            "configs/data/quickstart.yaml",
+            "configs/prep/quickstart.yaml",
             f"input=[{made}/corpus]",
             f"output={made}/data",
         ],

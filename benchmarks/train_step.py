@@ -36,14 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertscale.config import PretrainConfig
+from bertscale.config import PretrainConfig, padded_vocab_size
 from bertscale.device import choose_precision, measured_peak
 from bertscale.engine import Engine
 from bertscale.loader import Loader
 from bertscale.metrics import Rate
 from bertscale.micro_batch import MicroBatch
 from bertscale.mixture import Mixture
-from bertscale.model import padded_vocab_size
 from bertscale.parallel import Ranks, start_ranks
 from bertscale.shards import Dataset, open_dataset
 from bertscale.tokenizer import load_tokenizer
@@ -334,7 +333,7 @@ def quickstart_data() -> Path:
         [
             "bertscale",
             "prep",
-            "configs/data/quickstart.yaml",
+            "configs/prep/quickstart.yaml",
             f"input=[{made}/corpus]",
             f"output={made}/data",
         ],

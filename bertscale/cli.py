@@ -12,7 +12,6 @@ import argparse
 import difflib
 import errno
 import importlib.metadata
-import os
 import shlex
 import sys
 import tempfile
@@ -64,14 +63,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prep(arguments: list[str]) -> int:
-    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]
+    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
+    from bertscale.config import PrepConfig, UserError, load_config
+    from bertscale.start import prep_share, verify
 
-    bertscale prep --inspect FOLDER
-    """
-    from bertscale.config import PrepConfig, load_config
+    if any(argument.partition("=")[0] == "--inspect" for argument in arguments):
+        raise UserError("--inspect is now a command of its own: bertscale inspect FOLDER")
+    parser = _prep_parser()
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(PrepConfig, options.config, options.overrides)
+    if options.verify:
+        verify(config.output)
+        return 0
+    if options.task_count is not None and options.task_count < 1:
+        parser.error(f"--task-count must be 1 or more, not {options.task_count}")
+    if options.tokenizer_only:
+        from data_prep.build import prep_tokenizer
 
-    if len(arguments) == 2 and arguments[0] == "--inspect":  # needs no CONFIG
-        return _inspect(arguments[1])
+        prep_tokenizer(config)
+    elif options.finish:
+        from data_prep.build import prep_finish
+
+        prep_finish(config, options.task_count)
+    elif share := prep_share(options.task_index, options.task_count):
+        from data_prep.build import prep_share as build_share
+
+        build_share(config, *share)
+    else:
+        from data_prep.build import prep as build
+
+        build(config)
+    return 0
+
+
+def _prep_parser() -> argparse.ArgumentParser:
+    from bertscale.config import PrepConfig
+
     parser = make_parser(
         "prep",
         "Turns raw text into a tokenizer and Arrow token shards. To share the work among several hosts: "
@@ -80,11 +107,6 @@ def prep(arguments: list[str]) -> int:
         PrepConfig,
     )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument(
-        "--inspect",
-        metavar="FOLDER",
-        help="Without CONFIG: show what a prepared folder holds: counts, lengths, digests, samples.",
-    )
     part.add_argument(
         "--verify",
         action="store_true",
@@ -103,68 +125,29 @@ def prep(arguments: list[str]) -> int:
     parser.add_argument(
         "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by itself its size."
     )
-    options = parser.parse_intermixed_args(arguments)
-    if options.inspect:
-        return _inspect(options.inspect)
-    config = load_config(PrepConfig, options.config, options.overrides)
-    if options.verify:
-        return _verify(config.output)
+    return parser
 
-    if options.task_count is not None and options.task_count < 1:
-        parser.error(f"--task-count must be 1 or more, not {options.task_count}")
-    if options.tokenizer_only:
-        from data_prep.build import prep_tokenizer
 
-        prep_tokenizer(config)
-    elif options.finish:
-        from data_prep.build import prep_finish
+def inspect(arguments: list[str]) -> int:
+    """bertscale inspect FOLDER"""
+    parser = make_parser(
+        "inspect",
+        "Shows what a prepared folder holds: counts, lengths of documents and sentences, and samples as the "
+        "model will see them. Compares every shard with its digest on the way.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="An output folder of `bertscale prep`.")
+    options = parser.parse_args(arguments)
 
-        prep_finish(config, options.task_count)
-    elif share := _prep_share(options.task_index, options.task_count):
-        from data_prep.build import prep_share
+    from bertscale.inspect import inspect as show
 
-        prep_share(config, *share)
-    else:
-        from data_prep.build import prep as build
-
-        build(config)
+    show(options.folder)
     return 0
-
-
-def _inspect(folder: str) -> int:
-    from bertscale.inspect import inspect
-
-    inspect(folder)
-    return 0
-
-
-def _prep_share(index: int | None, count: int | None) -> tuple[int, int] | None:
-    """(task index, number of tasks) of the options or else of the Slurm array that this runs in, if any."""
-    from bertscale.config import UserError
-
-    env = os.environ
-    where = "--task-index"
-    if index is None and "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_MIN" in env:
-        index, where = int(env["SLURM_ARRAY_TASK_ID"]), "SLURM_ARRAY_TASK_ID"
-        if count is None:  # with a count, a part of the array may have been queued again
-            index, where = index - int(env["SLURM_ARRAY_TASK_MIN"]), f"{where} - SLURM_ARRAY_TASK_MIN"
-    if count is None and "SLURM_ARRAY_TASK_COUNT" in env:
-        count = int(env["SLURM_ARRAY_TASK_COUNT"])
-    if index is None and count is None:
-        return None
-    if index is None or count is None:
-        missing = "--task-index" if index is None else "--task-count"
-        raise UserError(f"a share of the splits needs --task-index and --task-count: {missing} is missing")
-    if not 0 <= index < count:
-        raise UserError(
-            f"{where} is {index} of {count} tasks: they are counted from 0 to {count - 1}, without gaps"
-        )
-    return index, count
 
 
 def pretrain(arguments: list[str]) -> int:
     """bertscale pretrain CONFIG [key=value ...] [--verify]"""
     from bertscale.config import PretrainConfig
+    from bertscale.start import train
     from launcher import ranks
 
     parser = make_parser(
@@ -180,8 +163,8 @@ def pretrain(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     rank = ranks.from_environment()
     if rank is not None:
-        verify = options.verify and rank.rank == 0
-        return ranks.run_as_rank(lambda: _train(options.config, options.overrides, rank.world_size, verify))
+        verify, world = options.verify and rank.rank == 0, rank.world_size
+        return ranks.run_as_rank(lambda: train(_checked(options.config, options.overrides, world, verify)[0]))
 
     from bertscale.run_folder import LOGS
     from launcher.supervise import Limits, run_here
@@ -192,7 +175,7 @@ def pretrain(arguments: list[str]) -> int:
         start_seconds=launch.start_seconds,
         hang_seconds=launch.hang_seconds,
         restarts=launch.restarts,
-        restarts_without_progress=launch.restarts_without_progress or 0,
+        restarts_without_progress=launch.restarts_in_a_row(slurm=False),
     )
     again = ["pretrain", options.config, *options.overrides]
     command = [sys.executable, "-m", "bertscale", *again]
@@ -204,8 +187,36 @@ def pretrain(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """bertscale bench [CONFIG] [key=value ...] [--random] [--against transformers] [--json FILE]"""
-    from bertscale.config import PretrainConfig, UserError
+    from bertscale.config import UserError
+    from bertscale.start import check_comparison
     from launcher import ranks
+
+    options = _bench_parser().parse_intermixed_args(arguments)
+    for name in ("steps", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: it takes one at least")
+    if "=" in options.config and not Path(options.config).exists():  # an override; CONFIG was left out
+        options.overrides.insert(0, options.config)
+        options.config = BENCH_CONFIG
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    rank = ranks.from_environment()
+    world = rank.world_size if rank else None
+    config, count = _checked(options.config, options.overrides, world, False, data=not options.random)
+    if options.against:
+        check_comparison(config, count)
+    if rank is not None:
+        return ranks.run_as_rank(lambda: _bench(config, options))
+
+    from launcher.supervise import Limits, run_here
+
+    with tempfile.TemporaryDirectory(prefix="bertscale-bench-") as logs:
+        command = [sys.executable, "-m", "bertscale", "bench", *arguments]
+        return run_here(command, count, Path(logs), Limits())
+
+
+def _bench_parser() -> argparse.ArgumentParser:
+    from bertscale.config import PretrainConfig
 
     parser = make_parser(
         "bench",
@@ -234,36 +245,7 @@ def bench(arguments: list[str]) -> int:
         help="Run the same batches, padded, through transformers' class of the same weights too, in turns.",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="Write the results to this file as well.")
-    options = parser.parse_intermixed_args(arguments)
-    for name in ("steps", "rounds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: it takes one at least")
-    if "=" in options.config and not Path(options.config).exists():  # an override; CONFIG was left out
-        options.overrides.insert(0, options.config)
-        options.config = BENCH_CONFIG
-    if options.json and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
-    rank = ranks.from_environment()
-    world = rank.world_size if rank else None
-    config, count = _checked(options.config, options.overrides, world, False, data=not options.random)
-    if options.against and count > 1:
-        raise UserError(
-            f"--against transformers compares on one rank, and this config starts {count}; add "
-            "parallel.tensor=1 parallel.ranks=1"
-        )
-    if options.against and (config.model.generator or not config.objectives.mlm):
-        raise UserError(
-            "--against transformers knows masked tokens and sentence pairs, not a generator; add "
-            "model.generator_size=null objectives.mlm=1"
-        )
-    if rank is not None:
-        return ranks.run_as_rank(lambda: _bench(config, options))
-
-    from launcher.supervise import Limits, run_here
-
-    with tempfile.TemporaryDirectory(prefix="bertscale-bench-") as logs:
-        command = [sys.executable, "-m", "bertscale", "bench", *arguments]
-        return run_here(command, count, Path(logs), Limits())
+    return parser
 
 
 def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
@@ -345,6 +327,7 @@ def ask(name: str, arguments: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prep": ("raw text -> tokenizer and token shards", prep),
+    "inspect": ("what a prepared folder holds: counts, lengths, digests, samples", inspect),
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled text -> classifier", finetune),
@@ -373,20 +356,6 @@ BENCH_CONFIG = "configs/pretrain/quickstart.yaml"
 # -------------------------------------------------------------------------------- checks before a start
 
 
-def _verify(folder: str) -> int:
-    from bertscale.shards import Split, open_dataset
-
-    splits: tuple[Split, ...] = ("train", "validation")
-    for split in splits:
-        data = open_dataset(folder, split, verify=True)
-        size = sum(shard.entry.bytes for shard in data.shards)
-        print(
-            f"{folder}: {split}: {len(data.shards)} shards, {size:,} bytes, "
-            f"{data.num_documents:,} documents, {data.num_tokens:,} tokens: sizes and digests match"
-        )
-    return 0
-
-
 def _checked(
     path: str, overrides: list[str], world_size: int | None, verify: bool, data: bool = True
 ) -> tuple[PretrainConfig, int]:
@@ -412,19 +381,3 @@ def _checked(
     if data:
         check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
     return config, count
-
-
-def _train(path: str, overrides: list[str], world_size: int, verify: bool) -> int:
-    config, _ = _checked(path, overrides, world_size, verify)
-
-    from bertscale.pretrain import pretrain as train
-
-    try:
-        return train(config)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-
-        from bertscale.config import UserError
-
-        raise UserError(disk_full(error)) from error

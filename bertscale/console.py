@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bertscale.config import Section
 
 # The first of them that a config has is shown in its help.
-EXAMPLES = (("train.steps", "100"), ("epochs", "3"), ("workers", "4"))
+EXAMPLES = (("train.steps", "100"), ("train.epochs", "3"), ("workers", "4"))
 
 
 def make_parser(

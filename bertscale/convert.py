@@ -200,7 +200,7 @@ def export(weights: Weights, output: Path, origin: str) -> None:
         config |= {"dtype": "float32", ORIGIN: origin}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.export_hugging_face(folder, model.max_position_embeddings)
-        if model.preset == "modern":  # it takes no token types
+        if model.rotary:  # its class takes no token types
             path = folder / "tokenizer_config.json"
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings["model_input_names"] = ["input_ids", "attention_mask"]
@@ -261,7 +261,7 @@ def largest_difference(weights: Weights, folder: Path) -> float:
         sample = ids, types, torch.arange(length), (length,)
         hidden, pooled = ours.encoder(*sample)
         inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-        if model.preset != "modern":
+        if not model.rotary:
             inputs["token_type_ids"] = types[None]
         output = theirs(**inputs)
         if ours.generator is not None and ours.detector is not None:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bertscale.config import GPU_POSITIONS as GPU_POSITIONS
+from bertscale.config import POSITIONS as POSITIONS  # a name here too, which tests set
 from bertscale.layers import Layers
-
-POSITIONS = 1024  # whose logits exist at a time: enough for the matrix products to be at their fastest
-GPU_POSITIONS = 4096  # likewise on a GPU
 
 
 class TiedDecoder(nn.Module):

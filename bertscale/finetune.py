@@ -2,8 +2,8 @@
 
     bertscale finetune configs/finetune/quickstart.yaml
 
-Each seed is one run from the pretrained weights and, with `compare_random`, one of the same architecture
-from random weights with the same examples in the same order: what pretraining is worth, side by side.
+Each seed is one run from the pretrained weights and, with `train.compare_random`, one of the same
+architecture from random weights with the same examples in the same order: what pretraining is worth.
 The output folder gets
     result.json         mean and spread over the seeds; written last
     predictions.jsonl   the test set as the classifier of the first seed sees it
@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from bertscale.run_folder import CONFIG, RESULT, TABLE
 from bertscale.schedule import learning_rate
 from bertscale.tasks import (
     Batch,
+    Example,
     Label,
     all_batches,
     encode,
@@ -57,6 +59,45 @@ from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 EVERY = 10  # steps between two looks at the loss, each of which waits for the device
 
 
+@dataclass(frozen=True)
+class Task:
+    """What all runs of a fine-tuning have in common. N examples, lists and arrays in their order."""
+
+    config: FinetuneConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    train: list[Example]
+    test: list[Example]
+    classes: list[Label]
+    samples: list[list[int]]  # ids of the training examples
+    test_samples: list[list[int]]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def steps(self) -> int:
+        """Of one run."""
+        return self.config.train.epochs * number_of_batches(len(self.samples), self.config.train.global_batch)
+
+    @property
+    def starts(self) -> list[str]:
+        return ["pretrained", "random"] if self.config.train.compare_random else ["pretrained"]
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """Class numbers, int64 [N]."""
+        return torch.tensor([self.classes.index(example.label) for example in examples])
+
+
+@dataclass
+class Findings:
+    """Of each start the scores of its runs; of the first seed's pretrained run the weights, and the
+    probabilities [N, C] that it gives the test examples."""
+
+    scores: dict[str, list[dict[str, float]]]
+    classifier: dict[str, Tensor] = field(default_factory=dict)
+    probabilities: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+
+
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Trains and tests a classifier for each seed; returns what result.json holds.
 
@@ -67,8 +108,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     weights = open_weights(Path(config.encoder))
     tokenizer = load_tokenizer(find_tokenizer(weights.folder))
     check_fit(config, weights, tokenizer)
-    train = read_examples(config.train, config.text_field, config.label_field)
-    test = read_examples(config.test, config.text_field, config.label_field)
+    data = config.data
+    train, test = (read_examples(path, data.text_field, data.label_field) for path in (data.train, data.test))
     classes = find_classes(train, test)
 
     output = Path(config.output)
@@ -81,100 +122,121 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     device = local_device()
     dtype, reason = choose_precision("auto", device)
-    samples = encode([example.text for example in train], tokenizer, config.max_length)
-    test_samples = encode([example.text for example in test], tokenizer, config.max_length)
-    targets = torch.tensor([classes.index(example.label) for example in train])
-    test_targets = np.array([classes.index(example.label) for example in test])
-    pretrained = encoder_tensors(weights)
-    starts = ["pretrained", "random"] if config.compare_random else ["pretrained"]
-    steps = config.epochs * number_of_batches(len(samples), config.batch)
-    runs = len(config.seeds) * len(starts)
-    print(f"data      {len(train):,} training and {len(test):,} test examples of {len(classes)} classes")
-    print(
-        f"runs      {runs} of {steps:,} steps, {f'{dtype}'.removeprefix('torch.')} ({reason}), "
-        f"on {describe(device)}",
-        flush=True,
+    samples, test_samples = (
+        encode([example.text for example in examples], tokenizer, config.samples.max_length)
+        for examples in (train, test)
     )
-
-    scores: dict[str, list[dict[str, float]]] = {start: [] for start in starts}
-    classifier: dict[str, Tensor] = {}  # of the first seed, and its probabilities on the test set
-    probabilities: npt.NDArray[np.float32] = np.empty(0, np.float32)
-    with Progress("fine-tune", runs * steps, "steps") as progress:
-        for seed in config.seeds:
-            for start in starts:
-                model = make_model(config, weights, len(classes), seed).to(device)
-                if start == "pretrained":
-                    model.load_state_dict(pretrained, strict=False)
-                optimizer_config = optimizer_settings(config, start)
-                optimizer = adamw(model, optimizer_config)
-                torch.manual_seed(seed)  # dropout
-                model.train()
-                fixed = freeze(model, samples, device, dtype) if config.freeze_encoder else None
-                step = 0
-                for epoch in range(config.epochs):
-                    for batch in training_batches(samples, config.batch, seed, epoch):
-                        for group in optimizer.param_groups:
-                            group["lr"] = learning_rate(step, step + 1, steps, optimizer_config)
-                        if fixed is None:
-                            logits = forward(model, batch, device, dtype)
-                        else:
-                            logits = model.classify(fixed[batch.rows])
-                        loss = F.cross_entropy(logits, targets[batch.rows].to(device))
-                        loss.backward()  # type: ignore[no-untyped-call]
-                        torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer_config.gradient_clipping)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        step += 1
-                        if step % EVERY == 0 or step == steps:
-                            value = loss.item()  # waits for the device
-                            check_finite(value, start, seed, step)
-                            done = EVERY if step % EVERY == 0 else step % EVERY
-                            progress.advance(done, run=f"{start}, seed {seed}", loss=f"{value:.3f}")
-
-                predicted = predict(model, test_samples, device, dtype)
-                scores[start].append({"seed": seed, **score(test_targets, predicted.argmax(axis=1))})
-                accuracy, macro_f1 = (scores[start][-1][key] for key in ("accuracy", "macro_f1"))
-                progress.say(f"{start}, seed {seed}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}")
-                if start == "pretrained" and not classifier:
-                    classifier = {n: value.cpu() for n, value in model.state_dict().items()}
-                    probabilities = predicted
-
+    task = Task(config, weights, tokenizer, train, test, classes, samples, test_samples, device, dtype)
+    announce(task, reason)
+    findings = train_all(task)
     result = {
         "classes": classes,
         "train_examples": len(train),
         "test_examples": len(test),
         "majority_accuracy": majority_accuracy(train, test),
-        **{start: summarize(scores[start]) for start in starts},
+        **{start: summarize(runs) for start, runs in findings.scores.items()},
         "seconds": round(time.monotonic() - began, 1),
         "made_of": made_of,
     }
+    write_output(output, task, findings, result)
+    print(table(result))
+    return result
+
+
+def announce(task: Task, reason: str) -> None:
+    """Two lines on data and runs; `reason` is why the precision is what it is."""
+    runs = len(task.config.train.seeds) * len(task.starts)
+    print(
+        f"data      {len(task.train):,} training and {len(task.test):,} test examples "
+        f"of {len(task.classes)} classes"
+    )
+    print(
+        f"runs      {runs} of {task.steps:,} steps, {f'{task.dtype}'.removeprefix('torch.')} ({reason}), "
+        f"on {describe(task.device)}",
+        flush=True,
+    )
+
+
+def train_all(task: Task) -> Findings:
+    """One run for each seed and start, each tested after its last step."""
+    seeds, findings = task.config.train.seeds, Findings({start: [] for start in task.starts})
+    pretrained = encoder_tensors(task.weights)
+    targets = task.targets(task.test).numpy()
+    with Progress("fine-tune", len(seeds) * len(task.starts) * task.steps, "steps") as progress:
+        for seed in seeds:
+            for start in task.starts:
+                model = make_model(task.config, task.weights, len(task.classes), seed).to(task.device)
+                if start == "pretrained":
+                    model.load_state_dict(pretrained, strict=False)
+                train_one(task, model, start, seed, progress)
+                predicted = predict(model, task.test_samples, task.device, task.dtype)
+                scored = score(targets, predicted.argmax(axis=1))
+                findings.scores[start].append({"seed": seed, **scored})
+                accuracy, macro_f1 = scored["accuracy"], scored["macro_f1"]
+                progress.say(f"{start}, seed {seed}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}")
+                if start == "pretrained" and not findings.classifier:
+                    findings.classifier = {name: value.cpu() for name, value in model.state_dict().items()}
+                    findings.probabilities = predicted
+    return findings
+
+
+def train_one(task: Task, model: ClassificationModel, start: str, seed: int, progress: Progress) -> None:
+    """The loop: all epochs of one run. Raises UserError for a loss that is not finite."""
+    config, steps = task.config, task.steps
+    settings = optimizer_settings(config, start)
+    optimizer = adamw(model, settings)
+    torch.manual_seed(seed)  # dropout
+    model.train()
+    fixed = freeze(model, task.samples, task.device, task.dtype) if config.model.freeze_encoder else None
+    targets, step = task.targets(task.train), 0
+    for epoch in range(config.train.epochs):
+        for batch in training_batches(task.samples, config.train.global_batch, seed, epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, step + 1, steps, settings)
+            if fixed is None:
+                logits = forward(model, batch, task.device, task.dtype)
+            else:
+                logits = model.classify(fixed[batch.rows])
+            loss = F.cross_entropy(logits, targets[batch.rows].to(task.device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % EVERY == 0 or step == steps:
+                value = loss.item()  # waits for the device
+                check_finite(value, start, seed, step)
+                done = EVERY if step % EVERY == 0 else step % EVERY
+                progress.advance(done, run=f"{start}, seed {seed}", loss=f"{value:.3f}")
+
+
+def write_output(output: Path, task: Task, findings: Findings, result: dict[str, Any]) -> None:
+    """The files of the output folder, result.json last, which is given the others' digests."""
     (output / RESULT).unlink(missing_ok=True)  # it would speak of files that are now replaced
     facts = {
-        "labels": classes,
-        "model": model_config(config, weights).model_dump(),
-        "pooling": config.pooling,
-        "vocab_size": weights.vocab_size,
-        "max_length": config.max_length,
-        "tokenizer_sha256": tokenizer.sha256,
+        "labels": task.classes,
+        "model": model_config(task.config, task.weights).model_dump(),
+        "pooling": task.config.model.pooling,
+        "vocab_size": task.weights.vocab_size,
+        "max_length": task.config.samples.max_length,
+        "tokenizer_sha256": task.tokenizer.sha256,
     }
-    write_model(output / "model", facts, classifier, tokenizer)
+    write_model(output / "model", facts, findings.classifier, task.tokenizer)
     rows = [
         {
             "text": example.text,
             "label": example.label,
-            "predicted": classes[int(chances.argmax())],
+            "predicted": task.classes[int(chances.argmax())],
             "probability": round(float(chances.max()), 6),
         }
-        for example, chances in zip(test, probabilities, strict=True)
+        for example, chances in zip(task.test, findings.probabilities, strict=True)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(output / "predictions.jsonl", lines.encode("utf-8", "surrogatepass"))
-    settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    settings = yaml.safe_dump(task.config.model_dump(), sort_keys=False)
     write_bytes(output / CONFIG, settings.encode())
     result["files"] = {name: file_digest(output / name) for name in written_files(output)}
     write_json(output / RESULT, result)
-    print(table(result))
-    return result
 
 
 # --------------------------------------------------------------------------------------- the pieces
@@ -182,12 +244,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 def check_fit(config: FinetuneConfig, weights: Weights, tokenizer: Tokenizer) -> None:
     """Refuses examples longer than the encoder's positions, and another encoder's tokenizer."""
-    longest = weights.model.max_position_embeddings
-    if config.max_length > longest:
-        raise UserError(
-            f"max_length={config.max_length} is longer than the encoder {config.encoder} takes: "
-            f"{longest} tokens (its max_position_embeddings)"
-        )
+    config.check_length(weights.model.max_position_embeddings)
     if tokenizer.vocab_size != weights.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} pieces, the encoder beside it "
@@ -197,14 +254,14 @@ def check_fit(config: FinetuneConfig, weights: Weights, tokenizer: Tokenizer) ->
 
 def model_config(config: FinetuneConfig, weights: Weights) -> ModelConfig:
     """The encoder's own shape, with the dropout of fine-tuning."""
-    dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": 0.0}
+    dropout = {"hidden_dropout_prob": config.model.hidden_dropout_prob, "attention_probs_dropout_prob": 0.0}
     return weights.model.model_copy(update=dropout)
 
 
 def make_model(config: FinetuneConfig, weights: Weights, classes: int, seed: int) -> ClassificationModel:
     """A classifier with the random weights of `seed`."""
     shape = model_config(config, weights)
-    model = ClassificationModel(shape, weights.vocab_size, classes, config.pooling)
+    model = ClassificationModel(shape, weights.vocab_size, classes, config.model.pooling)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = initial_value(name, list(parameter.shape), shape, weights.vocab_size, seed)
@@ -236,13 +293,14 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
 
 def optimizer_settings(config: FinetuneConfig, start: str) -> OptimizerConfig:
     """AdamW as BERT was fine-tuned (beta2 0.999), with the learning rate of `start`."""
-    highest = config.learning_rate
-    if start == "random" and config.random_learning_rate is not None:
-        highest = config.random_learning_rate
+    settings = config.optimizer
+    highest = settings.learning_rate
+    if start == "random" and settings.random_learning_rate is not None:
+        highest = settings.random_learning_rate
     return OptimizerConfig(
         learning_rate=highest,
-        warmup_fraction=config.warmup_fraction,
-        weight_decay=config.weight_decay,
+        warmup_fraction=settings.warmup_fraction,
+        weight_decay=settings.weight_decay,
         beta2=0.999,
     )
 
@@ -285,7 +343,7 @@ def predict(
 
 def check_finite(loss: float, start: str, seed: int, step: int) -> None:
     if not np.isfinite(loss):
-        key = "random_learning_rate" if start == "random" else "learning_rate"
+        key = "optimizer.random_learning_rate" if start == "random" else "optimizer.learning_rate"
         raise UserError(f"the loss is {loss} at step {step} ({start}, seed {seed}); take a lower {key}")
 
 
@@ -329,7 +387,7 @@ def make_folder(output: Path) -> None:
 
 def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
     """What a result follows from: settings, encoder and examples, as digests."""
-    settings = config.model_dump(exclude={"encoder", "train", "test", "output"})
+    settings = config.model_dump(exclude={"encoder": True, "output": True, "data": {"train", "test"}})
     table_file = weights.folder / TABLE  # it holds the digests of a checkpoint's shards
     files = [table_file] if table_file.exists() else sorted(weights.folder.glob("*.safetensors"))
     others = [weights.folder / "config.json", find_tokenizer(weights.folder)]
@@ -337,8 +395,8 @@ def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
     return {
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32],
         "encoder": hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32],
-        "train": file_digest(config.train),
-        "test": file_digest(config.test),
+        "train": file_digest(config.data.train),
+        "test": file_digest(config.data.test),
     }
 
 

@@ -1,6 +1,6 @@
 """What a prepared folder holds: counts, lengths, digests, and samples as the model will see them.
 
-bertscale prep --inspect runs/quickstart/data
+bertscale inspect runs/quickstart/data
 """
 
 from __future__ import annotations

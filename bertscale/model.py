@@ -28,19 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertscale.config import ModelConfig
+from bertscale.config import ModelConfig, padded_vocab_size
 from bertscale.decoder import TiedDecoder
 from bertscale.kernels import Packing, Rotation, attend, rotate, rotation
 from bertscale.layers import Embedding, Layers, Linear, derive_seed
 from bertscale.micro_batch import MicroBatch
 
 GRAPH_SIZES = 16  # numbers of tokens at most that CUDA graphs are recorded for
-VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the word embedding; the rows past `vocab_size` are never predicted nor exported."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Embeddings(nn.Module):
@@ -48,20 +42,21 @@ class Embeddings(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.word_embeddings = layers.word_embedding(padded_vocab_size(vocab_size), width)
-        if config.preset != "modern":
+        self.rotary = config.rotary
+        if not self.rotary:
             self.position_embeddings = Embedding(config.max_position_embeddings, width)
             self.token_type_embeddings = Embedding(config.type_vocab_size, width)
-        if config.preset != "megatron-bert":
-            self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps, bias=config.preset == "bert")
-        self.preset = config.preset
+        self.LayerNorm: nn.Module | None = None
+        if config.embedding_norm:
+            self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps, bias=config.biases)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, tokens: Tensor, token_types: Tensor, positions: Tensor) -> Tensor:
         hidden: Tensor = self.word_embeddings(tokens)  # [T, H]
-        if self.preset != "modern":
+        if not self.rotary:
             hidden = hidden + self.token_type_embeddings(token_types)
             hidden = hidden + self.position_embeddings(positions)
-        if self.preset != "megatron-bert":
+        if self.LayerNorm is not None:
             hidden = self.LayerNorm(hidden)
         dropped: Tensor = self.dropout(hidden)
         return dropped
@@ -73,19 +68,17 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, number: int, recompute: bool) -> None:
         super().__init__()
         self.layers, self.recompute = layers, recompute
-        modern = config.preset == "modern"
         self.heads = config.num_attention_heads // layers.degree
-        # Rows in the order head, (query, key, value), feature: a share of rows is a share of heads.
-        self.query_key_value = layers.column(config.hidden_size, 3 * config.hidden_size, not modern)
-        self.dense = layers.row(config.hidden_size, config.hidden_size, not modern)
-        self.norm_after = config.preset == "bert"
+        self.query_key_value = layers.column(config.hidden_size, 3 * config.hidden_size, config.biases)
+        self.dense = layers.row(config.hidden_size, config.hidden_size, config.biases)
+        self.norm_after = not config.pre_norm
         self.LayerNorm: nn.Module
-        if modern and number == 0:  # the embeddings' norm has just been there
+        if config.pre_norm and config.embedding_norm and number == 0:  # the embeddings have just had theirs
             self.LayerNorm = nn.Identity()
         else:
-            self.LayerNorm = layers.norm(config.hidden_size, config.layer_norm_eps, not modern)
+            self.LayerNorm = layers.norm(config.hidden_size, config.layer_norm_eps, config.biases)
         self.probs_dropout = config.attention_probs_dropout_prob
-        self.dropout = nn.Dropout(self.probs_dropout if modern else config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(self.probs_dropout if config.gated else config.hidden_dropout_prob)
         self.half_window = config.half_window if config.is_local(number) else None
 
     def forward(self, hidden: Tensor, packing: Packing, rotary: Rotation | None) -> Tensor:
@@ -111,20 +104,18 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """With its norm and its residual connection. Gated (GeGLU: Shazeer, 2020) in preset `modern`."""
+    """With its norm and its residual connection. Gated: GeGLU (Shazeer, 2020)."""
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
         self.layers = layers
         width, inside = config.hidden_size, config.intermediate_size
-        self.gated = config.preset == "modern"
-        # Rows of the gated one in the order group, (input, gate), feature: so a share of rows is a share of
-        # features on any number of ranks, which divides `feed_forward_groups`.
+        self.gated = config.gated
         self.groups = feed_forward_groups(config) // layers.degree
-        self.intermediate = layers.column(width, 2 * inside if self.gated else inside, not self.gated)
-        self.dense = layers.row(inside, width, not self.gated)
-        self.norm_after = config.preset == "bert"
-        self.LayerNorm = layers.norm(width, config.layer_norm_eps, not self.gated)
+        self.intermediate = layers.column(width, 2 * inside if self.gated else inside, config.biases)
+        self.dense = layers.row(inside, width, config.biases)
+        self.norm_after = not config.pre_norm
+        self.LayerNorm = layers.norm(width, config.layer_norm_eps, config.biases)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -147,6 +138,40 @@ class FeedForward(nn.Module):
 def feed_forward_groups(config: ModelConfig) -> int:
     """Groups of features that the gated feed-forward part can be shared out by."""
     return math.gcd(config.num_attention_heads, config.intermediate_size)
+
+
+def fused_rows(name: str, config: ModelConfig) -> tuple[int, int]:
+    """(groups, matrices) that lie in one weight or bias `name`, its rows in the order group, matrix, feature.
+
+    So a share of rows is a share of each of the matrices, for any number of ranks that divides the groups:
+
+    | parameter                       | groups                | matrices          |
+    | ------------------------------- | --------------------- | ----------------- |
+    | attention.query_key_value       | attention heads       | query, key, value |
+    | feed_forward.intermediate gated | `feed_forward_groups` | input, gate       |
+    | any other                       | 1                     | itself            |
+    """
+    owner = config.generator if name.startswith("generator.") else config
+    assert owner is not None
+    if "attention.query_key_value." in name:
+        return owner.num_attention_heads, 3
+    if owner.gated and "feed_forward.intermediate." in name:
+        return feed_forward_groups(owner), 2
+    return 1, 1
+
+
+def split_fused(name: str, value: Tensor, config: ModelConfig) -> Tensor:
+    """The matrices of the whole parameter `name`, one after another: [rows, ...] -> [matrices, rows, ...]."""
+    groups, matrices = fused_rows(name, config)
+    rows = value.reshape(groups, matrices, -1, *value.shape[1:])  # [group, matrix, feature, ...]
+    return rows.transpose(0, 1).reshape(matrices, -1, *value.shape[1:])
+
+
+def join_fused(name: str, value: Tensor, config: ModelConfig) -> Tensor:
+    """The inverse of `split_fused`: [matrices, rows, ...] -> [rows, ...]."""
+    groups, matrices = fused_rows(name, config)
+    rows = value.reshape(matrices, groups, -1, *value.shape[2:])  # [matrix, group, feature, ...]
+    return rows.transpose(0, 1).reshape(-1, *value.shape[2:])
 
 
 class Layer(nn.Module):
@@ -188,8 +213,8 @@ class Encoder(nn.Module):
             Layer(config, layers, number, recompute == "selective")
             for number in range(config.num_hidden_layers)
         )
-        if config.preset != "bert":
-            self.LayerNorm = layers.norm(config.hidden_size, config.layer_norm_eps, config.preset != "modern")
+        if config.pre_norm:
+            self.LayerNorm = layers.norm(config.hidden_size, config.layer_norm_eps, config.biases)
         self.pooler = Linear(config.hidden_size, config.hidden_size) if pooler else None
 
     def forward(
@@ -222,7 +247,7 @@ class Encoder(nn.Module):
                 hidden = self.parallel.checkpoint(layer, hidden, packing, rotary)
             else:
                 hidden = layer(hidden, packing, rotary)
-        if self.config.preset != "bert":
+        if self.config.pre_norm:
             hidden = self.LayerNorm(hidden)
         hidden = self.parallel.gather(hidden)
         if extra:
@@ -254,7 +279,7 @@ class Encoder(nn.Module):
 
     def rotations(self, positions: Tensor) -> tuple[Rotation, Rotation] | None:
         """How global and local layers turn the tokens at `positions` [T]; None without rotary positions."""
-        if self.config.preset != "modern":
+        if not self.config.rotary:
             return None
         size = self.config.hidden_size // self.config.num_attention_heads
         longest = self.config.max_position_embeddings
@@ -269,9 +294,8 @@ class Predictions(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers, width: int) -> None:
         super().__init__()
-        bias = config.preset != "modern"
-        self.dense = Linear(config.hidden_size, width, bias)
-        self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps, bias=bias)
+        self.dense = Linear(config.hidden_size, width, config.biases)
+        self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps, bias=config.biases)
         self.decoder = TiedDecoder(layers, vocab_size, padded_vocab_size(vocab_size))
 
     def forward(
@@ -297,7 +321,7 @@ class Detector(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size, config.preset != "modern")
+        self.dense = Linear(config.hidden_size, config.hidden_size, config.biases)
         self.output = Linear(config.hidden_size, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -479,12 +503,13 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     if "embeddings" not in name:
         deviation = config.matrix_initializer_range or deviation
     ends_branch = name.endswith(("attention.dense.weight", "feed_forward.dense.weight"))
-    if config.preset == "modern":
+    modern = config.preset == "modern"  # its own recipe, which follows from none of its properties
+    if modern:
         ends_branch |= name in ("predictions.dense.weight", "detector.dense.weight")
-    if ends_branch and config.preset != "bert":
+    if ends_branch and config.pre_norm:
         deviation /= math.sqrt(2 * config.num_hidden_layers)
     value = torch.empty(*shape)
-    if config.preset == "modern":
+    if modern:
         limit = config.initializer_cutoff_factor * deviation
         nn.init.trunc_normal_(value, 0.0, deviation, -limit, limit, generator=generator)
     else:
@@ -536,7 +561,7 @@ def layer_flops(config: ModelConfig, attended: float, attended_locally: float) -
     """Those of all layers; see `model_flops_per_token`."""
     width, depth = config.hidden_size, config.num_hidden_layers
     local = sum(config.is_local(number) for number in range(depth))
-    matrices = 3 if config.preset == "modern" else 2
+    matrices = 3 if config.gated else 2
     layer = 4 * width**2 + matrices * width * config.intermediate_size
     pairs = (depth - local) * attended + local * attended_locally
     return 6 * depth * layer + 12 * width * pairs

@@ -1,7 +1,7 @@
 """Native names and order of rows <-> those of transformers' classes, and config.json <-> ModelConfig.
 
-Native query, key and value weights are one matrix whose rows are in the order head, (query, key, value),
-feature; Hugging Face holds three, or one in the order (query, key, value), head, feature.
+How matrices lie in one native weight, `model.fused_rows` tells; Hugging Face holds them one after another, or
+in weights of their own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config
-from bertscale.model import feed_forward_groups, padded_vocab_size
+from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config, padded_vocab_size
+from bertscale.model import fused_rows, join_fused, split_fused
 
 # Native name -> Hugging Face name, outside the layers and within one; `query_key_value` is cut in three
 # where Hugging Face has three. What is in no table (the sentence head of `modern`) is not exported.
@@ -78,7 +78,11 @@ WITHIN: dict[str, dict[str, tuple[str, ...]]] = {
         "feed_forward.LayerNorm": ("mlp_norm",),
     },
 }
-MODEL_TYPES = {"bert": "bert", "megatron-bert": "megatron-bert", "modernbert": "modern"}  # -> preset
+CLASSES = {  # preset -> how the names of its classes begin, and their model_type
+    "bert": ("Bert", "bert"),
+    "megatron-bert": ("MegatronBert", "megatron-bert"),
+    "modern": ("ModernBert", "modernbert"),
+}
 PADDED = ("encoder.embeddings.word_embeddings.weight", "predictions.decoder.bias")
 SENTENCE_HEAD = ("encoder.pooler.", "seq_relationship.")
 
@@ -94,32 +98,20 @@ def hugging_face_names(name: str, preset: str) -> list[str]:
     return [f"{LAYERS[preset]}.{layer}.{theirs}.{kind}" for theirs in WITHIN[preset][module]]
 
 
-def fused(name: str, model: ModelConfig) -> tuple[int, int] | None:
-    """(groups, parts) of a matrix whose native rows are in the order group, part, feature, so that a share
-    of rows is a share of each part; Hugging Face's are in the order part, group, feature."""
-    if "attention.query_key_value." in name:
-        return model.num_attention_heads, 3
-    if "feed_forward.intermediate." in name and model.preset == "modern":
-        return feed_forward_groups(model), 2
-    return None
-
-
 def to_hugging_face(name: str, value: Tensor, model: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
     """One native tensor as Hugging Face's none, one or three; padded vocabulary rows are cut off."""
     names = hugging_face_names(name, model.preset)
     if name in PADDED:
         value = value[:vocab_size]
-    if order := fused(name, model):
-        value = value.view(*order, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+    value = split_fused(name, value, model).flatten(0, 1)
     return dict(zip(names, value.chunk(len(names)), strict=True)) if names else {}
 
 
 def from_hugging_face(name: str, values: list[Tensor], model: ModelConfig) -> Tensor:
     """The inverse of `to_hugging_face`; padded vocabulary rows are zero."""
     value = torch.cat(values) if len(values) > 1 else values[0]
-    if order := fused(name, model):
-        groups, parts = order
-        value = value.view(parts, groups, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+    _, matrices = fused_rows(name, model)
+    value = join_fused(name, value.reshape(matrices, -1, *value.shape[1:]), model)
     if name not in PADDED:
         return value
     padded = value.new_zeros(padded_vocab_size(len(value)), *value.shape[1:])
@@ -131,12 +123,12 @@ def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) 
     """The config.json of a model, for transformers and for `model_of`."""
     shared = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, "tie_word_embeddings": True}
     sizes = model.model_dump(exclude={"preset", "generator_size"}, exclude_none=True)
-    if model.preset != "modern":
-        name = "Bert" if model.preset == "bert" else "MegatronBert"
+    name, kind = CLASSES[model.preset]
+    if name != "ModernBert":
         head = "ForPreTraining" if model.sentence_head else "ForMaskedLM"
         return {
             "architectures": [name + head],
-            "model_type": model.preset,
+            "model_type": kind,
             "hidden_act": "gelu",
             **shared,
             **{key: value for key, value in sizes.items() if key not in MODERN_KEYS},
@@ -146,8 +138,8 @@ def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) 
     )
     del sizes["type_vocab_size"], sizes["sentence_head"]
     return {
-        "architectures": ["ModernBertForMaskedLM"],
-        "model_type": "modernbert",
+        "architectures": [f"{name}ForMaskedLM"],
+        "model_type": kind,
         **shared,
         **sizes,
         "embedding_dropout": of_hidden,
@@ -180,7 +172,7 @@ MODERN_FORM = {  # what a ModernBertConfig may vary and preset `modern` does not
 def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     """The native config of a config.json. Raises UserError where no preset is equal to it."""
     kind = config.get("model_type")
-    preset = MODEL_TYPES.get(str(kind))
+    preset = next((preset for preset, (_, name) in CLASSES.items() if name == kind), None)
     supported = "this version converts bert and megatron-bert with gelu, and modernbert"
     if kind == "electra":
         supported += "; an electra that was trained here is read from its checkpoint"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bertscale.config import ModelConfig, OptimizerConfig
-from bertscale.model import feed_forward_groups
+from bertscale.model import join_fused, split_fused
 from bertscale.optimizers import Lamb, Muon, StableAdamW
 
 
@@ -71,24 +71,10 @@ def make_optimizer(
     if config.name == "lamb":
         return Lamb(groups, config)
 
-    def side_by_side(name: str) -> tuple[int, int]:
-        """(groups of rows, matrices): the rows are in the order group, matrix, feature."""
-        owner = sizes.generator if name.startswith("generator.") else sizes
-        assert owner is not None
-        if "query_key_value" in name:
-            return owner.num_attention_heads, 3
-        if owner.preset == "modern" and "feed_forward.intermediate" in name:
-            return feed_forward_groups(owner), 2
-        return 1, 1
-
     def split(name: str, value: Tensor) -> Tensor:
-        groups, matrices = side_by_side(name)
-        rows = value.view(groups, matrices, -1, value.shape[1])
-        return rows.transpose(0, 1).reshape(matrices, -1, value.shape[1])  # -> [matrices, rows, columns]
+        return split_fused(name, value, sizes)
 
     def join(name: str, value: Tensor) -> Tensor:
-        groups, matrices = side_by_side(name)
-        rows = value.view(matrices, groups, -1, value.shape[2])
-        return rows.transpose(0, 1).reshape(-1, value.shape[2])
+        return join_fused(name, value, sizes)
 
     return Muon(groups, config, split, join, dtype)

@@ -66,8 +66,8 @@ def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
         pretrain = [f"run={run}/pretrain", f"data={run}/data"]
         finetune = [
             f"encoder={run}/pretrain",
-            f"train={run}/task/train.jsonl",
-            f"test={run}/task/test.jsonl",
+            f"data.train={run}/task/train.jsonl",
+            f"data.test={run}/task/test.jsonl",
             f"output={run}/finetune",
         ]
     return [
@@ -79,7 +79,7 @@ def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
         (
             "prep",
             "text -> tokenizer and token shards",
-            ["bertscale", "prep", "configs/data/quickstart.yaml", *prep],
+            ["bertscale", "prep", "configs/prep/quickstart.yaml", *prep],
         ),
         (
             "pretrain",

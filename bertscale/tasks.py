@@ -64,7 +64,7 @@ def _read_row(line: str, place: str, text_field: str, label_field: str) -> Examp
         raise UserError(f"{place}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: not a JSON object but {line.strip()[:40]}")
-    for key, field in (("text_field", text_field), ("label_field", label_field)):
+    for key, field in (("data.text_field", text_field), ("data.label_field", label_field)):
         if field not in row:
             there = ", ".join(row) or "none"
             raise UserError(f"{place}: no field {field!r}; the fields are: {there} (set {key}=...)")

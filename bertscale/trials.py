@@ -279,10 +279,10 @@ def transformers_step(
     """A step of transformers' class in a plain loop, on what `padded` makes; `compiled` by torch.compile."""
     model = transformers_model(config, vocab_size, device).to(dtype)
     call = torch.compile(model) if compiled else model
-    modern = config.model.preset == "modern"
+    token_types = not config.model.rotary  # which the class takes
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
-        batch = {name: value for name, value in batch.items() if not (modern and name == "token_type_ids")}
+        batch = {name: value for name, value in batch.items() if token_types or name != "token_type_ids"}
         loss: Tensor = call(**batch).loss
         return loss
 

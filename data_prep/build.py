@@ -1,6 +1,6 @@
 """Raw text -> tokenizer and Arrow token shards, on all cores, resumable.
 
-bertscale prep configs/data/quickstart.yaml workers=2
+bertscale prep configs/prep/quickstart.yaml workers=2
 
 Two passes. In the first the input is cut, between documents, into splits; each is one unit of work for one
 process, which writes its documents, sorted by their key, to pieces and then a done record. In the second each

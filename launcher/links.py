@@ -20,6 +20,7 @@ from typing import Any
 from bertscale.config import (
     ClusterConfig,
     Corpus,
+    ExamplesConfig,
     FinetuneConfig,
     LaunchConfig,
     PipelineStage,
@@ -44,7 +45,7 @@ SECTIONS: dict[str, type[Config]] = {
 PATHS = {  # keys of a config that name files or folders
     "prep": ("input", "output", "tokenizer"),
     "pretrain": ("run", "data"),
-    "finetune": ("encoder", "train", "test", "output"),
+    "finetune": ("encoder", "data", "output"),
 }
 RESULTS = {  # what a finished stage has written last
     "prep": "manifest.json",
@@ -95,11 +96,14 @@ def _load(stage: PipelineStage) -> Config:
 
 
 def _absolute(value: Any) -> Any:
-    """A path, a corpus, several of them or None, with absolute paths."""
+    """A path, a corpus, several of them, labelled examples or None, with absolute paths."""
     if isinstance(value, list):
         return [_absolute(one) for one in value]
     if isinstance(value, Corpus):
         return value.model_copy(update={"path": os.path.abspath(value.path)})
+    if isinstance(value, ExamplesConfig):
+        paths = {"train": os.path.abspath(value.train), "test": os.path.abspath(value.test)}
+        return value.model_copy(update=paths)
     return value and os.path.abspath(value)
 
 
@@ -142,7 +146,6 @@ def _link(
     said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/{CONFIG}", *options)
     python = _program(site.python) or sys.executable
     launch = config.launch if isinstance(config, PretrainConfig) else LaunchConfig.model_validate({})
-    in_a_row = launch.restarts_without_progress
     spec = JobSpec(
         stage=kind,
         name=name,
@@ -172,7 +175,7 @@ def _link(
         start_seconds=launch.start_seconds if kind == "pretrain" else 0.0,
         hang_seconds=launch.hang_seconds,
         restarts=launch.restarts,
-        restarts_without_progress=2 if in_a_row is None else in_a_row,
+        restarts_without_progress=launch.restarts_in_a_row(slurm=True),
         node_check=site.node_check,
         check_seconds=site.check_seconds,
         min_free_memory_gb=site.min_free_memory_gb,
@@ -226,7 +229,7 @@ def _inputs(link: Link) -> list[str]:
     if isinstance(config, PretrainConfig):
         return [corpus.path for corpus in config.corpora]
     if isinstance(config, FinetuneConfig):
-        return [config.encoder, config.train, config.test]
+        return [config.encoder, config.data.train, config.data.test]
     assert link.source is not None
     return [link.source]
 

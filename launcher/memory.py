@@ -34,10 +34,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bertscale.config import ModelConfig, PretrainConfig
+from bertscale.config import GPU_POSITIONS, POSITIONS, ModelConfig, PretrainConfig, padded_vocab_size
 
-VOCAB_MULTIPLE = 128  # of the rows of the word embedding, as in bertscale.model
-POSITIONS, GPU_POSITIONS = 1024, 4096  # whose logits exist at a time, as in bertscale.decoder
 GPU_BASE, CPU_BASE = 2.5e9, 0.7e9  # bytes of a process without a model
 CHECKPOINT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in float32
 
@@ -69,13 +67,12 @@ def gb(size: float) -> str:
 def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     """(those that every tensor-parallel rank holds, those that they share out); both in one process."""
     hidden, small = model.hidden_size, model.generator
-    rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    biases = 0 if model.preset == "modern" else 1
+    rows, biases = padded_vocab_size(vocab_size), int(model.biases)
     everywhere, shared_out = _count_layers(model)
     shared_out += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
-    if biases:
+    if not model.rotary:
         everywhere += (model.max_position_embeddings + model.type_vocab_size) * hidden
-    if model.preset != "megatron-bert":
+    if model.embedding_norm:
         everywhere += (1 + biases) * hidden  # LayerNorm of the embeddings
     guesser = (small or model).hidden_size
     everywhere += (guesser + 1 + 2 * biases) * hidden  # the head's dense layer and LayerNorm
@@ -92,14 +89,18 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
 def _count_layers(model: ModelConfig) -> tuple[int, int]:
     """Likewise, of the layers and the LayerNorm at their end."""
     hidden, inside, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    modern = model.preset == "modern"
     # query, key, value; attention's output; the feed-forward matrices, three where it is gated
-    shared_out = layers * (4 * hidden * hidden + (3 if modern else 2) * hidden * inside)
-    if modern:
-        return 2 * layers * hidden, shared_out  # norms; the first layer has one, and one is at the end
-    shared_out += layers * (3 * hidden + inside)  # biases of the first and third matrix
-    everywhere = layers * 6 * hidden  # biases after the row-parallel matrices, two LayerNorms
-    return everywhere + (2 * hidden if model.preset == "megatron-bert" else 0), shared_out
+    shared_out = layers * (4 * hidden * hidden + (3 if model.gated else 2) * hidden * inside)
+    norms = 2 * layers
+    if model.pre_norm:  # one at the end; with a norm of the embeddings the first layer has one less
+        norms += 1 - int(model.embedding_norm)
+    everywhere = norms * (1 + int(model.biases)) * hidden
+    if model.biases:
+        shared_out += layers * (
+            3 * hidden + (2 if model.gated else 1) * inside
+        )  # of column-parallel matrices
+        everywhere += layers * 2 * hidden  # of row-parallel ones
+    return everywhere, shared_out
 
 
 def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
@@ -118,10 +119,10 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     parameters = everywhere + shared_out / degree
 
     hidden, inside = model.hidden_size, model.intermediate_size
-    rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    rows = padded_vocab_size(vocab_size)
     weights = width * parameters
     if stage == 3:
-        feed_forward = (3 if model.preset == "modern" else 2) * hidden * inside
+        feed_forward = (3 if model.gated else 2) * hidden * inside
         matrices = [rows * hidden, *[4 * hidden * hidden, feed_forward] * model.num_hidden_layers]
         weights = weights / data + width * sum(sorted(matrices)[-2:]) / degree
     gradients = width * parameters / (data if stage >= 2 else 1)
@@ -144,7 +145,7 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
 def _kept(model: ModelConfig, width: int, degree: int, recomputed: bool) -> float:
     """Bytes of activations that the layers keep of one token, in numbers of `width` bytes."""
     hidden, inside = model.hidden_size, model.intermediate_size
-    widths = 8 if model.preset == "modern" else 4  # gated, both halves and their product are kept
+    widths = 8 if model.gated else 4  # gated, both halves and their product are kept
     layer = width / 2 * (10 * hidden + (8 * hidden + widths * inside) / degree)
     if recomputed:  # a layer's input is kept; one layer is recomputed
         return model.num_hidden_layers * width * hidden + layer

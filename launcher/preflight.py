@@ -212,13 +212,10 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
 
 def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) -> None:
     _check_weights("encoder", config.encoder, promises, report)
-    longest = _positions_of(config.encoder, promises)
-    if longest is not None and config.max_length > longest:
-        report.problems.append(
-            f"max_length={config.max_length} is longer than the encoder {config.encoder} takes: {longest} "
-            "tokens (its max_position_embeddings)"
-        )
-    for key, name in (("train", config.train), ("test", config.test)):
+    longest, data = _positions_of(config.encoder, promises), config.data
+    if longest is not None:
+        _collect(report, lambda: config.check_length(longest))
+    for key, name in (("data.train", data.train), ("data.test", data.test)):
         if promises.hold(name) or not _check_readable(f"{key}={name}", Path(name), report):
             continue
         try:
@@ -226,12 +223,12 @@ def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) 
                 record = json.loads(file.readline())
         except (OSError, ValueError):
             record = None
-        wanted = (config.text_field, config.label_field)
+        wanted = (data.text_field, data.label_field)
         if not isinstance(record, dict) or (lacking := [one for one in wanted if one not in record]):
             lack = f"no field {lacking[0]!r}" if isinstance(record, dict) else "no JSON object"
             report.problems.append(
                 f"{key}={name}: its first line has {lack}; each line is an object with the fields "
-                f"text_field={config.text_field} and label_field={config.label_field}"
+                f"data.text_field={data.text_field} and data.label_field={data.label_field}"
             )
 
 

@@ -4,7 +4,7 @@ bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
 bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
 bertscale submit convert SOURCE OUTPUT --cluster FILE
 bertscale submit finetune CONFIG [key=value ...] --cluster FILE
-bertscale submit pipeline PIPELINE
+bertscale submit pipeline PIPELINE [key=value ...] [--cluster FILE]
 
 Each takes --time T, --after JOB, --exclude NODES and --dry-run.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import shlex
 import sys
 import textwrap
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> int:
     after = tuple(job for text in options.after for job in text.split(",") if job)
     exclude = [node for text in options.exclude for node in slurm.hosts(text)]
     if stage == "pipeline":
-        config = load_config(PipelineConfig, options.pipeline, options.overrides)
+        site = [f"cluster={json.dumps(options.cluster)}"] if options.cluster else []
+        config = load_config(PipelineConfig, options.pipeline, [*options.overrides, *site])
         links, mistakes = links_of(config.stages, config.cluster, config.name)
     else:
         wanted = PipelineStage.model_validate(
@@ -246,9 +248,11 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     if stage != "convert":
         text = "A value, read as YAML, that replaces the file's."
         parser.add_argument("overrides", metavar="key=value", nargs="*", help=text)
+    text = "The facts of the cluster or partition, a YAML file."
+    if stage == "pipeline":
+        text = f"{text[:-1]}, instead of the pipeline's own; stages that name one keep theirs."
+    parser.add_argument("--cluster", metavar="FILE", required=stage != "pipeline", help=text)
     if stage != "pipeline":
-        text = "The facts of the cluster or partition, a YAML file."
-        parser.add_argument("--cluster", metavar="FILE", required=True, help=text)
         text = "The time limit, such as 12:00:00 or 1-12, instead of the cluster file's."
         parser.add_argument("--time", metavar="T", help=text)
     if stage == "pretrain":

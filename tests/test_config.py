@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bertscale.config import (
     ClusterConfig,
@@ -22,7 +23,7 @@ from bertscale.quickstart import stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SECTIONS: dict[str, type[Section]] = {
-    "data": PrepConfig,
+    "prep": PrepConfig,
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "cluster": ClusterConfig,
@@ -68,6 +69,125 @@ def test_defaults_file_and_overrides(minimal: Path) -> None:
     config = load_config(PretrainConfig, minimal, ["train.steps=20", "model.hidden_size=24", "data=b"])
     assert (config.train.steps, config.model.hidden_size, config.data, config.run) == (20, 24, "b", "runs/a")
     assert config.train.global_batch == 256
+
+
+def write_chain(folder: Path) -> Path:
+    """A config in a folder of its own, its base in another, and that one's base beside it."""
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    (folder / "b/ground.yaml").write_text(
+        MINIMAL + "model: {hidden_size: 24, num_attention_heads: 2}\n"
+        "optimizer: {learning_rate: 1.0e-3, beta2: 0.9}\nsamples: {warmup: [[5, 16], [5, 32]]}\n"
+    )
+    (folder / "b/middle.yaml").write_text(
+        "base: ground.yaml\nmodel: {num_attention_heads: 4}\noptimizer:\n  beta2: 0.5\n"
+    )
+    top = folder / "a/top.yaml"
+    top.write_text(
+        "base: ../b/middle.yaml\nrun: runs/b\ntrain: {steps: null, tokens: 1000}\n"
+        "samples: {warmup: [[7, 16]]}\n"
+    )
+    return top
+
+
+def test_a_config_says_what_differs_from_its_base(tmp_path: Path) -> None:
+    config = load_config(PretrainConfig, write_chain(tmp_path), ["optimizer.learning_rate=2.0e-3"])
+    assert (config.run, config.data) == ("runs/b", "runs/a/data")
+    assert (config.train.steps, config.train.tokens) == (None, 1000)  # null takes a value away
+    assert (config.model.hidden_size, config.model.num_attention_heads) == (24, 4)
+    assert (config.optimizer.learning_rate, config.optimizer.beta2) == (2e-3, 0.5)
+    assert config.samples.warmup == [(7, 16)]  # a list replaces the other
+    assert "base" not in config.model_dump()
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(PretrainConfig, resolved, []) == config
+
+
+def test_other_kinds_of_configs_have_bases_too(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("gpus_per_node: 8\nenvironment: {A: a}\n")
+    (tmp_path / "part.yaml").write_text("base: site.yaml\npartition: big\nenvironment: {B: b}\n")
+    site = load_config(ClusterConfig, tmp_path / "part.yaml", [])
+    assert (site.partition, site.gpus_per_node, site.environment) == ("big", 8, {"A": "a", "B": "b"})
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        (
+            "b/ground.yaml",
+            "base: ../a/top.yaml",
+            ["b/ground.yaml: base='../a/top.yaml' closes a circle", "a/top"],
+        ),
+        ("b/ground.yaml", "base: ground.yaml", ["b/ground.yaml: base='ground.yaml' closes a circle"]),
+        ("b/middle.yaml", "base: no.yaml", ["b/no.yaml (the base of ", "b/middle.yaml): No such file"]),
+        (
+            "b/middle.yaml",
+            "base: [ground.yaml]",
+            ["b/middle.yaml: base=['ground.yaml'] is not the path of one"],
+        ),
+        ("b/middle.yaml", "[1, 2]", ["b/middle.yaml (the base of ", "a/top.yaml) is not a mapping"]),
+        (
+            "b/ground.yaml",
+            "train: {stepz: 1}",
+            ["a/top.yaml, based on ", "ground.yaml: unknown key train.stepz"],
+        ),
+    ],
+)
+def test_a_base_that_is_none_is_refused(file: str, text: str, words: list[str], tmp_path: Path) -> None:
+    top = write_chain(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(PretrainConfig, top, [])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_base_is_no_override(minimal: Path) -> None:
+    with pytest.raises(UserError, match=r"'base=x\.yaml': base stands in the config file"):
+        load_config(PretrainConfig, minimal, ["base=x.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "lines"),
+    [
+        ("encoder: a\nlearning_rate: 1.0e-4\n", "", ["learning_rate is now optimizer.learning_rate"]),
+        ("encoder: a\n", "batch=8", ["batch is now train.global_batch"]),
+        (
+            "train: a.jsonl\ntest: b.jsonl\nseeds: [1]\n",
+            "train.epochs=3",
+            ["train is now data.train", "test is now data.test", "seeds is now train.seeds"],
+        ),
+        ("data: {test: b}\n", "train=a.jsonl", ["train is now data.train"]),
+    ],
+)
+def test_a_former_key_is_refused_with_the_present_one(
+    text: str, override: str, lines: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(FinetuneConfig, path, [override] if override else [])
+    assert str(refused.value).splitlines() == [f"{path}: {line}" for line in lines]
+
+
+def test_every_former_key_has_a_present_one() -> None:
+    present = {name for name, _ in describe_fields(FinetuneConfig)}
+    assert set(FinetuneConfig.former_keys.values()) == present - {"encoder", "output"}
+
+
+def test_the_former_folder_of_prep_s_configs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"configs/data is now configs/prep: take configs/prep/english\.yaml"):
+        load_config(PrepConfig, "configs/data/english.yaml", [])
+    (tmp_path / "configs/data").mkdir(parents=True)  # a person's own folder is as good as any
+    (tmp_path / "configs/data/mine.yaml").write_text("input: [a.txt]\noutput: out\n")
+    assert load_config(PrepConfig, "configs/data/mine.yaml", []).output == "out"
+
+
+@pytest.mark.parametrize(("given", "slurm", "here"), [("null", 2, 0), ("5", 5, 5), ("0", 0, 0)])
+def test_restarts_in_a_row(given: str, slurm: int, here: int, minimal: Path) -> None:
+    launch = load_config(PretrainConfig, minimal, [f"launch.restarts_without_progress={given}"]).launch
+    assert (launch.restarts_in_a_row(slurm=True), launch.restarts_in_a_row(slurm=False)) == (slurm, here)
 
 
 def test_a_preset_has_its_own_defaults(minimal: Path) -> None:

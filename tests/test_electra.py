@@ -10,7 +10,7 @@ import transformers
 from dist import run_ranks
 from torch import Tensor, nn
 
-from bertscale.config import ModelConfig
+from bertscale.config import ModelConfig, padded_vocab_size
 from bertscale.electra import CLASSES, electra_config, to_electra
 from bertscale.layers import Layers
 from bertscale.micro_batch import MicroBatch
@@ -18,7 +18,6 @@ from bertscale.model import (
     PretrainingModel,
     initial_value,
     model_flops_per_token,
-    padded_vocab_size,
     replace,
 )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bertscale.checkpoint import open_checkpoint, write_whole
 from bertscale.cli import main
-from bertscale.config import FinetuneConfig, ModelConfig, UserError
+from bertscale.config import FinetuneConfig, ModelConfig, UserError, load_config
 from bertscale.finetune import encoder_tensors, finetune, fingerprint, load_classifier, make_model
 from bertscale.model import PretrainingModel, initial_value
 from bertscale.tasks import encode, find_classes, read_examples, score, training_batches
@@ -104,18 +104,18 @@ def write_encoder(folder: Path, tokenizer: Tokenizer, seed: int = 7, shape: Mode
     write_whole(folder, table, tensors.items(), tokenizer.path)
 
 
-def configure(world: Path, output: Path, **changes: Any) -> FinetuneConfig:
-    settings: dict[str, Any] = {
+def configure(world: Path, output: Path, *overrides: str) -> FinetuneConfig:
+    values = {
         "encoder": str(world / "encoder"),
-        "train": str(world / "train.jsonl"),
-        "test": str(world / "test.jsonl"),
         "output": str(output),
-        "max_length": 32,
-        "epochs": 1,
-        "batch": 16,
-        "learning_rate": 1e-2,
+        "data": {split: str(world / f"{split}.jsonl") for split in ("train", "test")},
+        "samples": {"max_length": 32},
+        "optimizer": {"learning_rate": 1e-2},
+        "train": {"epochs": 1, "global_batch": 16},
     }
-    return FinetuneConfig(**(settings | changes))
+    path = world / "finetune.yaml"
+    path.write_text(json.dumps(values))
+    return load_config(FinetuneConfig, path, list(overrides))
 
 
 def without_time(result: Row) -> Row:
@@ -127,7 +127,7 @@ def without_time(result: Row) -> Row:
 
 def test_it_learns_and_writes_what_it_says(world: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "output"
-    result = finetune(configure(world, output, epochs=15))
+    result = finetune(configure(world, output, "train.epochs=15"))
     assert result["pretrained"]["accuracy"] > 0.9
     assert result["classes"] == ["fruit", "metal", "river"]
     assert (result["train_examples"], result["test_examples"]) == (96, 60)
@@ -165,8 +165,8 @@ def test_every_preset_learns(world: Path, tmp_path: Path, preset: str, pooling: 
     shape = ModelConfig.model_validate({**sizes, "preset": preset, "initializer_range": 0.1})
     write_encoder(tmp_path / "encoder", load_tokenizer(world / "tokenizer.model"), shape=shape)
     output = tmp_path / "output"
-    changes = {"encoder": str(tmp_path / "encoder"), "pooling": pooling, "epochs": 15}
-    result = finetune(configure(world, output, **changes))
+    changes = [f"encoder={tmp_path}/encoder", f"model.pooling={pooling}", "train.epochs=15"]
+    result = finetune(configure(world, output, *changes))
     assert result["pretrained"]["accuracy"] > 0.8
     test = rows(60, seed=2)
     predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
@@ -176,7 +176,11 @@ def test_every_preset_learns(world: Path, tmp_path: Path, preset: str, pooling: 
 
 def test_it_starts_from_the_encoder_and_repeats_itself(world: Path, tmp_path: Path) -> None:
     results = [
-        finetune(configure(world, tmp_path / name, seeds=[3, 4], epochs=6, compare_random=True))
+        finetune(
+            configure(
+                world, tmp_path / name, "train.seeds=[3, 4]", "train.epochs=6", "train.compare_random=true"
+            )
+        )
         for name in "ab"
     ]
     assert without_time(results[0]) == without_time(results[1])
@@ -186,7 +190,7 @@ def test_it_starts_from_the_encoder_and_repeats_itself(world: Path, tmp_path: Pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
     # Steps too small to move it leave the encoder's own weights.
-    finetune(configure(world, tmp_path / "c", learning_rate=1e-12))
+    finetune(configure(world, tmp_path / "c", "optimizer.learning_rate=1.0e-12"))
     still = load_file(tmp_path / "c" / "model" / "model.safetensors")
     encoder = open_checkpoint(world / "encoder")
     for name in ("encoder.layers.1.attention.query_key_value.weight", "encoder.pooler.weight"):
@@ -196,7 +200,7 @@ def test_it_starts_from_the_encoder_and_repeats_itself(world: Path, tmp_path: Pa
 def test_compared_with_random_weights(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = finetune(configure(world, tmp_path, seeds=[0, 1, 2], compare_random=True))
+    result = finetune(configure(world, tmp_path, "train.seeds=[0, 1, 2]", "train.compare_random=true"))
     for start in ("pretrained", "random"):
         runs = result[start]["per_seed"]
         assert [run["seed"] for run in runs] == [0, 1, 2]
@@ -212,14 +216,21 @@ def test_compared_with_random_weights(
 
 def test_random_weights_have_their_own_learning_rate(world: Path, tmp_path: Path) -> None:
     still = finetune(
-        configure(world, tmp_path, compare_random=True, random_learning_rate=1e-12, epochs=12, dropout=0.0)
+        configure(
+            world,
+            tmp_path,
+            "train.compare_random=true",
+            "optimizer.random_learning_rate=1.0e-12",
+            "train.epochs=12",
+            "model.hidden_dropout_prob=0.0",
+        )
     )
     assert still["random"]["accuracy"] < 0.6 < still["pretrained"]["accuracy"]
 
 
 def test_random_start_has_nothing_of_the_encoder(world: Path, tmp_path: Path) -> None:
     weights = open_checkpoint(world / "encoder")
-    config = configure(world, tmp_path, dropout=0.25)
+    config = configure(world, tmp_path, "model.hidden_dropout_prob=0.25")
     model = make_model(config, weights, classes=3, seed=0)
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
     own = dict(model.named_parameters())
@@ -247,7 +258,7 @@ def test_a_finished_output_is_used_again(
     assert "already" not in capsys.readouterr().out
     assert "changed" not in (tmp_path / "predictions.jsonl").read_text()
 
-    finetune(configure(world, tmp_path, batch=32))
+    finetune(configure(world, tmp_path, "train.global_batch=32"))
     assert "already" not in capsys.readouterr().out
 
 
@@ -257,13 +268,13 @@ def test_another_encoder_or_other_examples_are_another_task(world: Path, tmp_pat
     write_encoder(tmp_path / "other", tokenizer, seed=8)
     changed = write_rows(tmp_path / "train.jsonl", rows(97, seed=1))
 
-    def made_of(encoder: Path, **changes: str) -> dict[str, str]:
-        return fingerprint(configure(world, tmp_path / "output", **changes), open_checkpoint(encoder))
+    def made_of(encoder: Path, *changes: str) -> dict[str, str]:
+        return fingerprint(configure(world, tmp_path / "output", *changes), open_checkpoint(encoder))
 
     before = made_of(world / "encoder")
     assert made_of(tmp_path / "same") == before
     assert made_of(tmp_path / "other") != before
-    assert made_of(tmp_path / "same", train=str(changed)) != before
+    assert made_of(tmp_path / "same", f"data.train={changed}") != before
 
 
 # ----------------------------------------------------------------------------------------- bad input
@@ -317,30 +328,32 @@ def test_classes(tmp_path: Path) -> None:
 
 def test_an_encoder_that_does_not_fit(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no checkpoint"):
-        finetune(configure(world, tmp_path, encoder=str(tmp_path / "none")))
-    with pytest.raises(UserError, match=r"max_length=33 is longer than .*: 32 tokens"):
-        finetune(configure(world, tmp_path, max_length=33))
+        finetune(configure(world, tmp_path, f"encoder={tmp_path}/none"))
+    with pytest.raises(UserError, match=r"samples\.max_length=33 is longer than .*: 32 tokens"):
+        finetune(configure(world, tmp_path, "samples.max_length=33"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot make the folder"):
         finetune(configure(world, tmp_path / "file"))
 
 
 def test_a_loss_that_is_not_finite_is_said(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss is nan at step \d+ .*take a lower learning_rate"):
-        finetune(configure(world, tmp_path, learning_rate=1e30, epochs=4))
+    with pytest.raises(
+        UserError, match=r"the loss is nan at step \d+ .*take a lower optimizer\.learning_rate"
+    ):
+        finetune(configure(world, tmp_path, "optimizer.learning_rate=1.0e+30", "train.epochs=4"))
     assert not (tmp_path / "result.json").exists()
 
 
 def test_command(world: Path, tmp_path: Path, bertscale: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("max_length: 32\nepochs: 1\n")
-    paths = [f"{key}={world / key}.jsonl" for key in ("train", "test")]
+    config.write_text("samples: {max_length: 32}\ntrain: {epochs: 1}\n")
+    paths = [f"data.{key}={world / key}.jsonl" for key in ("train", "test")]
     done = bertscale("finetune", str(config), *paths, f"encoder={world}/encoder", f"output={tmp_path}/output")
     assert done.returncode == 0, done.stderr
     assert "pretrained" in done.stdout
     assert done.stderr == ""
     write_rows(tmp_path / "bad.jsonl", [*rows(3, seed=1), {"text": "a", "label": "new"}])
-    paths[1] = f"test={tmp_path / 'bad.jsonl'}"
+    paths[1] = f"data.test={tmp_path / 'bad.jsonl'}"
     assert (
         main(["finetune", str(config), *paths, f"encoder={world}/encoder", f"output={tmp_path}/output"]) == 2
     )

@@ -43,7 +43,7 @@ ROWS = (
     ("step",),
     ("bench", "convert", "finetune", "pretrain", "tasks", "trials"),
     ("quickstart",),
-    ("cli", "console"),
+    ("cli", "console", "start"),
     ("__main__",),
 )
 ROW_OF = {f"bertscale.{name}": row for row, names in enumerate(ROWS) for name in names}

@@ -1,4 +1,4 @@
-"""`bertscale prep --inspect` tells what a prepared folder holds, and refuses a damaged one."""
+"""`bertscale inspect` tells what a prepared folder holds, and refuses a damaged one."""
 
 from __future__ import annotations
 
@@ -97,8 +97,13 @@ def test_damage_is_found(tiny_data: Path, tmp_path: Path) -> None:
 def test_the_command(
     tiny_data: Path, bertscale: Callable[..., CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = bertscale("prep", "--inspect", str(tiny_data))
+    done = bertscale("inspect", str(tiny_data))
     assert done.returncode == 0, done.stderr
     assert "train documents, lengths in tokens" in done.stdout
-    assert cli.main(["prep", "--inspect", "nothing-here"]) == 2
+    assert cli.main(["inspect", "nothing-here"]) == 2
     assert "there is no data folder nothing-here" in capsys.readouterr().err
+    for former in (["--inspect", str(tiny_data)], ["config.yaml", f"--inspect={tiny_data}"]):
+        assert cli.main(["prep", *former]) == 2
+        assert capsys.readouterr().err == (
+            "bertscale prep: error: --inspect is now a command of its own: bertscale inspect FOLDER\n"
+        )

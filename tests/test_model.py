@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertscale.config import ModelConfig
+from bertscale.config import ModelConfig, padded_vocab_size
 from bertscale.kernels import Packing, _attend_padded, attend, rotate, rotation
 from bertscale.micro_batch import MicroBatch
 from bertscale.model import (
@@ -19,8 +19,9 @@ from bertscale.model import (
     PretrainingModel,
     attended_pairs,
     initial_value,
+    join_fused,
     model_flops_per_token,
-    padded_vocab_size,
+    split_fused,
 )
 from bertscale.names import from_hugging_face, hugging_face_config, hugging_face_names, model_of
 
@@ -348,3 +349,26 @@ def test_flops_of_modern_are_six_for_each_weight_and_count_the_window() -> None:
     pairs = (model_flops_per_token(base, 50432, 1024, 0) - 6 * matrices) / 12 / 768
     assert pairs == pytest.approx(8 * 1024 + 14 * 129)
     assert attended_pairs(1024, 64) / 1024 == pytest.approx(129 - 64 * 65 / 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "first"),
+    [
+        ("encoder.layers.0.attention.query_key_value.weight", 18, [0, 1, 6, 7, 12, 13]),  # queries of 3 heads
+        (
+            "encoder.layers.0.feed_forward.intermediate.weight",
+            18,
+            [0, 1, 2, 6, 7, 8, 12, 13, 14],
+        ),  # inputs of 3 groups
+        ("generator.layers.0.attention.query_key_value.weight", 6, [0, 1]),  # of its one head
+        ("encoder.layers.0.attention.dense.weight", 6, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_fused_matrices_are_split_and_joined(name: str, rows: int, first: list[int]) -> None:
+    config = ModelConfig(
+        preset="modern", hidden_size=6, num_attention_heads=3, intermediate_size=9, generator_size=1 / 3
+    )
+    value = torch.arange(rows)[:, None].expand(-1, 2)
+    parts = split_fused(name, value, config)
+    assert parts[0, :, 0].tolist() == first
+    torch.testing.assert_close(join_fused(name, parts, config), value)

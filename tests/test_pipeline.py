@@ -36,12 +36,10 @@ def write_configs(folder: Path) -> Path:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     finetune = {
         "encoder": str(folder / "hf"),
-        "train": str(folder / "train.jsonl"),
-        "test": str(folder / "test.jsonl"),
         "output": str(folder / "classifier"),
-        "max_length": 48,
-        "epochs": 2,
-        "batch": 4,
+        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "test")},
+        "samples": {"max_length": 48},
+        "train": {"epochs": 2, "global_batch": 4},
     }
     cluster = {
         "tasks_per_node": 2,

@@ -17,10 +17,9 @@ import yaml
 from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
-from bertscale import decoder
 from bertscale.config import ModelConfig, PipelineStage, PretrainConfig, UserError
 from bertscale.model import PretrainingModel
-from launcher import memory, slurm
+from launcher import slurm
 from launcher.freeze import freeze
 from launcher.links import links_of
 from launcher.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit
@@ -391,8 +390,7 @@ def finetune_values(folder: Path, keep: bool = False) -> dict[str, Any]:
         (folder / "hf/config.json").write_text("{}")
     return {
         "encoder": str(folder / "hf"),
-        "train": str(folder / "train.jsonl"),
-        "test": str(folder / "test.jsonl"),
+        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "test")},
         "output": str(folder / "classifier"),
     }
 
@@ -407,13 +405,13 @@ def test_inputs_of_the_other_stages(site: Slurm, desk: Desk) -> None:
     report = desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2})
     assert report.problems == [
         f"encoder={folder}/hf holds neither a finished checkpoint nor a Hugging Face folder",
-        f"train={folder}/train.jsonl: its first line has no field 'label'; each line is an object with the "
-        "fields text_field=text and label_field=label",
-        f"test={folder}/test.jsonl: cannot be read here: No such file or directory",
+        f"data.train={folder}/train.jsonl: its first line has no field 'label'; each line is an object with "
+        "the fields data.text_field=text and data.label_field=label",
+        f"data.test={folder}/test.jsonl: cannot be read here: No such file or directory",
     ]
     (folder / "hf/config.json").write_text('{"max_position_embeddings": 100}')
     write(folder / "finetune.yaml", finetune_values(folder, keep=True))
-    too_long = f"max_length=128 is longer than the encoder {folder}/hf takes: 100 tokens"
+    too_long = f"samples.max_length=128 is longer than the encoder {folder}/hf takes: 100 tokens"
     assert desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2}).problems == [
         f"{too_long} (its max_position_embeddings)"
     ]
@@ -440,7 +438,7 @@ def test_what_earlier_links_make_need_not_be_there(site: Slurm, desk: Desk) -> N
         "train_tokenizer": {"vocab_size": 400_000, "sample_documents": 5},
     }
     desk.report(GPU)
-    values_of_it = {**finetune_values(folder), "encoder": str(folder / "new"), "max_length": 48}
+    values_of_it = {**finetune_values(folder), "encoder": str(folder / "new"), "samples": {"max_length": 48}}
     finetune = write(folder / "finetune.yaml", values_of_it)
     stages = [
         PipelineStage(prep=write(folder / "prep.yaml", values), array=2),
@@ -451,9 +449,9 @@ def test_what_earlier_links_make_need_not_be_there(site: Slurm, desk: Desk) -> N
     report = desk.check(stages, GPU)
     assert report.problems == []
     assert [line.partition(":")[0] for line in report.facts] == ["night-prep-tokenizer", "night-pretrain"]
-    stages[3] = PipelineStage(finetune=finetune, set=["max_length=49"])
+    stages[3] = PipelineStage(finetune=finetune, set=["samples.max_length=49"])
     (line,) = desk.check(stages, GPU).problems  # known before there is an encoder
-    told = f"max_length=49 is longer than the encoder {folder}/new takes: 48 tokens"
+    told = f"samples.max_length=49 is longer than the encoder {folder}/new takes: 48 tokens"
     assert line == f"night-finetune: {told} (its max_position_embeddings)"
     stages[3] = PipelineStage(finetune=finetune)
     # Alone, each of them lacks what it needs.
@@ -537,10 +535,6 @@ def large(**parallel: int) -> PretrainConfig:
         "num_hidden_layers": 24,
     }
     return config.model_copy(update={"model": config.model.model_copy(update=sizes)})
-
-
-def test_positions_at_a_time_are_those_of_the_projection() -> None:
-    assert (memory.POSITIONS, memory.GPU_POSITIONS) == (decoder.POSITIONS, decoder.GPU_POSITIONS)
 
 
 def test_zero_stages_share_what_they_say() -> None:

@@ -15,7 +15,7 @@ import yaml
 from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
-from bertscale.config import PipelineStage, PrepConfig, PretrainConfig, UserError
+from bertscale.config import FinetuneConfig, PipelineStage, PrepConfig, PretrainConfig, UserError
 from bertscale.run_folder import read_events
 from launcher import freeze as freezing
 from launcher.freeze import about_now, config_text, freeze
@@ -79,7 +79,7 @@ def test_a_pretraining_takes_the_nodes_and_the_site(tmp_path: Path) -> None:
 
 
 def test_other_stages_are_one_task_with_all_cores_and_one_gpu_at_most(tmp_path: Path) -> None:
-    finetune = {"encoder": "hf", "train": "train.jsonl", "test": "test.jsonl", "output": "out"}
+    finetune = {"encoder": "hf", "data": {"train": "train.jsonl", "test": "test.jsonl"}, "output": "out"}
     stages = [
         PipelineStage(prep=write(tmp_path / "prep.yaml", prep_values(tmp_path))),
         PipelineStage(convert=["run", "hf"]),
@@ -91,6 +91,9 @@ def test_other_stages_are_one_task_with_all_cores_and_one_gpu_at_most(tmp_path: 
     shapes = [(s.ranks, s.cpus_per_task, s.gpus_per_node) for s in (link.spec for link in links)]
     assert shapes == [(1, 24, 0), (1, 24, 0), (1, 6, 1)]
     assert [link.spec.name for link in links] == ["chain-prep", "chain-convert", "chain-finetune"]
+    config = links[2].config
+    assert isinstance(config, FinetuneConfig)
+    assert (config.encoder, config.data.test) == (os.path.abspath("hf"), os.path.abspath("test.jsonl"))
     assert all(link.spec.start_seconds == 0 for link in links)  # no steps to wait for
 
 
@@ -148,7 +151,7 @@ def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
     assert text.count(f"{site}: unknown key partitions; did you mean partition?") == 1
     assert f"{prep}: input is missing" in text
     assert "workers=-1" in text
-    assert "unknown key epoch; did you mean epochs?" in text
+    assert "unknown key epoch; did you mean train.epochs?" in text
     assert "cannot read the config no.yaml" in text
 
 
@@ -291,6 +294,28 @@ def test_help_and_mistakes_of_the_command_line(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["pretrain", "a.yaml", "--cluster", "b.yaml", "--nodes", "0"])
     assert "'0' is not a number of at least 1" in capsys.readouterr().err
+
+
+def test_every_stage_takes_a_cluster_file(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    for stage in ("prep", "pretrain", "convert", "finetune", "pipeline"):
+        with pytest.raises(SystemExit):
+            main([stage, "--help"])
+        assert "--cluster FILE" in capsys.readouterr().out
+    stages = [{"convert": ["a", "b"]}, {"convert": ["b", "c"], "cluster": "own.yaml"}]
+    asked: list[list[str | None]] = []
+
+    def links_of(stages: Any, cluster: str, chain: str) -> tuple[list[Link], list[str]]:
+        asked.append([chain, *(stage.cluster or cluster for stage in stages)])
+        return [], ["enough"]
+
+    monkeypatch.setattr("launcher.submit.links_of", links_of)
+    monkeypatch.setattr("launcher.submit.submit", lambda *_, **__: 0)
+    chain = write(tmp_path / "chain.yaml", {"name": "two", "cluster": "theirs.yaml", "stages": stages})
+    assert main(["pipeline", chain]) == 0
+    assert main(["pipeline", chain, "--cluster", "site: 1.yaml"]) == 0
+    nameless = write(tmp_path / "nameless.yaml", {"name": "two", "stages": stages})
+    assert main(["pipeline", nameless, "--cluster", "site.yaml"]) == 0
+    assert asked == [["two", site, "own.yaml"] for site in ("theirs.yaml", "site: 1.yaml", "site.yaml")]
 
 
 def test_help_loads_neither_torch_nor_pyarrow(bertscale: Any) -> None:

@@ -4,8 +4,15 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 """
 
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
-from bertscale.config.finetune import FinetuneConfig
-from bertscale.config.model import MODERN_KEYS, PRESET_DEFAULTS, ModelConfig
+from bertscale.config.finetune import ExamplesConfig, FinetuneConfig
+from bertscale.config.model import (
+    GPU_POSITIONS,
+    MODERN_KEYS,
+    POSITIONS,
+    PRESET_DEFAULTS,
+    ModelConfig,
+    padded_vocab_size,
+)
 from bertscale.config.prep import LANGUAGES, SCRIPTS, PrepConfig, TokenizerTraining, check_language
 from bertscale.config.pretrain import (
     PAIRS,
@@ -22,14 +29,17 @@ from bertscale.config.section import Config, Section, check_config, describe_fie
 from bertscale.errors import UserError
 
 __all__ = [
+    "GPU_POSITIONS",
     "LANGUAGES",
     "MODERN_KEYS",
     "PAIRS",
+    "POSITIONS",
     "PRESET_DEFAULTS",
     "SCRIPTS",
     "ClusterConfig",
     "Config",
     "Corpus",
+    "ExamplesConfig",
     "FinetuneConfig",
     "LaunchConfig",
     "ModelConfig",
@@ -49,4 +59,5 @@ __all__ = [
     "check_language",
     "describe_fields",
     "load_config",
+    "padded_vocab_size",
 ]

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from bertscale.config.section import Section
+from bertscale.errors import UserError
 
 
-class FinetuneConfig(Section):
-    """An encoder and labelled text -> a classifier."""
+class ExamplesConfig(Section):
+    """The labelled text."""
 
-    encoder: str = Field(description="Checkpoint folder, run folder or Hugging Face folder.")
     train: str = Field(description="Training examples, jsonl with a text and a label field.")
     test: str = Field(description="Held-out examples, same form.")
-    output: str = Field(description="Folder for the classifier, its metrics and predictions.")
     text_field: str = Field("text", description="Name of the text field.")
     label_field: str = Field("label", description="Name of the label field.")
+
+
+class EncodingConfig(Section):
+    """How samples are made of examples."""
+
     max_length: int = Field(128, ge=8, description="Longest example in tokens; longer ones are cut.")
-    epochs: int = Field(10, ge=1, description="Passes over the training examples.")
-    batch: int = Field(32, ge=1, description="Examples in one step.")
-    learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate.")
-    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+
+
+class ClassifierConfig(Section):
+    """What of the encoder is trained, and what a sample is to the classifier."""
+
     pooling: Literal["first", "mean"] = Field(
         "first", description="A sample's vector: the pooled first token, as BERT, or the mean of all tokens."
     )
     freeze_encoder: bool = Field(
         False, description="Trains the classifier alone, on the encoder's features as they are."
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of hidden states while fine-tuning.")
+    hidden_dropout_prob: float = Field(
+        0.1, ge=0, lt=1, description="Dropout of hidden states while fine-tuning; attention has none."
+    )
+
+
+class FinetuneOptimizer(Section):
+    """AdamW, and the course of its learning rate: a line up, a line down."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate, reached after warm-up.")
+    random_learning_rate: float | None = Field(
+        None, gt=0, description="Highest learning rate from random weights; without it the same."
+    )
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+
+
+class FinetuneTraining(Section):
+    """Length of a run, and how many of them."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training examples.")
+    global_batch: int = Field(32, ge=1, description="Examples in one optimizer step.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each; mean and spread are reported.")
     compare_random: bool = Field(
         False, description="Also trains the same encoder from random weights, side by side."
-    )
-    random_learning_rate: float | None = Field(
-        None, gt=0, description="Highest learning rate from random weights; without it the same."
     )
 
     @field_validator("seeds")
@@ -45,3 +66,44 @@ class FinetuneConfig(Section):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{seeds} names a seed twice, which would feign a small spread")
         return seeds
+
+
+class FinetuneConfig(Section):
+    """An encoder and labelled text -> a classifier."""
+
+    former_keys: ClassVar[dict[str, str]] = {
+        "train": "data.train",
+        "test": "data.test",
+        "text_field": "data.text_field",
+        "label_field": "data.label_field",
+        "max_length": "samples.max_length",
+        "pooling": "model.pooling",
+        "freeze_encoder": "model.freeze_encoder",
+        "dropout": "model.hidden_dropout_prob",
+        "learning_rate": "optimizer.learning_rate",
+        "random_learning_rate": "optimizer.random_learning_rate",
+        "warmup_fraction": "optimizer.warmup_fraction",
+        "weight_decay": "optimizer.weight_decay",
+        "epochs": "train.epochs",
+        "batch": "train.global_batch",
+        "seeds": "train.seeds",
+        "compare_random": "train.compare_random",
+    }
+
+    encoder: str = Field(description="Checkpoint folder, run folder or Hugging Face folder.")
+    output: str = Field(description="Folder for the classifier, its metrics and predictions.")
+    data: ExamplesConfig = Field(description="The labelled text.")
+    samples: EncodingConfig = Field(default_factory=lambda: EncodingConfig(), description="The samples.")
+    model: ClassifierConfig = Field(default_factory=lambda: ClassifierConfig(), description="The classifier.")
+    optimizer: FinetuneOptimizer = Field(
+        default_factory=lambda: FinetuneOptimizer(), description="The optimizer and its learning rate."
+    )
+    train: FinetuneTraining = Field(default_factory=lambda: FinetuneTraining(), description="The runs.")
+
+    def check_length(self, longest: int) -> None:
+        """Raises UserError where examples are longer than the `longest` tokens that the encoder takes."""
+        if self.samples.max_length > longest:
+            raise UserError(
+                f"samples.max_length={self.samples.max_length} is longer than the encoder {self.encoder} "
+                f"takes: {longest} tokens (its max_position_embeddings)"
+            )

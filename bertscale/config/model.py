@@ -1,12 +1,44 @@
-"""The shape of the encoder."""
+"""The shape of the encoder.
+
+What a preset is, its five properties tell, in one table, `ARCHITECTURES`: code asks for these, not for the
+preset's name, except where one class of transformers or one paper's recipe is meant.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from bertscale.config.section import Section
+
+POSITIONS = 1024  # whose logits exist at a time: enough for the matrix products to be at their fastest
+GPU_POSITIONS = 4096  # likewise on a GPU
+VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the word embedding; the rows past `vocab_size` are never predicted nor exported."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class Architecture(NamedTuple):
+    """What tells one preset from another; the properties of `ModelConfig` say what each means."""
+
+    pre_norm: bool
+    embedding_norm: bool
+    biases: bool
+    rotary: bool
+    gated: bool
+
+
+ARCHITECTURES = {
+    "bert": Architecture(pre_norm=False, embedding_norm=True, biases=True, rotary=False, gated=False),
+    "megatron-bert": Architecture(
+        pre_norm=True, embedding_norm=False, biases=True, rotary=False, gated=False
+    ),
+    "modern": Architecture(pre_norm=True, embedding_norm=True, biases=False, rotary=True, gated=True),
+}
 
 
 class ModelConfig(Section):
@@ -78,20 +110,19 @@ class ModelConfig(Section):
                 f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        modern = self.preset == "modern"
-        for key in ("type_vocab_size",) if modern else MODERN_KEYS:
+        for key in ("type_vocab_size",) if self.rotary else MODERN_KEYS:
             value, default = getattr(self, key), type(self).model_fields[key].default
             if value != default:
-                home = "bert and megatron-bert" if modern else "modern"
+                home = "bert and megatron-bert" if self.rotary else "modern"
                 raise ValueError(
                     f"{key}={value} is a key of preset {home}; preset {self.preset} has no use for it"
                 )
-        if modern and (size := self.hidden_size // self.num_attention_heads) % 2:
+        if self.rotary and (size := self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
                 f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} is a "
                 f"head of odd size, {size}; rotary positions take features in pairs"
             )
-        if modern and self.local_attention % 2:
+        if self.rotary and self.local_attention % 2:
             raise ValueError(f"local_attention={self.local_attention} is odd: half of it lies to each side")
         if self.generator_size is not None:
             heads, inside = self.num_attention_heads, self.intermediate_size
@@ -104,6 +135,32 @@ class ModelConfig(Section):
                     f"{', '.join(f'{n / heads:.4g}' for n in fit)}"
                 )
         return self
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether norms come before each part of a layer and after the last layer; else after each part."""
+        return ARCHITECTURES[self.preset].pre_norm
+
+    @property
+    def embedding_norm(self) -> bool:
+        """Whether the embeddings have a norm of their own."""
+        return ARCHITECTURES[self.preset].embedding_norm
+
+    @property
+    def biases(self) -> bool:
+        """Whether matrices and norms have biases; the decoder and the poolers always have one."""
+        return ARCHITECTURES[self.preset].biases
+
+    @property
+    def rotary(self) -> bool:
+        """Whether attention turns queries and keys by their positions, in some layers within a window; else
+        positions and token types are learnt embeddings."""
+        return ARCHITECTURES[self.preset].rotary
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward part is gated (GeGLU), with dropout inside of it and not behind it."""
+        return ARCHITECTURES[self.preset].gated
 
     @property
     def generator_heads(self) -> int:
@@ -126,7 +183,7 @@ class ModelConfig(Section):
     @property
     def half_window(self) -> int | None:
         """Tokens to each side that a local layer attends to; None: there is no local layer."""
-        local = self.preset == "modern" and self.num_hidden_layers > 1 and self.global_attn_every_n_layers > 1
+        local = self.rotary and self.num_hidden_layers > 1 and self.global_attn_every_n_layers > 1
         return self.local_attention // 2 if local else None
 
     def is_local(self, layer: int) -> bool:

@@ -242,6 +242,12 @@ class LaunchConfig(Section):
         description="Likewise in a row without a new checkpoint; by itself 2 in a Slurm job, else 0.",
     )
 
+    def restarts_in_a_row(self, *, slurm: bool) -> int:
+        """How often all ranks are started anew without a new checkpoint between, in a Slurm job or here."""
+        if self.restarts_without_progress is not None:
+            return self.restarts_without_progress
+        return 2 if slurm else 0
+
 
 class PretrainConfig(Section):
     """Token shards -> checkpoints."""

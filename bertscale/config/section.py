@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,46 +16,55 @@ class Section(BaseModel):
     """A part of a config: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    former_keys: ClassVar[dict[str, str]] = {}  # what a key was called in earlier versions -> what it is now
 
 
 Config = TypeVar("Config", bound=Section)
 
 
 def load_config(section: type[Config], path: str | Path, overrides: list[str]) -> Config:
-    """Reads YAML at `path`, applies `key=value` overrides and checks the whole.
+    """Reads YAML at `path`, upon its `base` if it names one, applies `key=value` overrides, checks the whole.
 
     A value is read as YAML (`train.steps=100`, `input=[a.txt, b.txt]`). Raises UserError that
     names each wrong key and value.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {_reason(error)}") from error
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"the config {path} is not a mapping of keys to values")
+    values, files = _read(Path(path), ())
+    origin = ", based on ".join(map(str, files))
+    _check_former_keys(section, values, origin)  # first, since an override may want a section in the place
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r} is not of the form key=value, such as train.steps=100")
+        if key == "base":
+            raise UserError(f"{override!r}: base stands in the config file, not on the command line")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not YAML") from error
         _set(values, key, value)
-    return check_config(section, values, str(path))
+    return check_config(section, values, origin)
 
 
 def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
     """`values` as a checked `section`; raises UserError, one line for each wrong key."""
+    _check_former_keys(section, values, origin)
     try:
         return section.model_validate(values)
     except ValidationError as error:
         lines = [_explain(section, problem) for problem in error.errors()]
         raise UserError("\n".join(f"{origin}: {line}" for line in lines)) from error
+
+
+def _check_former_keys(section: type[Section], values: Any, origin: str) -> None:
+    """Refuses keys of earlier versions, with the present ones; a section of the same name is none of them."""
+    old = values if isinstance(values, dict) else {}
+    lines = [
+        f"{origin}: {key} is now {now}"
+        for key, now in section.former_keys.items()
+        if key in old and not isinstance(old[key], dict)
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str, str]]:
@@ -70,6 +79,57 @@ def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str,
             default = "required" if field.is_required() else f"default {value}"
             rows.append((f"{prefix}{name}", f"{field.description} ({default})"))
     return rows
+
+
+def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The values of a config file merged into those of its base, and the files they are of.
+
+    `based` are the files that are based on this one, the nearest last.
+    """
+    values = _parse(path, f" (the base of {based[-1]})" if based else "")
+    files = (*based, path)
+    if "base" not in values:
+        return values, files
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise UserError(f"the config {path}: base={base!r} is not the path of one config file")
+    parent = path.parent / base
+    if parent.resolve() in [file.resolve() for file in files]:
+        circle = " -> ".join(map(str, [*files, parent]))
+        raise UserError(f"the config {path}: base={base!r} closes a circle: {circle}; take one base away")
+    below, files = _read(parent, files)
+    return _merged(below, values), files
+
+
+def _parse(path: Path, role: str) -> dict[str, Any]:
+    """What stands in one file; `role` is a word on it for messages."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}{role}: {_reason(error)}{_moved(path)}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"the config {path}{role} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"the config {path}{role} is not a mapping of keys to values")
+    return values
+
+
+def _moved(path: Path) -> str:
+    """Where a config of data preparation is now that was shipped in configs/data."""
+    if path.exists() or path.parts[-3:-1] != ("configs", "data"):
+        return ""
+    return f"; configs/data is now configs/prep: take {path.parent.with_name('prep') / path.name}"
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` upon `below`: mappings key by key, every other value replaces the one below."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:
@@ -99,12 +159,14 @@ def _explain(section: type[Section], problem: Any) -> str:
             here = _inner_section(field.annotation) if field else None
         names = list(here.model_fields) if here else []
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        everywhere = [name for name, _ in describe_fields(section)]
-        deep = [name for name in everywhere if name.split(".")[-1] == location[-1]]
-        if deep:
-            return f"unknown key {key}; did you mean {deep[0]}?"
+        # The last part of each key, wherever it is: of two alike the first.
+        deep = {name.split(".")[-1]: name for name, _ in reversed(describe_fields(section))}
+        if location[-1] in deep:
+            return f"unknown key {key}; did you mean {deep[location[-1]]}?"
         if near:
             return f"unknown key {key}; did you mean {'.'.join([*location[:-1], near[0]])}?"
+        if far := difflib.get_close_matches(location[-1], deep, n=1, cutoff=0.8):
+            return f"unknown key {key}; did you mean {deep[far[0]]}?"
         return f"unknown key {key}; the keys here are {', '.join(names)}"
     if problem["type"] == "missing":
         return f"{key} is missing"
