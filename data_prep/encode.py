@@ -20,7 +20,7 @@ from bertscale.shards import Ids, token_dtype, whole_file, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from data_prep.clean import clean
 from data_prep.plan import Unit
-from data_prep.read import Bad, Cut, Dropped
+from data_prep.readers.read import Bad, Cut, Dropped
 from data_prep.segment import splitter
 from data_prep.shuffle import ROW, Digest, Piece, PieceBuilder, Rows
 from data_prep.train_tokenizer import held_out

@@ -9,7 +9,6 @@ new one.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -27,8 +26,8 @@ from typing import Any
 from bertscale.config import PrepConfig, UserError
 from bertscale.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset, write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
-from data_prep.compressed import COMPRESSIONS
-from data_prep.read import InputFile, Part, Record, cut_into_splits, find_files, read_records
+from data_prep.readers.compressed import COMPRESSIONS
+from data_prep.readers.read import InputFile, Part, Record, cut_into_splits, find_files, read_records
 
 PLAN_VERSION = 2  # raise it when the same settings begin to give other bytes
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -171,7 +170,10 @@ class Plan:
             "version": PLAN_VERSION,
             "settings": settings.model_dump(exclude={"output", "workers", "max_bad_fraction"}),
             "tokenizer": given,
-            "files": [dataclasses.asdict(file) for file in self.files],
+            "files": [
+                {"name": file.name, "size": file.size, "mtime_ns": file.mtime_ns, "named": file.named}
+                for file in self.files
+            ],
         }
         self.digest = _digest(self.content)
 

@@ -44,7 +44,7 @@ from bertscale.tokenizer import (  # fmt: skip
 )
 from data_prep.clean import clean
 from data_prep.plan import Plan, Unit, read_json
-from data_prep.records import Cut
+from data_prep.readers.records import Cut
 from data_prep.segment import splitter
 
 SAMPLE_BYTES = 100_000_000  # of all splits; Unigram takes about twenty times that in memory while it trains

@@ -16,8 +16,8 @@ from difflib import get_close_matches
 from io import BufferedReader
 
 from bertscale.config import UserError
-from data_prep.markdown import MarkdownText
-from data_prep.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
+from data_prep.readers.markdown import MarkdownText
+from data_prep.readers.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
 
 # A .jsonl, .csv or .tsv record is read as a whole. Python needs up to eight times as much memory for it.
 RECORD_BYTES = 16 * 2**20
