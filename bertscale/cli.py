@@ -332,7 +332,7 @@ def quickstart(arguments: list[str]) -> int:
 
 def submit(arguments: list[str]) -> int:
     """bertscale submit STAGE ..."""
-    from launcher.submit import main as submit_stage
+    from launcher.submit.command import main as submit_stage
 
     return submit_stage(arguments)
 

@@ -3,7 +3,7 @@
 python -m launcher.watch JOB_FOLDER -- srun ...    # the last line of a batch script
 
 It leaves nodes out that are down or fail their check, requeues the job when a signal (time limit,
-pre-emption) has stopped it, and ends the chain when it gives up. Exit codes: launcher.supervise.
+pre-emption) has stopped it, and ends the pipeline when it gives up. Exit codes: launcher.supervise.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class Job:
     # ------------------------------------------------------------------------------------- its marks
 
     def finish(self) -> None:
-        """The mark that the next link looks for."""
+        """Writes the marker that the next job looks for."""
         partial = self.done.with_name(f".{self.done.name}")
         partial.write_text(f'{{"job": "{self.name}", "time": {time.time()}}}\n', encoding="utf-8")
         partial.replace(self.done)
@@ -233,7 +233,7 @@ class Job:
         print("done", flush=True)
 
     def give_up(self, code: int, reason: str) -> int:
-        """Says why, cancels the links that wait for this one, and returns `code`."""
+        """Says why, cancels the jobs that wait for this one, and returns `code`."""
         print(f"bertscale: error: {reason}", file=sys.stderr, flush=True)
         self.events.write("gave_up", reason=reason, code=code, checkpoint=newest_step(self.checkpoints))
         for folder in map(Path, self.spec.following):

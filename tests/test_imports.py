@@ -47,6 +47,14 @@ ROWS = (
 )
 ROW_OF = {f"bertscale.{name}": row for row, names in enumerate(ROWS) for name in names}
 
+# The rooms within the other packages, each a folder: a room imports only from those above it in its list. The
+# doors, modules that a person or a script starts, are below them all, and nothing imports them.
+FLOORS = {
+    "data_prep": ("data_prep.readers", "data_prep", "data_prep.demo"),
+    "launcher": ("launcher", "launcher.nodes", "launcher.submit", "launcher.status"),
+}
+DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.watch"}
+
 # What another room may take from bertscale.
 OPEN_TO = {
     "data_prep": {"bertscale.config", "bertscale.progress", "bertscale.shards", "bertscale.tokenizer"},
@@ -104,6 +112,32 @@ def test_bertscale_imports_go_one_way(module: str) -> None:
     assert module in ROW_OF, f"{module} has no place in ROWS"
     for imported in ours(FILES[module]) & ROW_OF.keys():
         assert ROW_OF[imported] <= ROW_OF[module], f"{module} imports {imported}"
+
+
+def room_of(module: str) -> str:
+    """The folder of a module; of a door the module itself."""
+    if module in DOORS or FILES[module].name == "__init__.py":
+        return module
+    return module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[0] in FLOORS])
+def test_arrows_between_rooms_go_one_way(module: str) -> None:
+    package = module.split(".")[0]
+    floors = FLOORS[package]
+    assert room_of(module) in {*floors, *DOORS}, f"{module} is in a room that has no place in FLOORS"
+    for imported in ours(FILES[module]):
+        if imported.split(".")[0] == package:
+            assert imported not in DOORS, f"{module} imports {imported}, which is to be started"
+            above = floors if module in DOORS else floors[: floors.index(room_of(module)) + 1]
+            assert room_of(imported) in above, f"{module} imports {imported}"
+
+
+def test_few_files_side_by_side() -> None:
+    for package in FLOORS:
+        for folder in {path.parent for name, path in FILES.items() if name.split(".")[0] == package}:
+            files = [path for path in folder.glob("*.py") if not path.name.startswith("__")]
+            assert len(files) <= 16, f"{folder}: {len(files)} files"
 
 
 def test_no_circles() -> None:

@@ -13,24 +13,23 @@ from pathlib import Path
 import yaml
 
 from bertscale.errors import UserError
-from launcher import slurm
+from launcher import history, queue_jobs, runs, slurm
 from launcher.events import Events
-from launcher.status import ask, found, history
-from launcher.status.ask import QueueJob
-from launcher.status.found import Place, place_of, read_spec
-from launcher.submit import queue
+from launcher.queue_jobs import QueueJob
+from launcher.runs import Place, place_of, read_spec
+from launcher.submit.command import queue
 
 
 def cancel(place: Place, *, now: bool) -> int:
-    """Ends the run's job and the links after it, each after it has saved unless `now`; returns 0.
+    """Ends the run's job and the jobs after it, each after it has saved unless `now`; returns 0.
 
     Raises UserError for a local run and when Slurm does not answer.
     """
     if place.job is None:
         raise UserError(how_to_stop(place))
-    jobs = ask.own_jobs()
-    # The last link first: none of them may begin because the one before it has ended.
-    following = [Path(folder) for folder in found.look(place, 0.0).following]
+    jobs = queue_jobs.own_jobs()
+    # The last job first: none of them may begin because the one before it has ended.
+    following = [Path(folder) for folder in runs.look(place, 0.0).following]
     others = [folder for folder in reversed(following) if _cancel_one(folder, jobs, now, because=place.shown)]
     stopped = _cancel_one(place.job, jobs, now)
     if not stopped and not others:
@@ -60,7 +59,9 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
             # Not a plain scancel: it kills the ranks 30 s after SIGTERM, and a large save takes longer.
             done = slurm.ask("scancel", "--batch", "--signal=USR1", number, check=False)
             before = "again " if asked_before else ""
-            said = f"on {ask.show_nodes(own[0])} was {before}told to save and end; --now ends it at once"
+            said = (
+                f"on {queue_jobs.show_nodes(own[0])} was {before}told to save and end; --now ends it at once"
+            )
         else:
             done = slurm.ask("scancel", number, check=False)
             said = "was ended" if own else "was taken out of the queue"
@@ -71,15 +72,15 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
 
 
 def resume(place: Place, *, only: bool) -> int:
-    """Queues the run's script again, and unless `only` the links after it; returns 0.
+    """Queues the run's script again, and unless `only` the jobs after it; returns 0.
 
-    Raises UserError while it is queued or running, when a link before it is not done, when Slurm
+    Raises UserError while it is queued or running, when a job before it is not done, when Slurm
     refuses, and for a local run, with the command that goes on.
     """
     if place.job is None:
         print(f"{place.shown} was started by hand; to go on: {local_command(place)}")
         return 0
-    jobs = ask.own_jobs()
+    jobs = queue_jobs.own_jobs()
     active = _active(place.job, jobs)
     if active:
         ending = (place.job / "cancelled").exists() and not active[0].waits
@@ -126,11 +127,11 @@ def _queue_again(job: Path, jobs: list[QueueJob], queued: dict[Path, str]) -> st
 
 
 def _active(job: Path, jobs: list[QueueJob]) -> list[QueueJob]:
-    return ask.jobs_of(job, history.slurm_ids(history.read_history(job / "events.jsonl")), jobs)
+    return queue_jobs.jobs_of(job, history.slurm_ids(history.read_history(job / "events.jsonl")), jobs)
 
 
 def _is_done(job: Path) -> bool:
-    return found.is_done(job, read_spec(job).array)
+    return runs.is_done(job, read_spec(job).array)
 
 
 def _shown(job: Path) -> str:
@@ -149,7 +150,7 @@ def _stage(job: Path) -> str:
 
 def how_to_stop(place: Place) -> str:
     """How to end a run that no Slurm knows of."""
-    process = found.training_process(place.run)
+    process = runs.training_process(place.run)
     if process is None:
         return f"{place.shown} was started by hand and does not train on this machine: nothing to cancel"
     parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]

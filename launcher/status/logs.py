@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.errors import UserError
-from launcher.status import ask, found, history
-from launcher.status.found import Place
-from launcher.status.history import attempt_number, first_failed
+from launcher import history, queue_jobs, runs
+from launcher.history import attempt_number, first_failed
+from launcher.runs import Place
 
 POLL_SECONDS = 0.2  # between two looks into the log
 LOOK_SECONDS = 1.0  # between two looks for another log, or the end
@@ -121,8 +121,8 @@ def ended(place: Place) -> str | None:
     """A sentence when the job's own files say that it is over."""
     if place.job is None:
         return None
-    tasks = spec.array if (spec := found.spec_of(place)) else 0
-    if found.is_done(place.job, tasks):
+    tasks = spec.array if (spec := runs.spec_of(place)) else 0
+    if runs.is_done(place.job, tasks):
         return f"{place.shown} is done"
     turns = [event for event in history.read_history(place.events) if event["event"] in TURNS]
     if turns and turns[-1]["event"] == "gave_up" and not tasks:
@@ -136,9 +136,9 @@ def gone(place: Place) -> str | None:
         return None
     ids = history.slurm_ids(history.read_history(place.events))
     try:
-        if ask.jobs_of(place.job, ids, ask.own_jobs()):
+        if queue_jobs.jobs_of(place.job, ids, queue_jobs.own_jobs()):
             return None
-        job = ask.other_job(ids[-1]) if ids else None  # it may be somebody else's
+        job = queue_jobs.other_job(ids[-1]) if ids else None  # it may be somebody else's
     except UserError:
         return None
     if job and job.active:
@@ -156,7 +156,7 @@ def choose(
 
     Raises UserError for an attempt or rank that does not exist; a `patient` one waits for it instead.
     """
-    root = found.log_folder(place, found.spec_of(place))
+    root = runs.log_folder(place, runs.spec_of(place))
     folders = [
         path for path in history.attempt_folders(root) if task is None or path.name.endswith(f"-{task}")
     ]

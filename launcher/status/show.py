@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 from bertscale.progress import show_count, show_duration
-from launcher.status import ask, history
-from launcher.status.ask import show_time
-from launcher.status.found import Facts, Place
+from launcher import history, queue_jobs
+from launcher.queue_jobs import show_time
+from launcher.runs import Facts, Place
 from launcher.status.state import State
 
 EVENTS_SHOWN = 6
@@ -113,11 +113,11 @@ def row(place: Place, facts: Facts, state: State, now: float) -> list[str]:
         ends = f"in {show_duration(facts.expected_end - now)}"
     note = state.sentence
     if state.job and state.word == "waiting":
-        note = ask.why(state.job)[0]
+        note = queue_jobs.why(state.job)[0]
         if state.job.start and state.job.start > now:
             note += f"; expected to start {show_time(state.job.start, now)}"
     elif state.job and state.word == "running":
-        note = f"on {ask.show_nodes(state.job)}"
+        note = f"on {queue_jobs.show_nodes(state.job)}"
     return [
         place.shown,
         facts.stage,
@@ -165,7 +165,7 @@ def as_values(place: Place, facts: Facts, state: State) -> dict[str, Any]:
         "source": state.source,
         "job": job.id if job else None,
         "reason": job.reason if job else None,
-        "why": ask.why(job)[0] if job and job.waits else None,
+        "why": queue_jobs.why(job)[0] if job and job.waits else None,
         "expected_start": job.start if job and job.waits else None,
         "time_limit": job.end if job and not job.waits else None,
         "next": state.next,

@@ -29,7 +29,7 @@ from bertscale.config import Section, UserError
 from launcher.job import JobSpec, render
 
 PACKAGES = ("bertscale", "data_prep", "launcher")
-SOURCE = Path(__file__).absolute().parents[1]  # the folder that the packages are imported from
+SOURCE = Path(__file__).absolute().parents[2]  # the folder that the packages are imported from
 FROZEN = ("code", "config.yaml", "environment.json", "job.json", "script.sh")
 NO_LONGER_TRUE = ("done*.json", "cancelled")  # of an earlier job of the same folder
 

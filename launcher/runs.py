@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 
 from bertscale.errors import UserError
-from launcher.job import JobSpec, done_marks
-from launcher.status.history import (
+from launcher.history import (
     Attempt,
     attempt_folders,
     changed,
@@ -28,6 +27,7 @@ from launcher.status.history import (
     read_history,
     slurm_ids,
 )
+from launcher.job import JobSpec, done_marks
 
 TAIL_BYTES = 2**18  # of metrics.jsonl: some hundred lines, however long the run
 STEADY_SECONDS = 60.0  # a rate over less than this is a guess
@@ -79,7 +79,7 @@ class Facts:
     checkpoint_time: float | None = None
     expected_end: float | None = None
     process: int | None = None  # that trains in it on this machine
-    following: list[str] = field(default_factory=list)  # job folders of the links after it
+    following: list[str] = field(default_factory=list)  # job folders of the pipeline after it
 
 
 # ----------------------------------------------------------------------------------------- finding
