@@ -172,16 +172,27 @@ def test_libraries_stay_in_their_room() -> None:
             assert allowed is None or module in allowed, f"{module} imports {name}"
 
 
-def test_checks_before_a_start_load_no_torch() -> None:
-    """What is checked before ranks start must not cost the seconds that torch takes."""
-    seen: set[str] = set()
-    todo = {"bertscale.shards", "bertscale.samples", "bertscale.tokenizer", "launcher.ranks"}
+def loaded(*modules: str) -> set[str]:
+    """The libraries and rooms that an import of `modules` loads, as far as our own imports tell."""
+    seen, todo = set[str](), set(modules)
     while todo:
         module = todo.pop()
         seen.add(module)
         if module in FILES:
             todo |= imports(FILES[module], inside_functions=False) - seen
-    assert not {name.split(".")[0] for name in seen} & {"torch", "deepspeed", "megatron", "transformers"}
+    return {name.split(".")[0] for name in seen}
+
+
+def test_checks_before_a_start_load_no_torch() -> None:
+    """What is checked before ranks start must not cost the seconds that torch takes."""
+    libraries = loaded("bertscale.shards", "bertscale.samples", "bertscale.tokenizer", "launcher.ranks")
+    assert not libraries & {"torch", "deepspeed", "megatron", "transformers"}
+
+
+def test_a_batch_host_needs_no_packages() -> None:
+    """The supervisor of a job and the parents of its ranks run on a plain Python."""
+    libraries = loaded("launcher.watch", "launcher.rank", "launcher.nodes.measure")
+    assert libraries <= {*sys.stdlib_module_names, *ROOMS}
 
 
 def declared() -> dict[str, Requirement]:
