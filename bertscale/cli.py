@@ -99,11 +99,13 @@ def prep(arguments: list[str]) -> int:
         "--task-index",
         metavar="I",
         type=int,
-        help="Build only the splits whose number %% N is I; in a Slurm array by itself that of the task.",
+        help="Build only the work units whose number %% N is I; in a Slurm array by default its index.",
     )
-    part.add_argument("--finish", action="store_true", help="Check that every split is built, and finish.")
+    part.add_argument(
+        "--finish", action="store_true", help="Check that every work unit is built, and finish."
+    )
     parser.add_argument(
-        "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by itself its size."
+        "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by default its size."
     )
     options = parser.parse_intermixed_args(arguments)
     if options.inspect:
@@ -156,7 +158,7 @@ def _prep_share(index: int | None, count: int | None) -> tuple[int, int] | None:
         return None
     if index is None or count is None:
         missing = "--task-index" if index is None else "--task-count"
-        raise UserError(f"a share of the splits needs --task-index and --task-count: {missing} is missing")
+        raise UserError(f"one of several tasks needs --task-index and --task-count: {missing} is missing")
     if not 0 <= index < count:
         raise UserError(
             f"{where} is {index} of {count} tasks: they are counted from 0 to {count - 1}, without gaps"

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from bertscale.config import PrepConfig, UserError, check_config
 from data_prep.readers import formats, records
 from data_prep.readers.markdown import MarkdownText
-from data_prep.readers.read import LONGEST, Bad, Cut, Dropped, Part, cut_into_splits, find_files, read_records
+from data_prep.readers.read import LONGEST, Bad, Cut, Dropped, Part, cut_into_units, find_files, read_records
 
 TEXTS = [
     "First one.\nIts second line.",
@@ -44,8 +44,8 @@ def config(**values: Any) -> PrepConfig:
 def read(*names: Path | str, **values: Any) -> list[str | Bad | Dropped]:
     """All records of the input, through every stage."""
     settings = config(**{"split_bytes": 2**27, **values})
-    splits = cut_into_splits(find_files([str(name) for name in names]), settings)
-    return [record for parts in splits for part in parts for record in read_records(part, settings)]
+    units = cut_into_units(find_files([str(name) for name in names]), settings)
+    return [record for parts in units for part in parts for record in read_records(part, settings)]
 
 
 def texts(*names: Path | str, **values: Any) -> list[str]:
@@ -283,9 +283,9 @@ def test_any_cut_gives_every_document_once(
         path = Path(folder, name)
         path.write_bytes(WRITERS[name](documents))
         found = find_files([folder])
-        splits = cut_into_splits(found, config(split_bytes=split_bytes))
+        units = cut_into_units(found, config(split_bytes=split_bytes))
         assert texts(folder, split_bytes=split_bytes) == documents
-        parts = [part for split in splits for part in split]
+        parts = [part for unit in units for part in unit]
         assert (parts[0].start, parts[-1].end) == (0, path.stat().st_size)
         assert all(a.end == b.start for a, b in pairwise(parts))
         if name in ("a.txt", "a.jsonl", "a.tsv", "wiki_00", "wiki.txt"):
@@ -304,29 +304,29 @@ def test_cuts_fall_between_documents(
     (tmp_path / "b.txt").write_bytes(content.encode())
     (tmp_path / "wiki_00").write_bytes(wiki_of(expected))
     settings = config().model_copy(update={"split_bytes": split_bytes})
-    splits = cut_into_splits(find_files([str(tmp_path)]), settings)
-    found = [record for parts in splits for part in parts for record in read_records(part, settings)]
+    units = cut_into_units(find_files([str(tmp_path)]), settings)
+    found = [record for parts in units for part in parts for record in read_records(part, settings)]
     assert [str(record).strip().replace("\n\n", "\n") for record in found] == expected * 3
-    assert all(splits)
+    assert all(units)
     if split_bytes <= 50:
-        assert len(splits) >= 70
+        assert len(units) >= 70
 
 
 def test_row_groups_are_parts(tmp_path: Path) -> None:
     documents = [f"{i} {random.Random(i).randbytes(100).hex()}" for i in range(40)]
     (tmp_path / "a.parquet").write_bytes(parquet_of(documents, group=5))
-    splits = cut_into_splits(find_files([str(tmp_path)]), config(split_bytes=1000))
-    assert 3 <= len(splits) <= 8
+    units = cut_into_units(find_files([str(tmp_path)]), config(split_bytes=1000))
+    assert 3 <= len(units) <= 8
     assert texts(tmp_path, split_bytes=1000) == documents
 
 
-def test_small_files_share_splits(tmp_path: Path) -> None:
+def test_small_files_share_work_units(tmp_path: Path) -> None:
     for i in range(50):
         (tmp_path / f"{i:02d}.md").write_text(f"Document {i} of some words.")
     files = find_files([str(tmp_path)])
-    splits = cut_into_splits(files, config(split_bytes=1000))
-    assert len(splits) == 2
-    assert [part.name for split in splits for part in split] == [file.name for file in files]
+    units = cut_into_units(files, config(split_bytes=1000))
+    assert len(units) == 2
+    assert [part.name for unit in units for part in unit] == [file.name for file in files]
 
 
 def test_long_documents_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +570,7 @@ def test_a_file_is_asked_once_what_it_is(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("data_prep.readers.read._begins_as_wiki", ask)
     settings = config(split_bytes=1000)
-    parts = [part for some in cut_into_splits(find_files([str(tmp_path)]), settings) for part in some]
+    parts = [part for some in cut_into_units(find_files([str(tmp_path)]), settings) for part in some]
     assert len(parts) > 2
     for _ in range(2):
         assert sum(len(list(read_records(part, settings))) for part in parts) == 100
@@ -582,11 +582,11 @@ def test_a_file_is_asked_once_what_it_is(tmp_path: Path, monkeypatch: pytest.Mon
 MEASURE = """
 import gc, resource, sys
 from bertscale.config import PrepConfig
-from data_prep.readers.read import Bad, cut_into_splits, find_files, read_records
+from data_prep.readers.read import Bad, cut_into_units, find_files, read_records
 config = PrepConfig(input=[sys.argv[1]], output="x", documents=sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = bad = size = 0
-for parts in cut_into_splits(find_files(config.input), config):
+for parts in cut_into_units(find_files(config.input), config):
     for part in parts:
         for record in read_records(part, config):
             if isinstance(record, Bad):

@@ -75,7 +75,7 @@ def collect(output: str | Path) -> dict[str, Any]:
         for old in (output / folder).glob("*.jsonl"):
             old.unlink()
 
-    texts, found = _read_all(_sources())
+    texts, docstrings = _read_all(_sources())
     task = make_task([(text.text, text.package, text.module) for text in texts])
     for split, examples in (("train", task.train), ("test", task.test)):
         _write_jsonl(output / "task" / f"{split}.jsonl", examples)
@@ -83,7 +83,7 @@ def collect(output: str | Path) -> dict[str, Any]:
     files = _write_corpus(output / "corpus", corpus)
     summary = {
         "environment": environment,
-        "docstrings_read": found,
+        "docstrings_read": docstrings,
         "documents": len(corpus),
         "text_bytes": sum(len(text.text.encode()) for text in corpus),
         "files": files,
@@ -116,7 +116,7 @@ def _environment() -> str:
 
 
 def _sources() -> list[tuple[str, str, str]]:
-    """(file, package, module) of every source file, sorted by module; the standard library is "python"."""
+    """Lists (file, package, module) of every source file, by module; the standard library is "python"."""
     paths = sysconfig.get_paths()
     roots = {paths["stdlib"]: "python", paths["purelib"]: "", paths["platlib"]: ""}
     sources = []
@@ -135,22 +135,22 @@ def _sources() -> list[tuple[str, str, str]]:
 
 
 def _read_all(sources: list[tuple[str, str, str]]) -> tuple[list[Text], int]:
-    """(the texts, each paragraph where it first stands, in the order of `sources`; docstrings read)."""
-    texts, seen, found = [], set[bytes](), 0
+    """Returns (texts in the order of `sources`, each paragraph where it first stands; docstrings read)."""
+    texts, seen, docstrings = [], set[bytes](), 0
     chunks = [sources[start : start + 64] for start in range(0, len(sources), 64)]
     with (
         Progress("docstrings", len(sources), "files") as progress,
         worker_pool(min(number_of_cores(), 16)) as pool,
     ):
         for chunk, (count, some) in zip(chunks, pool.map(_read_files, chunks), strict=True):
-            found += count
+            docstrings += count
             for text in some:
-                kept = [line for line in text.text.split("\n") if _is_new(line, seen)]
-                new = Text("\n".join(kept), text.package, text.module, text.name)
+                new_lines = [line for line in text.text.split("\n") if _is_new(line, seen)]
+                new = Text("\n".join(new_lines), text.package, text.module, text.name)
                 if _is_document(new.text):
                     texts.append(new)
             progress.advance(len(chunk))
-    return texts, found
+    return texts, docstrings
 
 
 def _is_new(paragraph: str, seen: set[bytes]) -> bool:
@@ -169,20 +169,20 @@ def _is_document(text: str) -> bool:
 
 def _read_files(sources: list[tuple[str, str, str]]) -> tuple[int, list[Text]]:
     gc.disable()  # syntax trees have no cycles; walking them again and again takes a quarter of the time
-    texts, found = [], 0
+    texts, docstrings = [], 0
     for path, package, module in sources:
         for name, docstring in _docstrings(Path(path).read_bytes(), module):
-            found += 1
+            docstrings += 1
             if len(docstring) < SHORTEST:
                 continue
             text = prose(docstring)
             if _is_document(text):
                 texts.append(Text(text, package, module, name))
-    return found, texts
+    return docstrings, texts
 
 
 def _docstrings(source: bytes, module: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of a module and of its classes and functions."""
+    """Yields (dotted name, docstring) of a module and of its classes and functions."""
     if b'"""' not in source and b"'''" not in source:
         return  # parsing is most of the time, and a long docstring is triple-quoted
     try:
@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> int:
         print(f"docstrings: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ndocstrings: stopped; the same command begins anew", file=sys.stderr)
+        print("\ndocstrings: stopped; the same command starts again", file=sys.stderr)
         return 130
     return 0
 

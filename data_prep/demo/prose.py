@@ -71,8 +71,8 @@ _sentence_end = re.compile(r"[.!?][\"')\]]*\Z")
 
 def prose(docstring: str) -> str:
     """The paragraphs of prose in `docstring`, one a line; "" if there are none."""
-    kept = [_plain(paragraph) for paragraph in _paragraphs(inspect.cleandoc(docstring).split("\n"))]
-    return "\n".join(paragraph for paragraph in kept if _is_prose(paragraph))
+    paragraphs = [_plain(paragraph) for paragraph in _paragraphs(inspect.cleandoc(docstring).split("\n"))]
+    return "\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
 
 
 def _paragraphs(lines: list[str]) -> list[str]:

@@ -1,11 +1,11 @@
 """Input files -> records, each a text or the reason why it cannot be read.
 
     files = find_files(["corpus", "more/*.jsonl.zst"])
-    for part in cut_into_splits(files, config)[0]:
+    for part in cut_into_units(files, config)[0]:
         for record in read_records(part, config):
             if isinstance(record, Bad):         # counted by record.reason; record.place, record.excerpt
             elif isinstance(record, Dropped):   # counted by record.reason, as what `clean` drops
-            else:                               # a text; if it is a Cut, it goes on from the record before it
+            else:                               # a text; if it is a Cut, it continues the record before it
 
 .txt (`config.documents`: blank lines or the file's end between documents), .md, WikiExtractor's output (any
 name), .jsonl, .csv, .tsv, .parquet and .arrow (`config.text_field`), each also as .gz, .bz2, .xz or .zst.
@@ -73,7 +73,7 @@ def find_files(inputs: list[str]) -> list[InputFile]:
     Hidden files and folders count only when named. Raises UserError for one that names nothing that can be
     read, and for a named file of another kind.
     """
-    found: dict[str, InputFile] = {}
+    by_path: dict[str, InputFile] = {}
     for name in inputs:
         if os.path.isdir(name):
             some = list(_search(name))
@@ -92,8 +92,8 @@ def find_files(inputs: list[str]) -> list[InputFile]:
             if not some:
                 raise UserError(f"input: no match of {printable(name)} is one of {KINDS}")
         for file in some:
-            found.setdefault(os.path.normpath(file.name), file)
-    files = list(found.values())
+            by_path.setdefault(os.path.normpath(file.name), file)
+    files = list(by_path.values())
     if not sum(file.size for file in files):
         raise UserError(f"input: {', '.join(map(printable, inputs))}: every file is empty")
     return files
@@ -155,14 +155,14 @@ def _is_wiki(stream: BufferedReader) -> bool:
 # ------------------------------------------------------------------------------------------------- cut
 
 
-def cut_into_splits(files: list[InputFile], config: PrepConfig) -> list[list[Part]]:
-    """Cuts the input, in order and between documents, about every `config.split_bytes` bytes.
+def cut_into_units(files: list[InputFile], config: PrepConfig) -> list[list[Part]]:
+    """Cuts the input into work units of about `config.split_bytes` bytes, in order and between documents.
 
     Plain .txt (unless a file is a document), WikiExtractor, .jsonl and .tsv files are cut anywhere between
     documents, .parquet between row groups, others not. Raises UserError for a table without the column
     `config.text_field`, and for a damaged file that the user named; others are left to `read_records`.
     """
-    splits: list[list[Part]] = [[]]
+    units: list[list[Part]] = [[]]
     room = config.split_bytes
     for file in files:
         start, kind = 0, file.kind
@@ -171,14 +171,14 @@ def cut_into_splits(files: list[InputFile], config: PrepConfig) -> list[list[Par
             kind = WIKI
         for end in _ends(file, kind, config, room):
             weight = end - start
-            # A file that cannot be cut begins a split if it would pass the end of this one by more than half.
-            if room <= 0 or (splits[-1] and weight > 2 * room):
-                splits.append([])
+            # A file that cannot be cut begins a unit if it would pass the end of this one by more than half.
+            if room <= 0 or (units[-1] and weight > 2 * room):
+                units.append([])
                 room = config.split_bytes
-            splits[-1].append(Part(file.name, kind, start, end))
+            units[-1].append(Part(file.name, kind, start, end))
             room -= weight
             start = end
-    return [parts for parts in splits if parts]
+    return [parts for parts in units if parts]
 
 
 def _is_large(file: InputFile, room: int) -> bool:
