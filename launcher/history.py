@@ -31,7 +31,7 @@ class Attempt:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; what is none is passed over."""
+    """The events of a run, oldest first; lines that are none are passed over."""
     return [
         event
         for event in read_events(path)
@@ -77,7 +77,7 @@ def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list
         attempt = current.get(task)
         if kind in ("started", "relaunched") and attempt and attempt.ended is None:
             attempt.ended = when
-            attempt.outcome = attempt.outcome or "ended without a word: its node or its batch script died"
+            attempt.outcome = attempt.outcome or "ended without a report: its node or its batch script died"
         if kind == "started":
             number = attempt_number(event.get("attempt", attempt.number + 1 if attempt else 1))
             current[task] = Attempt(number, job, _words(event.get("nodes")), when)
@@ -139,7 +139,7 @@ def tell(event: dict[str, Any]) -> str:
         f"{given('reason', ': ') or given('code', ': exit code ')}",
         "hang": f"no step{given('seconds', ' for ', ' s')}{given('step', ' after step ')}"
         f"{given('silent', '; silent: ranks ')}",
-        "relaunched": f"all ranks are started anew{given('checkpoint', ' from step ')}",
+        "relaunched": f"all ranks are started again{given('checkpoint', ' from step ')}",
         "requeued": f"saved and requeued{given('reason', ': ')}",
         "resumed": f"resumed from step {given('step')}",
         "node_left_out": f"{given('node')} left out{given('reason', ': ')}",

@@ -26,7 +26,7 @@ from bertscale.errors import UserError
 
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: try again
 LATE_SECONDS = 0.5  # those that lose a killed rank may say so before its parent hears of its death
-LOG_LINES = 15  # of a rank that died without a word
+LOG_LINES = 15  # of a rank that died without a report
 REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, whatever the language
 
 # Set for a rank by the process that started it: that process, to die with it, and the pipe that takes an
@@ -114,7 +114,7 @@ def run_as_rank(main: Callable[[], int]) -> int:
 
     A rank that this package started dies with its parent, leaves an uncaught exception and its time
     where the parent looks for it, and on SIGUSR2 writes the stacks of its threads to its log. Under
-    torchrun or a plain srun the exception goes on to the caller.
+    torchrun or a plain srun the exception is passed on to the caller.
     """
     if PARENT not in os.environ:
         return main()

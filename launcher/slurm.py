@@ -94,7 +94,7 @@ def hosts(node_list: str) -> list[str]:
 
 
 def _record(line: str) -> dict[str, str]:
-    """`A=1 B=two words C=3` as a dictionary: a value goes on up to the next word with an equals sign."""
+    """`A=1 B=two words C=3` as a dictionary: a value extends to the next word with an equals sign."""
     return dict(re.findall(r"(\w[\w:/]*)=(.*?)(?=\s+\w[\w:/]*=|\s*$)", line))
 
 

@@ -1,4 +1,4 @@
-"""The supervisor inside a Slurm job: the loop of launcher.supervise over steps of this job's nodes.
+"""The supervisor inside a Slurm job: the loop of launcher.supervise over Slurm steps on this job's nodes.
 
 python -m launcher.watch JOB_FOLDER -- srun ...    # the last line of a batch script
 
@@ -20,8 +20,8 @@ from launcher import slurm
 from launcher.events import Events, read_events
 from launcher.job import JobSpec, done_marks
 from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.rank_groups import SlurmStep
 from launcher.ranks import STOPPED_AND_SAVED, job_port
-from launcher.steps import SlurmStep
 from launcher.supervise import (
     CRASH_LOOP,
     STOPPED_UNSAVED,
@@ -182,9 +182,7 @@ class Job:
             return code
         reached = newest_step(self.checkpoints)
         if self.idle_requeues(reached) > self.spec.restarts:
-            return self.give_up(
-                CRASH_LOOP, f"the checkpoint of step {reached} stood still through all requeues"
-            )
+            return self.give_up(CRASH_LOOP, f"no checkpoint after that of step {reached} in all requeues")
         self.wait_until_running()
         self.events.write("requeued", reason=reason, checkpoint=reached)
         print(f"requeued ({reason})", flush=True)

@@ -149,7 +149,7 @@ def test_a_sound_job_has_no_problem(site: Slurm, desk: Desk) -> None:
             {"time": "1-01"},
             {},
             "time=1-01 is more than partition gpu allows (1-00:00:00): the job would never start; ask for "
-            "less, since a job that reaches its limit saves, queues itself again and goes on",
+            "less, since a job that reaches its limit saves, queues itself again and resumes",
         ),
         (
             {"time": "tomorrow"},

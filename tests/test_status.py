@@ -358,7 +358,7 @@ def test_a_run_that_was_started_by_hand(here: Path, capsys: pytest.CaptureFixtur
     assert report["sentence"] == "it does not run; its last attempt: rank 1 failed: exit code 7"
     assert report["next"] == "bertscale pretrain runs/base/config.yaml"
     assert status.main("resume", ["runs/base"]) == 0
-    assert "to go on: bertscale pretrain runs/base/config.yaml" in capsys.readouterr().out
+    assert "to resume: bertscale pretrain runs/base/config.yaml" in capsys.readouterr().out
     save(run, 300, 10)
     assert ask_status(capsys, "runs/base")[0]["state"] == "done"
 
@@ -439,7 +439,7 @@ def test_an_attempt_that_ended_without_a_word() -> None:
     ]
     first, second, third = history.read_attempts(events, [])
     assert first.outcome == "told to save and stop by SIGUSR1, saved and requeued: SIGUSR1"
-    assert second.outcome == "ended without a word: its node or its batch script died"
+    assert second.outcome == "ended without a report: its node or its batch script died"
     assert (third.number, third.outcome, third.ended) == (3, "", None)
 
 
@@ -625,7 +625,7 @@ def test_resume_cancel_resume(
     said = bertscale("cancel", "runs/base").splitlines()
     assert said[0] == f"job {second}, convert of runs/hf, was taken out of the queue"
     assert said[1].startswith(f"job {first}, pretrain of runs/base, on node1 was told to save and end")
-    assert said[2] == "to go on later: bertscale resume runs/base"
+    assert said[2] == "to resume later: bertscale resume runs/base"
     assert "ending" in bertscale("status")
     assert "about to end" in bertscale("resume", "runs/base", code=2)
     (tmp_path / "saved").touch()

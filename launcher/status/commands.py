@@ -131,7 +131,7 @@ def _logs_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP} 17_2 is one task of an array.")
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="Go on with what is written, also by later attempts."
+        "-f", "--follow", action="store_true", help="Continue with what is written, also by later attempts."
     )
     parser.add_argument("--rank", type=int, metavar="N", help="The log of this rank.")
     parser.add_argument("--attempt", type=int, metavar="N", help="Of this attempt instead of the newest.")
@@ -150,7 +150,7 @@ def _cancel_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "cancel",
         "Ends a job, and the jobs of a pipeline that follow it. A pretraining that runs saves first; "
-        "`bertscale resume` goes on with it.",
+        "`bertscale resume` resumes it.",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(

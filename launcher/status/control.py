@@ -35,7 +35,7 @@ def cancel(place: Place, *, now: bool) -> int:
     if not stopped and not others:
         print(f"{place.shown} is not queued or running: nothing to cancel")
         return 0
-    print(f"to go on later: bertscale resume {shlex.quote(place.shown)}")
+    print(f"to resume later: bertscale resume {shlex.quote(place.shown)}")
     return 0
 
 
@@ -65,7 +65,7 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
         else:
             done = slurm.ask("scancel", number, check=False)
             said = "was ended" if own else "was taken out of the queue"
-        if done.stderr.strip():  # such as: it has just ended by itself
+        if done.stderr.strip():  # such as: it has just ended
             said += f" ({slurm.complaint(done)})"
         print(f"job {number}, {_stage(job)} of {_shown(job)}, {said}")
     return True
@@ -75,10 +75,10 @@ def resume(place: Place, *, only: bool) -> int:
     """Queues the run's script again, and unless `only` the jobs after it; returns 0.
 
     Raises UserError while it is queued or running, when a job before it is not done, when Slurm
-    refuses, and for a local run, with the command that goes on.
+    refuses, and for a local run, with the command that resumes it.
     """
     if place.job is None:
-        print(f"{place.shown} was started by hand; to go on: {local_command(place)}")
+        print(f"{place.shown} was started by hand; to resume: {local_command(place)}")
         return 0
     jobs = queue_jobs.own_jobs()
     active = _active(place.job, jobs)
@@ -161,7 +161,7 @@ def how_to_stop(place: Place) -> str:
 
 
 def local_command(place: Place) -> str:
-    """The command that goes on with a pretraining that was started by hand."""
+    """The command that resumes a pretraining that was started by hand."""
     path = place.run / "config.yaml"
     shown = shlex.quote(os.path.join(place.shown, "config.yaml"))
     try:

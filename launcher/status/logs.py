@@ -47,7 +47,7 @@ class Reader:
         """The lines that were finished since the last call; what has no newline yet stays in `rest`."""
         with self.path.open("rb") as file:
             if file.seek(0, os.SEEK_END) < self.offset:
-                self.offset = 0  # it was begun anew
+                self.offset = 0  # it was begun again
             file.seek(self.offset)
             data = file.read()
         whole = data.rfind(b"\n") + 1

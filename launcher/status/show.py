@@ -89,7 +89,7 @@ def end_text(facts: Facts, state: State, now: float) -> str:
     if limit and limit > now:
         text = f"time limit {show_time(limit, now)}, in {show_duration(limit - now)}"
         if facts.expected_end and facts.expected_end > limit and facts.stage == "pretrain":
-            text += ": it saves before, is requeued and goes on"
+            text += ": it saves before, is requeued and resumes"
         parts.append(text)
     return "; ".join(parts)
 

@@ -229,7 +229,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
         prog=f"bertscale submit {stage}",
         description=textwrap.fill(
             f"{what} All mistakes are told at once, before anything is queued. The job runs the code and the "
-            "config of this moment, saves and queues itself again when it is stopped, and goes on.",
+            "config of this moment, saves and queues itself again when it is stopped, and resumes.",
             100,
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

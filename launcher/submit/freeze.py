@@ -43,7 +43,7 @@ def freeze(spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None
     folder = Path(spec.folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        Path(spec.logs).mkdir(parents=True, exist_ok=True)  # without it Slurm ends the job without a word
+        Path(spec.logs).mkdir(parents=True, exist_ok=True)  # without it Slurm ends the job without a message
         shutil.rmtree(partial, ignore_errors=True)
         _write(partial, spec, config, about)
         _put_in_place(partial, folder)

@@ -3,7 +3,7 @@
     estimate = estimate_memory(config, vocab_size=32_768, ranks=32, gpu=True)
     print(estimate)    # 9.1 GB (weights 0.25, gradients 0.22, optimizer 0.11, activations 6.02, base 2.50)
 
-With N parameters on a rank (those that tensor-parallel ranks share out divided by their number t), D
+With N parameters on a rank (those that tensor parallelism shards divided by its degree t), D
 data-parallel ranks, w bytes for a number (2 in bfloat16, 4 in float32), bytes are, after Rajbhandari et al.
 (2020):
 
@@ -67,12 +67,12 @@ def gb(size: float) -> str:
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
-    """(those that every tensor-parallel rank holds, those that they share out); both in one process."""
+    """Returns (parameters that every tensor-parallel rank holds, those that are sharded), in one process."""
     hidden, small = model.hidden_size, model.generator
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     biases = 0 if model.preset == "modern" else 1
-    everywhere, shared_out = _count_layers(model)
-    shared_out += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
+    everywhere, sharded = _count_layers(model)
+    sharded += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
     if biases:
         everywhere += (model.max_position_embeddings + model.type_vocab_size) * hidden
     if model.preset != "megatron-bert":
@@ -85,8 +85,8 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
         own_everywhere, own_shared_out = _count_layers(small)
         everywhere += own_everywhere + (hidden + biases) * hidden + hidden + 1  # the detector
         everywhere += (hidden + 1) * guesser if guesser != hidden else 0  # projection of the embeddings
-        shared_out += own_shared_out
-    return everywhere, shared_out
+        sharded += own_shared_out
+    return everywhere, sharded
 
 
 def _count_layers(model: ModelConfig) -> tuple[int, int]:
@@ -94,12 +94,12 @@ def _count_layers(model: ModelConfig) -> tuple[int, int]:
     hidden, inside, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     modern = model.preset == "modern"
     # query, key, value; attention's output; the feed-forward matrices, three where it is gated
-    shared_out = layers * (4 * hidden * hidden + (3 if modern else 2) * hidden * inside)
+    sharded = layers * (4 * hidden * hidden + (3 if modern else 2) * hidden * inside)
     if modern:
-        return 2 * layers * hidden, shared_out  # norms; the first layer has one, and one is at the end
-    shared_out += layers * (3 * hidden + inside)  # biases of the first and third matrix
+        return 2 * layers * hidden, sharded  # norms; the first layer has one, and one is at the end
+    sharded += layers * (3 * hidden + inside)  # biases of the first and third matrix
     everywhere = layers * 6 * hidden  # biases after the row-parallel matrices, two LayerNorms
-    return everywhere + (2 * hidden if model.preset == "megatron-bert" else 0), shared_out
+    return everywhere + (2 * hidden if model.preset == "megatron-bert" else 0), sharded
 
 
 def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
@@ -114,8 +114,8 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     precision = config.train.precision
     wide = precision == "float32" or (precision == "auto" and not gpu)
     width = 4 if wide else 2
-    everywhere, shared_out = count_parameters(model, vocab_size)
-    parameters = everywhere + shared_out / degree
+    everywhere, sharded = count_parameters(model, vocab_size)
+    parameters = everywhere + sharded / degree
 
     hidden, inside = model.hidden_size, model.intermediate_size
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -28,7 +28,7 @@ from launcher import slurm
 from launcher.job import JobSpec, render
 from launcher.queue_jobs import own_jobs
 from launcher.runs import read_spec, shown
-from launcher.submit import limits
+from launcher.submit import partitions
 from launcher.submit.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
 from launcher.submit.pipeline import StageJob, folder_of, matches, quoted
 
@@ -90,8 +90,8 @@ def check(
             _check_job(job, promises, own)
         begun.add(job.spec.target)
         if answers:
-            own.warnings += limits.warnings(job.spec)
-            if impossible := limits.problems(job.spec, without):
+            own.warnings += partitions.warnings(job.spec)
+            if impossible := partitions.problems(job.spec, without):
                 own.problems += impossible
             else:
                 _try_sbatch(job.spec, without, own, waits=bool(after) or job is not jobs[0])
@@ -183,7 +183,7 @@ def _check_memory(job: StageJob, config: PretrainConfig, vocab_size: int, report
     given = cluster.gpu_memory_gb * 1e9 if gpu and cluster.gpu_memory_gb else None
     what = f"gpu_memory_gb={cluster.gpu_memory_gb:g}" if given and cluster.gpu_memory_gb else ""
     if not gpu:
-        whole = limits.node_memory(spec)
+        whole = partitions.node_memory(spec)
         given, what = (whole / spec.tasks_per_node, "its share of a node") if whole else (None, "")
     report.facts.append(f"memory of a rank, estimated: {need}" + (f", of {gb(given)}" if given else ""))
     if given is None or need.total <= given:

@@ -84,7 +84,7 @@ def _partition_problems(spec: JobSpec, partition: dict[str, str], exclude: Seque
     if minutes is not None and minutes > (slurm.minutes_of(longest) or math.inf):
         yield (
             f"time={spec.time} is more than partition {name} allows ({longest}): the job would never start; "
-            "ask for less, since a job that reaches its limit saves, queues itself again and goes on"
+            "ask for less, since a job that reaches its limit saves, queues itself again and resumes"
         )
     asked = f"nodes={spec.nodes}" + (f" and spares={spec.spares}" if spec.spares else "")
     most = partition.get("MaxNodes", "")
