@@ -45,7 +45,7 @@ def slurm_ids(events: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def attempt_folders(logs: Path) -> list[Path]:
-    """`attempt-NNN` and `attempt-NNN-JOBID` folders, oldest first."""
+    """Lists `attempt-NNN` and `attempt-NNN-JOBID` folders, oldest first."""
     return sorted(
         (path for path in logs.glob("attempt-[0-9]*") if path.is_dir()),
         key=lambda path: (attempt_number(path.name), changed(path)),
@@ -53,9 +53,9 @@ def attempt_folders(logs: Path) -> list[Path]:
 
 
 def attempt_number(name: object) -> int:
-    """`attempt-002-17`, a path to it, `2` -> 2"""
-    found = re.search(r"attempt-(\d+)", str(name)) or re.search(r"(\d+)", str(name))
-    return int(found.group(1)) if found else 0
+    """The number in a name: `attempt-002-17`, a path to it, `2` -> 2."""
+    digits = re.search(r"attempt-(\d+)", str(name)) or re.search(r"(\d+)", str(name))
+    return int(digits.group(1)) if digits else 0
 
 
 def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list[Attempt]:

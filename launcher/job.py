@@ -167,7 +167,7 @@ PLAIN = frozenset(string.ascii_letters + string.digits + "@%+=:,./_-")
 
 
 def _quote(word: str) -> str:
-    """`word` for bash, and for an #SBATCH line, where sbatch knows double quotes and backslashes too."""
+    """Quotes `word` for bash, and for an #SBATCH line, where sbatch knows double quotes and backslashes."""
     if word and PLAIN.issuperset(word):
         return word
     option = re.match(r"--[a-z-]+=", word)

@@ -73,7 +73,7 @@ class Child:
 
 
 class LocalRanks:
-    """`command` as `ranks` processes of this machine.
+    """Runs `command` as `ranks` processes of this machine.
 
     Rank 0 writes to this process's stdout; all other output goes to `attempt`/rank-N.log. A failed
     rank is the end of the others: SIGTERM, and SIGKILL after GRACE_SECONDS.
@@ -102,11 +102,11 @@ class LocalRanks:
         self.children = []
         for rank in range(ranks):
             reading, writing = os.pipe()
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORT: str(writing)}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORT: str(writing)}
             with open(self.log(rank), "ab") as log:
                 process = subprocess.Popen(
                     command,
-                    env=defaults | dict(os.environ) | shared | own,
+                    env=defaults | dict(os.environ) | shared | place,
                     stdin=subprocess.DEVNULL,
                     stdout=None if rank == 0 else log,
                     stderr=log,

@@ -201,10 +201,10 @@ def count_gpus() -> int:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return 0
-    found = sum(line.startswith("GPU ") for line in listing.splitlines())
+    gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return found
+        return gpus
     chosen = [name.strip() for name in visible.split(",") if name.strip()]
     # CUDA stops reading at the first device that does not exist, by habit written as -1.
-    return min(found, chosen.index("-1") if "-1" in chosen else len(chosen))
+    return min(gpus, chosen.index("-1") if "-1" in chosen else len(chosen))

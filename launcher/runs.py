@@ -271,12 +271,12 @@ def newest_entries(metrics: Path) -> list[dict[str, Any]]:
 
 def saved_steps(run: Path) -> list[tuple[int, float, Path]]:
     """Step, time and folder of each whole checkpoint, oldest first."""
-    found = []
+    checkpoints = []
     for table in (run / "checkpoints").glob("step-*/bertscale.json"):
         digits = table.parent.name.removeprefix("step-")
         if digits.isdigit():
-            found.append((int(digits), changed(table), table.parent))
-    return sorted(found)
+            checkpoints.append((int(digits), changed(table), table.parent))
+    return sorted(checkpoints)
 
 
 def planned_steps(place: Place) -> int | None:
@@ -308,8 +308,8 @@ def training_process(run: Path) -> int | None:
         locks = Path("/proc/locks").read_text(encoding="utf-8")
     except OSError:
         return None
-    found = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
-    return int(found.group(1)) if found else None
+    lock = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
+    return int(lock.group(1)) if lock else None
 
 
 def signs_of_life(place: Place, facts: Facts) -> list[Path]:

@@ -202,17 +202,17 @@ def watch(
             beat = _read_beat(group)
             if beat != last_beat:
                 last_beat, alive = beat, now
-            found = newest_step(checkpoints)
-            if found > reached:
-                reached = found
-                events.write("checkpoint", step=found)
+            newest = newest_step(checkpoints)
+            if newest > reached:
+                reached = newest
+                events.write("checkpoint", step=newest)
             patience = limits.hang_seconds if last_beat else limits.start_seconds
             if patience and now - alive > patience:
                 return _end_hang(group, last_beat, now - alive)
         time.sleep(group.poll_seconds)
-    found = newest_step(checkpoints)
-    if found > reached:
-        events.write("checkpoint", step=found)
+    newest = newest_step(checkpoints)
+    if newest > reached:
+        events.write("checkpoint", step=newest)
     return None
 
 

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 class TooFewNodesError(Exception):
-    """`bad`: nodes that failed their check, each with the reason."""
+    """Too few nodes are sound; `bad`: nodes that failed their check, each with the reason."""
 
     def __init__(self, message: str, bad: dict[str, str]) -> None:
         super().__init__(message)
@@ -272,10 +272,10 @@ def _address(nodes: list[str]) -> str:
 
 def _leads_away(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
     except OSError:
         return False
-    return bool(found) and not any(str(entry[4][0]).startswith(("127.", "::1")) for entry in found)
+    return bool(addresses) and not any(str(entry[4][0]).startswith(("127.", "::1")) for entry in addresses)
 
 
 if __name__ == "__main__":

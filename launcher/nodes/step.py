@@ -223,8 +223,8 @@ class Check:
     def _said(self, name: str) -> str:
         """What srun said of a node that could not be reached, or whose task ended; "" if it said nothing."""
         pattern = rf"failed on node {name}: (.*)|(Node failure) on {name}\b|error: {name}: task \d+: (.*)"
-        found = re.search(pattern, self.said)
-        return next(filter(None, found.groups())) if found else ""
+        complaint = re.search(pattern, self.said)
+        return next(filter(None, complaint.groups())) if complaint else ""
 
     def _aborted(self, ended: bool) -> bool:
         """Whether srun or Slurm has ended the step before the check was through."""

@@ -95,7 +95,7 @@ def locate(name: str, queue: list[QueueJob] | None = None) -> Place:
 
 
 def task_of(name: str) -> str | None:
-    """`17_2` where one task of an array is named, else None."""
+    """Returns `17_2` where one task of an array is named, else None."""
     return name if name.replace("_", "", 1).isdigit() and "_" in name and not Path(name).exists() else None
 
 

@@ -54,17 +54,16 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
     running = [entry for entry in active if not entry.waits]
     saves = _stage(job) == "pretrain" and not now
     for number in dict.fromkeys(entry.number for entry in active):
-        own = [entry for entry in running if entry.number == number]
-        if own and saves:
+        of_job = [entry for entry in running if entry.number == number]
+        if of_job and saves:
             # Not a plain scancel: it kills the ranks 30 s after SIGTERM, and a large save takes longer.
             done = slurm.ask("scancel", "--batch", "--signal=USR1", number, check=False)
             before = "again " if asked_before else ""
-            said = (
-                f"on {queue_jobs.show_nodes(own[0])} was {before}told to save and end; --now ends it at once"
-            )
+            nodes = queue_jobs.show_nodes(of_job[0])
+            said = f"on {nodes} was {before}told to save and end; --now ends it at once"
         else:
             done = slurm.ask("scancel", number, check=False)
-            said = "was ended" if own else "was taken out of the queue"
+            said = "was ended" if of_job else "was taken out of the queue"
         if done.stderr.strip():  # such as: it has just ended
             said += f" ({slurm.complaint(done)})"
         print(f"job {number}, {_stage(job)} of {_shown(job)}, {said}")

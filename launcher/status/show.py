@@ -134,8 +134,8 @@ def row(place: Place, facts: Facts, state: State, now: float) -> list[str]:
 
 def show_table(rows: list[list[str]]) -> None:
     """Columns that no run fills are left out; colours on a terminal alone."""
-    kept = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in rows)]
-    table = [[COLUMNS[i] for i in kept], *([cells[i] for i in kept] for cells in rows)]
+    filled = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in rows)]
+    table = [[COLUMNS[i] for i in filled], *([cells[i] for i in filled] for cells in rows)]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -147,7 +147,7 @@ def show_table(rows: list[list[str]]) -> None:
             shown.add_row(*cells, style=COLOURS.get(word))
         Console(markup=False, highlight=False).print(shown)
         return
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(kept))]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(filled))]
     for cells in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 

@@ -35,7 +35,7 @@ from launcher.submit.pipeline import StageJob, folder_of, quoted, stage_jobs, un
 
 
 def main(arguments: list[str]) -> int:
-    """`bertscale submit ...`; raises UserError with one line for each thing that is wrong."""
+    """Runs `bertscale submit ...`; raises UserError with one line for each thing that is wrong."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2

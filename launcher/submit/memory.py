@@ -125,10 +125,10 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
         matrices = [rows * hidden, *[4 * hidden * hidden, feed_forward] * model.num_hidden_layers]
         weights = weights / data + width * sum(sorted(matrices)[-2:]) / degree
     gradients = width * parameters / (data if stage >= 2 else 1)
-    own = parameters / (data if stage else 1)  # what this rank updates
-    optimizer = (16 if stage else 8 if wide else 12) * own
+    updated = parameters / (data if stage else 1)  # what this rank updates
+    optimizer = (16 if stage else 8 if wide else 12) * updated
     if config.optimizer.name == "stable-adamw":
-        optimizer += 4 * own
+        optimizer += 4 * updated
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
     positions = min(tokens * config.samples.mask_rate, GPU_POSITIONS if gpu else POSITIONS)

@@ -53,10 +53,10 @@ def node_memory(spec: JobSpec) -> int | None:
     try:
         every = slurm.partitions()
         lists = [every[name].get("Nodes", "") for name in _partitions_of(spec) if name in every]
-        found = [int(node["RealMemory"]) for node_list in lists for node in slurm.nodes(node_list)]
+        sizes = [int(node["RealMemory"]) for node_list in lists for node in slurm.nodes(node_list)]
     except UserError:
         return None
-    return min(found) * 2**20 if found else None
+    return min(sizes) * 2**20 if sizes else None
 
 
 def _partitions_of(spec: JobSpec) -> list[str]:
@@ -117,7 +117,7 @@ def _partition_problems(spec: JobSpec, partition: dict[str, str], exclude: Seque
 
 
 def _needs(spec: JobSpec) -> Iterator[tuple[str, float, Callable[[Node], float], str]]:
-    """(what is asked of a node, how much, how much a node has, unit)"""
+    """Yields (what is asked of a node, how much, how much a node has, unit)."""
     cores = spec.tasks_per_node * spec.cpus_per_task
     several = f" for each of {spec.tasks_per_node} ranks" if spec.tasks_per_node > 1 else ""
     yield (f"cpus_per_task={spec.cpus_per_task}{several}", cores, lambda node: int(node["CPUTot"]), "cores")

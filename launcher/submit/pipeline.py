@@ -266,5 +266,5 @@ def folder_of(record: dict[str, str]) -> Path | None:
 
 
 def quoted(path: str) -> str:
-    """`shown`, for a shell."""
+    """Like `shown`, for a shell."""
     return shlex.quote(shown(path))

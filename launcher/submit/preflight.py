@@ -85,19 +85,19 @@ def check(
         report.problems.append(str(error))
         answers = False
     for job in jobs:
-        own, without = Report(), (left_out or {}).get(job.spec.folder, ())
+        report_of_job, without = Report(), (left_out or {}).get(job.spec.folder, ())
         if job.spec.target not in begun:  # else a further part of the same stage, which needs nothing else
-            _check_job(job, promises, own)
+            _check_job(job, promises, report_of_job)
         begun.add(job.spec.target)
         if answers:
-            own.warnings += partitions.warnings(job.spec)
+            report_of_job.warnings += partitions.warnings(job.spec)
             if impossible := partitions.problems(job.spec, without):
-                own.problems += impossible
+                report_of_job.problems += impossible
             else:
-                _try_sbatch(job.spec, without, own, waits=bool(after) or job is not jobs[0])
+                _try_sbatch(job.spec, without, report_of_job, waits=bool(after) or job is not jobs[0])
         label = f"{job.spec.name}: " if len(jobs) > 1 else ""
         for name in ("problems", "warnings", "facts"):
-            getattr(report, name).extend(f"{label}{line}" for line in getattr(own, name))
+            getattr(report, name).extend(f"{label}{line}" for line in getattr(report_of_job, name))
         _promise(job, promises)
     folders = [job.spec.folder for job in jobs]
     for folder in sorted({folder for folder in folders if folders.count(folder) > 1}):
@@ -161,8 +161,8 @@ def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, r
     for corpus in config.corpora:
         if promises.hold(corpus.path):
             continue
-        found = _collect(report, partial(open_dataset, corpus.path, "train"))
-        data += [] if found is None else [found]
+        dataset = _collect(report, partial(open_dataset, corpus.path, "train"))
+        data += [] if dataset is None else [dataset]
         _collect(report, partial(open_dataset, corpus.path, "validation"))
     if data:
         vocab_size = data[0].manifest["vocab_size"]
@@ -198,10 +198,10 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
     for name in config.input:
         if promises.hold(name):
             continue
-        found = matches(name)
-        if not found:
+        paths = matches(name)
+        if not paths:
             report.problems.append(f"input: there is no file, folder or match for {name}")
-        for one in found:
+        for one in paths:
             _check_readable(f"input={one}", one, report)
             files = one.rglob("*") if one.is_dir() else [one]
             size += sum(file.stat().st_size for file in files if file.is_file())
@@ -313,7 +313,7 @@ def _check_space(what: str, path: Path, need: float, why: str, report: Report) -
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """Returns `path`, or the nearest folder above it that is there."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 
@@ -390,5 +390,5 @@ def _try_sbatch(spec: JobSpec, exclude: Sequence[str], report: Report, *, waits:
     said = slurm.complaint(done)
     if done.returncode:
         report.problems.append(f"sbatch would refuse the job: {said.removeprefix('allocation failure: ')}")
-    elif not waits and (found := re.search(r"to start at (\S+) .*on nodes (\S+)", said)):
-        report.facts.append(f"expected start, as of now: {found[1].replace('T', ' ')} on {found[2]}")
+    elif not waits and (expected := re.search(r"to start at (\S+) .*on nodes (\S+)", said)):
+        report.facts.append(f"expected start, as of now: {expected[1].replace('T', ' ')} on {expected[2]}")
