@@ -101,9 +101,9 @@ def launch(folder: Path, stub: Path, name: str, nodes: int, tasks: int) -> dict[
 
 def submit(stub: Path, out: Path, nodes: int, tasks: int) -> None:
     """Runs on the login host: freezes and queues a job whose ranks run the stub."""
-    from launcher.freeze import about_now, freeze, version
     from launcher.job import JobSpec
-    from launcher.submit import queue
+    from launcher.submit.command import queue
+    from launcher.submit.freeze import about_now, freeze, version
 
     folder = out.with_suffix(".job")
     spec = JobSpec(

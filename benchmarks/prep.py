@@ -36,10 +36,10 @@ from bertscale.shards import open_dataset, token_dtype
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from data_prep.build import merge_shard, prep
 from data_prep.clean import clean
-from data_prep.encode import encode_split
+from data_prep.encode import encode_unit
 from data_prep.plan import Plan, ShardUnit
 from data_prep.segment import splitter
-from data_prep.shuffle import Piece, number_of_shards
+from data_prep.shuffle import Spill, number_of_shards
 
 GOAL_TOKENS = 2_300_000  # a second on a core
 GOAL_TWO_WORKERS = 1.8
@@ -159,12 +159,12 @@ def whole_path(config: PrepConfig, tokenizer: Tokenizer, output: Path) -> int:
     with plan.alone():
         plan.begin()
         for unit in plan.units:
-            encode_split(unit, tokenizer.path)
+            encode_unit(unit, tokenizer.path)
         records = [json.loads(unit.record.read_bytes()) for unit in plan.units]
-        pieces = [piece for record in records for piece in record["pieces"]]
-        write_json(plan.pieces, {"train": pieces})
+        spills = [spill for record in records for spill in record["spills"]]
+        write_json(plan.spills, {"train": spills})
         dtype = token_dtype(tokenizer.vocab_size)
-        count = number_of_shards([Piece(**p) for p in pieces], dtype.itemsize, config.shard_bytes)
+        count = number_of_shards([Spill(**spill) for spill in spills], dtype.itemsize, config.shard_bytes)
         tokens = 0
         for number in range(count):
             shard = ShardUnit(plan.config, plan.digest, "train", number, count)

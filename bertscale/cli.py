@@ -119,11 +119,13 @@ def _prep_parser() -> argparse.ArgumentParser:
         "--task-index",
         metavar="I",
         type=int,
-        help="Build only the splits whose number %% N is I; in a Slurm array by itself that of the task.",
+        help="Build only the work units whose number %% N is I; in a Slurm array by default its index.",
     )
-    part.add_argument("--finish", action="store_true", help="Check that every split is built, and finish.")
+    part.add_argument(
+        "--finish", action="store_true", help="Check that every work unit is built, and finish."
+    )
     parser.add_argument(
-        "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by itself its size."
+        "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by default its size."
     )
     return parser
 
@@ -313,7 +315,7 @@ def quickstart(arguments: list[str]) -> int:
 
 def submit(arguments: list[str]) -> int:
     """bertscale submit STAGE ..."""
-    from launcher.submit import main as submit_stage
+    from launcher.submit.command import main as submit_stage
 
     return submit_stage(arguments)
 

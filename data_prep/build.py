@@ -2,12 +2,13 @@
 
 bertscale prep configs/prep/quickstart.yaml workers=2
 
-Two passes. In the first the input is cut, between documents, into splits; each is one unit of work for one
-process, which writes its documents, sorted by their key, to pieces and then a done record. In the second each
-shard is such a unit: it takes its range of keys from all pieces (see data_prep/shuffle.py), so that documents
-of the whole input are mixed and the same text meets itself. A rerun keeps what has a record and is whole, so
+There are two passes. In the first the input is cut, between documents, into work units. A process takes one,
+writes its documents, sorted by their key, to spill files, and then a done record. In the second pass each
+shard is the work of one process: it takes its range of keys from all spills (see data_prep/shuffle.py), so
+that documents of the whole input are mixed and the same text meets itself. A rerun keeps what has a record
+and is whole, so
 the bytes depend on the input and the settings alone: not on the number of workers, nor on where a run was
-killed, nor on how many hosts shared the first pass:
+killed, nor on how many hosts did the first pass together:
 
 bertscale prep CONFIG --tokenizer-only                     # once, first
 bertscale prep CONFIG --task-index 0 --task-count 4        # 0, 1, 2, 3: at the same time, on any hosts
@@ -16,11 +17,11 @@ bertscale prep CONFIG --finish --task-count 4              # once, last: the sec
     OUTPUT/tokenizer.model, train-00000.arrow, validation-00000.arrow, ...
     OUTPUT/quarantine.jsonl                records that cannot be read: place, reason, excerpt
     OUTPUT/manifest.json                   last
-    OUTPUT/.prep/plan.json                 settings and inputs; when they differ, everything is made anew
+    OUTPUT/.prep/plan.json                 settings and inputs; when they differ, everything is made again
     OUTPUT/.prep/tokenizer.json            its digest; written when the tokenizer is whole
-    OUTPUT/.prep/split-00000.json          done record of a split: pieces and counters
-    OUTPUT/.prep/split-00000-*.piece       and .bad.jsonl; removed after the manifest is written
-    OUTPUT/.prep/pieces.json               all pieces, for the second pass
+    OUTPUT/.prep/unit-00000.json           done record of a work unit: spills and counters
+    OUTPUT/.prep/unit-00000-*.spill        and .bad.jsonl; removed after the manifest is written
+    OUTPUT/.prep/spills.json               list of all spills, for the second pass
     OUTPUT/.prep/shard-train-00000.json    done record of a shard
 """
 
@@ -51,13 +52,13 @@ from bertscale.shards import (
     write_manifest,
 )
 from bertscale.tokenizer import Tokenizer
-from data_prep.encode import PLACES_SHOWN, SPLITS, encode_split
+from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit
 from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
-from data_prep.shuffle import Piece, merge, number_of_shards
+from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
 from data_prep.workers import number_of_cores, worker_pool
 
-MISSING_SHOWN = 20  # splits
+MISSING_SHOWN = 20  # work units
 # Tokens and sentence lengths take about 0.45 bytes for a byte of text; less is asked for, lest text with much
 # else in its files be refused.
 BYTES_OF_TEXT = 0.35
@@ -99,20 +100,23 @@ def prep_tokenizer(config: PrepConfig) -> None:
         (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
         with worker_pool(_workers(config)) as pool:
             tokenizer = make_tokenizer(pool, plan)
-        print(f"tokenizer: ready with {tokenizer.vocab_size:,} pieces; {len(plan.units):,} splits to build")
+        print(
+            f"tokenizer: ready with {tokenizer.vocab_size:,} pieces; {len(plan.units):,} work units to build"
+        )
 
 
 def prep_share(config: PrepConfig, index: int, count: int) -> None:
-    """The second part, in `count` tasks on any hosts: builds the splits whose number % count is `index`.
+    """The second part, in `count` tasks on any hosts: builds the work units whose number % count is `index`.
 
-    Touches no file of another split. Raises UserError when there is no tokenizer yet, and when the output
+    It touches no file of another unit. Raises UserError when there is no tokenizer yet, and when the output
     folder belongs to another plan.
     """
     with _stops_explained(config):
         plan, tokenizer = _join(config)
         units = plan.units[index::count]
         print(
-            f"prep: task {index} of {count} builds {len(units):,} of {len(plan.units):,} splits", flush=True
+            f"prep: task {index} of {count} builds {len(units):,} of {len(plan.units):,} work units",
+            flush=True,
         )
         if units:
             with worker_pool(_workers(config)) as pool:
@@ -123,7 +127,7 @@ def prep_share(config: PrepConfig, index: int, count: int) -> None:
 def prep_finish(config: PrepConfig, count: int | None = None) -> dict[str, Any]:
     """The last part: the second pass and the manifest; returns the summary of `prep`.
 
-    Raises UserError that names the splits that are missing and, where `count` is known, their tasks.
+    Raises UserError that names the work units that are missing and, where `count` is known, their tasks.
     """
     began = time.monotonic()
     with _stops_explained(config):
@@ -133,8 +137,8 @@ def prep_finish(config: PrepConfig, count: int | None = None) -> dict[str, Any]:
                 return _reused(plan, manifest, began)
             if missing := [unit.number for unit in plan.units if not unit.done(tokenizer)]:
                 raise UserError(
-                    f"{len(missing):,} of {len(plan.units):,} splits of {plan.output} are not built: "
-                    f"{_whose(missing, count)}. Run those tasks again: finished splits are kept"
+                    f"{len(missing):,} of {len(plan.units):,} work units of {plan.output} are not built: "
+                    f"{_whose(missing, count)}. Run those tasks again: finished units are kept"
                 )
             with worker_pool(_workers(config)) as pool:
                 manifest = _finish(pool, plan, tokenizer)
@@ -154,7 +158,7 @@ def _whose(missing: list[int], count: int | None) -> str:
     more = f" and {len(missing) - len(shown):,} more" if len(missing) > len(shown) else ""
     if count is None:
         numbers = ", ".join(map(str, shown))
-        return f"{numbers}{more} (split number % task count is the task index)"
+        return f"{numbers}{more} (unit number % task count is the task index)"
     tasks: dict[int, list[int]] = {}
     for number in shown:
         tasks.setdefault(number % count, []).append(number)
@@ -191,12 +195,12 @@ def _encode(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit], tokenizer:
     plan.remove_leftovers(remaining)
     total, left = (sum(unit.bytes for unit in some) for some in (units, remaining))
     text = plan.text_bytes() / sum(file.size for file in plan.files)  # bytes for a byte of input
-    plan.check_space(BYTES_OF_TEXT * text * (left + total), "the sorted pieces and the shards")
+    plan.check_space(BYTES_OF_TEXT * text * (left + total), "the sorted spill files and the shards")
     with Progress("encode", total, "bytes", start=total - left) as progress:
         if len(remaining) < len(units):
-            kept = len(units) - len(remaining)
-            progress.say(f"encode: {kept:,} of {len(units):,} splits are finished and kept")
-        futures = {pool.submit(encode_split, unit, tokenizer.path): unit for unit in remaining}
+            finished = len(units) - len(remaining)
+            progress.say(f"encode: {finished:,} of {len(units):,} work units are finished and kept")
+        futures = {pool.submit(encode_unit, unit, tokenizer.path): unit for unit in remaining}
         for future in as_completed(futures):
             future.result()
             progress.advance(futures[future].bytes)
@@ -206,21 +210,21 @@ def _encode(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit], tokenizer:
 
 
 def _shuffle(
-    pool: ProcessPoolExecutor, plan: Plan, pieces: dict[str, list[Piece]], tokenizer: Tokenizer
+    pool: ProcessPoolExecutor, plan: Plan, spills: dict[str, list[Spill]], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """Writes the shards that are missing; returns the done records of all of them, in order."""
     dtype, units = token_dtype(tokenizer.vocab_size), list[ShardUnit]()
-    for split, some in pieces.items():
-        count = number_of_shards(some, dtype.itemsize, plan.config.shard_bytes)
+    for split, of_split in spills.items():
+        count = number_of_shards(of_split, dtype.itemsize, plan.config.shard_bytes)
         units += [ShardUnit(plan.config, plan.digest, split, number, count) for number in range(count)]
     remaining = [unit for unit in units if not unit.done(tokenizer)]
-    size = sum(piece.bytes for some in pieces.values() for piece in some)
+    size = sum(spill.bytes for of_split in spills.values() for spill in of_split)
     plan.check_space(size * len(remaining) / len(units), "the shards")
-    write_json(plan.pieces, {split: [dataclasses.asdict(p) for p in some] for split, some in pieces.items()})
-    kept = len(units) - len(remaining)
-    with Progress("shuffle", len(units), "shards", start=kept) as progress:
-        if kept:
-            progress.say(f"shuffle: {kept:,} of {len(units):,} shards are finished and kept")
+    write_json(plan.spills, {split: list(map(dataclasses.asdict, some)) for split, some in spills.items()})
+    finished = len(units) - len(remaining)
+    with Progress("shuffle", len(units), "shards", start=finished) as progress:
+        if finished:
+            progress.say(f"shuffle: {finished:,} of {len(units):,} shards are finished and kept")
         futures = [pool.submit(merge_shard, unit, dtype.str, tokenizer.sha256) for unit in remaining]
         for future in as_completed(futures):
             future.result()
@@ -230,8 +234,8 @@ def _shuffle(
 
 def merge_shard(unit: ShardUnit, dtype: str, tokenizer_sha256: str) -> None:
     """Writes one shard, or nothing where no document has its keys, and then its done record."""
-    pieces = [piece for piece in _all_pieces(unit.pieces, unit.plan) if piece.split == unit.split]
-    merged = merge(unit.inner, pieces, dtype, unit.number, unit.count, unit.config.deduplicate)
+    spills = [spill for spill in _all_spills(unit.spills, unit.plan) if spill.split == unit.split]
+    merged = merge(unit.inner, spills, dtype, unit.number, unit.count, unit.config.deduplicate)
     unit.check_plan()
     entry = None
     if merged.documents:
@@ -248,9 +252,9 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_sha256: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _all_pieces(path: Path, plan: str) -> list[Piece]:
-    """The list of all pieces, read once by a process; `plan` because another one has others."""
-    return [Piece(**piece) for some in json.loads(path.read_bytes()).values() for piece in some]
+def _all_spills(path: Path, plan: str) -> list[Spill]:
+    """The list of all spills, read once by a process; `plan` because another one has others."""
+    return [Spill(**spill) for some in json.loads(path.read_bytes()).values() for spill in some]
 
 
 # -------------------------------------------------------------------------------------------- the end
@@ -265,38 +269,38 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
             counter.update(record[key])
     _judge(plan, sums, [record["places"] for record in records])
     plan.check_input()
-    pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
+    spills: dict[str, list[Spill]] = {split: [] for split in SPLITS}
     for record in records:
-        for piece in record["pieces"]:
-            pieces[piece["split"]].append(Piece(**piece))
-    if not any(pieces.values()):
+        for spill in record["spills"]:
+            spills[spill["split"]].append(Spill(**spill))
+    if not any(spills.values()):
         raise UserError(
             f"input: {', '.join(plan.config.input)}: no document is left of it; {'; '.join(_dropped(sums))}"
         )
-    made = _shuffle(pool, plan, pieces, tokenizer)
-    if duplicates := sum(record["duplicates"] for record in made):
+    shard_records = _shuffle(pool, plan, spills, tokenizer)
+    if duplicates := sum(record["duplicates"] for record in shard_records):
         sums["dropped"]["duplicate"] += duplicates
     for line in _dropped(sums):
         print(f"prep: {line}")
     plan.check_input()
-    shards = [ShardEntry(**record["shard"]) for record in made if record["shard"]]
+    shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
     plan.remove_all_but({shard.name for shard in shards})
     manifest = write_manifest(
         plan.output,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         settings=plan.content["settings"],
-        counters=_counters(sums, made),
+        counters=_counters(sums, shard_records),
         shards=shards,
     )
-    plan.remove_pieces()
+    plan.remove_spills()
     return manifest
 
 
-def _counters(sums: dict[str, Counter[str]], made: list[dict[str, Any]]) -> dict[str, Any]:
+def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest counts: what was read, what was left out and why, and what stands in the shards."""
     splits = {split: Counter[str](documents=0, sentences=0, tokens=0, text_bytes=0) for split in SPLITS}
-    for record in made:
+    for record in shard_records:
         if shard := record["shard"]:
             splits[shard["split"]].update(
                 documents=shard["rows"],
@@ -330,7 +334,7 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
                 shutil.copyfileobj(some, file)
     lines = []
     for reason, number in sorted(sums["bad"].items()):
-        few = [place for split in places for place in split.get(reason, [])][:PLACES_SHOWN]
+        few = [place for of_unit in places for place in of_unit.get(reason, [])][:PLACES_SHOWN]
         lines.append(f"{number:,} bad: {reason} ({'; '.join(few)}{'; ...' if number > len(few) else ''})")
     for line in lines:
         print(f"prep: {line}")
@@ -345,7 +349,7 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
 
 def _reused(plan: Plan, manifest: dict[str, Any], began: float) -> dict[str, Any]:
     print(f"already prepared: {plan.output}")
-    plan.remove_pieces()  # a kill just after the manifest leaves them
+    plan.remove_spills()  # a kill just after the manifest leaves them
     return _summary(manifest, began, reused=True)
 
 

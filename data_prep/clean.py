@@ -57,10 +57,10 @@ _OTHER = 1  # a letter of another script; 2 and more are SCRIPTS, 0 is no letter
 
 
 def clean(text: str, config: PrepConfig) -> tuple[str, str]:
-    """(the text that is kept, "") or ("", reason)."""
-    kept = one_form(split_paragraphs(newlines(text)), "NFKC" if config.normalization == "nfkc" else "NFC")
-    reason = why_drop(kept, config)
-    return ("", reason) if reason else (kept, "")
+    """Returns (the text that is kept, "") or ("", reason)."""
+    cleaned = one_form(split_paragraphs(newlines(text)), "NFKC" if config.normalization == "nfkc" else "NFC")
+    reason = why_drop(cleaned, config)
+    return ("", reason) if reason else (cleaned, "")
 
 
 def newlines(text: str) -> str:

@@ -1,8 +1,8 @@
-"""First pass: one split of the input -> its pieces, its bad records and its done record.
+"""First pass: one work unit of the input -> its spills, its bad records and its done record.
 
-    encode_split(plan.units[0], Path("runs/data/tokenizer.model"))
+    encode_unit(plan.units[0], Path("runs/data/tokenizer.model"))
 
-A process runs it for one split at a time; memory holds a piece, whatever the size of the split.
+A process runs it for one unit at a time; memory holds a spill, whatever the size of the unit.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from bertscale.shards import Ids, token_dtype
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from data_prep.clean import clean
 from data_prep.plan import Unit
-from data_prep.read import Bad, Cut, Dropped
+from data_prep.readers.read import Bad, Cut, Dropped
 from data_prep.segment import splitter
-from data_prep.shuffle import ROW, Digest, Piece, PieceBuilder, Rows
+from data_prep.shuffle import ROW, Digest, Rows, Spill, SpillBuilder
 from data_prep.train_tokenizer import held_out
 
 SPLITS = ("train", "validation")
@@ -31,8 +31,8 @@ BATCH_CHARACTERS = 2**18  # of text encoded in one call
 PLACES_SHOWN = 3  # of each kind of bad record
 
 
-def encode_split(unit: Unit, tokenizer_path: Path) -> None:
-    """Writes the pieces of one split and its bad records, then its done record."""
+def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
+    """Writes the spills of one work unit and its bad records, then its done record."""
     config = unit.config
     try:
         tokenizer = load_tokenizer(tokenizer_path)
@@ -69,7 +69,7 @@ def encode_split(unit: Unit, tokenizer_path: Path) -> None:
     done = {
         "plan": unit.plan,
         "tokenizer_sha256": tokenizer.sha256,
-        "pieces": [asdict(piece) for piece in writer.pieces],
+        "spills": [asdict(spill) for spill in writer.spills],
         "quarantine_bytes": quarantine_bytes,
         "counters": counters,
         "bad": bad,
@@ -89,7 +89,7 @@ def _quarantine_line(record: Bad) -> bytes:
 
 
 class _Writer:
-    """Documents -> sentences -> tokens -> the pieces of each data split."""
+    """Documents -> sentences -> tokens -> the spills of each split."""
 
     def __init__(self, unit: Unit, tokenizer: Tokenizer) -> None:
         self.unit, self.tokenizer = unit, tokenizer
@@ -97,8 +97,8 @@ class _Writer:
         self.split = splitter(config.language)
         self.digest = Digest(config.seed, config.deduplicate)
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self.builders = {split: PieceBuilder(self.dtype, config.deduplicate) for split in SPLITS}
-        self.pieces: list[Piece] = []
+        self.builders = {split: SpillBuilder(self.dtype, config.deduplicate) for split in SPLITS}
+        self.spills: list[Spill] = []
         self.dropped = Counter[str]()
         self._empty()
 
@@ -136,11 +136,16 @@ class _Writer:
         if nothing := int((rows["tokens"] == 0).sum()):
             self.dropped["no token is left of it"] += nothing
         for split, held in zip(SPLITS, (False, True), strict=True):
-            own = (validation == held) & (rows["tokens"] > 0)
-            if own.all():
+            chosen = (validation == held) & (rows["tokens"] > 0)
+            if chosen.all():
                 self._add(split, rows, lengths, tokens)
-            elif own.any():
-                self._add(split, rows[own], lengths[own[owner]], tokens[np.repeat(own, rows["tokens"])])
+            elif chosen.any():
+                self._add(
+                    split,
+                    rows[chosen],
+                    lengths[chosen[owner]],
+                    tokens[np.repeat(chosen, rows["tokens"])],
+                )
 
     def _add(self, split: str, rows: Rows, lengths: npt.NDArray[np.uint32], tokens: Ids) -> None:
         builder = self.builders[split]
@@ -149,8 +154,8 @@ class _Writer:
         builder.add(rows, lengths, tokens)
 
     def _write(self, split: str) -> None:
-        number = sum(piece.split == split for piece in self.pieces)
-        self.pieces.append(self.builders[split].write(self.unit.piece(split, number), split))
+        number = sum(spill.split == split for spill in self.spills)
+        self.spills.append(self.builders[split].write(self.unit.spill(split, number), split))
 
     def finish(self) -> None:
         """Writes what is left."""

@@ -2,14 +2,13 @@
 
 The plan (settings, tokenizer and input files with size and modification time) lies in OUTPUT/.prep/plan.json.
 Whoever prepares the whole (`bertscale prep`, or its first part, `--tokenizer-only`) may replace it and start
-over; a task that builds a share of the splits only compares. Each record names the plan that it was made for,
-so that what a task of an earlier plan still writes while others start over is never taken for a piece of the
-new one.
+over; a task that builds some of the work units only compares. Each record names the plan that it was made
+for, so that what a task of an earlier plan still writes while others start over is never taken for a part of
+the new one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -28,8 +27,8 @@ from bertscale.config import PrepConfig, UserError
 from bertscale.files import write_json
 from bertscale.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
-from data_prep.compressed import COMPRESSIONS
-from data_prep.read import InputFile, Part, Record, cut_into_splits, find_files, read_records
+from data_prep.readers.compressed import COMPRESSIONS
+from data_prep.readers.read import InputFile, Part, Record, cut_into_units, find_files, read_records
 
 PLAN_VERSION = 2  # raise it when the same settings begin to give other bytes
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -39,7 +38,7 @@ _SAME_AGAIN = "run the same command again: it begins with the input as it then i
 
 @dataclass(frozen=True)
 class Work:
-    """One split of the input, or one shard of the output: work for a process, with all it needs to know."""
+    """Work for one process, with all it needs to know: a unit of the input, or a shard of the output."""
 
     config: PrepConfig
     plan: str  # digest of the plan that it belongs to
@@ -54,10 +53,10 @@ class Work:
 
     def check_plan(self) -> None:
         """Raises UserError if somebody has started over in the output folder since this was planned."""
-        found = read_json(self.inner / "plan.json")
-        if found is None or _digest(found) != self.plan:
+        present = read_json(self.inner / "plan.json")
+        if present is None or _digest(present) != self.plan:
             raise UserError(
-                f"output: {self.output} was begun anew with other settings or input while this ran; "
+                f"output: {self.output} was started again with other settings or input while this ran; "
                 "nothing was overwritten by it. Let only one prep work there at a time"
             )
 
@@ -72,7 +71,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Unit(Work):
-    """Of the first pass: a split of the input."""
+    """A work unit of the first pass: some of the input."""
 
     number: int
     parts: list[Part]
@@ -84,7 +83,7 @@ class Unit(Work):
 
     @property
     def record(self) -> Path:
-        return self.inner / f"split-{self.number:05d}.json"
+        return self.inner / f"unit-{self.number:05d}.json"
 
     @property
     def sample(self) -> Path:
@@ -92,17 +91,17 @@ class Unit(Work):
 
     @property
     def bad_records(self) -> Path:
-        return self.inner / f"split-{self.number:05d}.bad.jsonl"
+        return self.inner / f"unit-{self.number:05d}.bad.jsonl"
 
-    def piece(self, split: str, number: int) -> Path:
-        return self.inner / f"split-{self.number:05d}-{split}-{number:03d}.piece"
+    def spill(self, split: str, number: int) -> Path:
+        return self.inner / f"unit-{self.number:05d}-{split}-{number:03d}.spill"
 
     def records(self) -> Iterator[Record]:
         for part in self.parts:
             yield from read_records(part, self.config)
 
     def check_input(self) -> None:
-        """Raises UserError if a file of this split is not what it was when it was planned."""
+        """Raises UserError if a file of this unit is not what it was when it was planned."""
         for file in self.files:
             try:
                 status = os.stat(file.name)
@@ -112,11 +111,11 @@ class Unit(Work):
                 raise UserError(f"input: {file.name} changed while it was read; {_SAME_AGAIN}")
 
     def done(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        """The done record, if it and the pieces are there, whole, and made for this plan and tokenizer."""
+        """The done record, if it and the spills are there, whole, and made for this plan and tokenizer."""
         record = self._record(self.record, tokenizer)
         if record is None:
             return None
-        sizes = {piece["name"]: piece["bytes"] for piece in record["pieces"]}
+        sizes = {spill["name"]: spill["bytes"] for spill in record["spills"]}
         sizes[self.bad_records.name] = record["quarantine_bytes"]
         for name, size in sizes.items():
             try:
@@ -129,7 +128,7 @@ class Unit(Work):
 
 @dataclass(frozen=True)
 class ShardUnit(Work):
-    """Of the second pass: shard `number` of the `count` of a data split."""
+    """Work of the second pass: shard `number` of the `count` of a split."""
 
     split: str
     number: int
@@ -140,8 +139,8 @@ class ShardUnit(Work):
         return self.output / f"{self.split}-{self.number:05d}.arrow"
 
     @property
-    def pieces(self) -> Path:
-        return self.inner / "pieces.json"
+    def spills(self) -> Path:
+        return self.inner / "spills.json"
 
     @property
     def record(self) -> Path:
@@ -172,7 +171,10 @@ class Plan:
             "version": PLAN_VERSION,
             "settings": settings.model_dump(exclude={"output", "workers", "max_bad_fraction"}),
             "tokenizer": given,
-            "files": [dataclasses.asdict(file) for file in self.files],
+            "files": [
+                {"name": file.name, "size": file.size, "mtime_ns": file.mtime_ns, "named": file.named}
+                for file in self.files
+            ],
         }
         self.digest = _digest(self.content)
 
@@ -181,7 +183,7 @@ class Plan:
         files = {file.name: file for file in self.files}
         return [
             Unit(self.config, self.digest, number, parts, [files[n] for n in {p.name: None for p in parts}])
-            for number, parts in enumerate(cut_into_splits(self.files, self.config))
+            for number, parts in enumerate(cut_into_units(self.files, self.config))
         ]
 
     @property
@@ -193,8 +195,8 @@ class Plan:
         return self.inner / "plan.json"
 
     @property
-    def pieces(self) -> Path:
-        return self.inner / "pieces.json"
+    def spills(self) -> Path:
+        return self.inner / "spills.json"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -244,8 +246,8 @@ class Plan:
         old = read_json(self.path)
         if old is not None and _digest(old) == self.digest:
             return
-        own = (MANIFEST_NAME, *TOKENIZER_NAMES, QUARANTINE_NAME)
-        stale = [*(self.output / name for name in own), *_shards(self.output)]
+        outputs = (MANIFEST_NAME, *TOKENIZER_NAMES, QUARANTINE_NAME)
+        stale = [*(self.output / name for name in outputs), *_shards(self.output)]
         if old is not None:
             print(
                 f"prep: {self._difference(old)} changed since the last run into {self.output}: starting over"
@@ -260,8 +262,8 @@ class Plan:
         # what is half-written stays, to be removed at the end.
         (self.output / MANIFEST_NAME).unlink(missing_ok=True)
         write_json(self.path, self.content)
-        kept = (self.path.name, LOCK_NAME)
-        records = [f for f in self.inner.iterdir() if f.name not in kept and ".tmp-" not in f.name]
+        to_stay = (self.path.name, LOCK_NAME)
+        records = [f for f in self.inner.iterdir() if f.name not in to_stay and ".tmp-" not in f.name]
         for file in [*stale, *records]:
             file.unlink(missing_ok=True)
 
@@ -298,9 +300,9 @@ class Plan:
 
     def remove_leftovers(self, units: list[Unit]) -> None:
         """Removes what killed workers left half-written of `units`; what belongs to others may be alive."""
-        own = {unit.record.stem for unit in units}
-        for leftover in self.inner.glob("split-*.tmp-*"):
-            if re.split(r"[.-]\D", leftover.name)[0] in own:
+        stems = {unit.record.stem for unit in units}
+        for leftover in self.inner.glob("unit-*.tmp-*"):
+            if re.split(r"[.-]\D", leftover.name)[0] in stems:
                 leftover.unlink(missing_ok=True)
 
     def remove_all_but(self, names: set[str]) -> None:
@@ -310,17 +312,17 @@ class Plan:
             if file.name not in names:
                 file.unlink(missing_ok=True)
 
-    def remove_pieces(self) -> None:
+    def remove_spills(self) -> None:
         """Removes the first pass's files, when the manifest says that nobody needs them any more."""
-        for pattern in ("split-*.piece", "split-*.bad.jsonl"):
+        for pattern in ("unit-*.spill", "unit-*.bad.jsonl"):
             for file in self.inner.glob(pattern):
                 file.unlink(missing_ok=True)
 
 
 def no_tokenizer(output: Path) -> str:
-    """What to tell a person who asks for a share of the splits too early."""
+    """What to tell a person who asks for some of the work units too early."""
     return (
-        f"output: {output} has no finished tokenizer, which every share of the splits needs: "
+        f"output: {output} has no finished tokenizer, which every task needs: "
         "run `bertscale prep CONFIG --tokenizer-only` first, with the same settings"
     )
 

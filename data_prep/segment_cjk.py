@@ -6,7 +6,7 @@ split("他说：“你好。我走了。”然后他走了。真的！")
 A sentence ends after 。！？ and the closing marks that follow; not after ； and ：, which the Chinese
 standard (GB/T 15834) counts among the marks inside a sentence; and after an ellipsis only where no text
 follows at once: every second one of the others is a pause. Nothing ends inside a title (《》), brackets,
-or a quotation that the sentence goes on after.
+or a quotation after which the sentence continues.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ENDS = "。｡．！？…!?.”’」』）】》〉〗］｝｣)]"
 _LONGEST = 1000  # characters; a quotation that is not closed within them does not count as open
 _STATEMENT = 12  # characters; a shorter quotation in the middle of a sentence is a name or a word
 
-_INSIDE = frozenset("，、；：,;:。．！？…!?）)」』”’》〉】")  # after a stop: the sentence goes on
+_INSIDE = frozenset("，、；：,;:。．！？…!?）)」』”’》〉】")  # after a stop: the sentence continues
 # After a closing mark as well: particles, and words that make the quotation a part of the sentence.
 _GOES_ON = _INSIDE | frozenset("的是为為和與与及等之とのはがをにもでやっへなだ")
 # A clause with one of these after a quotation says who spoke.
@@ -75,7 +75,10 @@ def _is_stop(line: str, start: int, match: re.Match[str]) -> bool:
 
 
 def _in_quotes(line: str, start: int, match: re.Match[str]) -> tuple[bool, int]:
-    """(whether the sentence from `start` ends with `match`, where to look on); something was opened in it."""
+    """Returns (whether the sentence from `start` ends with `match`, where to look on).
+
+    Something was opened in the sentence.
+    """
     stop = match.start()
     opened: list[int] = []
     for mark in _mark.finditer(line, max(start, stop - _LONGEST), stop):

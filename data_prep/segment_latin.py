@@ -64,7 +64,7 @@ def split(line: str, rules: Rules) -> list[str]:
 
 
 def ends(line: str, start: int, stop: int, after: int, rules: Rules) -> bool:
-    """Whether the full stop at `stop` ends the sentence that began at `start`; text goes on at `after`."""
+    """Whether the full stop at `stop` ends the sentence that began at `start`; text continues at `after`."""
     first = line.rfind(" ", start, stop) + 1 or start
     word = line[first:stop]
     if not word.isalnum() and (opening := _opening.match(word)):

@@ -1,19 +1,19 @@
 """The seeded order of documents, across all shards, in bounded memory, and exact duplicates on the way.
 
-A document's key is a digest of its text, keyed by the seed. The first pass sorts what it reads into pieces of
-bounded size; in the second one, shard number b of B takes from every piece the range of keys that is its own,
+A document's key is a digest of its text, keyed by the seed. The first pass sorts what it reads into spills of
+bounded size; in the second one, shard number b of B takes from every spill the range of keys that is its own,
 [b / B, (b + 1) / B), and brings it into order:
 
-    builder = PieceBuilder(np.uint16, deduplicate=True)
+    builder = SpillBuilder(np.uint16, deduplicate=True)
     builder.add(rows_of(...), sentence_lengths, tokens)
     builder.write(path)
     merge(paths, number=b, count=B, deduplicate=True) -> columns of the shard
 
 So a document's place depends on its text and the seed alone, two documents with the same text always meet in
-the same shard, and each shard is made by itself, by any process. The digest has 128 bits: its first half is
-the place, both together are what makes two texts the same.
+the same shard, and each shard is made apart from the others, by any process. The digest has 128 bits: its
+first half is the place, both together are what makes two texts the same.
 
-A piece is a file of three arrays, one after the other, that only this module reads:
+A spill is a file of three arrays, one after the other, that only this module reads:
 
     rows              ROW [rows], sorted by key, check and document
     sentence_lengths  uint32 [sentences]
@@ -36,7 +36,7 @@ from bertscale.config import UserError
 from bertscale.files import whole_file
 from bertscale.shards import LARGEST_SHARD, Ids
 
-PIECE_BYTES = 64 * 2**20  # of memory, as `weight` counts it, before a piece is written
+SPILL_BYTES = 64 * 2**20  # of memory, as `weight` counts it, before a spill is written
 CHUNK = 2**18  # tokens moved at once: their positions stay in the cache
 
 ROW = np.dtype(
@@ -44,7 +44,7 @@ ROW = np.dtype(
         ("key", np.uint64),
         ("check", np.uint64),
         ("document", np.uint64),
-        ("token_start", np.uint64),  # in the piece's tokens
+        ("token_start", np.uint64),  # in the spill's tokens
         ("sentence_start", np.uint64),
         ("tokens", np.uint32),
         ("sentences", np.uint32),
@@ -69,7 +69,7 @@ class Digest:
         self.deduplicate = deduplicate
 
     def __call__(self, text: bytes, document: int) -> tuple[int, int]:
-        """(key, check); without deduplication the document counts too, or one text would fill a shard."""
+        """Returns (key, check); without deduplication the document counts too, lest one text fill a shard."""
         seed = self.seed if self.deduplicate else (self.seed + document) % 2**64
         return divmod(xxhash.xxh3_128_intdigest(text, seed), 2**64)
 
@@ -78,8 +78,8 @@ class Digest:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What a done record says of a piece; `bytes` are the file's."""
+class Spill:
+    """What a done record says of a spill; `bytes` are the file's."""
 
     name: str
     split: str
@@ -89,16 +89,16 @@ class Piece:
     bytes: int
 
 
-class PieceBuilder:
+class SpillBuilder:
     """Collects documents as long as it `has_room`; `write` sorts them.
 
-    `duplicates` counts what was left out as the same text as an earlier document of the piece.
+    `duplicates` counts what was left out as the same text as an earlier document of the spill.
     """
 
     def __init__(self, dtype: npt.DTypeLike, deduplicate: bool) -> None:
         self.deduplicate, self.duplicates = deduplicate, 0
         # Memory that nothing was written to yet is not taken from the machine.
-        self.tokens: Ids = np.empty(PIECE_BYTES // np.dtype(dtype).itemsize, dtype)
+        self.tokens: Ids = np.empty(SPILL_BYTES // np.dtype(dtype).itemsize, dtype)
         self._empty()
 
     def _empty(self) -> None:
@@ -108,7 +108,7 @@ class PieceBuilder:
 
     def has_room(self, rows: Rows, sentence_lengths: npt.NDArray[np.uint32], tokens: Ids) -> bool:
         more = weight(len(rows), len(sentence_lengths), len(tokens), tokens.itemsize)
-        return self.weight + more <= PIECE_BYTES
+        return self.weight + more <= SPILL_BYTES
 
     def add(self, rows: Rows, sentence_lengths: npt.NDArray[np.uint32], tokens: Ids) -> None:
         """Adds documents, the numbers of which rise; this sets `token_start` and `sentence_start`."""
@@ -126,8 +126,8 @@ class PieceBuilder:
         self.sentences += len(sentence_lengths)
         self.weight += weight(len(rows), len(sentence_lengths), len(tokens), tokens.itemsize)
 
-    def write(self, path: Path, split: str) -> Piece:
-        """Writes the piece, whole or not at all, and is empty again."""
+    def write(self, path: Path, split: str) -> Spill:
+        """Writes the spill, whole or not at all, and is empty again."""
         rows, lengths = np.concatenate(self.rows), np.concatenate(self.sentence_lengths)
         order = np.lexsort((rows["check"], rows["key"]))  # stable: documents stay in order
         if self.deduplicate:
@@ -149,7 +149,7 @@ class PieceBuilder:
                     values = source[_positions(begins[kind][some], sizes[some])]
                     file.write(values.view(np.uint8).data)
             size = file.tell()
-        piece = Piece(
+        spill = Spill(
             name=path.name,
             split=split,
             rows=len(rows),
@@ -158,7 +158,7 @@ class PieceBuilder:
             bytes=size,
         )
         self._empty()
-        return piece
+        return spill
 
 
 # ----------------------------------------------------------------------------------------- second pass
@@ -174,10 +174,10 @@ class Merged:
     duplicates: int
 
 
-def number_of_shards(pieces: Sequence[Piece], itemsize: int, shard_bytes: int) -> int:
-    """How many shards the documents of `pieces` fill."""
-    rows, sentences = sum(piece.rows for piece in pieces), sum(piece.sentences for piece in pieces)
-    tokens = sum(piece.tokens for piece in pieces)
+def number_of_shards(spills: Sequence[Spill], itemsize: int, shard_bytes: int) -> int:
+    """How many shards the documents of `spills` fill."""
+    rows, sentences = sum(spill.rows for spill in spills), sum(spill.sentences for spill in spills)
+    tokens = sum(spill.tokens for spill in spills)
     # Half of what a shard can hold at all: the ranges of keys are of the same length, not of the same size.
     return max(
         -(-weight(rows, sentences, tokens, itemsize) // shard_bytes), -(-tokens // (LARGEST_SHARD // 2))
@@ -185,32 +185,32 @@ def number_of_shards(pieces: Sequence[Piece], itemsize: int, shard_bytes: int) -
 
 
 def merge(
-    folder: Path, pieces: Sequence[Piece], dtype: npt.DTypeLike, number: int, count: int, deduplicate: bool
+    folder: Path, spills: Sequence[Spill], dtype: npt.DTypeLike, number: int, count: int, deduplicate: bool
 ) -> Merged:
-    """Shard `number` of `count`: its documents from all `pieces`, sorted by key; reads nothing else.
+    """Shard `number` of `count`: its documents from all `spills`, sorted by key; reads nothing else.
 
     Of documents with the same digest the one with the lowest number stays. Memory: the shard, and 100 bytes
     or so for each document.
     """
     low, high = number * 2**64 // count, (number + 1) * 2**64 // count
-    found = [_rows_between(folder / piece.name, piece, low, high) for piece in pieces]
-    ends = np.cumsum([len(rows) for rows in found])
-    rows = np.concatenate([np.empty(0, ROW), *found])
-    del found
+    ranges = [_rows_between(folder / spill.name, spill, low, high) for spill in spills]
+    ends = np.cumsum([len(rows) for rows in ranges])
+    rows = np.concatenate([np.empty(0, ROW), *ranges])
+    del ranges
     order = np.lexsort((rows["document"], rows["check"], rows["key"]))
     if deduplicate:
         order = order[_first_of_each(rows, order)]
     tokens, token_places, token_offsets = _layout(rows["tokens"], order, np.dtype(dtype))
     lengths, sentence_places, sentence_offsets = _layout(rows["sentences"], order, np.dtype(np.uint32))
     begin = 0
-    for piece, end in zip(pieces, ends.tolist(), strict=True):
-        own = rows[begin:end]
-        if len(own):
-            with open(folder / piece.name, "rb") as file:
-                at = piece.rows * ROW.itemsize
-                _scatter(file, at, own, "sentence", lengths, sentence_places[begin:end])
-                at += 4 * piece.sentences
-                _scatter(file, at, own, "token", tokens, token_places[begin:end])
+    for spill, end in zip(spills, ends.tolist(), strict=True):
+        of_spill = rows[begin:end]
+        if len(of_spill):
+            with open(folder / spill.name, "rb") as file:
+                at = spill.rows * ROW.itemsize
+                _scatter(file, at, of_spill, "sentence", lengths, sentence_places[begin:end])
+                at += 4 * spill.sentences
+                _scatter(file, at, of_spill, "token", tokens, token_places[begin:end])
         begin = end
     return Merged(
         columns={
@@ -226,9 +226,9 @@ def merge(
     )
 
 
-def _rows_between(path: Path, piece: Piece, low: int, high: int) -> Rows:
-    """The rows of the piece whose key is at least `low` and less than `high`."""
-    every = np.memmap(path, ROW, "r", shape=(piece.rows,))
+def _rows_between(path: Path, spill: Spill, low: int, high: int) -> Rows:
+    """The rows of the spill whose key is at least `low` and less than `high`."""
+    every = np.memmap(path, ROW, "r", shape=(spill.rows,))
     first, last = (bisect_left(every, bound, key=lambda row: int(row["key"])) for bound in (low, high))
     return np.fromfile(path, ROW, last - first, offset=first * ROW.itemsize)
 
@@ -249,19 +249,19 @@ def _layout(
 
 
 def _scatter(file: BinaryIO, at: int, rows: Rows, kind: str, target: Any, places: Indices) -> None:
-    """Reads the values of `rows`, which are neighbours in a piece, and puts each row's at its place.
+    """Reads the values of `rows`, which are neighbours in a spill, and puts each row's at its place.
 
-    `at` is the byte where the piece's values of this kind begin.
+    `at` is the byte where the spill's values of this kind begin.
     """
     begin, sizes = rows[f"{kind}_start"].astype(np.int64), rows[f"{kind}s"]
     for some in _chunks(sizes):
         file.seek(at + int(begin[some][0]) * target.itemsize)
         values = np.fromfile(file, target.dtype, int(sizes[some].sum(dtype=np.int64)))
         place, size = places[some], sizes[some]
-        kept = place >= 0
-        if not kept.all():
-            values = values[_positions((begin[some] - begin[some][0])[kept], size[kept])]
-            place, size = place[kept], size[kept]
+        stays = place >= 0  # others are duplicates of a document before them
+        if not stays.all():
+            values = values[_positions((begin[some] - begin[some][0])[stays], size[stays])]
+            place, size = place[stays], size[stays]
         target[_positions(place, size)] = values
 
 

@@ -1,7 +1,7 @@
 """Sentences of a random sample of the documents -> a SentencePiece model, Unigram or BPE.
 
 The result depends on the input, the settings and the seed alone: not on the number of workers (the sample is
-drawn split by split) and not on the machine (the trainer's sums depend on its number of threads, so that
+drawn unit by unit) and not on the machine (the trainer's sums depend on its number of threads, so that
 number is fixed). The sample is bounded in documents and in bytes, so that memory is, whatever the input.
 
 Unigram: Kudo, "Subword Regularization", 2018, https://arxiv.org/abs/1804.10959
@@ -44,11 +44,11 @@ from bertscale.tokenizer import (  # fmt: skip
 )
 from data_prep.clean import clean
 from data_prep.plan import Plan, Unit, read_json
-from data_prep.records import Cut
+from data_prep.readers.records import Cut
 from data_prep.segment import splitter
 
-SAMPLE_BYTES = 100_000_000  # of all splits; Unigram takes about twenty times that in memory while it trains
-SAMPLE_SPLITS = 256  # at most so many are read for the sample
+SAMPLE_BYTES = 100_000_000  # of all units; Unigram takes about twenty times that in memory while it trains
+SAMPLE_UNITS = 256  # at most so many are read for the sample
 EXCERPT = 2**16  # characters: longer documents are drawn in parts
 TRAINER_THREADS = 16
 LONGEST_SENTENCE = 2**16  # bytes; the trainer leaves longer ones out
@@ -60,19 +60,19 @@ STILL_SECONDS = 20.0  # between two lines that say that the trainer is working
 
 def finished_tokenizer(plan: Plan) -> Tokenizer | None:
     """The tokenizer in the output folder, if it is whole and was made for this plan."""
-    made = read_json(_record(plan))
-    if not made or made.get("plan") != plan.digest:
+    record = read_json(_record(plan))
+    if not record or record.get("plan") != plan.digest:
         return None
-    path = plan.output / made["name"]
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != made["sha256"]:
+    path = plan.output / record["name"]
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
         return None
     return load_tokenizer(path)
 
 
 def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
     """The tokenizer in the output folder: kept, copied there, or trained."""
-    if (kept := finished_tokenizer(plan)) is not None:
-        return kept
+    if (finished := finished_tokenizer(plan)) is not None:
+        return finished
     _record(plan).unlink(missing_ok=True)
     if plan.config.tokenizer:
         given = load_tokenizer(plan.config.tokenizer, plan.config.lowercase)
@@ -88,8 +88,8 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
         path = plan.output / SENTENCE_PIECE_NAME
         _sample_and_train(pool, plan, path)
     tokenizer = load_tokenizer(path)
-    made = {"name": path.name, "sha256": tokenizer.sha256, "plan": plan.digest}
-    write_json(_record(plan), made)
+    record = {"name": path.name, "sha256": tokenizer.sha256, "plan": plan.digest}
+    write_json(_record(plan), record)
     return tokenizer
 
 
@@ -141,7 +141,7 @@ def _wait(training: Future[None]) -> None:
 
 @dataclass
 class Sample:
-    """What was drawn, of one split or of all; `seen` counts the characters of all text it was drawn from."""
+    """What was drawn, of one unit or of all; `seen` counts the characters of all text it was drawn from."""
 
     documents: int = 0
     sentences: int = 0
@@ -157,21 +157,22 @@ class Sample:
 
 
 def _drawn_units(plan: Plan) -> list[Unit]:
-    """All splits, or of very many some, so that the sample of a terabyte does not take a day to draw."""
-    if len(plan.units) <= SAMPLE_SPLITS:
+    """All work units, or some of very many, so that the sample of a terabyte does not take a day to draw."""
+    if len(plan.units) <= SAMPLE_UNITS:
         return plan.units
-    drawn = random.Random(f"{plan.config.seed}-splits").sample(plan.units, SAMPLE_SPLITS)
+    # The seed has an old name of the units: another one would draw another sample, and change the bytes.
+    drawn = random.Random(f"{plan.config.seed}-splits").sample(plan.units, SAMPLE_UNITS)
     return sorted(drawn, key=lambda unit: unit.number)
 
 
 def _sample(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit]) -> Sample:
-    """Writes each split's share of the sample; returns the sums over all of them."""
+    """Writes each work unit's share of the sample; returns the sums over all of them."""
     sample, sizes = Sample(), [unit.bytes for unit in units]
     documents = _share(plan.config.train_tokenizer.sample_documents, sizes)
     lengths = _share(SAMPLE_BYTES, sizes)
     with Progress("sample", sum(sizes), "bytes") as progress:
         futures = {
-            pool.submit(_sample_split, unit, *share): unit
+            pool.submit(_sample_unit, unit, *share): unit
             for unit, *share in zip(units, documents, lengths, strict=True)
         }
         for future in as_completed(futures):
@@ -191,8 +192,8 @@ def _share(total: int, weights: list[int]) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-def _sample_split(unit: Unit, documents: int, size: int) -> Sample:
-    """Writes the sentences of training documents of one split: at most so many documents and bytes."""
+def _sample_unit(unit: Unit, documents: int, size: int) -> Sample:
+    """Writes the sentences of training documents of one work unit: at most so many documents and bytes."""
     config, sample, counts = unit.config, Sample(), Counter[str]()
     split = splitter(config.language)
 
@@ -236,7 +237,7 @@ def draw_sample(texts: Iterable[str], documents: int, size: int, seed: str) -> l
     """
     generator = random.Random(seed)
     # Each part gets a random key; those with the smallest are kept, as many as there is room for.
-    kept: list[tuple[float, int, int, bytes]] = []  # a heap: the largest key first
+    drawn: list[tuple[float, int, int, bytes]] = []  # a heap: the largest key first
     held, limit = 0, 1.0
     for number, text in enumerate(texts):
         for place, part in enumerate(_excerpts(text)):
@@ -244,12 +245,12 @@ def draw_sample(texts: Iterable[str], documents: int, size: int, seed: str) -> l
             if key >= limit:
                 continue
             content = part.encode()
-            heapq.heappush(kept, (-key, number, place, content))
+            heapq.heappush(drawn, (-key, number, place, content))
             held += len(content)
-            while len(kept) > documents or held > size:
-                key, _, _, out = heapq.heappop(kept)
+            while len(drawn) > documents or held > size:
+                key, _, _, out = heapq.heappop(drawn)
                 limit, held = -key, held - len(out)
-    return [(number, content) for _, number, _, content in sorted(kept, key=lambda part: part[1:3])]
+    return [(number, content) for _, number, _, content in sorted(drawn, key=lambda part: part[1:3])]
 
 
 def _excerpts(text: str) -> Iterator[str]:
@@ -277,7 +278,7 @@ def train_tokenizer(
 ) -> None:
     """Trains on files with a sentence a line and writes the model to `output`.
 
-    `rule` is the Unicode normalisation that the model does by itself; text in NFC needs none. Raises
+    `rule` is the Unicode normalisation that the model itself does; text in NFC needs none. Raises
     UserError if the text has too few different words, or too many characters, for `vocab_size`.
     """
     import sentencepiece  # reading the sample does without it
@@ -326,7 +327,7 @@ def _lines(files: list[Path]) -> Iterator[str]:
 
 
 def compare_with_hugging_face(model: Path, files: list[Path], sentences: int) -> tuple[int, int]:
-    """(for how many the model's Hugging Face form gives the same ids, how many were compared).
+    """Returns (sentences to which the model's Hugging Face form gives the same ids, sentences compared).
 
     Compared are COMPARED of all the `sentences` in the files, at even distances.
     """

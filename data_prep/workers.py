@@ -54,7 +54,7 @@ def _begin() -> None:
 
 
 def _follow_parent() -> None:
-    """Ends this process when its parent is gone, which a pool by itself never notices."""
+    """Ends this process when its parent is gone, which a pool never notices."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -38,7 +38,7 @@ class JobSpec:
     time: str | None = None  # Slurm's notation
     array: int = 0  # tasks of an array, 0: no array
     previous: tuple[str, ...] = ()  # job folders that must be done before this job begins
-    following: tuple[str, ...] = ()  # job folders of the links after it, cancelled when it fails
+    following: tuple[str, ...] = ()  # job folders of the pipeline after it, cancelled when it fails
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -157,7 +157,7 @@ PLAIN = frozenset(string.ascii_letters + string.digits + "@%+=:,./_-")
 
 
 def _quote(word: str) -> str:
-    """`word` for bash, and for an #SBATCH line, where sbatch knows double quotes and backslashes too."""
+    """Quotes `word` for bash, and for an #SBATCH line, where sbatch knows double quotes and backslashes."""
     if word and PLAIN.issuperset(word):
         return word
     option = re.match(r"--[a-z-]+=", word)

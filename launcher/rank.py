@@ -96,14 +96,14 @@ def _run(rank: int, attempt: Path, command: list[str], log: Path, file: IO[bytes
 
 
 def _environment(rank: int) -> dict[str, str]:
-    own = {
+    place = {
         "RANK": str(rank),
         "WORLD_SIZE": os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "PYTHONUNBUFFERED": "1",  # a rank that is killed has still written its log
     }
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
-    return {"OMP_NUM_THREADS": cores} | dict(os.environ) | own
+    return {"OMP_NUM_THREADS": cores} | dict(os.environ) | place
 
 
 def _node() -> str:

@@ -25,7 +25,7 @@ from typing import Any
 from bertscale.errors import FAULT, MISTAKE, STOPPED_AND_SAVED, UserError
 
 LATE_SECONDS = 0.5  # those that lose a killed rank may say so before its parent hears of its death
-LOG_LINES = 15  # of a rank that died without a word
+LOG_LINES = 15  # of a rank that died without a report
 REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, whatever the language
 
 # Set for a rank by the process that started it: that process, to die with it, and the pipe that takes an
@@ -112,7 +112,7 @@ def run_as_rank(main: Callable[[], int]) -> int:
 
     A rank that this package started dies with its parent, leaves an uncaught exception and its time
     where the parent looks for it, and on SIGUSR2 writes the stacks of its threads to its log. Under
-    torchrun or a plain srun the exception goes on to the caller.
+    torchrun or a plain srun the exception is passed on to the caller.
     """
     if PARENT not in os.environ:
         return main()
@@ -199,10 +199,10 @@ def count_gpus() -> int:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return 0
-    found = sum(line.startswith("GPU ") for line in listing.splitlines())
+    gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return found
+        return gpus
     chosen = [name.strip() for name in visible.split(",") if name.strip()]
     # CUDA stops reading at the first device that does not exist, by habit written as -1.
-    return min(found, chosen.index("-1") if "-1" in chosen else len(chosen))
+    return min(gpus, chosen.index("-1") if "-1" in chosen else len(chosen))

@@ -87,19 +87,19 @@ def nodes(node_list: str) -> tuple[dict[str, str], ...]:
 
 
 def hosts(node_list: str) -> list[str]:
-    """`gpu[1-2],cpu7` -> gpu1, gpu2, cpu7."""
+    """The hosts of a node list: `gpu[1-2],cpu7` -> gpu1, gpu2, cpu7."""
     if "[" not in node_list:
         return [host for host in node_list.split(",") if host]
     return ask("scontrol", "show", "hostnames", node_list).stdout.split()
 
 
 def _record(line: str) -> dict[str, str]:
-    """`A=1 B=two words C=3` as a dictionary: a value goes on up to the next word with an equals sign."""
+    """Reads `A=1 B=two words C=3` as a dictionary: a value extends to the next word with an equals sign."""
     return dict(re.findall(r"(\w[\w:/]*)=(.*?)(?=\s+\w[\w:/]*=|\s*$)", line))
 
 
 def gpus_of(gres: str) -> int:
-    """`gpu:h100:8(S:0-1),nvme:1` -> 8."""
+    """The number of GPUs in Slurm's Gres: `gpu:h100:8(S:0-1),nvme:1` -> 8."""
     return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres))
 
 
@@ -110,10 +110,10 @@ def minutes_of(time: str) -> float | None:
     """
     if time.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if found is None:
+    fields = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if fields is None:
         return None
-    days, *rest = found.groups()
+    days, *rest = fields.groups()
     first, second, third = (int(part or 0) for part in rest)
     if days is not None:
         return int(days) * 1440 + first * 60 + second + third / 60
@@ -122,5 +122,5 @@ def minutes_of(time: str) -> float | None:
 
 def bytes_of(memory: str) -> int | None:
     """Bytes of a memory size as sbatch --mem reads it (`200G`; MiB by default); None for no such thing."""
-    found = re.fullmatch(r"(\d+)([KMGT]?)B?", memory.upper())
-    return int(found[1]) * _SUFFIXES[found[2] or "M"] if found else None
+    size = re.fullmatch(r"(\d+)([KMGT]?)B?", memory.upper())
+    return int(size[1]) * _SUFFIXES[size[2] or "M"] if size else None

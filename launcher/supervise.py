@@ -1,4 +1,4 @@
-"""The supervisor of a run: starts all ranks, watches them, says what went wrong, and starts them anew.
+"""The supervisor of a run: starts all ranks, watches them, says what went wrong, and starts them again.
 
 code = run_here(command, 4, Path("runs/base/logs"))    # ranks of this machine; in a Slurm job: launcher.watch
 
@@ -27,17 +27,17 @@ from bertscale.run_folder import (
     attempts_in,
     newest_step,
 )
+from launcher.rank_groups import LocalRanks, RankGroup
 from launcher.ranks import Exit
-from launcher.steps import LocalRanks, Step
 
 LOOK_SECONDS = 1.0  # between two looks at the heartbeat and the checkpoints
-STACK_SECONDS = 10.0  # at most, for ranks that stand still to write their stacks
+STACK_SECONDS = 10.0  # at most, for ranks that hang to write their stacks
 STACK = b"most recent call first"  # what faulthandler puts above each of them
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When ranks count as hung (0: never), and how often they are started anew."""
+    """When ranks count as hung (0: never), and how often they are started again."""
 
     start_seconds: float = 0.0  # without a first step
     hang_seconds: float = 0.0  # without another one
@@ -125,7 +125,7 @@ def new_attempt(log_folder: Path, job: str = "", task: str = "") -> Path:
 
 
 def supervise(
-    start: Callable[[], Step], limits: Limits, events: Events, run: Path | None, stop: StopRequests
+    start: Callable[[], RankGroup], limits: Limits, events: Events, run: Path | None, stop: StopRequests
 ) -> int:
     """Has `start` start all ranks, again after a failure, within the limits; returns the exit code."""
     restarts = stalled = 0
@@ -133,9 +133,9 @@ def supervise(
     while True:
         if stop.count:
             return INTERRUPTED
-        step = start()
-        hang = watch(step, limits, events, run, stop, reached)
-        exits = step.exits()
+        group = start()
+        hang = watch(group, limits, events, run, stop, reached)
+        exits = group.exits()
         if sys.stdout.isatty():  # a rank killed under its progress bar has left the cursor hidden
             print("\x1b[?25h", end="", flush=True)
         if hang is None and not exits:
@@ -148,85 +148,85 @@ def supervise(
                 raise UserError(first.mistake)
             if stop.count and (stop.kill or first.code in (-signal.SIGTERM, -signal.SIGUSR1)):
                 return INTERRUPTED
-        code = _explain(step, hang, first, events)
+        code = _explain(group, hang, first, events)
         if stop.count or code == MISTAKE:
             return code
 
-        step.kill()  # what a rank has left behind on its node
+        group.kill()  # what a rank has left behind on its node
         before, reached = reached, newest_step(run)
         stalled = 0 if reached > before else stalled + 1
         if stalled > limits.restarts_without_progress or restarts >= limits.restarts:
             return _give_up(code, hang, stalled, restarts, reached, limits)
         restarts += 1
-        print(f"\nall ranks are started anew {_from(reached)}", file=sys.stderr, flush=True)
+        print(f"\nall ranks are started again {_from(reached)}", file=sys.stderr, flush=True)
         events.write("relaunched", restart=restarts, checkpoint=reached)
 
 
 def watch(
-    step: Step,
+    group: RankGroup,
     limits: Limits,
     events: Events,
     run: Path | None,
     stop: StopRequests,
     reached: int,
 ) -> Hang | None:
-    """Returns when all ranks have ended; a Hang when they stood still and had to be killed.
+    """Returns when all ranks have ended; a Hang when they hung and had to be killed.
 
     `reached`: step of the newest checkpoint before they were started.
     """
     last_beat, next_look = "", 0.0
     alive = time.monotonic()  # when the last sign of life was seen
     asked: float | None = None
-    while step.running():
+    while group.running():
         now = time.monotonic()
         if stop.count and asked is None:
             asked = now
             again = " (Ctrl-C again to kill)" if stop.name == "SIGINT" else ""
             print(f"\nstopping after this step and saving{again}", file=sys.stderr, flush=True)
             events.write("signal", name=stop.name)
-            step.ask_to_save()
+            group.ask_to_save()
         if asked is not None and now - asked > limits.save_seconds:
             print(f"not all have saved within {limits.save_seconds:.0f} s; they are killed", file=sys.stderr)
-            step.kill()
+            group.kill()
         if stop.kill:
-            step.kill()
+            group.kill()
         if now >= next_look:
             next_look = now + LOOK_SECONDS
-            beat = _read_beat(step)
+            beat = _read_beat(group)
             if beat != last_beat:
                 last_beat, alive = beat, now
-            found = newest_step(run)
-            if found > reached:
-                reached = found
-                events.write("checkpoint", step=found)
+            newest = newest_step(run)
+            if newest > reached:
+                reached = newest
+                events.write("checkpoint", step=newest)
             patience = limits.hang_seconds if last_beat else limits.start_seconds
             if patience and now - alive > patience:
-                return _end_hang(step, last_beat, now - alive)
-        time.sleep(step.poll_seconds)
-    found = newest_step(run)
-    if found > reached:
-        events.write("checkpoint", step=found)
+                return _end_hang(group, last_beat, now - alive)
+        time.sleep(group.poll_seconds)
+    newest = newest_step(run)
+    if newest > reached:
+        events.write("checkpoint", step=newest)
     return None
 
 
-def _read_beat(step: Step) -> str:
+def _read_beat(group: RankGroup) -> str:
     try:
-        return (step.attempt / HEARTBEAT).read_text(encoding="utf-8")
+        return (group.attempt / HEARTBEAT).read_text(encoding="utf-8")
     except OSError:
         return ""
 
 
-def _end_hang(step: Step, beat: str, seconds: float) -> Hang:
+def _end_hang(group: RankGroup, beat: str, seconds: float) -> Hang:
     """Has all ranks write their stacks, notes which did not, and kills them."""
-    sizes = {rank: _size(step.log(rank)) for rank in range(step.ranks)}
-    step.ask_for_stacks()
-    silent = list(range(step.ranks))
+    sizes = {rank: _size(group.log(rank)) for rank in range(group.ranks)}
+    group.ask_for_stacks()
+    silent = list(range(group.ranks))
     deadline = time.monotonic() + STACK_SECONDS
-    while silent and time.monotonic() < deadline and step.running():
+    while silent and time.monotonic() < deadline and group.running():
         time.sleep(0.5)
-        silent = [rank for rank in silent if not _has_stack(step.log(rank), sizes[rank])]
-    step.silent = silent
-    step.kill()
+        silent = [rank for rank in silent if not _has_stack(group.log(rank), sizes[rank])]
+    group.silent = silent
+    group.kill()
     number = json.loads(beat)["step"] if beat else None
     return Hang(number, seconds, silent)
 
@@ -250,14 +250,14 @@ def _has_stack(log: Path, offset: int) -> bool:
 # ------------------------------------------------------------------------------------------- in words
 
 
-def _explain(step: Step, hang: Hang | None, first: Exit | None, events: Events) -> int:
+def _explain(group: RankGroup, hang: Hang | None, first: Exit | None, events: Events) -> int:
     """Prints what happened first, notes it, and returns the exit code that says so."""
     lines = [""]
     if hang is not None:
         since = f"after step {hang.step}" if hang.step is not None else "before the first step"
-        lines.append(f"all ranks stood still for {hang.seconds:.0f} s {since} and were killed")
+        lines.append(f"all ranks hung for {hang.seconds:.0f} s {since} and were killed")
         lines += [
-            f"rank {rank}{_on(step.node(rank))} gave no answer: it was stopped, or its node is dead"
+            f"rank {rank}{_on(group.node(rank))} gave no answer: it was stopped, or its node is dead"
             for rank in hang.silent[:10]
         ]
         if len(hang.silent) > 10:
@@ -267,12 +267,12 @@ def _explain(step: Step, hang: Hang | None, first: Exit | None, events: Events) 
         code = HUNG
     else:
         assert first is not None
-        who = f"rank {first.rank} of {step.ranks}{_on(first.node)} failed first"
-        lines.append(f"{who if first.rank >= 0 else 'no rank has left a word'}: {first.reason}")
+        who = f"rank {first.rank} of {group.ranks}{_on(first.node)} failed first"
+        lines.append(f"{who if first.rank >= 0 else 'no rank has left a report'}: {first.reason}")
         lines.append(first.text.strip("\n"))
         events.write("failed", rank=first.rank, node=first.node, code=first.code, reason=first.reason)
         code = first.code if first.code > 0 else 128 - first.code
-    lines.append(f"logs of all ranks: {step.attempt}")
+    lines.append(f"logs of all ranks: {group.attempt}")
     print("\n".join(lines), file=sys.stderr, flush=True)
     return code
 
@@ -284,9 +284,9 @@ def _give_up(code: int, hang: Hang | None, stalled: int, restarts: int, reached:
     if stalled <= limits.restarts_without_progress:
         print(f"gave up after {restarts} restarts, as many as launch.restarts allows", file=sys.stderr)
         return code
-    standing = f"the checkpoint of step {reached} stood still" if reached else "there is still no checkpoint"
+    standing = f"no checkpoint after that of step {reached}" if reached else "no checkpoint"
     starts = "one start" if stalled == 1 else f"{stalled} starts in a row"
-    print(f"gave up: {standing} through {starts}", file=sys.stderr, flush=True)
+    print(f"gave up: {standing} in {starts}", file=sys.stderr, flush=True)
     if hang is not None or stalled == 1:
         return code
     return CRASH_LOOP

@@ -1,9 +1,9 @@
-"""The supervisor inside a Slurm job: the loop of launcher.supervise over steps of this job's nodes.
+"""The supervisor inside a Slurm job: the loop of launcher.supervise over Slurm steps on this job's nodes.
 
 python -m launcher.watch JOB_FOLDER -- srun ...    # the last line of a batch script
 
 It leaves nodes out that are down or fail their check, requeues the job when a signal (time limit,
-pre-emption) has stopped it, and ends the chain when it gives up. Exit codes: bertscale.errors.
+pre-emption) has stopped it, and ends the pipeline when it gives up. Exit codes: bertscale.errors.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from bertscale.run_folder import (
 from launcher import slurm
 from launcher.job import JobSpec
 from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.rank_groups import SlurmStep
 from launcher.ranks import job_port
-from launcher.steps import SlurmStep
 from launcher.supervise import Limits, StopRequests, new_attempt, supervise
 
 RETRY_SECONDS = 2.0  # between two questions to a controller that does not answer
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 class TooFewNodesError(Exception):
-    """`bad`: nodes that failed their check, each with the reason."""
+    """Too few nodes are sound; `bad`: nodes that failed their check, each with the reason."""
 
     def __init__(self, message: str, bad: dict[str, str]) -> None:
         super().__init__(message)
@@ -190,9 +190,7 @@ class Job:
             return code
         reached = newest_step(self.run_folder)
         if self.idle_requeues(reached) > self.spec.restarts:
-            return self.give_up(
-                CRASH_LOOP, f"the checkpoint of step {reached} stood still through all requeues"
-            )
+            return self.give_up(CRASH_LOOP, f"no checkpoint after that of step {reached} in all requeues")
         self.wait_until_running()
         self.events.write("requeued", reason=reason, checkpoint=reached)
         print(f"requeued ({reason})", flush=True)
@@ -233,13 +231,13 @@ class Job:
     # ------------------------------------------------------------------------------------- its marks
 
     def finish(self) -> None:
-        """The mark that the next link looks for."""
+        """Writes the marker that the next job looks for."""
         write_json(self.done, {"job": self.name, "time": time.time()})
         self.events.write("done")
         print("done", flush=True)
 
     def give_up(self, code: int, reason: str) -> int:
-        """Says why, cancels the links that wait for this one, and returns `code`."""
+        """Says why, cancels the jobs that wait for this one, and returns `code`."""
         print(f"bertscale: error: {reason}", file=sys.stderr, flush=True)
         self.events.write("gave_up", reason=reason, code=code, checkpoint=newest_step(self.run_folder))
         for folder in map(Path, self.spec.following):
@@ -280,10 +278,10 @@ def _address(nodes: list[str]) -> str:
 
 def _leads_away(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM) if host else []
     except OSError:
         return False
-    return bool(found) and not any(str(entry[4][0]).startswith(("127.", "::1")) for entry in found)
+    return bool(addresses) and not any(str(entry[4][0]).startswith(("127.", "::1")) for entry in addresses)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import docstrings
-from data_prep.docstring_clean import prose
-from data_prep.docstring_task import FROM_ONE_MODULE, MASKED_NAME, make_task, mask_names, names_of
+from data_prep.demo import collect as docstrings
+from data_prep.demo.prose import prose
+from data_prep.demo.task import FROM_ONE_MODULE, MASKED_NAME, make_task, mask_names, names_of
 
 NUMPYDOC = """
 Sort the ``items`` of `sequence` [1]_.

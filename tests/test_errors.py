@@ -54,9 +54,9 @@ def spelled(tree: ast.AST) -> list[int]:
 
 
 def test_the_numbers_are_spelled_in_the_table_alone() -> None:
-    commands = ("cli", "console", "quickstart", "pretrain", "docstrings")
+    commands = ("cli", "console", "quickstart", "pretrain", "collect")
     for path in PRODUCT:
-        if path.stem in commands or path.parent == ROOT / "launcher":
+        if (path.stem in commands and path.parent.name != "config") or path.parent == ROOT / "launcher":
             assert not spelled(ast.parse(path.read_text(encoding="utf-8"))), path
     text = "HUNG = 76\ndef f():\n  if code in (0, 75): sys.exit(130 if a else 0)\n  return 2\n"
     assert spelled(ast.parse(text)) == [1, 3, 3, 4]

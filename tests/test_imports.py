@@ -48,6 +48,14 @@ ROWS = (
 )
 ROW_OF = {f"bertscale.{name}": row for row, names in enumerate(ROWS) for name in names}
 
+# The rooms within the other packages, each a folder: a room imports only from those above it in its list. The
+# doors, modules that a person or a script starts, are below them all, and nothing imports them.
+FLOORS = {
+    "data_prep": ("data_prep.readers", "data_prep", "data_prep.demo"),
+    "launcher": ("launcher", "launcher.nodes", "launcher.submit", "launcher.status"),
+}
+DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.watch"}
+
 # What another room may take from bertscale.
 OPEN_TO = {
     "data_prep": {
@@ -110,6 +118,32 @@ def test_bertscale_imports_go_one_way(module: str) -> None:
         assert ROW_OF[imported] <= ROW_OF[module], f"{module} imports {imported}"
 
 
+def room_of(module: str) -> str:
+    """The folder of a module; of a door the module itself."""
+    if module in DOORS or FILES[module].name == "__init__.py":
+        return module
+    return module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.split(".")[0] in FLOORS])
+def test_arrows_between_rooms_go_one_way(module: str) -> None:
+    package = module.split(".")[0]
+    floors = FLOORS[package]
+    assert room_of(module) in {*floors, *DOORS}, f"{module} is in a room that has no place in FLOORS"
+    for imported in ours(FILES[module]):
+        if imported.split(".")[0] == package:
+            assert imported not in DOORS, f"{module} imports {imported}, which is to be started"
+            above = floors if module in DOORS else floors[: floors.index(room_of(module)) + 1]
+            assert room_of(imported) in above, f"{module} imports {imported}"
+
+
+def test_few_files_side_by_side() -> None:
+    for package in FLOORS:
+        for folder in {path.parent for name, path in FILES.items() if name.split(".")[0] == package}:
+            files = [path for path in folder.glob("*.py") if not path.name.startswith("__")]
+            assert len(files) <= 16, f"{folder}: {len(files)} files"
+
+
 def test_no_circles() -> None:
     graph = {module: ours(path) & FILES.keys() for module, path in FILES.items()}
     while leaves := [module for module, imported in graph.items() if not imported & graph.keys()]:
@@ -142,16 +176,27 @@ def test_libraries_stay_in_their_room() -> None:
             assert allowed is None or module in allowed, f"{module} imports {name}"
 
 
-def test_checks_before_a_start_load_no_torch() -> None:
-    """What is checked before ranks start must not cost the seconds that torch takes."""
-    seen: set[str] = set()
-    todo = {"bertscale.shards", "bertscale.samples", "bertscale.tokenizer", "launcher.ranks"}
+def loaded(*modules: str) -> set[str]:
+    """The libraries and rooms that an import of `modules` loads, as far as our own imports tell."""
+    seen, todo = set[str](), set(modules)
     while todo:
         module = todo.pop()
         seen.add(module)
         if module in FILES:
             todo |= imports(FILES[module], inside_functions=False) - seen
-    assert not {name.split(".")[0] for name in seen} & {"torch", "deepspeed", "megatron", "transformers"}
+    return {name.split(".")[0] for name in seen}
+
+
+def test_checks_before_a_start_load_no_torch() -> None:
+    """What is checked before ranks start must not cost the seconds that torch takes."""
+    libraries = loaded("bertscale.shards", "bertscale.samples", "bertscale.tokenizer", "launcher.ranks")
+    assert not libraries & {"torch", "deepspeed", "megatron", "transformers"}
+
+
+def test_a_batch_host_needs_no_packages() -> None:
+    """The supervisor of a job and the parents of its ranks run on a plain Python."""
+    libraries = loaded("launcher.watch", "launcher.rank", "launcher.nodes.measure")
+    assert libraries <= {*sys.stdlib_module_names, *ROOMS}
 
 
 def declared() -> dict[str, Requirement]:

@@ -260,14 +260,14 @@ def test_sbatch_reads_every_option_of_the_plain_scripts() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/pipeline").iterdir()), ids=lambda path: path.name)
 def test_a_shipped_pipeline_names_files_that_are_there(path: Path) -> None:
     pipeline = load_config(PipelineConfig, path, [])
-    for link in pipeline.stages:
-        assert (ROOT / (link.cluster or pipeline.cluster)).is_file()
-        config = link.prep or link.pretrain or link.finetune
+    for stage in pipeline.stages:
+        assert (ROOT / (stage.cluster or pipeline.cluster)).is_file()
+        config = stage.prep or stage.pretrain or stage.finetune
         assert config is None or (ROOT / config).is_file()
 
 
 def test_the_quickstart_s_pipeline_hands_on_what_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each link reads what an earlier one writes, and its overrides fit its config."""
+    """Each stage reads what an earlier one writes, and its overrides fit its config."""
     monkeypatch.chdir(ROOT)
     pipeline = load_config(PipelineConfig, "configs/pipeline/quickstart.yaml", [])
     prep, pretrain, convert, finetune = pipeline.stages

@@ -20,10 +20,10 @@ from virtual import Cluster
 from bertscale.config import ModelConfig, PipelineStage, PretrainConfig, UserError
 from bertscale.model import PretrainingModel
 from launcher import slurm
-from launcher.freeze import freeze
-from launcher.links import links_of
-from launcher.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit
-from launcher.preflight import Report, check
+from launcher.submit.freeze import freeze
+from launcher.submit.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit
+from launcher.submit.pipeline import stage_jobs
+from launcher.submit.preflight import Report, check
 
 PARTITIONS = """\
 PartitionName=gpu AllowAccounts=ALL Default=YES MaxNodes=3 MaxTime=1-00:00:00 Nodes=gpu[1-4] State=UP
@@ -89,7 +89,7 @@ def write(path: Path, values: Any) -> str:
 
 
 class Desk:
-    """Makes links of a tiny pretraining and says what the checks find."""
+    """Makes jobs of a tiny pretraining and says what the checks find."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.data = folder, data
@@ -111,9 +111,9 @@ class Desk:
         facts: dict[str, Any],
         out: list[str] | None = None,
     ) -> Report:
-        links, mistakes = links_of(stages, write(self.folder / "site.yaml", facts), "night")
-        left_out = {link.spec.folder: out or [] for link in links}
-        return check(links, (), left_out, mistakes)
+        jobs, mistakes = stage_jobs(stages, write(self.folder / "site.yaml", facts), "night")
+        left_out = {job.spec.folder: out or [] for job in jobs}
+        return check(jobs, (), left_out, mistakes)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_sound_job_has_no_problem(site: Slurm, desk: Desk) -> None:
             {"time": "1-01"},
             {},
             "time=1-01 is more than partition gpu allows (1-00:00:00): the job would never start; ask for "
-            "less, since a job that reaches its limit saves, queues itself again and goes on",
+            "less, since a job that reaches its limit saves, queues itself again and resumes",
         ),
         (
             {"time": "tomorrow"},
@@ -248,11 +248,11 @@ def test_ranks_batch_and_tensor_degree(site: Slurm, desk: Desk) -> None:
         "parallel.tensor=2 does not divide the 3 ranks of a node: layers would be shared between nodes, "
         "which is slow; a tensor degree within a node is better"
     ) in report.warnings
-    links, mistakes = links_of(
+    jobs, mistakes = stage_jobs(
         [PipelineStage(pretrain=str(desk.folder / "run.yaml"), set=["parallel.tensor=3"])],
         str(desk.folder / "site.yaml"),
     )
-    assert links == []
+    assert jobs == []
     assert (
         "parallel.tensor=3 does not divide model.num_attention_heads=4; sizes that do: 1, 2, 4" in mistakes[0]
     )
@@ -350,25 +350,25 @@ def test_a_python_that_is_not_there(site: Slurm, desk: Desk) -> None:
 
 
 def test_jobs_that_come_before(site: Slurm, desk: Desk) -> None:
-    links, _ = links_of([PipelineStage(convert=["run", "hf"])], write(desk.folder / "site.yaml", {}))
-    report = check(links, ("99", "abc"))
+    jobs, _ = stage_jobs([PipelineStage(convert=["run", "hf"])], write(desk.folder / "site.yaml", {}))
+    report = check(jobs, ("99", "abc"))
     assert report.problems[0] == (
         "--after 99: Slurm knows no such job, and would start this one at once; give the id of a job that "
         "waits or runs (`bertscale status`), or leave --after out"
     )
     assert report.problems[1].startswith("--after abc: Slurm knows no such job")
     assert report.problems[2] == f"SOURCE={desk.folder}/run: there is no such folder"
-    assert check(links, ("17",)).problems == []  # what that one makes is its own affair
+    assert check(jobs, ("17",)).problems == []  # what that one makes is its own affair
 
     desk.report(GPU)
-    (first,), _ = links_of(
+    (first,), _ = stage_jobs(
         [PipelineStage(pretrain=str(desk.folder / "run.yaml"))], str(desk.folder / "site.yaml")
     )
     freeze(first.spec, first.config, {})
-    assert check(links, ("19",)).problems == []  # it makes run
-    other, _ = links_of([PipelineStage(convert=["walk", "hf"])], str(desk.folder / "site.yaml"))
+    assert check(jobs, ("19",)).problems == []  # it makes run
+    other, _ = stage_jobs([PipelineStage(convert=["walk", "hf"])], str(desk.folder / "site.yaml"))
     assert check(other, ("19",)).problems == [f"SOURCE={desk.folder}/walk: there is no such folder"]
-    assert check(links, ("18",)).problems == [
+    assert check(jobs, ("18",)).problems == [
         "--after 18: that job ended as FAILED, run is not whole; `bertscale resume run` first, and wait for "
         "the job that it queues"
     ]
@@ -459,7 +459,7 @@ def test_what_earlier_links_make_need_not_be_there(site: Slurm, desk: Desk) -> N
     assert len(desk.check(stages[2:3], GPU).problems) == 1
     assert len(desk.check(stages[3:], GPU).problems) == 1
     twice = desk.check([stages[1], stages[1]], {**GPU, "time": "2-0"}).problems
-    assert "two stages of this chain would use run/job: give one another output" in twice
+    assert "two stages of this pipeline would use run/job: give one another output" in twice
     assert sum("time=2-0 is more than" in line for line in twice) == 2
 
 

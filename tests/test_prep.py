@@ -14,7 +14,7 @@ from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 from data_prep.build import prep
-from data_prep.read import LONGEST
+from data_prep.readers.read import LONGEST
 
 TEXT = "the a red blue old new house tree river runs sings over under with and some many green stone"
 WORDS = TEXT.split()
@@ -86,7 +86,7 @@ def test_bytes_do_not_depend_on_the_workers(corpus: Path) -> None:
     train, validation = (open_dataset(corpus / "1", split, verify=True) for split in ("train", "validation"))
     assert len(train.shards) > 3
     assert 10 <= validation.num_documents <= 60
-    assert not list((corpus / "1" / ".prep").glob("*.piece"))
+    assert not list((corpus / "1" / ".prep").glob("*.spill"))
 
 
 def test_the_manifest_counts_what_is_in_the_shards(corpus: Path) -> None:
@@ -114,13 +114,13 @@ def test_the_shards_hold_the_text(corpus: Path) -> None:
     assert sorted(found) == sorted(make_documents(300))
 
 
-def test_documents_are_shuffled_across_splits(corpus: Path) -> None:
+def test_documents_are_shuffled_across_work_units(corpus: Path) -> None:
     prep(config_for(corpus))
     shards = open_dataset(corpus / "output").shards
-    splits = {int(number) >> 32 for shard in shards for number in shard.documents}
-    assert len(splits) > 4
+    units = {int(number) >> 32 for shard in shards for number in shard.documents}
+    assert len(units) > 4
     for shard in shards:
-        assert len({int(number) >> 32 for number in shard.documents}) >= len(splits) // 2
+        assert len({int(number) >> 32 for number in shard.documents}) >= len(units) // 2
     order = [int(number) for shard in shards for number in shard.documents]
     ranks = np.argsort(np.argsort(order))
     assert abs(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1]) < 0.25  # standard deviation 0.06
@@ -158,7 +158,7 @@ def test_a_document_that_is_cut_lies_in_one_split(tmp_path: Path) -> None:
 
 
 def test_the_same_text_is_kept_once(corpus: Path) -> None:
-    """Across files, across splits and inside one; of several the first stays."""
+    """Across files, across work units and inside one; of several the first stays."""
     documents = make_documents(300)
     (corpus / "input" / "z.txt").write_text("\n\n".join(documents[::3] + documents[::3] + ["A new one."]))
     summary = prep(config_for(corpus))
@@ -258,7 +258,7 @@ def test_bad_records_are_counted_by_reason(corpus: Path, capsys: pytest.CaptureF
     assert summary["bad"] == counts
     assert (summary["records"], summary["documents"]) == (311, 301)
     output = capsys.readouterr().out
-    assert "splits are finished and kept" in output
+    assert "work units are finished and kept" in output
     assert f"1 bad: invalid UTF-8 ({bad}, byte 0)" in output
 
 

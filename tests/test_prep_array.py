@@ -50,7 +50,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an input of eight splits or so, prepared into `whole` by the plain command."""
+    """A folder with an input of eight work units or so, prepared into `whole` by the plain command."""
     folder = tmp_path_factory.mktemp("array")
     (folder / "input").mkdir()
     write_documents(folder / "input" / "a.jsonl", 200)
@@ -96,23 +96,23 @@ def test_tasks_at_the_same_time_one_of_them_killed(corpus: Path, tmp_path: Path)
 
     tasks = [start(config, "--task-index", str(i), "--task-count", "2") for i in range(2)]
     for task, number in zip(tasks, (0, 5), strict=True):  # both have begun
-        while not (output / ".prep" / f"split-{number:05d}.json").exists():
+        while not (output / ".prep" / f"unit-{number:05d}.json").exists():
             assert task.poll() is None, task.communicate()[0]
             time.sleep(0.001)
     tasks[1].send_signal(signal.SIGKILL)
     tasks[1].communicate()  # returns when its workers, who hold the pipe too, are gone
     # What a kill in the midst of a write leaves, of this task and, still being written, of the other one.
-    own, other = (output / ".prep" / f"split-0000{number}-train-000.piece.tmp-1" for number in (7, 8))
-    (output / ".prep" / "split-00007.json").unlink(missing_ok=True)
+    own, other = (output / ".prep" / f"unit-0000{number}-train-000.spill.tmp-1" for number in (7, 8))
+    (output / ".prep" / "unit-00007.json").unlink(missing_ok=True)
     for leftover in (own, other):
         leftover.write_bytes(b"half")
 
-    with pytest.raises(UserError, match=r"of \d+ splits of .* are not built: .*task 1: 7"):
+    with pytest.raises(UserError, match=r"of \d+ work units of .* are not built: .*task 1: 7"):
         prep_finish(config, 2)
     again = start(config, "--task-index", "1", "--task-count", "2")
     text, _ = again.communicate()
     assert again.returncode == 0, text
-    assert "splits are finished and kept" in text
+    assert "work units are finished and kept" in text
     assert (own.exists(), other.exists()) == (False, True)
     text, _ = tasks[0].communicate()
     assert tasks[0].returncode == 0, text
@@ -127,18 +127,18 @@ def test_the_order_of_the_parts_is_checked(corpus: Path) -> None:
             part()
     assert not (corpus / "order").exists()
     prep_tokenizer(config)
-    splits = len(Plan(config).units)
+    units = len(Plan(config).units)
     prep_share(config, 1, 3)
-    left = [number for number in range(splits) if number % 3 != 1]
+    left = [number for number in range(units) if number % 3 != 1]
     words = (
-        f"{len(left)} of {splits} splits of {corpus / 'order'} are not built: "
+        f"{len(left)} of {units} work units of {corpus / 'order'} are not built: "
         f"task 0: {', '.join(str(n) for n in left if n % 3 == 0)}; "
         f"task 2: {', '.join(str(n) for n in left if n % 3 == 2)}. "
     )
     with pytest.raises(UserError) as error:
         prep_finish(config, 3)
     assert str(error.value).startswith(words)
-    with pytest.raises(UserError, match=r"not built: 0, 2, 3, 5, .*split number % task count"):
+    with pytest.raises(UserError, match=r"not built: 0, 2, 3, 5, .*unit number % task count"):
         prep_finish(config)
     (corpus / "order" / "tokenizer.model").write_bytes(b"cut")
     with pytest.raises(UserError, match="has no finished tokenizer"):
@@ -158,7 +158,7 @@ def test_a_task_of_another_plan_refuses_and_deletes_nothing(corpus: Path) -> Non
 
 
 def test_starting_over_under_a_task_that_still_runs(tmp_path: Path) -> None:
-    """The task refuses at its next split, and what it has written is no part of the new output."""
+    """The task refuses at its next work unit, and what it has written is no part of the new output."""
     (tmp_path / "input").mkdir()
     write_documents(tmp_path / "input" / "a.jsonl", 3_000)
     new = config_for(tmp_path, "output", min_characters=60)
@@ -167,19 +167,19 @@ def test_starting_over_under_a_task_that_still_runs(tmp_path: Path) -> None:
     old, output = config_for(tmp_path, "output"), tmp_path / "output"
     prep_tokenizer(old)
     task = start(old, "--task-index", "0", "--task-count", "1")
-    while not (output / ".prep" / "split-00002.json").exists():
+    while not (output / ".prep" / "unit-00002.json").exists():
         assert task.poll() is None, task.communicate()[0]
         time.sleep(0.001)
-    names = [f"split-00001{end}" for end in (".json", ".bad.jsonl", "-train-000.piece")]
+    names = [f"unit-00001{end}" for end in (".json", ".bad.jsonl", "-train-000.spill")]
     stray = {name: (output / ".prep" / name).read_bytes() for name in names}
     prep_tokenizer(new)
     text, _ = task.communicate()
     assert task.returncode == 2, text
-    assert "was begun anew with other settings or input while this ran" in text
+    assert "was started again with other settings or input while this ran" in text
     assert "Traceback" not in text
     for name, content in stray.items():
         (output / ".prep" / name).write_bytes(content)
-    (output / ".prep" / "split-00001-train-001.piece").write_bytes(stray[names[2]])
+    (output / ".prep" / "unit-00001-train-001.spill").write_bytes(stray[names[2]])
     (output / "train-00999.arrow").write_bytes(b"of an earlier plan")
     prep_share(new, 0, 1)
     prep_finish(new)

@@ -84,7 +84,7 @@ def kill(process: subprocess.Popen[str], everybody: bool) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An input of 60 splits or so, prepared into `whole` without a stop."""
+    """An input of 60 work units or so, prepared into `whole` without a stop."""
     folder = tmp_path_factory.mktemp("stops")
     (folder / "input").mkdir()
     for name in "abc":
@@ -97,8 +97,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MOMENTS = [  # so many files are there, and so many milliseconds later at most
     (".prep/plan.json", 1, 20),
-    (".prep/*.piece", 3, 5),
-    (".prep/split-*[0-9].json", 20, 5),
+    (".prep/*.spill", 3, 5),
+    (".prep/unit-*[0-9].json", 20, 5),
     ("*.arrow*", 1, 2),
     (".prep/shard-*.json", 4, 2),
 ]
@@ -116,13 +116,13 @@ def test_killed_in_both_passes(corpus: Path, everybody: bool) -> None:
         assert not (output / "manifest.json").exists()
         with pytest.raises(UserError, match="prep did not finish here"):
             open_dataset(output)
-    kept = {path: path.stat().st_mtime_ns for path in (output / ".prep").glob("s[ph]*-*.json")}
+    kept = {path: path.stat().st_mtime_ns for path in (output / ".prep").glob("[us]*-*.json")}
     kinds = {path.name.split("-")[0] for path in kept}
-    assert kinds == {"split", "shard"}
+    assert kinds == {"unit", "shard"}
     process = start(config)
     text, _ = process.communicate()
     assert process.returncode == 0, text
-    assert "splits are finished and kept" in text
+    assert "work units are finished and kept" in text
     assert "shards are finished and kept" in text
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert bytes_of(output) == bytes_of(corpus / "whole")
@@ -163,7 +163,7 @@ def test_killed_twenty_times_on_real_text(tmp_path: Path) -> None:
 
 def test_a_dead_worker_ends_the_run(corpus: Path) -> None:
     config, output = config_for(corpus, "worker"), corpus / "worker"
-    for pattern in (".prep/split-*[0-9].json", ".prep/shard-*.json"):
+    for pattern in (".prep/unit-*[0-9].json", ".prep/shard-*.json"):
         process = start(config)
         wait_for(output, pattern, process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -180,7 +180,7 @@ def test_a_dead_worker_ends_the_run(corpus: Path) -> None:
 
 def test_ctrl_c(corpus: Path) -> None:
     config, output = config_for(corpus, "interrupted"), corpus / "interrupted"
-    for pattern in (".prep/split-*[0-9].json", ".prep/shard-*.json"):
+    for pattern in (".prep/unit-*[0-9].json", ".prep/shard-*.json"):
         process = start(config)
         wait_for(output, pattern, process)
         process.send_signal(signal.SIGINT)
@@ -289,7 +289,7 @@ def test_input_that_changes(corpus: Path, tmp_path: Path, change: Callable[[Path
     copy_of(corpus, tmp_path)
     config = config_for(tmp_path, "output", workers=1, max_bad_fraction=0.5)
     process = start(config)
-    wait_for(tmp_path / "output", ".prep/split-*[0-9].json", process)
+    wait_for(tmp_path / "output", ".prep/unit-*[0-9].json", process)
     change(tmp_path / "input" / "c.jsonl")
     text, _ = process.communicate()
     assert process.returncode == 2, text
@@ -318,7 +318,7 @@ os.fsync = full
 """
 
 
-@pytest.mark.parametrize("name", ["split-00007", "train-00003.arrow", "shard-train-00003", "manifest"])
+@pytest.mark.parametrize("name", ["unit-00007", "train-00003.arrow", "shard-train-00003", "manifest"])
 def test_a_full_disk(corpus: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK)
     config, output = config_for(corpus, f"full-{name}"), corpus / f"full-{name}"
@@ -339,7 +339,7 @@ def test_free_space_is_looked_at_first(corpus: Path, monkeypatch: pytest.MonkeyP
     free = shutil.disk_usage(corpus)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(
-        UserError, match=r"no-space has 0\.0 GB free, and the sorted pieces and the shards of"
+        UserError, match=r"no-space has 0\.0 GB free, and the sorted spill files and the shards of"
     ):
         prep(config_for(corpus, "no-space"))
     with pytest.raises(UserError, match=r"space has 0\.0 GB free, and the shards of this input take about"):

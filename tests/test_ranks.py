@@ -21,10 +21,10 @@ PARENT = """
 import sys
 from pathlib import Path
 from bertscale.config import UserError
-from launcher import steps
+from launcher import rank_groups
 from launcher.supervise import run_here
 
-steps.GRACE_SECONDS = 0.5
+rank_groups.GRACE_SECONDS = 0.5
 try:
     sys.exit(run_here([sys.executable, "rank.py"], 2, Path("logs")))
 except UserError as error:

@@ -23,7 +23,7 @@ from bertscale.run_folder import (
     read_lines,
     read_metrics,
 )
-from launcher.status.found import find, look
+from launcher.runs import find, look
 
 ROOT = Path(__file__).parents[1]
 STEPS = range(9_999_990, 10_000_011)  # as text, those of eight digits come before those of seven

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bertscale.config import UserError
 from bertscale.shards import token_dtype
 from data_prep import shuffle
-from data_prep.shuffle import ROW, Digest, Merged, Piece, PieceBuilder, merge, number_of_shards
+from data_prep.shuffle import ROW, Digest, Merged, Spill, SpillBuilder, merge, number_of_shards
 
 Text = list[list[int]]  # sentences of tokens
 Found = tuple[int, Text]  # document, sentences
@@ -24,13 +24,13 @@ def digest_of(text: Text) -> bytes:
     return repr(text).encode()
 
 
-def pieces_of(
-    folder: Path, texts: list[Text], piece_sizes: list[int], digest: Digest, dtype: Any = np.uint16
-) -> tuple[list[Piece], int]:
-    """Writes pieces of so many documents each, the last size again and again; also counts duplicates."""
-    builder, pieces, start = PieceBuilder(dtype, digest.deduplicate), list[Piece](), 0
+def spills_of(
+    folder: Path, texts: list[Text], spill_sizes: list[int], digest: Digest, dtype: Any = np.uint16
+) -> tuple[list[Spill], int]:
+    """Writes spills of so many documents each, the last size again and again; also counts duplicates."""
+    builder, spills, start = SpillBuilder(dtype, digest.deduplicate), list[Spill](), 0
     while start < len(texts):
-        size = piece_sizes[min(len(pieces), len(piece_sizes) - 1)]
+        size = spill_sizes[min(len(spills), len(spill_sizes) - 1)]
         some = texts[start : start + size]
         middle = len(some) // 2  # in two batches
         for first, batch in ((start, some[:middle]), (start + middle, some[middle:])):
@@ -45,10 +45,10 @@ def pieces_of(
                 np.array([len(sentence) for sentence in sentences], np.uint32),
                 np.array([token for sentence in sentences for token in sentence], dtype),
             )
-        pieces.append(builder.write(folder / f"{len(pieces)}.piece", "train"))
-        assert (folder / pieces[-1].name).stat().st_size == pieces[-1].bytes
+        spills.append(builder.write(folder / f"{len(spills)}.spill", "train"))
+        assert (folder / spills[-1].name).stat().st_size == spills[-1].bytes
         start += size
-    return pieces, builder.duplicates
+    return spills, builder.duplicates
 
 
 def documents_of(merged: Merged) -> list[Found]:
@@ -66,14 +66,14 @@ def documents_of(merged: Merged) -> list[Found]:
 def shuffled(
     folder: Path,
     texts: list[Text],
-    piece_sizes: list[int],
+    spill_sizes: list[int],
     digest: Digest,
     count: int,
     dtype: Any = np.uint16,
 ) -> tuple[list[list[Found]], int, int]:
     """The documents of each shard, the number of duplicates, and the bytes of text."""
-    pieces, duplicates = pieces_of(folder, texts, piece_sizes, digest, dtype)
-    shards = [merge(folder, pieces, dtype, number, count, digest.deduplicate) for number in range(count)]
+    spills, duplicates = spills_of(folder, texts, spill_sizes, digest, dtype)
+    shards = [merge(folder, spills, dtype, number, count, digest.deduplicate) for number in range(count)]
     return (
         [documents_of(shard) for shard in shards],
         duplicates + sum(shard.duplicates for shard in shards),
@@ -90,19 +90,19 @@ sizes = st.lists(st.integers(1, 15), min_size=1, max_size=5)
 @settings(max_examples=150, deadline=None)
 @given(
     texts=texts_of_few,
-    piece_sizes=sizes,
+    spill_sizes=sizes,
     count=st.integers(1, 9),
     seed=st.integers(0, 2**70),
     deduplicate=st.booleans(),
     chunk=st.integers(1, 30),
 )
 def test_nothing_is_lost_and_nothing_repeated(
-    texts: list[Text], piece_sizes: list[int], count: int, seed: int, deduplicate: bool, chunk: int
+    texts: list[Text], spill_sizes: list[int], count: int, seed: int, deduplicate: bool, chunk: int
 ) -> None:
     digest = Digest(seed, deduplicate)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shuffle, "CHUNK", chunk)
-        shards, duplicates, text_bytes = shuffled(Path(name), texts, piece_sizes, digest, count)
+        shards, duplicates, text_bytes = shuffled(Path(name), texts, spill_sizes, digest, count)
     found = [document for shard in shards for document in shard]
     first = {repr(text): number for number, text in reversed(list(enumerate(texts)))}
     expected = set(first.values()) if deduplicate else set(range(len(texts)))
@@ -122,9 +122,9 @@ def test_the_order_does_not_depend_on_pieces_and_shards(
     texts: list[Text], one: list[int], other: list[int], counts: tuple[int, int]
 ) -> None:
     orders = []
-    for piece_sizes, count in zip((one, other), counts, strict=True):
+    for spill_sizes, count in zip((one, other), counts, strict=True):
         with tempfile.TemporaryDirectory() as name:
-            shards, _, _ = shuffled(Path(name), texts, piece_sizes, Digest(3, True), count)
+            shards, _, _ = shuffled(Path(name), texts, spill_sizes, Digest(3, True), count)
         orders.append([document for shard in shards for document in shard])
     assert orders[0] == orders[1]
 
@@ -159,19 +159,19 @@ def test_one_text_without_deduplication_spreads_over_all_shards(tmp_path: Path) 
 
 
 def test_large_vocabularies_and_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shuffle, "PIECE_BYTES", 4_000)
-    long = [list(range(60_000 + n, 70_000 + n)) for n in range(3)]  # longer than a piece
+    monkeypatch.setattr(shuffle, "SPILL_BYTES", 4_000)
+    long = [list(range(60_000 + n, 70_000 + n)) for n in range(3)]  # longer than a spill
     texts = [[[n]] * 3 for n in range(50)] + [[sentence, [1]] for sentence in long]
     [shard], _, _ = shuffled(tmp_path, texts, [20], Digest(0, True), 1, token_dtype(100_000))
     assert sorted(shard) == list(enumerate(texts))
 
 
 def test_the_number_of_shards() -> None:
-    piece = Piece("p", "train", rows=1000, sentences=10_000, tokens=300_000, bytes=0)
+    spill = Spill("p", "train", rows=1000, sentences=10_000, tokens=300_000, bytes=0)
     assert number_of_shards([], 2, 10**6) == 0
-    assert number_of_shards([piece], 2, 10**9) == 1
-    assert number_of_shards([piece] * 10, 2, 10**6) == 8  # 600 + 40 + 96 bytes for each of 10,000 rows
-    huge = Piece("p", "train", rows=1, sentences=1, tokens=2**33, bytes=0)
+    assert number_of_shards([spill], 2, 10**9) == 1
+    assert number_of_shards([spill] * 10, 2, 10**6) == 8  # 600 + 40 + 96 bytes for each of 10,000 rows
+    huge = Spill("p", "train", rows=1, sentences=1, tokens=2**33, bytes=0)
     assert number_of_shards([huge], 2, 2**62) == 9  # list offsets are int32
 
 

@@ -20,16 +20,16 @@ from virtual import Cluster
 
 from bertscale.errors import UserError
 from bertscale.run_folder import Events, job_folder, read_events
-from launcher import slurm
+from launcher import history, queue_jobs, runs, slurm
 from launcher.job import JobSpec
-from launcher.status import ask, found, history, logs
 from launcher.status import commands as status
+from launcher.status import logs
 
 NOW = datetime(2026, 11, 22, 4, 52, 57).timestamp()
 
 # ------------------------------------------------------------------------------- what Slurm has said
 
-# Lines of the format in ask.SQUEUE, as Slurm 22.05 wrote them.
+# Lines of the format in queue_jobs.SQUEUE, as Slurm 22.05 wrote them.
 QUEUE = """\
 5_[0-3]|PENDING|1||N/A|N/A|(null)|PartitionTimeLimit|bertscale /runs/data.job
 2|PENDING|2||2026-11-22T05:01:35|2026-11-22T05:11:35|(null)|Resources|bertscale /runs/a | b/job
@@ -70,7 +70,7 @@ REASONS = [
 
 
 def test_the_queue_is_read() -> None:
-    jobs = {job.id: job for job in ask.parse_squeue(QUEUE + "a line of something else\n")}
+    jobs = {job.id: job for job in queue_jobs.parse_squeue(QUEUE + "a line of something else\n")}
     assert list(jobs) == ["5_[0-3]", "2", "3", "6", "7_1", "1"]
     assert jobs["2"].folder == Path("/runs/a | b/job")  # only the comment may hold a bar
     assert jobs["2"].start == datetime(2026, 11, 22, 5, 1, 35).timestamp()
@@ -83,33 +83,33 @@ def test_the_queue_is_read() -> None:
 
 
 def test_the_comment_decides_whose_a_job_is() -> None:
-    queue = ask.parse_squeue(QUEUE)
-    assert [job.id for job in ask.jobs_of(Path("/runs/base/job"), ["2", "3"], queue)] == ["1", "6"]
-    assert ask.jobs_of(Path("/runs/old/job"), ["1", "2"], queue) == []  # Slurm uses its numbers again
-    assert [job.id for job in ask.jobs_of(Path("/runs/old/job"), ["7"], queue)] == ["7_1"]
+    queue = queue_jobs.parse_squeue(QUEUE)
+    assert [job.id for job in queue_jobs.jobs_of(Path("/runs/base/job"), ["2", "3"], queue)] == ["1", "6"]
+    assert queue_jobs.jobs_of(Path("/runs/old/job"), ["1", "2"], queue) == []  # Slurm uses its numbers again
+    assert [job.id for job in queue_jobs.jobs_of(Path("/runs/old/job"), ["7"], queue)] == ["7_1"]
 
 
 @pytest.mark.parametrize(("reason", "sentence", "remedy"), REASONS)
 def test_every_reason_has_its_words(reason: str, sentence: str, remedy: str | None) -> None:
-    assert ask.why(ask.QueueJob("17", "PENDING", "squeue", reason=reason)) == (sentence, remedy)
+    assert queue_jobs.why(queue_jobs.QueueJob("17", "PENDING", "squeue", reason=reason)) == (sentence, remedy)
 
 
 def test_no_reason_hides_behind_a_shorter_one() -> None:
     seen: list[str] = []
-    for beginning, _, _ in ask.REASONS:
+    for beginning, _, _ in queue_jobs.REASONS:
         assert not [earlier for earlier in seen if beginning.startswith(earlier)], beginning
         seen.append(beginning)
 
 
 def test_states_in_words() -> None:
-    jobs = {job.id: ask.in_words(job, NOW) for job in ask.parse_squeue(QUEUE)}
+    jobs = {job.id: queue_jobs.in_words(job, NOW) for job in queue_jobs.parse_squeue(QUEUE)}
     assert jobs["1"] == "job 1 runs on 2 nodes (node[1-2]) for 1:22"
     assert jobs["2"].endswith("still in use; expected to start at 05:01")
     assert jobs["3"] == "job 3 waits: the job before it has not ended (job 1)"
     assert jobs["7_1"] == "job 7_1 runs on node1 for 0:56"
 
 
-# `sacct` with ask.SACCT's format.
+# `sacct` with queue_jobs.SACCT's format.
 ACCOUNTS = """\
 17|CANCELLED by 1000|4|node[1-4]|2026-11-21T04:51:35|2026-11-21T04:52:00|0:15|None
 18|FAILED|4|node[1-4]|2026-11-22T04:51:35|2026-11-22T04:52:00|77:0|NonZeroExitCode
@@ -119,11 +119,11 @@ ACCOUNTS = """\
 
 
 def test_accounts_are_read() -> None:
-    cancelled, failed, late, waiting = ask.parse_sacct(ACCOUNTS)
-    assert ask.in_words(cancelled, NOW) == "job 17 has ended on 21 Nov at 04:52: it was cancelled"
-    assert ask.in_words(failed, NOW) == "job 18 has ended at 04:52: it failed with exit code 77"
-    assert ask.in_words(late, NOW).endswith("its time limit came before it had ended")
-    assert ask.in_words(waiting, NOW) == f"job 20 waits: {PRIORITY}"
+    cancelled, failed, late, waiting = queue_jobs.parse_sacct(ACCOUNTS)
+    assert queue_jobs.in_words(cancelled, NOW) == "job 17 has ended on 21 Nov at 04:52: it was cancelled"
+    assert queue_jobs.in_words(failed, NOW) == "job 18 has ended at 04:52: it failed with exit code 77"
+    assert queue_jobs.in_words(late, NOW).endswith("its time limit came before it had ended")
+    assert queue_jobs.in_words(waiting, NOW) == f"job 20 waits: {PRIORITY}"
 
 
 RECORD = (
@@ -138,7 +138,7 @@ def test_a_record_of_the_controller_is_read(slurm_says: Callable[..., None]) -> 
     slurm_says(scontrol=RECORD)
     record = slurm.show_job("1")
     assert record is not None
-    job = ask.from_record(record)
+    job = queue_jobs.from_record(record)
     assert (job.id, job.state, job.exit, job.nodes) == ("1", "FAILED", "75:0", 2)
     assert job.folder == Path("/runs/run a/job")
     assert not job.active
@@ -358,7 +358,7 @@ def test_a_run_that_was_started_by_hand(here: Path, capsys: pytest.CaptureFixtur
     assert report["sentence"] == "it does not run; its last attempt: rank 1 failed: exit code 7"
     assert report["next"] == "bertscale pretrain runs/base/config.yaml"
     assert status.main("resume", ["runs/base"]) == 0
-    assert "to go on: bertscale pretrain runs/base/config.yaml" in capsys.readouterr().out
+    assert "to resume: bertscale pretrain runs/base/config.yaml" in capsys.readouterr().out
     save(run, 300, 10)
     assert ask_status(capsys, "runs/base")[0]["state"] == "done"
 
@@ -426,7 +426,7 @@ def test_expected_end(
     newest: tuple[int, float],
     expected: float | None,
 ) -> None:
-    assert found.expected_end(start, checkpoints, newest, steps=100) == expected
+    assert runs.expected_end(start, checkpoints, newest, steps=100) == expected
 
 
 def test_an_attempt_that_ended_without_a_word() -> None:
@@ -439,7 +439,7 @@ def test_an_attempt_that_ended_without_a_word() -> None:
     ]
     first, second, third = history.read_attempts(events, [])
     assert first.outcome == "told to save and stop by SIGUSR1, saved and requeued: SIGUSR1"
-    assert second.outcome == "ended without a word: its node or its batch script died"
+    assert second.outcome == "ended without a report: its node or its batch script died"
     assert (third.number, third.outcome, third.ended) == (3, "", None)
 
 
@@ -625,7 +625,7 @@ def test_resume_cancel_resume(
     said = bertscale("cancel", "runs/base").splitlines()
     assert said[0] == f"job {second}, convert of runs/hf, was taken out of the queue"
     assert said[1].startswith(f"job {first}, pretrain of runs/base, on node1 was told to save and end")
-    assert said[2] == "to go on later: bertscale resume runs/base"
+    assert said[2] == "to resume later: bertscale resume runs/base"
     assert "ending" in bertscale("status")
     assert "about to end" in bertscale("resume", "runs/base", code=2)
     (tmp_path / "saved").touch()

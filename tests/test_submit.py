@@ -17,11 +17,11 @@ from virtual import Cluster
 
 from bertscale.config import FinetuneConfig, PipelineStage, PrepConfig, PretrainConfig, UserError
 from bertscale.run_folder import read_events
-from launcher import freeze as freezing
-from launcher.freeze import about_now, config_text, freeze
 from launcher.job import JobSpec
-from launcher.links import Link, folder_of, links_of, unfinished
-from launcher.submit import main
+from launcher.submit import freeze as freezing
+from launcher.submit.command import main
+from launcher.submit.freeze import about_now, config_text, freeze
+from launcher.submit.pipeline import StageJob, folder_of, stage_jobs, unfinished
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,13 +38,13 @@ def prep_values(folder: Path) -> dict[str, Any]:
     return {"input": [str(corpus)], "output": str(folder / "data")}
 
 
-def one_link(folder: Path, data: Path, site: dict[str, Any] | None = None, **stage: Any) -> Link:
-    """The link of a tiny pretraining."""
+def one_job(folder: Path, data: Path, site: dict[str, Any] | None = None, **stage: Any) -> StageJob:
+    """The job of a tiny pretraining."""
     config = write(folder / "run.yaml", pretrain_config(data, folder / "run").model_dump())
     cluster = write(folder / "site.yaml", site or {})
-    links, mistakes = links_of([PipelineStage(pretrain=config, **stage)], cluster)
+    jobs, mistakes = stage_jobs([PipelineStage(pretrain=config, **stage)], cluster)
     assert mistakes == []
-    return links[0]
+    return jobs[0]
 
 
 # --------------------------------------------------------------------------------------- stages to jobs
@@ -63,8 +63,8 @@ def test_a_pretraining_takes_the_nodes_and_the_site(tmp_path: Path) -> None:
         "batch_python": "/usr/bin/python3",
         "log_root": str(tmp_path / "logs"),
     }
-    link = one_link(tmp_path, tmp_path / "data", site, nodes=4, spares=1)
-    spec = link.spec
+    job = one_job(tmp_path, tmp_path / "data", site, nodes=4, spares=1)
+    spec = job.spec
     assert (spec.nodes, spec.spares, spec.tasks_per_node, spec.ranks) == (4, 1, 8, 32)
     assert (spec.cpus_per_task, spec.gpus_per_node) == (12, 8)
     assert (spec.partition, spec.account, spec.time) == ("h100", "us", "1-00:00:00")
@@ -75,7 +75,7 @@ def test_a_pretraining_takes_the_nodes_and_the_site(tmp_path: Path) -> None:
     assert spec.logs == str(tmp_path / "logs/pretrain-run")
     assert spec.command == ("-m", "bertscale", "pretrain", f"{spec.folder}/config.yaml")
     assert (spec.start_seconds, spec.restarts_without_progress) == (1800, 2)
-    assert one_link(tmp_path, tmp_path / "data", site, time="2:00:00").spec.time == "2:00:00"
+    assert one_job(tmp_path, tmp_path / "data", site, time="2:00:00").spec.time == "2:00:00"
 
 
 def test_other_stages_are_one_task_with_all_cores_and_one_gpu_at_most(tmp_path: Path) -> None:
@@ -86,41 +86,41 @@ def test_other_stages_are_one_task_with_all_cores_and_one_gpu_at_most(tmp_path: 
         PipelineStage(finetune=write(tmp_path / "finetune.yaml", finetune)),
     ]
     site = write(tmp_path / "site.yaml", {"gpus_per_node": 4, "cpus_per_task": 6})
-    links, mistakes = links_of(stages, site, "chain")
+    jobs, mistakes = stage_jobs(stages, site, "chain")
     assert mistakes == []
-    shapes = [(s.ranks, s.cpus_per_task, s.gpus_per_node) for s in (link.spec for link in links)]
+    shapes = [(s.ranks, s.cpus_per_task, s.gpus_per_node) for s in (job.spec for job in jobs)]
     assert shapes == [(1, 24, 0), (1, 24, 0), (1, 6, 1)]
-    assert [link.spec.name for link in links] == ["chain-prep", "chain-convert", "chain-finetune"]
-    config = links[2].config
+    assert [job.spec.name for job in jobs] == ["chain-prep", "chain-convert", "chain-finetune"]
+    config = jobs[2].config
     assert isinstance(config, FinetuneConfig)
     assert (config.encoder, config.data.test) == (os.path.abspath("hf"), os.path.abspath("test.jsonl"))
-    assert all(link.spec.start_seconds == 0 for link in links)  # no steps to wait for
+    assert all(job.spec.start_seconds == 0 for job in jobs)  # no steps to wait for
 
 
 def test_paths_are_taken_from_where_submit_was_called(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     prep = {"input": ["texts/*.txt"], "output": "data", "tokenizer": "old.model"}
     stages = [PipelineStage(prep=write(tmp_path / "prep.yaml", prep)), PipelineStage(convert=["run", "hf"])]
-    links, _ = links_of(
+    jobs, _ = stage_jobs(
         stages, write(tmp_path / "site.yaml", {"bad_nodes": "bad", "python": "venv/bin/python"})
     )
-    config = links[0].config
+    config = jobs[0].config
     assert isinstance(config, PrepConfig)
     assert config.input == [str(tmp_path / "texts/*.txt")]
     assert (config.output, config.tokenizer) == (str(tmp_path / "data"), str(tmp_path / "old.model"))
-    assert links[0].spec.folder == str(tmp_path / "data.job")
-    assert links[0].spec.bad_nodes == str(tmp_path / "bad")
-    assert links[0].spec.python == str(tmp_path / "venv/bin/python")
-    assert links[1].spec.command[2:] == ("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--no-show")
+    assert jobs[0].spec.folder == str(tmp_path / "data.job")
+    assert jobs[0].spec.bad_nodes == str(tmp_path / "bad")
+    assert jobs[0].spec.python == str(tmp_path / "venv/bin/python")
+    assert jobs[1].spec.command[2:] == ("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--no-show")
 
 
 def test_paths_of_several_corpora_too(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     values = pretrain_config("one", "run").model_dump() | {"data": [{"path": "one", "weight": 2}, "/two"]}
     stages = [PipelineStage(pretrain=write(tmp_path / "run.yaml", values))]
-    links, mistakes = links_of(stages, write(tmp_path / "site.yaml", {}))
+    jobs, mistakes = stage_jobs(stages, write(tmp_path / "site.yaml", {}))
     assert mistakes == []
-    config = links[0].config
+    config = jobs[0].config
     assert isinstance(config, PretrainConfig)
     assert [(c.path, c.weight) for c in config.corpora] == [(str(tmp_path / "one"), 2.0), ("/two", 1.0)]
     assert PretrainConfig.model_validate(yaml.safe_load(config_text(config))) == config
@@ -128,16 +128,16 @@ def test_paths_of_several_corpora_too(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_a_prep_array_is_three_jobs(tmp_path: Path) -> None:
     prep = write(tmp_path / "prep.yaml", prep_values(tmp_path))
-    links, _ = links_of([PipelineStage(prep=prep, array=3)], write(tmp_path / "site.yaml", {}))
+    jobs, _ = stage_jobs([PipelineStage(prep=prep, array=3)], write(tmp_path / "site.yaml", {}))
     folders = [tmp_path / name for name in ("data.tokenizer.job", "data.job", "data.finish.job")]
-    assert [link.spec.folder for link in links] == list(map(str, folders))
-    assert [link.spec.array for link in links] == [0, 3, 0]
-    assert [link.spec.command[4:] for link in links] == [
+    assert [job.spec.folder for job in jobs] == list(map(str, folders))
+    assert [job.spec.array for job in jobs] == [0, 3, 0]
+    assert [job.spec.command[4:] for job in jobs] == [
         ("--tokenizer-only",),
         ("--task-count", "3"),
         ("--finish", "--task-count", "3"),
     ]
-    assert {link.spec.target for link in links} == {str(tmp_path / "data")}
+    assert {job.spec.target for job in jobs} == {str(tmp_path / "data")}
 
 
 def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
     finetune = write(tmp_path / "finetune.yaml", {"encoder": "a", "epoch": 3})
     site = write(tmp_path / "site.yaml", {"partitions": "main"})
     stages = [PipelineStage(prep=prep), PipelineStage(finetune=finetune), PipelineStage(pretrain="no.yaml")]
-    links, mistakes = links_of(stages, site)
-    assert links == []
+    jobs, mistakes = stage_jobs(stages, site)
+    assert jobs == []
     text = "\n".join(mistakes)
     assert text.count(f"{site}: unknown key partitions; did you mean partition?") == 1
     assert f"{prep}: input is missing" in text
@@ -159,17 +159,19 @@ def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
 
 
 def test_the_job_folder_holds_code_config_script_and_environment(tmp_path: Path, tiny_data: Path) -> None:
-    link = one_link(tmp_path, tiny_data, {"environment": {"OMP_NUM_THREADS": "1"}})
-    freeze(link.spec, link.config, about_now(link.spec.environment))
-    job = tmp_path / "run/job"
-    assert sorted(path.name for path in job.iterdir()) == sorted((*freezing.FROZEN, "logs"))
+    job = one_job(tmp_path, tiny_data, {"environment": {"OMP_NUM_THREADS": "1"}})
+    freeze(job.spec, job.config, about_now(job.spec.environment))
+    folder = tmp_path / "run/job"
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*freezing.FROZEN, "logs"))
     for package in freezing.PACKAGES:
         sources = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
-        assert {path.relative_to(job / "code") for path in (job / "code" / package).rglob("*")} >= sources
-    assert PretrainConfig.model_validate(yaml.safe_load((job / "config.yaml").read_text())) == link.config
-    assert JobSpec.from_json((job / "job.json").read_text()) == link.spec
-    assert os.access(job / "script.sh", os.X_OK)
-    about = json.loads((job / "environment.json").read_text())
+        assert {
+            path.relative_to(folder / "code") for path in (folder / "code" / package).rglob("*")
+        } >= sources
+    assert PretrainConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())) == job.config
+    assert JobSpec.from_json((folder / "job.json").read_text()) == job.spec
+    assert os.access(folder / "script.sh", os.X_OK)
+    about = json.loads((folder / "environment.json").read_text())
     assert about["environment"] == {"OMP_NUM_THREADS": "1"}
     assert about["python"]["executable"] == sys.executable
     assert {"torch", "numpy", "pydantic"} <= about["distributions"].keys()
@@ -179,31 +181,31 @@ def test_the_code_comes_from_the_packages_wherever_one_stands(tmp_path: Path, mo
     (tmp_path / "bertscale").mkdir()  # a folder of that name here means nothing
     (tmp_path / "bertscale/errors.py").write_text("other")
     monkeypatch.chdir(tmp_path)
-    link = one_link(tmp_path, tmp_path / "data")
-    freeze(link.spec, link.config, {})
+    job = one_job(tmp_path, tmp_path / "data")
+    freeze(job.spec, job.config, {})
     assert (tmp_path / "run/job/code/bertscale/errors.py").read_text() != "other"
 
 
 def test_freezing_again_keeps_the_history_and_drops_the_markers(tmp_path: Path) -> None:
-    link = one_link(tmp_path, tmp_path / "data")
-    freeze(link.spec, link.config, {})
-    job = tmp_path / "run/job"
+    job = one_job(tmp_path, tmp_path / "data")
+    freeze(job.spec, job.config, {})
+    folder = tmp_path / "run/job"
     for name in ("events.jsonl", "done.json", "done-3.json", "cancelled", "code/bertscale/gone.py"):
-        (job / name).write_text("{}\n")
-    (job / "logs/slurm-1.out").write_text("before\n")
-    freeze(link.spec, link.config, {"again": True})
-    assert {path.name for path in job.iterdir()} == {*freezing.FROZEN, "logs", "events.jsonl"}
-    assert (job / "logs/slurm-1.out").read_text() == "before\n"
-    assert not (job / "code/bertscale/gone.py").exists()
-    assert json.loads((job / "environment.json").read_text()) == {"again": True}
-    assert [path.name for path in job.parent.iterdir()] == ["job"]
+        (folder / name).write_text("{}\n")
+    (folder / "logs/slurm-1.out").write_text("before\n")
+    freeze(job.spec, job.config, {"again": True})
+    assert {path.name for path in folder.iterdir()} == {*freezing.FROZEN, "logs", "events.jsonl"}
+    assert (folder / "logs/slurm-1.out").read_text() == "before\n"
+    assert not (folder / "code/bertscale/gone.py").exists()
+    assert json.loads((folder / "environment.json").read_text()) == {"again": True}
+    assert [path.name for path in folder.parent.iterdir()] == ["job"]
 
 
 def test_a_job_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    link = one_link(tmp_path, tmp_path / "data")
+    job = one_job(tmp_path, tmp_path / "data")
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match=r"cannot write the job folder .*/run/job: "):
-        freeze(link.spec, link.config, {})
+        freeze(job.spec, job.config, {})
 
 
 def test_the_commit_of_a_checkout_is_recorded(tmp_path: Path, monkeypatch: Any) -> None:
@@ -232,52 +234,52 @@ def test_the_commit_of_a_checkout_is_recorded(tmp_path: Path, monkeypatch: Any) 
 
 
 def test_what_is_done_is_not_queued_again(tmp_path: Path, tiny_data: Path, capsys: Any) -> None:
-    link = one_link(tmp_path, tiny_data)
-    freeze(link.spec, link.config, {})
-    assert unfinished([link]) == [link]
+    job = one_job(tmp_path, tiny_data)
+    freeze(job.spec, job.config, {})
+    assert unfinished([job]) == [job]
     (tmp_path / "run/job/done.json").write_text("{}")
-    assert unfinished([link]) == [link]  # what it made is gone
+    assert unfinished([job]) == [job]  # what it made is gone
     (tmp_path / "run/result.json").write_text("{}")
-    assert unfinished([link]) == []
+    assert unfinished([job]) == []
     assert f"pretrain of {tmp_path}/run is finished" in capsys.readouterr().out
-    more = one_link(tmp_path, tiny_data, set=["train.steps=20"])
+    more = one_job(tmp_path, tiny_data, set=["train.steps=20"])
     assert unfinished([more]) == [more]
     # Without Slurm: there is nothing to ask it.
     assert main(["pretrain", str(tmp_path / "run.yaml"), "--cluster", str(tmp_path / "site.yaml")]) == 0
 
 
-def test_a_link_behind_an_unfinished_one_runs_again(tmp_path: Path) -> None:
+def test_a_job_behind_an_unfinished_one_runs_again(tmp_path: Path) -> None:
     prep = write(tmp_path / "prep.yaml", prep_values(tmp_path))
     stages = [PipelineStage(prep=prep, array=2), PipelineStage(convert=["run", str(tmp_path / "hf")])]
-    links, _ = links_of(stages, write(tmp_path / "site.yaml", {}))
-    for link in links:
-        freeze(link.spec, link.config, {})
+    jobs, _ = stage_jobs(stages, write(tmp_path / "site.yaml", {}))
+    for job in jobs:
+        freeze(job.spec, job.config, {})
     (tmp_path / "hf").mkdir()
     for name in ("data.tokenizer.job/done", "data.job/done-0", "data.finish.job/done", "hf.job/done"):
         (tmp_path / f"{name}.json").write_text("{}")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/manifest.json").write_text("{}")
-    assert unfinished(links) == links  # task 1 of the array is not done
+    assert unfinished(jobs) == jobs  # task 1 of the array is not done
     (tmp_path / "data.job/done-1.json").write_text("{}")
-    assert unfinished(links) == []
+    assert unfinished(jobs) == []
     (tmp_path / "hf.job/done.json").unlink()
-    assert unfinished(links) == links[3:]
+    assert unfinished(jobs) == jobs[3:]
 
 
 def test_new_input_is_a_new_job(tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     source, output = tmp_path / "run", tmp_path / "hf"
     stage = PipelineStage(convert=[str(source), str(output)])
-    links, _ = links_of([stage], write(tmp_path / "site.yaml", {}))
-    freeze(links[0].spec, None, {})
+    jobs, _ = stage_jobs([stage], write(tmp_path / "site.yaml", {}))
+    freeze(jobs[0].spec, None, {})
     output.mkdir()
     (tmp_path / "hf.job/done.json").write_text("{}")
-    assert unfinished(links) == []
+    assert unfinished(jobs) == []
     table = source / "checkpoints/bertscale.json"
     table.write_text("{}")
     later = (tmp_path / "hf.job/done.json").stat().st_mtime + 1
     os.utime(table, (later, later))
-    assert unfinished(links) == links
+    assert unfinished(jobs) == jobs
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -304,12 +306,12 @@ def test_every_stage_takes_a_cluster_file(tmp_path: Path, monkeypatch: Any, caps
     stages = [{"convert": ["a", "b"]}, {"convert": ["b", "c"], "cluster": "own.yaml"}]
     asked: list[list[str | None]] = []
 
-    def links_of(stages: Any, cluster: str, chain: str) -> tuple[list[Link], list[str]]:
+    def fake_jobs(stages: Any, cluster: str, chain: str) -> tuple[list[StageJob], list[str]]:
         asked.append([chain, *(stage.cluster or cluster for stage in stages)])
         return [], ["enough"]
 
-    monkeypatch.setattr("launcher.submit.links_of", links_of)
-    monkeypatch.setattr("launcher.submit.submit", lambda *_, **__: 0)
+    monkeypatch.setattr("launcher.submit.command.stage_jobs", fake_jobs)
+    monkeypatch.setattr("launcher.submit.command.submit", lambda *_, **__: 0)
     chain = write(tmp_path / "chain.yaml", {"name": "two", "cluster": "theirs.yaml", "stages": stages})
     assert main(["pipeline", chain]) == 0
     assert main(["pipeline", chain, "--cluster", "site: 1.yaml"]) == 0
@@ -319,7 +321,7 @@ def test_every_stage_takes_a_cluster_file(tmp_path: Path, monkeypatch: Any, caps
 
 
 def test_help_loads_neither_torch_nor_pyarrow(bertscale: Any) -> None:
-    code = "import sys; from launcher.submit import main; main(['--help']); print(*sys.modules)"
+    code = "import sys; from launcher.submit.command import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "pyarrow", "numpy"} & set(done.stdout.split())
     assert bertscale("submit", "pretrain", "--help").returncode == 0
@@ -404,16 +406,16 @@ def test_the_same_folder_is_not_submitted_twice_at_once(desk: Desk) -> None:
 SLEEP = "#!/bin/bash\nsleep 600\n"
 
 
-def three_links(desk: Desk, *, middle: str = "plain") -> str:
+def three_jobs(desk: Desk, *, middle: str = "plain") -> str:
     """A chain of three pretrainings, the second of which has `middle` in the name of its folder."""
     stages = [{"pretrain": desk.config, "set": [f"run={name}"]} for name in ("first", middle, "last")]
     return write(desk.folder / "chain.yaml", {"name": "three", "cluster": desk.site, "stages": stages})
 
 
 @pytest.mark.slurm
-def test_a_chain_is_told_of_its_links(desk: Desk) -> None:
+def test_a_chain_is_told_of_its_jobs(desk: Desk) -> None:
     blocker = desk.cluster.sbatch(SLEEP)
-    desk.submit("pipeline", three_links(desk, middle="fail"), "--after", blocker)
+    desk.submit("pipeline", three_jobs(desk, middle="fail"), "--after", blocker)
     folders = [str(desk.folder / name / "job") for name in ("first", "fail", "last")]
     specs = [JobSpec.from_json((Path(folder) / "job.json").read_text()) for folder in folders]
     assert [spec.previous for spec in specs] == [(), (folders[0],), (folders[1],)]
@@ -450,7 +452,7 @@ def test_the_rest_of_a_chain_is_cancelled_when_its_middle_fails(desk: Desk) -> N
     assert (desk.folder / "first.job/done.json").exists()
     assert not (desk.folder / "middle.job/done.json").exists()
     assert read_events(desk.folder / "last.job/events.jsonl")[-1]["event"] == "cancelled"
-    # Mended and submitted again, the chain begins where it stopped.
+    # Mended and submitted again, the pipeline begins where it stopped.
     shutil.copyfile(desk.folder / "first.jsonl", desk.folder / "middle.jsonl")
     again = desk.submit("pipeline", str(desk.folder / "chain.yaml"))
     assert again.stdout.startswith("prep of first is finished: bertscale status first\n")
@@ -481,12 +483,12 @@ def test_links_are_taken_back_when_a_later_one_is_refused(desk: Desk, tmp_path: 
     (tools / "sbatch").chmod(0o755)
     blocker = desk.cluster.sbatch(SLEEP)
     env = ("env", f"PYTHONPATH={desk.checkout}", f"PATH={tools}:{os.environ['PATH']}")
-    words = (sys.executable, "-m", "bertscale", "submit", "pipeline", three_links(desk), "--after", blocker)
+    words = (sys.executable, "-m", "bertscale", "submit", "pipeline", three_jobs(desk), "--after", blocker)
     done = desk.cluster.run(*env, *words, check=False, cwd=desk.folder)
     assert done.returncode == 2
     assert "QOSMaxSubmitJob" in done.stderr
     job = desk.queued("first/job")[0]["job"]
-    assert f"job {job} (three-pretrain) was cancelled: a later link could not be queued" in done.stderr
+    assert f"job {job} (three-pretrain) was cancelled: a later job could not be queued" in done.stderr
     assert desk.cluster.wait(job, "CANCELLED")
     assert (desk.folder / "first/job/cancelled").exists()
     assert not desk.queued("last/job")

@@ -96,9 +96,9 @@ PARENT = """
 import sys
 from pathlib import Path
 from bertscale.errors import UserError
-from launcher import steps, supervise
+from launcher import rank_groups, supervise
 
-steps.GRACE_SECONDS = 0.5
+rank_groups.GRACE_SECONDS = 0.5
 supervise.STACK_SECONDS, supervise.LOOK_SECONDS = 1.5, 0.1
 limits = supervise.Limits(LIMITS)
 try:
@@ -136,7 +136,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, err
 
 
-def test_failures_are_started_anew_until_the_run_is_done(parent: Parent, tmp_path: Path) -> None:
+def test_failures_are_started_again_until_the_run_is_done(parent: Parent, tmp_path: Path) -> None:
     code, err = finish(
         parent(
             """
@@ -179,8 +179,8 @@ def test_a_crash_loop_ends_and_names_the_checkpoint(parent: Parent, tmp_path: Pa
     assert code == 77
     # Two starts made a checkpoint each; the three after them made none.
     assert err.count("ZeroDivisionError: boom") == 5
-    assert "all ranks are started anew from the checkpoint of step 10" in err
-    assert err.endswith("gave up: the checkpoint of step 20 stood still through 3 starts in a row\n")
+    assert "all ranks are started again from the checkpoint of step 10" in err
+    assert err.endswith("gave up: no checkpoint after that of step 20 in 3 starts in a row\n")
     steps = [event["step"] for event in read_events(tmp_path / "logs/events.jsonl") if "step" in event]
     assert steps == [10, 20]
 
@@ -230,7 +230,7 @@ def test_a_stopped_rank_is_named_and_the_others_tell_where_they_stand(parent: Pa
         )
     )
     assert code == 0
-    assert re.search(r"all ranks stood still for \d+ s after step 12 and were killed", err)
+    assert re.search(r"all ranks hung for \d+ s after step 12 and were killed", err)
     assert "rank 1 gave no answer: it was stopped, or its node is dead" in err
     assert "rank 0 gave" not in err
     stack = (tmp_path / "logs/attempt-001/rank-0.log").read_text()
@@ -260,7 +260,7 @@ def test_steps_are_signs_of_life(parent: Parent) -> None:
     assert code == 0
 
 
-def test_a_signal_saves_and_nothing_is_started_anew(parent: Parent, tmp_path: Path) -> None:
+def test_a_signal_saves_and_nothing_is_started_again(parent: Parent, tmp_path: Path) -> None:
     process = parent('ready()\nwait_for("never")', restarts=5, restarts_without_progress=5)
     wait_for(tmp_path / "ready-1-0", tmp_path / "ready-1-1")
     process.send_signal(signal.SIGUSR1)
@@ -473,7 +473,7 @@ def test_a_crash_loop_ends_the_job_and_those_after_it(cluster: Cluster) -> None:
     cluster.run("scontrol", "release", run.job)
     assert run.wait("FAILED COMPLETED") == "FAILED"
     assert cluster.job(run.job)["ExitCode"] == "77:0"
-    assert "gave up: there is still no checkpoint through 3 starts in a row" in run.said()
+    assert "gave up: no checkpoint in 3 starts in a row" in run.said()
     assert run.happened() == [
         "queued",
         *["started", "failed", "relaunched"] * 2,

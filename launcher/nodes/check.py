@@ -56,7 +56,7 @@ def _usable(state: str) -> bool:
 
 
 def check_nodes(spec: JobSpec, nodes: Sequence[str], folder: Path) -> dict[str, str]:
-    """{node: reason} of those of `nodes` that are not fit for `spec`; needs at most spec.check_seconds.
+    """Returns {node: reason} for those `nodes` that are not fit for `spec`; needs at most spec.check_seconds.
 
     Runs inside the allocation. What each node measured is kept in a new folder `folder/check`, `check-2`...
     Where every node is named, the fault is more likely the job's (its python, its container) than theirs:
@@ -67,9 +67,9 @@ def check_nodes(spec: JobSpec, nodes: Sequence[str], folder: Path) -> dict[str, 
     faults = {node: f"Slurm calls it {states[node]}" for node in nodes if not _usable(states.get(node, ""))}
     left = [node for node in nodes if node not in faults]
     while left:
-        found = asyncio.run(Check(spec, left, _new_folder(folder), end).run())
-        faults |= {node: reason for node, reason in found.items() if reason}
-        unknown = [node for node, reason in found.items() if reason is None]
+        verdicts = asyncio.run(Check(spec, left, _new_folder(folder), end).run())
+        faults |= {node: reason for node, reason in verdicts.items() if reason}
+        unknown = [node for node, reason in verdicts.items() if reason is None]
         if unknown and len(unknown) < len(left) and time.monotonic() < end:
             # srun ends the whole step when one node cannot be reached: the others go again.
             left = [node for node in left if node not in faults]
@@ -101,11 +101,11 @@ def remember_bad(path: Path, node: str, reason: str) -> None:
 
 
 def bad_nodes(path: Path, hours: float) -> dict[str, str]:
-    """{node: reason} of the lines that are younger than `hours`; damaged lines are passed over."""
-    found: dict[str, str] = {}
+    """Returns {node: reason} of the lines that are younger than `hours`; damaged lines are passed over."""
+    bad: dict[str, str] = {}
     oldest = time.time() - hours * 3600
     for entry in read_lines(path):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if float(entry["time"]) >= oldest:
-                found[str(entry["node"])] = str(entry["reason"])
-    return found
+                bad[str(entry["node"])] = str(entry["reason"])
+    return bad

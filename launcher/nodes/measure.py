@@ -39,9 +39,9 @@ def main() -> int:
     host = asked.get("host") or os.environ["SLURM_LAUNCH_NODE_IPADDR"]
     with socket.create_connection((host, asked["port"]), timeout=asked["seconds"]) as connection:
         connection.settimeout(None)
-        own = _own_address(connection)
-        listener = socket.create_server((own, 0), family=connection.family)
-        with socket.create_server((own, 0), family=connection.family) as other:
+        ours = _own_address(connection)
+        listener = socket.create_server((ours, 0), family=connection.family)
+        with socket.create_server((ours, 0), family=connection.family) as other:
             store_port = other.getsockname()[1]  # free again at once; for the group of the GPU processes
 
         def say(**facts: Any) -> None:
@@ -51,7 +51,7 @@ def main() -> int:
             token=asked["token"],
             node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             step=os.environ.get("SLURM_STEP_ID"),
-            address=own,
+            address=ours,
             port=listener.getsockname()[1],
             store_port=store_port,
         )

@@ -1,4 +1,4 @@
-"""One step of the start-up check: launcher.nodes.measure on every node, and what this process makes of it.
+"""One Slurm step of the start-up check: launcher.nodes.measure on every node, and what comes of it.
 
 faults = asyncio.run(Check(spec, nodes, folder, end).run())   # called by launcher.nodes.check
 """
@@ -28,7 +28,7 @@ TRIES_PROVEN = 2
 LINK_SECONDS = 10.0  # of one exchange; with GPUs, where torch may first have to be loaded, four times as long
 SLOW_GPU = 0.5  # a GPU below this share of the median rate is left out
 GPU_FREE = 0.8  # a GPU of whose memory less is free at the start is left out
-END_SECONDS = 3.0  # that the step gets to end by itself
+END_SECONDS = 3.0  # that the step gets to end without a signal
 TICK_SECONDS = 1.0  # between looks at what srun says
 
 
@@ -224,8 +224,8 @@ class Check:
     def _said(self, name: str) -> str:
         """What srun said of a node that could not be reached, or whose task ended; "" if it said nothing."""
         pattern = rf"failed on node {name}: (.*)|(Node failure) on {name}\b|error: {name}: task \d+: (.*)"
-        found = re.search(pattern, self.said)
-        return next(filter(None, found.groups())) if found else ""
+        complaint = re.search(pattern, self.said)
+        return next(filter(None, complaint.groups())) if complaint else ""
 
     def _aborted(self, ended: bool) -> bool:
         """Whether srun or Slurm has ended the step before the check was through."""
@@ -244,7 +244,7 @@ class Check:
                 return None  # for what happened to another one
             if not node.hello and aborted:
                 lines = self.said.splitlines()
-                return f"its check did not begin: {lines[-1] if lines else 'srun ended without a word'}"
+                return f"its check did not begin: {lines[-1] if lines else 'srun ended without a message'}"
             if not node.hello:
                 return f"no answer {within}"
             if aborted:

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertscale.errors import UserError
-from launcher import slurm
-from launcher.status import ask, control, found, logs, show, state
-from launcher.status.ask import QueueJob
-from launcher.status.found import Place
+from launcher import queue_jobs, runs, slurm
+from launcher.queue_jobs import QueueJob
+from launcher.runs import Place
+from launcher.status import control, logs, show, state
 
 RUN_HELP = "A run folder, an output folder, a job folder or a Slurm job id."
 
@@ -42,18 +42,18 @@ def main(command: str, arguments: list[str]) -> int:
 # ----------------------------------------------------------------------------------------- status
 
 
-def status(runs: Sequence[str], *, as_json: bool) -> int:
+def status(names: Sequence[str], *, as_json: bool) -> int:
     """Prints one line for each run that is found, or all about those that are named."""
     now = time.time()
     queue, silence = listen()
-    places = [locate(name, queue) for name in runs] or every_place(queue)
+    places = [locate(name, queue) for name in names] or every_place(queue)
     reports = []
     for place in places:
-        facts = found.look(place, now)
+        facts = runs.look(place, now)
         reports.append((place, facts, state.judge(place, facts, queue, silence, now)))
     if as_json:
         print(json.dumps([show.as_values(*report) for report in reports], indent=2))
-    elif runs:
+    elif names:
         print("\n\n".join("\n".join(show.describe(*report, silence, now)) for report in reports))
     elif reports:
         reports.sort(key=lambda report: (report[2].job is None, report[2].word == "waiting"))
@@ -69,7 +69,7 @@ def status(runs: Sequence[str], *, as_json: bool) -> int:
 def listen() -> tuple[list[QueueJob], str | None]:
     """This person's jobs in the queue, and why Slurm does not answer if so."""
     try:
-        return ask.own_jobs(), None
+        return queue_jobs.own_jobs(), None
     except UserError as error:
         return [], str(error)
 
@@ -78,30 +78,30 @@ def locate(name: str, queue: list[QueueJob] | None = None) -> Place:
     """The run that a path or a Slurm job id names. Raises UserError."""
     number = name.partition("_")[0]
     if not number.isdigit() or Path(name).exists():
-        return found.find(name)
+        return runs.find(name)
     for job in listen()[0] if queue is None else queue:
         if job.number == number and job.folder:
-            return found.place_of(job.folder)
-    for place in found.known_places():
-        if number in found.look(place, time.time()).jobs:
+            return runs.place_of(job.folder)
+    for place in runs.known_places():
+        if number in runs.look(place, time.time()).jobs:
             return place
     record = slurm.show_job(number)
     if record is None:
         raise UserError(f"Slurm knows of no job {number}, and no run below runs/ had it")
-    folder = ask.from_record(record).folder
+    folder = queue_jobs.from_record(record).folder
     if folder is None:
         raise UserError(f"job {number} was not submitted by bertscale")
-    return found.place_of(folder)
+    return runs.place_of(folder)
 
 
 def task_of(name: str) -> str | None:
-    """`17_2` where one task of an array is named, else None."""
+    """Returns `17_2` where one task of an array is named, else None."""
     return name if name.replace("_", "", 1).isdigit() and "_" in name and not Path(name).exists() else None
 
 
 def every_place(queue: list[QueueJob]) -> list[Place]:
     """The runs of the queue, then those below runs/, each once."""
-    places = [found.place_of(job.folder) for job in queue if job.folder] + found.known_places()
+    places = [runs.place_of(job.folder) for job in queue if job.folder] + runs.known_places()
     return list({place.run.resolve(): place for place in places}.values())
 
 
@@ -131,7 +131,7 @@ def _logs_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP} 17_2 is one task of an array.")
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="Go on with what is written, also by later attempts."
+        "-f", "--follow", action="store_true", help="Continue with what is written, also by later attempts."
     )
     parser.add_argument("--rank", type=int, metavar="N", help="The log of this rank.")
     parser.add_argument("--attempt", type=int, metavar="N", help="Of this attempt instead of the newest.")
@@ -149,8 +149,8 @@ def _logs_parser() -> argparse.ArgumentParser:
 def _cancel_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "cancel",
-        "Ends a job, and the links of a pipeline that follow it. A pretraining that runs saves first; "
-        "`bertscale resume` goes on with it.",
+        "Ends a job, and the jobs of a pipeline that follow it. A pretraining that runs saves first; "
+        "`bertscale resume` resumes it.",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument(
@@ -163,10 +163,10 @@ def _resume_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "resume",
         "Queues a job again that was cancelled or gave up, with the code and config that it was submitted "
-        "with, and the links of a pipeline after it. It goes on from its last checkpoint.",
+        "with, and the jobs of a pipeline after it. It resumes from its last checkpoint.",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--only", action="store_true", help="Leave the links after it alone.")
+    parser.add_argument("--only", action="store_true", help="Leave the jobs after it alone.")
     return parser
 
 

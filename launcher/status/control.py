@@ -14,29 +14,28 @@ import yaml
 
 from bertscale.errors import UserError
 from bertscale.run_folder import CANCELLED, CONFIG, EVENTS, Events, read_events
-from launcher import slurm
-from launcher.status import ask, found, history
-from launcher.status.ask import QueueJob
-from launcher.status.found import Place, place_of, read_spec
-from launcher.submit import queue
+from launcher import history, queue_jobs, runs, slurm
+from launcher.queue_jobs import QueueJob
+from launcher.runs import Place, place_of, read_spec
+from launcher.submit.command import queue
 
 
 def cancel(place: Place, *, now: bool) -> int:
-    """Ends the run's job and the links after it, each after it has saved unless `now`; returns 0.
+    """Ends the run's job and the jobs after it, each after it has saved unless `now`; returns 0.
 
     Raises UserError for a local run and when Slurm does not answer.
     """
     if place.job is None:
         raise UserError(how_to_stop(place))
-    jobs = ask.own_jobs()
-    # The last link first: none of them may begin because the one before it has ended.
-    following = [Path(folder) for folder in found.look(place, 0.0).following]
+    jobs = queue_jobs.own_jobs()
+    # The last job first: none of them may begin because the one before it has ended.
+    following = [Path(folder) for folder in runs.look(place, 0.0).following]
     others = [folder for folder in reversed(following) if _cancel_one(folder, jobs, now, because=place.shown)]
     stopped = _cancel_one(place.job, jobs, now)
     if not stopped and not others:
         print(f"{place.shown} is not queued or running: nothing to cancel")
         return 0
-    print(f"to go on later: bertscale resume {shlex.quote(place.shown)}")
+    print(f"to resume later: bertscale resume {shlex.quote(place.shown)}")
     return 0
 
 
@@ -55,31 +54,32 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
     running = [entry for entry in active if not entry.waits]
     saves = _stage(job) == "pretrain" and not now
     for number in dict.fromkeys(entry.number for entry in active):
-        own = [entry for entry in running if entry.number == number]
-        if own and saves:
+        of_job = [entry for entry in running if entry.number == number]
+        if of_job and saves:
             # Not a plain scancel: it kills the ranks 30 s after SIGTERM, and a large save takes longer.
             done = slurm.ask("scancel", "--batch", "--signal=USR1", number, check=False)
             before = "again " if asked_before else ""
-            said = f"on {ask.show_nodes(own[0])} was {before}told to save and end; --now ends it at once"
+            nodes = queue_jobs.show_nodes(of_job[0])
+            said = f"on {nodes} was {before}told to save and end; --now ends it at once"
         else:
             done = slurm.ask("scancel", number, check=False)
-            said = "was ended" if own else "was taken out of the queue"
-        if done.stderr.strip():  # such as: it has just ended by itself
+            said = "was ended" if of_job else "was taken out of the queue"
+        if done.stderr.strip():  # such as: it has just ended
             said += f" ({slurm.complaint(done)})"
         print(f"job {number}, {_stage(job)} of {_shown(job)}, {said}")
     return True
 
 
 def resume(place: Place, *, only: bool) -> int:
-    """Queues the run's script again, and unless `only` the links after it; returns 0.
+    """Queues the run's script again, and unless `only` the jobs after it; returns 0.
 
-    Raises UserError while it is queued or running, when a link before it is not done, when Slurm
-    refuses, and for a local run, with the command that goes on.
+    Raises UserError while it is queued or running, when a job before it is not done, when Slurm
+    refuses, and for a local run, with the command that resumes it.
     """
     if place.job is None:
-        print(f"{place.shown} was started by hand; to go on: {local_command(place)}")
+        print(f"{place.shown} was started by hand; to resume: {local_command(place)}")
         return 0
-    jobs = ask.own_jobs()
+    jobs = queue_jobs.own_jobs()
     active = _active(place.job, jobs)
     if active:
         ending = (place.job / CANCELLED).exists() and not active[0].waits
@@ -126,11 +126,11 @@ def _queue_again(job: Path, jobs: list[QueueJob], queued: dict[Path, str]) -> st
 
 
 def _active(job: Path, jobs: list[QueueJob]) -> list[QueueJob]:
-    return ask.jobs_of(job, history.slurm_ids(read_events(job / EVENTS)), jobs)
+    return queue_jobs.jobs_of(job, history.slurm_ids(read_events(job / EVENTS)), jobs)
 
 
 def _is_done(job: Path) -> bool:
-    return found.is_done(job, read_spec(job).array)
+    return runs.is_done(job, read_spec(job).array)
 
 
 def _shown(job: Path) -> str:
@@ -149,7 +149,7 @@ def _stage(job: Path) -> str:
 
 def how_to_stop(place: Place) -> str:
     """How to end a run that no Slurm knows of."""
-    process = found.training_process(place.run)
+    process = runs.training_process(place.run)
     if process is None:
         return f"{place.shown} was started by hand and does not train on this machine: nothing to cancel"
     parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
@@ -160,7 +160,7 @@ def how_to_stop(place: Place) -> str:
 
 
 def local_command(place: Place) -> str:
-    """The command that goes on with a pretraining that was started by hand."""
+    """The command that resumes a pretraining that was started by hand."""
     path = place.run / CONFIG
     shown = shlex.quote(os.path.join(place.shown, CONFIG))
     try:

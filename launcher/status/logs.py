@@ -16,9 +16,9 @@ from typing import Any
 
 from bertscale.errors import UserError
 from bertscale.run_folder import attempt_job, attempt_number, batch_log_name, rank_logs, read_events
-from launcher.status import ask, found, history
-from launcher.status.found import Place
-from launcher.status.history import first_failed
+from launcher import history, queue_jobs, runs
+from launcher.history import first_failed
+from launcher.runs import Place
 
 POLL_SECONDS = 0.2  # between two looks into the log
 LOOK_SECONDS = 1.0  # between two looks for another log, or the end
@@ -48,7 +48,7 @@ class Reader:
         """The lines that were finished since the last call; what has no newline yet stays in `rest`."""
         with self.path.open("rb") as file:
             if file.seek(0, os.SEEK_END) < self.offset:
-                self.offset = 0  # it was begun anew
+                self.offset = 0  # it was begun again
             file.seek(self.offset)
             data = file.read()
         whole = data.rfind(b"\n") + 1
@@ -122,8 +122,8 @@ def ended(place: Place) -> str | None:
     """A sentence when the job's own files say that it is over."""
     if place.job is None:
         return None
-    tasks = spec.array if (spec := found.spec_of(place)) else 0
-    if found.is_done(place.job, tasks):
+    tasks = spec.array if (spec := runs.spec_of(place)) else 0
+    if runs.is_done(place.job, tasks):
         return f"{place.shown} is done"
     turns = [event for event in read_events(place.events) if event["event"] in TURNS]
     if turns and turns[-1]["event"] == "gave_up" and not tasks:
@@ -137,9 +137,9 @@ def gone(place: Place) -> str | None:
         return None
     ids = history.slurm_ids(read_events(place.events))
     try:
-        if ask.jobs_of(place.job, ids, ask.own_jobs()):
+        if queue_jobs.jobs_of(place.job, ids, queue_jobs.own_jobs()):
             return None
-        job = ask.other_job(ids[-1]) if ids else None  # it may be somebody else's
+        job = queue_jobs.other_job(ids[-1]) if ids else None  # it may be somebody else's
     except UserError:
         return None
     if job and job.active:
@@ -157,7 +157,7 @@ def choose(
 
     Raises UserError for an attempt or rank that does not exist; a `patient` one waits for it instead.
     """
-    root = found.log_folder(place, found.spec_of(place))
+    root = runs.log_folder(place, runs.spec_of(place))
     folders = [
         path for path in history.attempt_folders(root) if task is None or path.name.endswith(f"-{task}")
     ]

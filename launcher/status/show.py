@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 from bertscale.progress import show_count, show_duration
-from launcher.status import ask, history
-from launcher.status.ask import show_time
-from launcher.status.found import Facts, Place
+from launcher import history, queue_jobs
+from launcher.queue_jobs import show_time
+from launcher.runs import Facts, Place
 from launcher.status.state import State
 
 EVENTS_SHOWN = 6
@@ -89,7 +89,7 @@ def end_text(facts: Facts, state: State, now: float) -> str:
     if limit and limit > now:
         text = f"time limit {show_time(limit, now)}, in {show_duration(limit - now)}"
         if facts.expected_end and facts.expected_end > limit and facts.stage == "pretrain":
-            text += ": it saves before, is requeued and goes on"
+            text += ": it saves before, is requeued and resumes"
         parts.append(text)
     return "; ".join(parts)
 
@@ -113,11 +113,11 @@ def row(place: Place, facts: Facts, state: State, now: float) -> list[str]:
         ends = f"in {show_duration(facts.expected_end - now)}"
     note = state.sentence
     if state.job and state.word == "waiting":
-        note = ask.why(state.job)[0]
+        note = queue_jobs.why(state.job)[0]
         if state.job.start and state.job.start > now:
             note += f"; expected to start {show_time(state.job.start, now)}"
     elif state.job and state.word == "running":
-        note = f"on {ask.show_nodes(state.job)}"
+        note = f"on {queue_jobs.show_nodes(state.job)}"
     return [
         place.shown,
         facts.stage,
@@ -134,8 +134,8 @@ def row(place: Place, facts: Facts, state: State, now: float) -> list[str]:
 
 def show_table(rows: list[list[str]]) -> None:
     """Columns that no run fills are left out; colours on a terminal alone."""
-    kept = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in rows)]
-    table = [[COLUMNS[i] for i in kept], *([cells[i] for i in kept] for cells in rows)]
+    filled = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in rows)]
+    table = [[COLUMNS[i] for i in filled], *([cells[i] for i in filled] for cells in rows)]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -147,7 +147,7 @@ def show_table(rows: list[list[str]]) -> None:
             shown.add_row(*cells, style=COLOURS.get(word))
         Console(markup=False, highlight=False).print(shown)
         return
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(kept))]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(filled))]
     for cells in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
@@ -165,7 +165,7 @@ def as_values(place: Place, facts: Facts, state: State) -> dict[str, Any]:
         "source": state.source,
         "job": job.id if job else None,
         "reason": job.reason if job else None,
-        "why": ask.why(job)[0] if job and job.waits else None,
+        "why": queue_jobs.why(job)[0] if job and job.waits else None,
         "expected_start": job.start if job and job.waits else None,
         "time_limit": job.end if job and not job.waits else None,
         "next": state.next,

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from bertscale.errors import UserError
 from bertscale.progress import show_duration
-from launcher.status import ask, control, found, history
-from launcher.status.ask import QueueJob, show_time
-from launcher.status.found import Facts, Place
+from launcher import history, queue_jobs, runs
+from launcher.queue_jobs import QueueJob, show_time
+from launcher.runs import Facts, Place
+from launcher.status import control
 
 FRESH_SECONDS = 120.0  # a run whose figures changed within this is still at work
 
@@ -31,17 +32,17 @@ class State:
 def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None, now: float) -> State:
     """What the run does: by the queue, else sacct or scontrol, else its own files."""
     run = shlex.quote(place.shown)
-    go_on = f"bertscale resume {run}"
+    resume = f"bertscale resume {run}"
     if place.job is None:
         return judge_local(place, facts, now)
-    jobs = ask.jobs_of(place.job, facts.jobs, queue)
+    jobs = queue_jobs.jobs_of(place.job, facts.jobs, queue)
     if not jobs and facts.done:
         following = f"bertscale convert {run} OUTPUT" if facts.stage == "pretrain" else None
         return State("done", "done", "its own files", next=following)
     ended: QueueJob | None = None
     if not jobs and facts.jobs:
         try:
-            ended = ask.other_job(facts.jobs[-1], controller=silence is None)
+            ended = queue_jobs.other_job(facts.jobs[-1], controller=silence is None)
         except UserError as error:
             silence = silence or str(error)
         jobs = [ended] if ended and ended.active else []
@@ -51,17 +52,17 @@ def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None
     if last and last["event"] == "gave_up":
         return State("gave up", history.tell(last), "its own events", next=f"bertscale logs {run}")
     if facts.cancelled or (last and last["event"] == "cancelled"):
-        return State("cancelled", "cancelled", "its own events", next=go_on)
+        return State("cancelled", "cancelled", "its own events", next=resume)
     if ended:
-        return State("failed", ask.in_words(ended, now), ended.source, next=f"bertscale logs {run}")
+        return State("failed", queue_jobs.in_words(ended, now), ended.source, next=f"bertscale logs {run}")
     if last is None:
-        return State("not queued", "it was never queued", "its own events", next=go_on)
+        return State("not queued", "it was never queued", "its own events", next=resume)
     when = show_time(last["time"], now)
     if silence is None:  # Slurm answers, and knows nothing of it
-        sentence = f"job {facts.jobs[-1]} is gone; its last word, {when}: {history.tell(last)}"
+        sentence = f"job {facts.jobs[-1]} is gone; its last report, {when}: {history.tell(last)}"
         return State("lost", sentence, "its own events", next=f"bertscale logs {run}")
     word = "waiting" if last["event"] in ("queued", "requeued") else "running"
-    return State(word, f"by its last word, {when}: {history.tell(last)}", "its own events")
+    return State(word, f"by its last report, {when}: {history.tell(last)}", "its own events")
 
 
 MILESTONES = (
@@ -80,12 +81,12 @@ MILESTONES = (
 def judge_queued(run: str, facts: Facts, jobs: list[QueueJob], now: float) -> State:
     """A run with jobs in the queue."""
     first = jobs[0]
-    sentence = ask.in_words(first, now)
+    sentence = queue_jobs.in_words(first, now)
     if facts.tasks:
         at_work = sum(not job.waits for job in jobs)
         sentence = f"{facts.tasks_done} of {facts.tasks} tasks are done, {at_work} run; {sentence}"
     if first.waits:
-        remedy = ask.why(first)[1]
+        remedy = queue_jobs.why(first)[1]
         advice = {
             "shorter": f"bertscale cancel {run}, then submit it again with a shorter --time",
             "fewer": f"bertscale cancel {run}, then submit it again with fewer --nodes",
@@ -109,7 +110,7 @@ def judge_local(place: Place, facts: Facts, now: float) -> State:
     if facts.process:
         sentence = f"it trains on this machine, in process {facts.process}"
         return State("running", sentence, source, next=f"bertscale logs {run} -f")
-    newest = max((history.changed(path) for path in found.signs_of_life(place, facts)), default=0.0)
+    newest = max((history.changed(path) for path in runs.signs_of_life(place, facts)), default=0.0)
     if now - newest < FRESH_SECONDS:
         sentence = f"its figures changed {show_duration(now - newest)} ago: it may train on another machine"
         return State("running", sentence, source, next=f"bertscale logs {run} -f")

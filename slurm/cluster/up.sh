@@ -10,7 +10,7 @@
 # of its own, with its own munged, /run and /dev/shm; all other files are this machine's and therefore shared.
 # Every process lives in login's PID namespace: ending that one process ends the cluster and leaves nothing behind.
 # The machine's network and /etc stay as they are; all state is below DIR. Needs root, or else user namespaces.
-# -c: CPUs a node claims to have (default 16). -w: go down by itself when process PID has ended.
+# -c: CPUs a node claims to have (default 16). -w: go down when process PID has ended.
 # Exit codes: 1 the cluster did not come up, 2 wrong arguments, 3 this machine can't have one.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")

@@ -1,6 +1,6 @@
 """Stages -> the jobs that do them: configs read and resolved, sites read, one JobSpec for each job.
 
-    links, mistakes = links_of([PipelineStage(pretrain="configs/pretrain/base.yaml", nodes=4)], "site.yaml")
+    jobs, mistakes = stage_jobs([PipelineStage(pretrain="configs/pretrain/base.yaml", nodes=4)], "site.yaml")
 
 Nothing is asked of Slurm and nothing is written.
 """
@@ -30,10 +30,10 @@ from bertscale.config import (
     load_config,
 )
 from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, found_marks, job_folder
-from launcher.freeze import config_text, version
 from launcher.job import JobSpec
-from launcher.status.ask import from_record
-from launcher.status.found import is_done, read_spec, shown
+from launcher.queue_jobs import from_record
+from launcher.runs import is_done, read_spec, shown
+from launcher.submit.freeze import config_text, version
 
 Config = PrepConfig | PretrainConfig | FinetuneConfig
 
@@ -56,7 +56,7 @@ RESULTS = {  # what a finished stage has written last
 
 
 @dataclass(frozen=True)
-class Link:
+class StageJob:
     """One job that is about to be queued; convert has no config, its source is `source`."""
 
     spec: JobSpec
@@ -65,14 +65,14 @@ class Link:
     source: str | None = None
 
 
-def links_of(
-    stages: Sequence[PipelineStage], cluster: str, chain: str | None = None
-) -> tuple[list[Link], list[str]]:
+def stage_jobs(
+    stages: Sequence[PipelineStage], cluster: str, pipeline: str | None = None
+) -> tuple[list[StageJob], list[str]]:
     """The jobs of `stages` in their order, and the mistakes in the config files of those that have none.
 
-    `chain` is the pipeline's name, `cluster` the cluster file of stages that name none.
+    `pipeline` is its name, if they are a pipeline, `cluster` the cluster file of stages that name none.
     """
-    links: list[Link] = []
+    jobs: list[StageJob] = []
     mistakes: dict[str, None] = {}  # each once: stages may share a file
     for stage in stages:
         site = config = None
@@ -85,8 +85,8 @@ def links_of(
         except UserError as error:
             mistakes |= dict.fromkeys(str(error).splitlines())
         if site is not None and (config is not None or stage.convert):
-            links += _jobs_of(stage, site, config, chain)
-    return links, list(mistakes)
+            jobs += _jobs_of(stage, site, config, pipeline)
+    return jobs, list(mistakes)
 
 
 def _load(stage: PipelineStage) -> Config:
@@ -108,8 +108,8 @@ def _absolute(value: Any) -> Any:
 
 
 def _jobs_of(
-    stage: PipelineStage, site: ClusterConfig, config: Config | None, chain: str | None
-) -> list[Link]:
+    stage: PipelineStage, site: ClusterConfig, config: Config | None, pipeline: str | None
+) -> list[StageJob]:
     """One job, or the three of a prep that is shared by an array: tokenizer, shards, manifest."""
     if isinstance(config, PretrainConfig):
         target = config.run
@@ -119,28 +119,28 @@ def _jobs_of(
         assert stage.convert is not None
         target = os.path.abspath(stage.convert[1])
     if not stage.array:
-        return [_link(stage, site, config, target, chain)]
+        return [_job(stage, site, config, target, pipeline)]
     count = ("--task-count", str(stage.array))
     return [
-        _link(stage, site, config, target, chain, "tokenizer", ("--tokenizer-only",)),
-        _link(stage, site, config, target, chain, "", count, array=stage.array),
-        _link(stage, site, config, target, chain, "finish", ("--finish", *count)),
+        _job(stage, site, config, target, pipeline, "tokenizer", ("--tokenizer-only",)),
+        _job(stage, site, config, target, pipeline, "", count, array=stage.array),
+        _job(stage, site, config, target, pipeline, "finish", ("--finish", *count)),
     ]
 
 
-def _link(
+def _job(
     stage: PipelineStage,
     site: ClusterConfig,
     config: Config | None,
     target: str,
-    chain: str | None,
+    pipeline: str | None,
     part: str = "",
     options: tuple[str, ...] = (),
     array: int = 0,
-) -> Link:
+) -> StageJob:
     kind = stage.stage
     folder = job_folder(kind, f"{target}.{part}" if part else target)
-    words = [chain or kind, kind if chain else Path(target).name, part]
+    words = [pipeline or kind, kind if pipeline else Path(target).name, part]
     name = re.sub(r"[^\w.-]", "-", "-".join(filter(None, words)))
     source = os.path.abspath(stage.convert[0]) if stage.convert else None
     said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/{CONFIG}", *options)
@@ -184,7 +184,7 @@ def _link(
         bad_nodes=os.path.abspath(site.bad_nodes) if site.bad_nodes else None,
         bad_node_hours=site.bad_node_hours,
     )
-    return Link(spec, site, config, source)
+    return StageJob(spec, site, config, source)
 
 
 def _share_of_node(stage: str, site: ClusterConfig) -> dict[str, Any]:
@@ -206,32 +206,32 @@ def _program(name: str | None) -> str | None:
     return os.path.abspath(name) if name and os.sep in name else name
 
 
-def _finished(link: Link) -> bool:
+def _finished(job: StageJob) -> bool:
     """Whether the very same job was done before, of the same input, and what it made is still there."""
-    spec, folder = link.spec, Path(link.spec.folder)
+    spec, folder = job.spec, Path(job.spec.folder)
     if not is_done(folder, spec.array) or not (Path(spec.target) / RESULTS[spec.stage]).exists():
         return False
     try:
-        if link.config is None:
+        if job.config is None:
             same = read_spec(folder).command == spec.command
         else:
-            same = (folder / CONFIG).read_text(encoding="utf-8") == config_text(link.config)
+            same = (folder / CONFIG).read_text(encoding="utf-8") == config_text(job.config)
         done = min(marker.stat().st_mtime for marker in found_marks(folder))
-        return same and all(_changed(name) <= done for name in _inputs(link))
+        return same and all(_changed(name) <= done for name in _inputs(job))
     except (OSError, UserError):
         return False
 
 
-def _inputs(link: Link) -> list[str]:
-    config = link.config
+def _inputs(job: StageJob) -> list[str]:
+    config = job.config
     if isinstance(config, PrepConfig):
         return [*config.input, *([config.tokenizer] if config.tokenizer else [])]
     if isinstance(config, PretrainConfig):
         return [corpus.path for corpus in config.corpora]
     if isinstance(config, FinetuneConfig):
         return [config.encoder, config.data.train, config.data.test]
-    assert link.source is not None
-    return [link.source]
+    assert job.source is not None
+    return [job.source]
 
 
 def matches(name: str) -> list[Path]:
@@ -251,16 +251,16 @@ def _changed(name: str) -> float:
     return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
-def unfinished(links: list[Link]) -> list[Link]:
-    """The chain from its first job that is not done; of those before it a line each is printed."""
-    while links:
-        target = links[0].spec.target
-        same = [link for link in links if link.spec.target == target]  # the three of an array stand together
+def unfinished(jobs: list[StageJob]) -> list[StageJob]:
+    """The jobs from the first one that is not done; of those before it a line each is printed."""
+    while jobs:
+        target = jobs[0].spec.target
+        same = [job for job in jobs if job.spec.target == target]  # the three of an array stand together
         if not all(map(_finished, same)):
             break
         print(f"{same[0].spec.stage} of {shown(target)} is finished: bertscale status {quoted(target)}")
-        links = links[len(same) :]
-    return links
+        jobs = jobs[len(same) :]
+    return jobs
 
 
 def folder_of(record: dict[str, str]) -> Path | None:
@@ -270,5 +270,5 @@ def folder_of(record: dict[str, str]) -> Path | None:
 
 
 def quoted(path: str) -> str:
-    """`shown`, for a shell."""
+    """Like `shown`, for a shell."""
     return shlex.quote(shown(path))

@@ -3,7 +3,7 @@
 A record is
 
     str      the text of a document
-    Cut      a str, too: the text goes on from the record before it, whose document was longer than LONGEST
+    Cut      a str, too: it continues the record before it, whose document was longer than LONGEST
     Dropped  a document that is left out for what it is, such as an article without a text
     Bad      what cannot be read: why, where, and how it begins
 """
@@ -81,11 +81,11 @@ def judged(content: bytes | str, name: str, where: str) -> Iterator[Record]:
     elif len(text) <= LONGEST:
         yield text
     else:
-        yield from pieces(text)
+        yield from cut(text)
 
 
-def pieces(text: str) -> Iterator[str]:
-    """`text`, cut where it must be; every piece but the first is a Cut."""
+def cut(text: str) -> Iterator[str]:
+    """`text`, cut where it must be; every part but the first is a Cut."""
     start, kind = 0, str
     while len(text) - start > LONGEST:
         end = cut_at(text, start)

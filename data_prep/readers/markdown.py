@@ -42,7 +42,7 @@ _back = {_PRIVATE + code: chr(code) for code in range(0x21, 0x7F)}
 
 
 class MarkdownText:
-    """Takes a document in parts, keeps what it needs of a paragraph that goes on."""
+    """Takes a document in parts; keeps what it needs of a paragraph that continues."""
 
     def __init__(self) -> None:
         self._partial = ""  # of the last line
@@ -134,16 +134,16 @@ class MarkdownText:
             self._end_paragraph(out, "\n")
 
     def _without_comments(self, line: str) -> str:
-        kept = ""
+        visible = ""
         while line:
             if self._comment:
-                _, found, line = line.partition("-->")
-                self._comment = not found
+                _, mark, line = line.partition("-->")
+                self._comment = not mark
             else:
-                before, found, line = line.partition("<!--")
-                kept += before
-                self._comment = bool(found)
-        return kept
+                before, mark, line = line.partition("<!--")
+                visible += before
+                self._comment = bool(mark)
+        return visible
 
     def _may_begin(self, number: str) -> bool:
         """Whether a line may be the item `number` of a list: "1984." at a line's start is a year."""

@@ -109,12 +109,12 @@ def _choose_labels(texts: list[tuple[str, str, str]]) -> list[str]:
 def _without_copies(test: list[dict[str, str]], train: list[dict[str, str]]) -> list[dict[str, str]]:
     """The test examples most of whose five-word phrases no training example has."""
     known = set[tuple[str, ...]]().union(*(_phrases(example["text"]) for example in train))
-    kept = []
+    new = []
     for example in test:
         phrases = _phrases(example["text"])
         if len(phrases & known) <= len(phrases) / 2:
-            kept.append(example)
-    return kept
+            new.append(example)
+    return new
 
 
 def _phrases(text: str) -> set[tuple[str, ...]]:

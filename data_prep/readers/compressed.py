@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from bertscale.config import UserError
-from data_prep.records import printable
+from data_prep.readers.records import printable
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # An OSError that has an errno is the system's (a disk that fails); one without is about the content.

@@ -35,7 +35,7 @@ def slurm_ids(events: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def attempt_folders(logs: Path) -> list[Path]:
-    """`attempt-NNN` and `attempt-NNN-JOBID` folders, oldest first."""
+    """Lists `attempt-NNN` and `attempt-NNN-JOBID` folders, oldest first."""
     return sorted(
         (path for path in attempts_in(logs) if path.is_dir()),
         key=lambda path: (attempt_number(path.name), changed(path)),
@@ -61,7 +61,7 @@ def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list
         attempt = current.get(task)
         if kind in ("started", "relaunched") and attempt and attempt.ended is None:
             attempt.ended = when
-            attempt.outcome = attempt.outcome or "ended without a word: its node or its batch script died"
+            attempt.outcome = attempt.outcome or "ended without a report: its node or its batch script died"
         if kind == "started":
             number = attempt_number(event.get("attempt", attempt.number + 1 if attempt else 1))
             current[task] = Attempt(number, job, _words(event.get("nodes")), when)
@@ -123,7 +123,7 @@ def tell(event: dict[str, Any]) -> str:
         f"{given('reason', ': ') or given('code', ': exit code ')}",
         "hang": f"no step{given('seconds', ' for ', ' s')}{given('step', ' after step ')}"
         f"{given('silent', '; silent: ranks ')}",
-        "relaunched": f"all ranks are started anew{given('checkpoint', ' from step ')}",
+        "relaunched": f"all ranks are started again{given('checkpoint', ' from step ')}",
         "requeued": f"saved and requeued{given('reason', ': ')}",
         "resumed": f"resumed from step {given('step')}",
         "node_left_out": f"{given('node')} left out{given('reason', ': ')}",

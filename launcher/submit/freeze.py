@@ -30,7 +30,7 @@ from bertscale.run_folder import CANCELLED, CODE, CONFIG, ENVIRONMENT, JOB_SPEC,
 from launcher.job import JobSpec, render
 
 PACKAGES = ("bertscale", "data_prep", "launcher")
-SOURCE = Path(__file__).absolute().parents[1]  # the folder that the packages are imported from
+SOURCE = Path(__file__).absolute().parents[2]  # the folder that the packages are imported from
 FROZEN = (CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT)
 
 
@@ -43,7 +43,7 @@ def freeze(spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None
     folder = Path(spec.folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        Path(spec.logs).mkdir(parents=True, exist_ok=True)  # without it Slurm ends the job without a word
+        Path(spec.logs).mkdir(parents=True, exist_ok=True)  # without it Slurm ends the job without a message
         shutil.rmtree(partial, ignore_errors=True)
         _write(partial, spec, config, about)
         _put_in_place(partial, folder)
@@ -111,19 +111,19 @@ def about_now(cluster_environment: dict[str, str]) -> dict[str, Any]:
 
 
 def version() -> str:
-    """`0.1.0, commit 1a2b3c4`, with `dirty` where files of the checkout differ from that commit."""
+    """Says `0.1.0, commit 1a2b3c4`, with `dirty` where files of the checkout differ from that commit."""
     try:
         number = importlib.metadata.version("bertscale")
     except importlib.metadata.PackageNotFoundError:
         number = "of no installed version"
-    found = commit()
-    if found is None:
+    checkout = commit()
+    if checkout is None:
         return number
-    return f"{number}, commit {found['commit'][:10]}{' (dirty)' if found['dirty'] else ''}"
+    return f"{number}, commit {checkout['commit'][:10]}{' (dirty)' if checkout['dirty'] else ''}"
 
 
 def commit() -> dict[str, Any] | None:
-    """{"commit": hash, "dirty": whether tracked code differs from it}; None outside a git checkout."""
+    """Returns {"commit": hash, "dirty": whether tracked code differs}; None outside a git checkout."""
     if _git("ls-files", "--error-unmatch", "bertscale/__init__.py") is None:
         return None  # no checkout, or one of something else that these packages were installed into
     head = _git("rev-parse", "HEAD")

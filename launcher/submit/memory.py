@@ -3,7 +3,7 @@
     estimate = estimate_memory(config, vocab_size=32_768, ranks=32, gpu=True)
     print(estimate)    # 9.1 GB (weights 0.25, gradients 0.22, optimizer 0.11, activations 6.02, base 2.50)
 
-With N parameters on a rank (those that tensor-parallel ranks share out divided by their number t), D
+With N parameters on a rank (those that tensor parallelism shards divided by its degree t), D
 data-parallel ranks, w bytes for a number (2 in bfloat16, 4 in float32), bytes are, after Rajbhandari et al.
 (2020):
 
@@ -65,11 +65,11 @@ def gb(size: float) -> str:
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
-    """(those that every tensor-parallel rank holds, those that they share out); both in one process."""
+    """Returns (parameters that every tensor-parallel rank holds, those that are sharded), in one process."""
     hidden, small = model.hidden_size, model.generator
     rows, biases = padded_vocab_size(vocab_size), int(model.biases)
-    everywhere, shared_out = _count_layers(model)
-    shared_out += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
+    everywhere, sharded = _count_layers(model)
+    sharded += rows * (hidden + 1)  # word embedding, which is the decoder's too, and the decoder's bias
     if not model.rotary:
         everywhere += (model.max_position_embeddings + model.type_vocab_size) * hidden
     if model.embedding_norm:
@@ -82,25 +82,23 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
         own_everywhere, own_shared_out = _count_layers(small)
         everywhere += own_everywhere + (hidden + biases) * hidden + hidden + 1  # the detector
         everywhere += (hidden + 1) * guesser if guesser != hidden else 0  # projection of the embeddings
-        shared_out += own_shared_out
-    return everywhere, shared_out
+        sharded += own_shared_out
+    return everywhere, sharded
 
 
 def _count_layers(model: ModelConfig) -> tuple[int, int]:
     """Likewise, of the layers and the LayerNorm at their end."""
     hidden, inside, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     # query, key, value; attention's output; the feed-forward matrices, three where it is gated
-    shared_out = layers * (4 * hidden * hidden + (3 if model.gated else 2) * hidden * inside)
+    sharded = layers * (4 * hidden * hidden + (3 if model.gated else 2) * hidden * inside)
     norms = 2 * layers
     if model.pre_norm:  # one at the end; with a norm of the embeddings the first layer has one less
         norms += 1 - int(model.embedding_norm)
     everywhere = norms * (1 + int(model.biases)) * hidden
     if model.biases:
-        shared_out += layers * (
-            3 * hidden + (2 if model.gated else 1) * inside
-        )  # of column-parallel matrices
+        sharded += layers * (3 * hidden + (2 if model.gated else 1) * inside)  # of column-parallel matrices
         everywhere += layers * 2 * hidden  # of row-parallel ones
-    return everywhere, shared_out
+    return everywhere, sharded
 
 
 def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
@@ -115,8 +113,8 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     precision = config.train.precision
     wide = precision == "float32" or (precision == "auto" and not gpu)
     width = 4 if wide else 2
-    everywhere, shared_out = count_parameters(model, vocab_size)
-    parameters = everywhere + shared_out / degree
+    everywhere, sharded = count_parameters(model, vocab_size)
+    parameters = everywhere + sharded / degree
 
     hidden, inside = model.hidden_size, model.intermediate_size
     rows = padded_vocab_size(vocab_size)
@@ -126,10 +124,10 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
         matrices = [rows * hidden, *[4 * hidden * hidden, feed_forward] * model.num_hidden_layers]
         weights = weights / data + width * sum(sorted(matrices)[-2:]) / degree
     gradients = width * parameters / (data if stage >= 2 else 1)
-    own = parameters / (data if stage else 1)  # what this rank updates
-    optimizer = (16 if stage else 8 if wide else 12) * own
+    updated = parameters / (data if stage else 1)  # what this rank updates
+    optimizer = (16 if stage else 8 if wide else 12) * updated
     if config.optimizer.name == "stable-adamw":
-        optimizer += 4 * own
+        optimizer += 4 * updated
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
     positions = min(tokens * config.samples.mask_rate, GPU_POSITIONS if gpu else POSITIONS)

@@ -1,8 +1,8 @@
-"""All ranks of one attempt, on this machine or as a step of a Slurm job: started, signalled, ended, asked.
+"""All ranks of one attempt, on this machine or as a Slurm step: started, signalled, ended, asked.
 
-step = LocalRanks(command, 4, attempt)    # or SlurmStep(srun words, ...)
-while step.running(): ...
-step.exits()
+group = LocalRanks(command, 4, attempt)    # or SlurmStep(srun words, ...)
+while group.running(): ...
+group.exits()
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KILL_SECONDS = 20.0  # for srun to kill all ranks
 GONE_SECONDS = 30.0  # until Slurm has noted it; of a dead node it knows only after SlurmdTimeout, often 300 s
 
 
-class Step(Protocol):
+class RankGroup(Protocol):
     """What the supervisor needs of either kind."""
 
     ranks: int
@@ -43,7 +43,7 @@ class Step(Protocol):
         """Whether any rank still runs."""
 
     def ask_to_save(self) -> None:
-        """Sends all ranks the signal at which they finish the step, save and exit with STOPPED_AND_SAVED."""
+        """Sends the signal at which ranks finish the training step, save and exit with STOPPED_AND_SAVED."""
 
     def ask_for_stacks(self) -> None:
         """SIGUSR2: every rank writes the stacks of its threads to its log."""
@@ -74,7 +74,7 @@ class Child:
 
 
 class LocalRanks:
-    """`command` as `ranks` processes of this machine.
+    """Runs `command` as `ranks` processes of this machine.
 
     Rank 0 writes to this process's stdout; all other output goes to `attempt`/rank-N.log. A failed
     rank is the end of the others: SIGTERM, and SIGKILL after GRACE_SECONDS.
@@ -103,11 +103,11 @@ class LocalRanks:
         self.children = []
         for rank in range(ranks):
             reading, writing = os.pipe()
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORT: str(writing)}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORT: str(writing)}
             with open(self.log(rank), "ab") as log:
                 process = subprocess.Popen(
                     command,
-                    env=defaults | dict(os.environ) | shared | own,
+                    env=defaults | dict(os.environ) | shared | place,
                     stdin=subprocess.DEVNULL,
                     stdout=None if rank == 0 else log,
                     stderr=log,
@@ -153,15 +153,15 @@ class LocalRanks:
         self.running()
 
     def exits(self) -> list[Exit]:
-        found = []
+        failed = []
         for child in self.children:
             rank, code = child.rank, child.process.returncode
             died = self.died.get(rank, self.last_look)
             ended = describe_exit(rank, "", code, died, child.report, self.log(rank))
             os.close(child.report)
             if code:
-                found.append(ended)
-        return found
+                failed.append(ended)
+        return failed
 
     def _send(self, number: signal.Signals) -> None:
         for child in self.alive:
@@ -249,11 +249,11 @@ class SlurmStep:
             time.sleep(0.5)
 
     def exits(self) -> list[Exit]:
-        found, self.missing = [], []
+        ended, self.missing = list[Exit](), []
         for rank in range(self.ranks):
             try:
                 report = rank_report(self.attempt, rank).read_text(encoding="utf-8")
-                found.append(Exit(**json.loads(report)))
+                ended.append(Exit(**json.loads(report)))
             except (FileNotFoundError, ValueError):
                 self.missing.append(rank)
         code = self.process.returncode
@@ -262,8 +262,8 @@ class SlurmStep:
         if code and lost and lost[1] in self.nodes:
             rank = next(rank for rank in range(self.ranks) if self.node(rank) == lost[1])
             self.dead = lost[1]
-            found.append(Exit(rank, lost[1], code, 0.0, "Slurm has lost its node", said))
-        failed = [ended for ended in found if ended.code]
+            ended.append(Exit(rank, lost[1], code, 0.0, "Slurm has lost its node", said))
+        failed = [one for one in ended if one.code]
         if code and not failed:  # no rank began, or all were killed together with their launcher.rank
             reason = f"exit code {code} of srun"
             failed.append(Exit(-1, "", code, time.time(), reason, said))

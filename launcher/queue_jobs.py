@@ -84,12 +84,12 @@ def jobs_of(folder: Path, ids: list[str], queue: list[QueueJob]) -> list[QueueJo
 
     The comment decides; the newest id counts where a site's plug-in has taken the comment away.
     """
-    own = [
+    of_folder = [
         job
         for job in queue
         if (job.folder.resolve() == folder.resolve() if job.folder else job.number in ids[-1:])
     ]
-    return sorted(own, key=lambda job: job.waits)
+    return sorted(of_folder, key=lambda job: job.waits)
 
 
 def other_job(number: str, *, controller: bool = True) -> QueueJob | None:
@@ -99,9 +99,9 @@ def other_job(number: str, *, controller: bool = True) -> QueueJob | None:
     Raises UserError when the controller does not answer.
     """
     with contextlib.suppress(UserError):  # many clusters keep no accounts
-        found = parse_sacct(slurm.ask(*SACCT, f"--jobs={number}").stdout)
-        if found:
-            return found[-1]
+        accounted = parse_sacct(slurm.ask(*SACCT, f"--jobs={number}").stdout)
+        if accounted:
+            return accounted[-1]
     record = slurm.show_job(number) if controller else None
     return from_record(record) if record else None
 
@@ -315,14 +315,14 @@ def in_words(job: QueueJob, now: float) -> str:
 
 
 def show_nodes(job: QueueJob) -> str:
-    """`4 nodes (node[1-4])`, `node1`"""
+    """The nodes in words: `4 nodes (node[1-4])`, `node1`."""
     if job.nodes == 1 and job.node_list:
         return job.node_list
     return f"{job.nodes} nodes" + (f" ({job.node_list})" if job.node_list else "")
 
 
 def show_time(seconds: float, now: float) -> str:
-    """`at 14:05` on the day of `now`, else `on 24 Dec at 14:05`, local time."""
+    """A time in words: `at 14:05` on the day of `now`, else `on 24 Dec at 14:05`, local time."""
     then = datetime.fromtimestamp(seconds)
     same_day = then.date() == datetime.fromtimestamp(now).date()
     return f"{then:at %H:%M}" if same_day else f"on {then.day} {then:%b at %H:%M}"

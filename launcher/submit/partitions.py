@@ -53,10 +53,10 @@ def node_memory(spec: JobSpec) -> int | None:
     try:
         every = slurm.partitions()
         lists = [every[name].get("Nodes", "") for name in _partitions_of(spec) if name in every]
-        found = [int(node["RealMemory"]) for node_list in lists for node in slurm.nodes(node_list)]
+        sizes = [int(node["RealMemory"]) for node_list in lists for node in slurm.nodes(node_list)]
     except UserError:
         return None
-    return min(found) * 2**20 if found else None
+    return min(sizes) * 2**20 if sizes else None
 
 
 def _partitions_of(spec: JobSpec) -> list[str]:
@@ -84,7 +84,7 @@ def _partition_problems(spec: JobSpec, partition: dict[str, str], exclude: Seque
     if minutes is not None and minutes > (slurm.minutes_of(longest) or math.inf):
         yield (
             f"time={spec.time} is more than partition {name} allows ({longest}): the job would never start; "
-            "ask for less, since a job that reaches its limit saves, queues itself again and goes on"
+            "ask for less, since a job that reaches its limit saves, queues itself again and resumes"
         )
     asked = f"nodes={spec.nodes}" + (f" and spares={spec.spares}" if spec.spares else "")
     most = partition.get("MaxNodes", "")
@@ -117,7 +117,7 @@ def _partition_problems(spec: JobSpec, partition: dict[str, str], exclude: Seque
 
 
 def _needs(spec: JobSpec) -> Iterator[tuple[str, float, Callable[[Node], float], str]]:
-    """(what is asked of a node, how much, how much a node has, unit)"""
+    """Yields (what is asked of a node, how much, how much a node has, unit)."""
     cores = spec.tasks_per_node * spec.cpus_per_task
     several = f" for each of {spec.tasks_per_node} ranks" if spec.tasks_per_node > 1 else ""
     yield (f"cpus_per_task={spec.cpus_per_task}{several}", cores, lambda node: int(node["CPUTot"]), "cores")

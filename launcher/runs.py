@@ -41,8 +41,8 @@ from bertscale.run_folder import (
     read_metrics,
     target_of,
 )
+from launcher.history import Attempt, attempt_folders, changed, read_attempts, slurm_ids
 from launcher.job import JobSpec
-from launcher.status.history import Attempt, attempt_folders, changed, read_attempts, slurm_ids
 
 TAIL_BYTES = 2**18  # of metrics.jsonl: some hundred lines, however long the run
 STEADY_SECONDS = 60.0  # a rate over less than this is a guess
@@ -94,7 +94,7 @@ class Facts:
     checkpoint_time: float | None = None
     expected_end: float | None = None
     process: int | None = None  # that trains in it on this machine
-    following: list[str] = field(default_factory=list)  # job folders of the links after it
+    following: list[str] = field(default_factory=list)  # job folders of the pipeline after it
 
 
 # ----------------------------------------------------------------------------------------- finding
@@ -295,8 +295,8 @@ def training_process(run: Path) -> int | None:
         locks = Path("/proc/locks").read_text(encoding="utf-8")
     except OSError:
         return None
-    found = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
-    return int(found.group(1)) if found else None
+    lock = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
+    return int(lock.group(1)) if lock else None
 
 
 def signs_of_life(place: Place, facts: Facts) -> list[Path]:

@@ -1,11 +1,11 @@
 """Input files -> records, each a text or the reason why it cannot be read.
 
     files = find_files(["corpus", "more/*.jsonl.zst"])
-    for part in cut_into_splits(files, config)[0]:
+    for part in cut_into_units(files, config)[0]:
         for record in read_records(part, config):
             if isinstance(record, Bad):         # counted by record.reason; record.place, record.excerpt
             elif isinstance(record, Dropped):   # counted by record.reason, as what `clean` drops
-            else:                               # a text; if it is a Cut, it goes on from the record before it
+            else:                               # a text; if it is a Cut, it continues the record before it
 
 .txt (`config.documents`: blank lines or the file's end between documents), .md, WikiExtractor's output (any
 name), .jsonl, .csv, .tsv, .parquet and .arrow (`config.text_field`), each also as .gz, .bz2, .xz or .zst.
@@ -24,19 +24,19 @@ from io import BufferedReader
 from pathlib import Path
 
 from bertscale.config import PrepConfig, UserError
-from data_prep import formats, tables
-from data_prep.compressed import DAMAGE, compression_of, open_stream
-from data_prep.formats import RECORD_BYTES as RECORD_BYTES
-from data_prep.records import LONGEST as LONGEST
-from data_prep.records import Bad as Bad
-from data_prep.records import Cut as Cut
-from data_prep.records import Dropped as Dropped
-from data_prep.records import Record as Record
-from data_prep.records import bad, printable
+from data_prep.readers import formats, tables
+from data_prep.readers.compressed import DAMAGE, compression_of, open_stream
+from data_prep.readers.formats import RECORD_BYTES as RECORD_BYTES
+from data_prep.readers.records import LONGEST as LONGEST
+from data_prep.readers.records import Bad as Bad
+from data_prep.readers.records import Cut as Cut
+from data_prep.readers.records import Dropped as Dropped
+from data_prep.readers.records import Record as Record
+from data_prep.readers.records import bad, printable
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 KINDS = f"{', '.join(FORMATS)}, each also as .gz, .bz2, .xz or .zst, and WikiExtractor's <doc> files"
-_WIKI = "wiki"
+WIKI = "wiki"
 _DOC = b"<doc "
 
 
@@ -45,7 +45,8 @@ class InputFile:
     name: str
     size: int  # bytes
     mtime_ns: int
-    named: bool = False  # by the user, not found in a folder
+    named: bool  # by the user, not found in a folder
+    kind: str  # one of FORMATS by its name's end, or WIKI
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Part:
     """A byte range of a file: of .parquet the row groups that begin in it, of other kinds whole documents."""
 
     name: str
+    kind: str  # one of FORMATS, or WIKI; a .txt file that is not cut may still turn out to be WIKI
     start: int
     end: int
 
@@ -71,38 +73,41 @@ def find_files(inputs: list[str]) -> list[InputFile]:
     Hidden files and folders count only when named. Raises UserError for one that names nothing that can be
     read, and for a named file of another kind.
     """
-    found: dict[str, InputFile] = {}
+    by_path: dict[str, InputFile] = {}
     for name in inputs:
         if os.path.isdir(name):
             some = list(_search(name))
             if not some:
                 raise UserError(f"input: the folder {printable(name)} has no file of the kinds {KINDS}")
         elif os.path.exists(name):
-            some = [_look_at(name, named=True)]
-            if not _format(name):
+            some = list(_look_at(name, named=True))
+            if not some:
                 raise UserError(f"input: {printable(name)} is none of {KINDS}")
         else:
             matches = sorted(glob.glob(name, recursive=True))
             if not matches:
                 raise UserError(f"input: there is no file, folder or match for {printable(name)}")
-            some = [_look_at(match) for match in matches if os.path.isfile(match) and _format(match)]
+            some = [file for match in matches if os.path.isfile(match) for file in _look_at(match)]
             some += [file for match in matches if os.path.isdir(match) for file in _search(match)]
             if not some:
                 raise UserError(f"input: no match of {printable(name)} is one of {KINDS}")
         for file in some:
-            found.setdefault(os.path.normpath(file.name), file)
-    files = list(found.values())
+            by_path.setdefault(os.path.normpath(file.name), file)
+    files = list(by_path.values())
     if not sum(file.size for file in files):
         raise UserError(f"input: {', '.join(map(printable, inputs))}: every file is empty")
     return files
 
 
-def _look_at(name: str, named: bool = False) -> InputFile:
+def _look_at(name: str, named: bool = False) -> Iterator[InputFile]:
+    """The file, if it is of a kind that can be read."""
+    if not (kind := _kind(name)):
+        return
     try:
         status = os.stat(name)
     except OSError as error:
         raise UserError(f"input: cannot read {printable(name)}: {error.strerror}") from error
-    return InputFile(name, status.st_size, status.st_mtime_ns, named)
+    yield InputFile(name, status.st_size, status.st_mtime_ns, named, kind)
 
 
 def _search(folder: str) -> Iterator[InputFile]:
@@ -122,15 +127,15 @@ def _search(folder: str) -> Iterator[InputFile]:
             if not name.startswith(".") and not (prepared and name.endswith((".arrow", "quarantine.jsonl")))
         ]
     for name in sorted(names, key=lambda name: Path(name).parts):
-        if os.path.isfile(name) and _format(name):
-            yield _look_at(name)
+        if os.path.isfile(name):
+            yield from _look_at(name)
 
 
-def _format(name: str) -> str:
-    """One of FORMATS by the name's end, _WIKI for another file that begins as one, or ""."""
+def _kind(name: str) -> str:
+    """One of FORMATS by the name's end, WIKI for another file that begins as one, or ""."""
     stem = name.lower().removesuffix(compression_of(name))
     suffix = next((suffix for suffix in FORMATS if stem.endswith(suffix)), "")
-    return suffix or (_WIKI if _begins_as_wiki(name) else "")
+    return suffix or (WIKI if _begins_as_wiki(name) else "")
 
 
 def _begins_as_wiki(name: str) -> bool:
@@ -150,43 +155,49 @@ def _is_wiki(stream: BufferedReader) -> bool:
 # ------------------------------------------------------------------------------------------------- cut
 
 
-def cut_into_splits(files: list[InputFile], config: PrepConfig) -> list[list[Part]]:
-    """Cuts the input, in order and between documents, about every `config.split_bytes` bytes.
+def cut_into_units(files: list[InputFile], config: PrepConfig) -> list[list[Part]]:
+    """Cuts the input into work units of about `config.split_bytes` bytes, in order and between documents.
 
     Plain .txt (unless a file is a document), WikiExtractor, .jsonl and .tsv files are cut anywhere between
     documents, .parquet between row groups, others not. Raises UserError for a table without the column
     `config.text_field`, and for a damaged file that the user named; others are left to `read_records`.
     """
-    splits: list[list[Part]] = [[]]
+    units: list[list[Part]] = [[]]
     room = config.split_bytes
     for file in files:
-        start = 0
-        for end in _ends(file, config, room):
+        start, kind = 0, file.kind
+        # Its parts cannot tell by their own beginning that they are of WikiExtractor's output.
+        if kind == ".txt" and _is_large(file, room) and _begins_as_wiki(file.name):
+            kind = WIKI
+        for end in _ends(file, kind, config, room):
             weight = end - start
-            # A file that cannot be cut begins a split if it would pass the end of this one by more than half.
-            if room <= 0 or (splits[-1] and weight > 2 * room):
-                splits.append([])
+            # A file that cannot be cut begins a unit if it would pass the end of this one by more than half.
+            if room <= 0 or (units[-1] and weight > 2 * room):
+                units.append([])
                 room = config.split_bytes
-            splits[-1].append(Part(file.name, start, end))
+            units[-1].append(Part(file.name, kind, start, end))
             room -= weight
             start = end
-    return [parts for parts in splits if parts]
+    return [parts for parts in units if parts]
 
 
-def _ends(file: InputFile, config: PrepConfig, room: int) -> Iterator[int]:
+def _is_large(file: InputFile, room: int) -> bool:
+    """Whether the file is to be cut: larger than `room` bytes, and of a kind that can be."""
+    whole = compression_of(file.name) or file.kind in (".arrow", ".csv", ".md")
+    return not whole and file.size > max(room, 1)
+
+
+def _ends(file: InputFile, kind: str, config: PrepConfig, room: int) -> Iterator[int]:
     """Where the parts of `file` end: the first after about `room` bytes, others after split_bytes."""
-    kind = _format(file.name) if file.size else ""
-    if not kind:
+    if not file.size:
         return
-    table = kind in (".parquet", ".arrow", ".csv", ".tsv")
-    large = file.size > max(room, 1)
-    cuttable = not compression_of(file.name) and kind not in (".arrow", ".csv", ".md")
-    if not (table or file.named or (large and cuttable)):
+    table, large = kind in (".parquet", ".arrow", ".csv", ".tsv"), _is_large(file, room)
+    if not (table or file.named or large):
         yield file.size
         return
     try:
         _check(file.name, kind, config)
-        if not (large and cuttable):
+        if not large:
             yield file.size
         elif kind == ".parquet":
             yield from _ends_of_groups(file, config, room)
@@ -228,12 +239,10 @@ def _ends_of_groups(file: InputFile, config: PrepConfig, room: int) -> Iterator[
 
 def _ends_of_documents(file: InputFile, kind: str, config: PrepConfig, room: int) -> Iterator[int]:
     with open_stream(file.name) as stream:
-        if kind == ".txt" and _is_wiki(stream):
-            kind = _WIKI
         if kind == ".txt" and config.documents == "file":
             yield file.size
             return
-        following = {_WIKI: formats.next_article, ".txt": formats.next_paragraph}.get(kind, formats.next_line)
+        following = {WIKI: formats.next_article, ".txt": formats.next_paragraph}.get(kind, formats.next_line)
         end = following(stream, max(room, 1))
         while end < file.size:
             yield end
@@ -263,7 +272,7 @@ def read_records(part: Part, config: PrepConfig) -> Iterator[Record]:
 
 
 def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
-    name, kind = part.name, _format(part.name)
+    name, kind = part.name, part.kind
     if kind == ".parquet":
         yield from tables.read_parquet(name, part.start, part.end, config.text_field)
         return
@@ -271,12 +280,14 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
         yield from tables.read_arrow(name, config.text_field)
         return
     with open_stream(name) as stream:
-        wiki = _is_wiki(stream) and kind in (_WIKI, ".txt")
+        # Of every kind it skips a byte order mark; a small .txt file is looked at only here, as it is open.
+        if not part.start and _is_wiki(stream) and kind == ".txt":
+            kind = WIKI
         index = formats.tsv_column(stream, name, config.text_field) if kind == ".tsv" else 0
         if part.start:
             stream.seek(part.start)
         end = None if compression_of(name) else part.end
-        if wiki:
+        if kind == WIKI:
             yield from formats.read_wiki(stream, name, end)
         elif kind == ".txt" and config.documents == "file":
             yield from formats.read_whole(stream, name)

@@ -1,6 +1,6 @@
 """Everything that can be known to go wrong with a job, before it is queued: all of it at once.
 
-report = check([link], after=("17",))
+report = check([job], after=("17",))
 for line in report.problems: ...     # each names the key or the thing, its value and the remedy
 
 A job that is refused costs a second; one that dies after a night in the queue costs the night. Nothing is
@@ -25,12 +25,13 @@ from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, Tokeniz
 from bertscale.run_folder import TABLE, checkpoints
 from bertscale.samples import check_batches
 from bertscale.shards import Dataset, check_tokenizers, open_dataset
-from launcher import limits, slurm
+from launcher import slurm
 from launcher.job import JobSpec, render
-from launcher.links import Link, folder_of, matches, quoted
-from launcher.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
-from launcher.status.ask import own_jobs
-from launcher.status.found import read_spec, shown
+from launcher.queue_jobs import own_jobs
+from launcher.runs import read_spec, shown
+from launcher.submit import partitions
+from launcher.submit.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
+from launcher.submit.pipeline import StageJob, folder_of, matches, quoted
 
 Found = TypeVar("Found")
 
@@ -49,7 +50,7 @@ class Report:
 
 @dataclass
 class Promises:
-    """What jobs before a link will have made when it begins: these inputs need not be here yet."""
+    """What earlier jobs will have made when a job begins: these inputs need not be here yet."""
 
     targets: set[str] = field(default_factory=set)
     anything: bool = False  # a job that bertscale knows nothing of comes first
@@ -62,15 +63,15 @@ class Promises:
 
 
 def check(
-    links: Sequence[Link],
+    jobs: Sequence[StageJob],
     after: Sequence[str] = (),
     left_out: Mapping[str, Sequence[str]] | None = None,
     mistakes: Sequence[str] = (),
 ) -> Report:
-    """Checks links that run one after another, the first of them after the jobs `after`.
+    """Checks jobs that run one after another, the first of them after the jobs `after`.
 
     `left_out` has for a job folder the nodes that its job does without; with `mistakes`, problems that are
-    known already, links are missing in the chain, and so nobody knows what they would make.
+    known already, jobs are missing in the pipeline, and so nobody knows what they would make.
     """
     report, promises = Report(problems=[*mistakes]), Promises(anything=bool(mistakes))
     begun: set[str] = set()
@@ -80,68 +81,70 @@ def check(
         slurm.nodes.cache_clear()
         slurm.partitions()
         _check_after(after, promises, report)
-        _check_not_queued(links, report)
+        _check_not_queued(jobs, report)
     except UserError as error:
         report.problems.append(str(error))
         answers = False
-    for link in links:
-        own, without = Report(), (left_out or {}).get(link.spec.folder, ())
-        if link.spec.target not in begun:  # else a further part of the same stage, which needs nothing else
-            _check_link(link, promises, own)
-        begun.add(link.spec.target)
+    for job in jobs:
+        report_of_job, without = Report(), (left_out or {}).get(job.spec.folder, ())
+        if job.spec.target not in begun:  # else a further part of the same stage, which needs nothing else
+            _check_job(job, promises, report_of_job)
+        begun.add(job.spec.target)
         if answers:
-            own.warnings += limits.warnings(link.spec)
-            if impossible := limits.problems(link.spec, without):
-                own.problems += impossible
+            report_of_job.warnings += partitions.warnings(job.spec)
+            if impossible := partitions.problems(job.spec, without):
+                report_of_job.problems += impossible
             else:
-                _try_sbatch(link.spec, without, own, waits=bool(after) or link is not links[0])
-        label = f"{link.spec.name}: " if len(links) > 1 else ""
+                _try_sbatch(job.spec, without, report_of_job, waits=bool(after) or job is not jobs[0])
+        label = f"{job.spec.name}: " if len(jobs) > 1 else ""
         for name in ("problems", "warnings", "facts"):
-            getattr(report, name).extend(f"{label}{line}" for line in getattr(own, name))
-        _promise(link, promises)
-    folders = [link.spec.folder for link in links]
+            getattr(report, name).extend(f"{label}{line}" for line in getattr(report_of_job, name))
+        _promise(job, promises)
+    folders = [job.spec.folder for job in jobs]
     for folder in sorted({folder for folder in folders if folders.count(folder) > 1}):
-        report.problems.append(f"two stages of this chain would use {shown(folder)}: give one another output")
+        report.problems.append(
+            f"two stages of this pipeline would use {shown(folder)}: give one another output"
+        )
     return report
 
 
-def _promise(link: Link, promises: Promises) -> None:
-    target, config = link.spec.target, link.config
+def _promise(job: StageJob, promises: Promises) -> None:
+    target, config = job.spec.target, job.config
     promises.targets.add(target)
     if isinstance(config, PrepConfig) and config.tokenizer is None:
         promises.vocab_size = config.train_tokenizer.vocab_size
     if isinstance(config, PretrainConfig):
         promises.positions[target] = config.model.max_position_embeddings
-    elif link.source is not None and (longest := _positions_of(link.source, promises)):
+    elif job.source is not None and (longest := _positions_of(job.source, promises)):
         promises.positions[target] = longest
 
 
 # ------------------------------------------------------------------------------------ what a stage needs
 
 
-def _check_link(link: Link, promises: Promises, report: Report) -> None:
-    spec, config = link.spec, link.config
+def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
+    spec, config = job.spec, job.config
     if isinstance(config, PretrainConfig):
-        _check_pretrain(link, config, promises, report)
+        _check_pretrain(job, config, promises, report)
     elif isinstance(config, PrepConfig):
         _check_prep(config, promises, report)
     elif isinstance(config, FinetuneConfig):
         _check_finetune(config, promises, report)
-    elif link.source is not None:
-        _check_weights("SOURCE", link.source, promises, report)
+    elif job.source is not None:
+        _check_weights("SOURCE", job.source, promises, report)
         _check_convert_output(Path(spec.target), report)
     key = {"pretrain": "run", "convert": "OUTPUT"}.get(spec.stage, "output")
     _check_writable(f"{key}={spec.target}", Path(spec.target), report)
     _check_writable(f"job folder {spec.folder}", Path(spec.folder), report)
-    if link.cluster.log_root is not None:
-        _check_writable(f"log_root={link.cluster.log_root}", Path(spec.logs), report)
+    if job.cluster.log_root is not None:
+        _check_writable(f"log_root={job.cluster.log_root}", Path(spec.logs), report)
     if _is_local(spec.target):
         report.warnings.append(f"{key}={spec.target}: nodes seldom share that folder, but must see it")
-    _check_python(link, report)
+    _check_python(job, report)
 
 
-def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, report: Report) -> None:
-    spec, degree = link.spec, config.parallel.tensor
+def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, report: Report) -> None:
+    spec, degree = job.spec, config.parallel.tensor
     if spec.ranks % degree:
         report.problems.append(
             f"parallel.tensor={degree} does not divide the {spec.ranks} ranks ({spec.nodes} nodes x "
@@ -159,13 +162,13 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
     for corpus in config.corpora:
         if promises.hold(corpus.path):
             continue
-        found = _collect(report, partial(open_dataset, corpus.path, "train"))
-        data += [] if found is None else [found]
+        dataset = _collect(report, partial(open_dataset, corpus.path, "train"))
+        data += [] if dataset is None else [dataset]
         _collect(report, partial(open_dataset, corpus.path, "validation"))
     if data:
         vocab_size = data[0].manifest["vocab_size"]
         _collect(report, lambda: check_tokenizers(data))
-    _check_memory(link, config, vocab_size, report)
+    _check_memory(job, config, vocab_size, report)
     size = checkpoint_bytes(config.model, vocab_size)
     there = len(checkpoints(Path(config.run)))
     more = max(1, config.train.keep_checkpoints + 1 - there)
@@ -174,14 +177,14 @@ def _check_pretrain(link: Link, config: PretrainConfig, promises: Promises, repo
     _check_space(f"run={config.run}", Path(config.run), more * size, why, report)
 
 
-def _check_memory(link: Link, config: PretrainConfig, vocab_size: int, report: Report) -> None:
-    spec, cluster = link.spec, link.cluster
+def _check_memory(job: StageJob, config: PretrainConfig, vocab_size: int, report: Report) -> None:
+    spec, cluster = job.spec, job.cluster
     gpu = spec.gpus_per_node > 0
     need = estimate_memory(config, vocab_size, spec.ranks, gpu)
     given = cluster.gpu_memory_gb * 1e9 if gpu and cluster.gpu_memory_gb else None
     what = f"gpu_memory_gb={cluster.gpu_memory_gb:g}" if given and cluster.gpu_memory_gb else ""
     if not gpu:
-        whole = limits.node_memory(spec)
+        whole = partitions.node_memory(spec)
         given, what = (whole / spec.tasks_per_node, "its share of a node") if whole else (None, "")
     report.facts.append(f"memory of a rank, estimated: {need}" + (f", of {gb(given)}" if given else ""))
     if given is None or need.total <= given:
@@ -196,10 +199,10 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
     for name in config.input:
         if promises.hold(name):
             continue
-        found = matches(name)
-        if not found:
+        paths = matches(name)
+        if not paths:
             report.problems.append(f"input: there is no file, folder or match for {name}")
-        for one in found:
+        for one in paths:
             _check_readable(f"input={one}", one, report)
             files = one.rglob("*") if one.is_dir() else [one]
             size += sum(file.stat().st_size for file in files if file.is_file())
@@ -308,7 +311,7 @@ def _check_space(what: str, path: Path, need: float, why: str, report: Report) -
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """Returns `path`, or the nearest folder above it that is there."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 
@@ -316,9 +319,9 @@ def _is_local(path: str) -> bool:
     return any(Path(path).is_relative_to(place) for place in LOCAL)
 
 
-def _check_python(link: Link, report: Report) -> None:
+def _check_python(job: StageJob, report: Report) -> None:
     """An absolute path is looked for here, unless it is inside a container."""
-    cluster, spec = link.cluster, link.spec
+    cluster, spec = job.cluster, job.spec
     wanted = [("batch_python" if cluster.batch_python else "python", spec.batch_python)]
     if not cluster.container:
         wanted.append(("python", spec.python))
@@ -364,11 +367,11 @@ def _check_after(after: Sequence[str], promises: Promises, report: Report) -> No
             )
 
 
-def _check_not_queued(links: Sequence[Link], report: Report) -> None:
-    jobs = [job for job in own_jobs() if job.active]
-    for link in links:
-        target = quoted(link.spec.target)
-        ids = sorted({job.number for job in jobs if job.folder == Path(link.spec.folder)})
+def _check_not_queued(jobs: Sequence[StageJob], report: Report) -> None:
+    queue = [entry for entry in own_jobs() if entry.active]
+    for job in jobs:
+        target = quoted(job.spec.target)
+        ids = sorted({entry.number for entry in queue if entry.folder == Path(job.spec.folder)})
         if ids:
             report.problems.append(
                 f"job {', '.join(ids)} already makes {target}: `bertscale status {target}` shows it, "
@@ -385,5 +388,5 @@ def _try_sbatch(spec: JobSpec, exclude: Sequence[str], report: Report, *, waits:
     said = slurm.complaint(done)
     if done.returncode:
         report.problems.append(f"sbatch would refuse the job: {said.removeprefix('allocation failure: ')}")
-    elif not waits and (found := re.search(r"to start at (\S+) .*on nodes (\S+)", said)):
-        report.facts.append(f"expected start, as of now: {found[1].replace('T', ' ')} on {found[2]}")
+    elif not waits and (expected := re.search(r"to start at (\S+) .*on nodes (\S+)", said)):
+        report.facts.append(f"expected start, as of now: {expected[1].replace('T', ' ')} on {expected[2]}")

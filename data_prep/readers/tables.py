@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bertscale.config import UserError
-from data_prep.compressed import compression_of, open_file, open_stream
-from data_prep.formats import RECORD_BYTES, TOO_LONG, column_index
-from data_prep.records import EXCERPT, Record, bad, judged, printable
+from data_prep.readers.compressed import compression_of, open_file, open_stream
+from data_prep.readers.formats import RECORD_BYTES, TOO_LONG, column_index
+from data_prep.readers.records import EXCERPT, Record, bad, judged, printable
 
 BATCH_BYTES = 2**21  # of text in Python's memory at a time, about
 _ARROW_FILE = b"ARROW1\0\0"  # then what a stream has, then a footer

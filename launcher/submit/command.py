@@ -1,4 +1,4 @@
-"""A stage as a Slurm job: checked, frozen into its job folder, queued; several of them as a chain.
+"""A stage as a Slurm job: checked, frozen into its job folder, queued; several of them as a pipeline.
 
 bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
 bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
@@ -8,9 +8,9 @@ bertscale submit pipeline PIPELINE [key=value ...] [--cluster FILE]
 
 Each takes --time T, --after JOB, --exclude NODES and --dry-run.
 
-The links of a chain begin in any case when the one before has ended (afterany), and look for its done-marker
-themselves: a dependency on success would wait for ever behind a job that failed. A mistake of the person is
-shown with every line that the checks found.
+The jobs of a pipeline begin in any case when the one before has ended (afterany), and look for its
+done-marker themselves: a dependency on success would wait for ever behind a job that failed. A mistake of
+the person is shown with every line that the checks found.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from bertscale.config import PipelineConfig, PipelineStage, UserError, load_conf
 from bertscale.errors import MISTAKE
 from bertscale.run_folder import CANCELLED, EVENTS, SCRIPT, Events
 from launcher import slurm
-from launcher.freeze import about_now, freeze
 from launcher.job import STAGES, JobSpec, render
-from launcher.links import Link, folder_of, links_of, quoted, unfinished
 from launcher.nodes.check import bad_nodes
-from launcher.status.found import shown
+from launcher.runs import shown
+from launcher.submit.freeze import about_now, freeze
+from launcher.submit.pipeline import StageJob, folder_of, quoted, stage_jobs, unfinished
 
 
 def main(arguments: list[str]) -> int:
-    """`bertscale submit ...`; raises UserError with one line for each thing that is wrong."""
+    """Runs `bertscale submit ...`; raises UserError with one line for each thing that is wrong."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else MISTAKE
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     if stage == "pipeline":
         site = [f"cluster={json.dumps(options.cluster)}"] if options.cluster else []
         config = load_config(PipelineConfig, options.pipeline, [*options.overrides, *site])
-        links, mistakes = links_of(config.stages, config.cluster, config.name)
+        jobs, mistakes = stage_jobs(config.stages, config.cluster, config.name)
     else:
         wanted = PipelineStage.model_validate(
             {
@@ -62,64 +62,64 @@ def main(arguments: list[str]) -> int:
                 "time": options.time,
             }
         )
-        links, mistakes = links_of([wanted], options.cluster)
-    return submit(links, mistakes, after, exclude, dry_run=options.dry_run)
+        jobs, mistakes = stage_jobs([wanted], options.cluster)
+    return submit(jobs, mistakes, after, exclude, dry_run=options.dry_run)
 
 
 # ----------------------------------------------------------------------------------- check, freeze, queue
 
 
 def submit(
-    links: list[Link], mistakes: list[str], after: Sequence[str], exclude: Sequence[str], *, dry_run: bool
+    jobs: list[StageJob], mistakes: list[str], after: Sequence[str], exclude: Sequence[str], *, dry_run: bool
 ) -> int:
-    """Checks the chain `links`, freezes each of its jobs, and queues them behind the jobs `after`.
+    """Checks `jobs`, freezes each of them, and queues them, one after another, behind the jobs `after`.
 
     `mistakes` are those that were found on the way here. Raises UserError with a line for each of all.
     """
     if not mistakes:
-        links = unfinished(links)
-        if not links:
+        jobs = unfinished(jobs)
+        if not jobs:
             return 0
-    from launcher.preflight import check  # not at the top: it brings pyarrow, which help can do without
-
-    links = _chained(links, after)
-    report = check(
-        links, after, {link.spec.folder: _left_out(link.spec, exclude) for link in links}, mistakes
+    from launcher.submit.preflight import (
+        check,  # not at the top: it brings pyarrow, which help can do without
     )
+
+    jobs = _in_order(jobs, after)
+    report = check(jobs, after, {job.spec.folder: _left_out(job.spec, exclude) for job in jobs}, mistakes)
     for line in report.warnings:
         print(f"bertscale submit: warning: {line}", file=sys.stderr)
     if dry_run:
-        _show(links, report.facts, after, exclude)
+        _show(jobs, report.facts, after, exclude)
     if report.problems:
         raise UserError("\n".join(report.problems))
     if dry_run:
         print("\nnothing was queued: this was a dry run")
         return 0
-    for link in links:
-        freeze(link.spec, link.config, about_now(link.spec.environment))
+    for job in jobs:
+        freeze(job.spec, job.config, about_now(job.spec.environment))
     queued: list[tuple[str, JobSpec]] = []
     try:
-        for link in links:
+        for job in jobs:
             before = [queued[-1][0]] if queued else after
-            queued.append((queue(link.spec, before, exclude), link.spec))
-            _announce(link.spec, queued[-1][0], before)
+            queued.append((queue(job.spec, before, exclude), job.spec))
+            _announce(job.spec, queued[-1][0], before)
     except BaseException:
         _take_back(queued)
         raise
-    target = quoted(links[-1].spec.target)
+    target = quoted(jobs[-1].spec.target)
     print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
     return 0
 
 
 def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:
-    """Cancels the first links of a chain whose later one could not be queued."""
+    """Cancels the first jobs of a pipeline whose later one could not be queued."""
     for job, spec in reversed(queued):
         folder = Path(spec.folder)
         (folder / CANCELLED).touch()  # before it ends: it is not to queue itself again
         with contextlib.suppress(UserError):
             slurm.ask("scancel", job)
-        Events(folder / EVENTS).write("cancelled", job=job, reason="a later link was refused")
-        print(f"job {job} ({spec.name}) was cancelled: a later link could not be queued", file=sys.stderr)
+        Events(folder / EVENTS).write("cancelled", job=job, reason="a later job was refused")
+        print(f"job {job} ({spec.name}) was cancelled: a later job could not be queued", file=sys.stderr)
 
 
 def queue(spec: JobSpec, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
@@ -138,23 +138,23 @@ def queue(spec: JobSpec, after: Sequence[str] = (), exclude: Sequence[str] = ())
     return job
 
 
-def _chained(links: list[Link], after: Sequence[str]) -> list[Link]:
+def _in_order(jobs: list[StageJob], after: Sequence[str]) -> list[StageJob]:
     """Each spec told of the job folders before and after it."""
-    folders = [link.spec.folder for link in links]
+    folders = [job.spec.folder for job in jobs]
     first: list[str] = []
     with contextlib.suppress(UserError):  # the checks say that Slurm does not answer
         records = [slurm.show_job(job) for job in after if job.isdecimal()]
         first = [str(folder) for record in records if record and (folder := folder_of(record))]
     return [
         dataclasses.replace(
-            link,
+            job,
             spec=dataclasses.replace(
-                link.spec,
+                job.spec,
                 previous=tuple(folders[i - 1 : i] if i else first),
                 following=tuple(folders[i + 1 :]),
             ),
         )
-        for i, link in enumerate(links)
+        for i, job in enumerate(jobs)
     ]
 
 
@@ -180,22 +180,22 @@ def _size(spec: JobSpec) -> str:
     return f"{nodes} x {spec.tasks_per_node} rank{'s' if spec.tasks_per_node > 1 else ''}{spares}"
 
 
-def _show(links: list[Link], facts: Sequence[str], after: Sequence[str], exclude: Sequence[str]) -> None:
-    """The dry run: scripts, what a rank runs, the chain, and what the checks have found out."""
-    for link in links:
-        spec = link.spec
+def _show(jobs: list[StageJob], facts: Sequence[str], after: Sequence[str], exclude: Sequence[str]) -> None:
+    """The dry run: scripts, what a rank runs, the order of the jobs, and what the checks have learnt."""
+    for job in jobs:
+        spec = job.spec
         print(f"--- {spec.folder}/{SCRIPT}\n{render(spec)}")
         print(
             f"--- a rank of {spec.name} runs\n{shlex.join([*spec.container, spec.python, *spec.command])}\n"
         )
-    print("--- the chain")
+    print("--- the jobs in their order")
     before = f"job {', '.join(after)}" if after else ""
-    for link in links:
-        out = _left_out(link.spec, exclude)
+    for job in jobs:
+        out = _left_out(job.spec, exclude)
         without = f", without {','.join(out)}" if out else ""
         behind = f", after {before}" if before else ""
-        print(f"{link.spec.name}: {_size(link.spec)}{behind}{without}")
-        before = link.spec.name
+        print(f"{job.spec.name}: {_size(job.spec)}{behind}{without}")
+        before = job.spec.name
     print("\n--- found out")
     print("\n".join(facts))
 
@@ -232,7 +232,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
         prog=f"bertscale submit {stage}",
         description=textwrap.fill(
             f"{what} All mistakes are told at once, before anything is queued. The job runs the code and the "
-            "config of this moment, saves and queues itself again when it is stopped, and goes on.",
+            "config of this moment, saves and queues itself again when it is stopped, and resumes.",
             100,
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -71,8 +71,8 @@ _sentence_end = re.compile(r"[.!?][\"')\]]*\Z")
 
 def prose(docstring: str) -> str:
     """The paragraphs of prose in `docstring`, one a line; "" if there are none."""
-    kept = [_plain(paragraph) for paragraph in _paragraphs(inspect.cleandoc(docstring).split("\n"))]
-    return "\n".join(paragraph for paragraph in kept if _is_prose(paragraph))
+    paragraphs = [_plain(paragraph) for paragraph in _paragraphs(inspect.cleandoc(docstring).split("\n"))]
+    return "\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
 
 
 def _paragraphs(lines: list[str]) -> list[str]:
@@ -101,10 +101,7 @@ def _paragraphs(lines: list[str]) -> list[str]:
             number += 2
         elif fence := _fence.match(line):
             flush()
-            number += 1
-            while number < len(lines) and not lines[number].lstrip().startswith(fence[1]):
-                number += 1
-            number += 1
+            number = _skip_fenced(lines, number, fence[1])
         elif (
             section == "dropped"
             or (section == "described" and not line.startswith(" "))  # `name : type`
@@ -113,28 +110,14 @@ def _paragraphs(lines: list[str]) -> list[str]:
         ):
             flush()
             number += 1
-        elif line.rstrip().endswith(":") and _dropped_title.fullmatch(line):
-            flush()
-            number = _skip_deeper(lines, number)
         elif line.rstrip().endswith(":") and _described_title.fullmatch(line):
             flush()
             google_end = _skip_deeper(lines, number)
             number += 1
             google_indent = _indent(lines[number]) if number < google_end else 0
-        elif _doctest.match(line):
+        elif (after := _skip_other(lines, number)) is not None:
             flush()
-            while number < len(lines) and lines[number].strip():
-                number += 1
-        elif line.lstrip().startswith("..") and (directive := _directive.match(line)):
-            flush()
-            if directive[1].lower() in _KEPT_DIRECTIVES:
-                lines[number] = directive[2]
-                number += not directive[2]
-            else:
-                number = _skip_deeper(lines, number)
-        elif _comment.match(line):
-            flush()
-            number = _skip_deeper(lines, number)
+            number = after
         else:
             start = _field.match(line) or _bullet.match(line)
             if number < google_end and _indent(line) == google_indent and ":" in line:
@@ -149,6 +132,34 @@ def _paragraphs(lines: list[str]) -> list[str]:
                 number = _skip_deeper(lines, number - 1)
     flush()
     return blocks
+
+
+def _skip_fenced(lines: list[str], number: int, mark: str) -> int:
+    """The line after the fenced code that begins at line `number`."""
+    number += 1
+    while number < len(lines) and not lines[number].lstrip().startswith(mark):
+        number += 1
+    return number + 1
+
+
+def _skip_other(lines: list[str], number: int) -> int | None:
+    """The line to read next if no text stands at line `number`; None if it is text.
+
+    No text are Google's sections without sentences, doctests, comments and directives; a directive of
+    _KEPT_DIRECTIVES gives way, in `lines`, to the text after it.
+    """
+    line = lines[number]
+    if line.rstrip().endswith(":") and _dropped_title.fullmatch(line):
+        return _skip_deeper(lines, number)
+    if _doctest.match(line):
+        while number < len(lines) and lines[number].strip():
+            number += 1
+        return number
+    directive = _directive.match(line) if line.lstrip().startswith("..") else None
+    if directive and directive[1].lower() in _KEPT_DIRECTIVES:
+        lines[number] = directive[2]
+        return number if directive[2] else number + 1
+    return _skip_deeper(lines, number) if directive or _comment.match(line) else None
 
 
 def _skip_deeper(lines: list[str], number: int) -> int:

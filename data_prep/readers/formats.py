@@ -1,7 +1,7 @@
 """The records of .txt, .md, WikiExtractor, .jsonl, .csv and .tsv files, in bounded memory.
 
 Each reader takes an open stream, which stands at the start of a document, and the byte of the (decompressed)
-content where its share ends, between documents. `next_*` finds such a place.
+content where its part ends, between documents. `next_*` finds such a place.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from difflib import get_close_matches
 from io import BufferedReader
 
 from bertscale.config import UserError
-from data_prep.markdown import MarkdownText
-from data_prep.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
+from data_prep.readers.markdown import MarkdownText
+from data_prep.readers.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
 
 # A .jsonl, .csv or .tsv record is read as a whole. Python needs up to eight times as much memory for it.
 RECORD_BYTES = 16 * 2**20
@@ -39,7 +39,7 @@ def skip_bom(stream: BufferedReader) -> None:
 
 
 def bounded_lines(stream: BufferedReader, end: int | None) -> Iterator[tuple[int, bytes, bool]]:
-    """(where it starts, the line, whether it is whole); of a line above RECORD_BYTES only its beginning."""
+    """Yields (start, line, whether it is whole); of a line above RECORD_BYTES only the beginning."""
     position = stream.tell()
     while (end is None or position < end) and (line := stream.readline(RECORD_BYTES)):
         start, position = position, position + len(line)
@@ -83,7 +83,7 @@ def read_jsonl(stream: BufferedReader, name: str, end: int | None, field: str) -
 
 
 def _text_of_json(line: bytes, field: str) -> tuple[str, str]:
-    """(text, "") or ("", reason)."""
+    """Returns (text, "") or ("", reason)."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -373,7 +373,7 @@ def _documents(
         head = head or data
         if not wrong:
             try:
-                # The decoder keeps the beginning of a character that goes on in the next chunk.
+                # The decoder keeps the beginning of a character that continues in the next chunk.
                 text = data.decode() if last and head is data else decoder.decode(data, last)
             except UnicodeDecodeError:
                 decoder.reset()
@@ -383,8 +383,8 @@ def _documents(
                 rest += strip(text, last) if strip else text
                 while len(rest) > LONGEST:
                     end = cut_at(rest, 0)
-                    if not (piece := rest[:end]).isspace():
-                        yield kind(piece)
+                    if not (beginning := rest[:end]).isspace():
+                        yield kind(beginning)
                         kind, given = Cut, True
                     rest = rest[end:]
         if last:
