@@ -200,6 +200,10 @@ def bench(arguments: list[str]) -> int:
     if "=" in options.config and not Path(options.config).exists():  # an override; CONFIG was left out
         options.overrides.insert(0, options.config)
         options.config = BENCH_CONFIG
+    if options.config == BENCH_CONFIG and not Path(BENCH_CONFIG).exists():
+        raise UserError(
+            f"there is no {BENCH_CONFIG} here: give a CONFIG, or run this in a checkout of bertscale"
+        )
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
     rank = ranks.from_environment()
