@@ -43,21 +43,21 @@ import transformers
 import yaml
 from torch.utils.data import Dataset as TorchDataset
 
-from bertscale.batch_phases import batch_phases
+from bertscale.bench.machine import processor
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
-from bertscale.convert import native_model, open_weights
-from bertscale.device import choose_precision, local_device
+from bertscale.convert.convert import native_model, open_weights
+from bertscale.convert.hf_names import hugging_face_config
+from bertscale.data.batch_phases import batch_phases
+from bertscale.data.loader import Loader
+from bertscale.data.masking import Ints
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.data.mixture import Mixture
+from bertscale.data.shards import Dataset, Split, open_dataset
 from bertscale.files import write_json
-from bertscale.loader import Loader
-from bertscale.machine import processor
-from bertscale.masking import Ints
-from bertscale.micro_batch import MicroBatch
-from bertscale.mixture import Mixture
-from bertscale.names import hugging_face_config
 from bertscale.run_folder import CONFIG, RESULT, checkpoints
-from bertscale.schedule import Clock, TrainingSchedule
-from bertscale.shards import Dataset, Split, open_dataset
 from bertscale.tokenizer import Tokenizer, load_tokenizer
+from bertscale.train.device import choose_precision, local_device
+from bertscale.train.schedule import Clock, TrainingSchedule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/pretrain"
 LENGTH = 128  # tokens of a sample

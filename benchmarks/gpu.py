@@ -32,12 +32,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from bertscale.config import ModelConfig, PretrainConfig, UserError
-from bertscale.device import choose_precision, data_sheet_peak, measured_peak, synchronize
-from bertscale.engine import Engine
-from bertscale.metrics import Rate
-from bertscale.parallel import Ranks, start_ranks
-from bertscale.trials import (
+from bertscale.bench.timed_steps import (
     PARTS,
     PUBLISHED_VOCAB,
     RandomBatches,
@@ -53,6 +48,11 @@ from bertscale.trials import (
     top_operators,
     transformers_step,
 )
+from bertscale.config import ModelConfig, PretrainConfig, UserError
+from bertscale.train.device import choose_precision, data_sheet_peak, measured_peak, synchronize
+from bertscale.train.engine import Engine
+from bertscale.train.metrics import Rate
+from bertscale.train.parallel import Ranks, start_ranks
 
 BASE: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
 LARGE: dict[str, Any] = {

@@ -34,13 +34,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
+from bertscale.bench.machine import processor
 from bertscale.config import SamplesConfig
-from bertscale.index import BlockIndex, load_index
-from bertscale.loader import Loader
-from bertscale.machine import processor
-from bertscale.mixture import Mixture
-from bertscale.samples import Sampler
-from bertscale.shards import Dataset, open_dataset
+from bertscale.data.index import BlockIndex, load_index
+from bertscale.data.loader import Loader
+from bertscale.data.mixture import Mixture
+from bertscale.data.samples import Sampler
+from bertscale.data.shards import Dataset, open_dataset
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 256  # samples of a global step and of their batches

@@ -29,10 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bertscale.bench.machine import processor
 from bertscale.config import PrepConfig, UserError
+from bertscale.data.shards import open_dataset, token_dtype
 from bertscale.files import write_json
-from bertscale.machine import processor
-from bertscale.shards import open_dataset, token_dtype
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from data_prep.build import merge_shard, prep
 from data_prep.clean import clean

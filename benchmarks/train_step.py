@@ -36,17 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertscale.config import PretrainConfig, padded_vocab_size
-from bertscale.device import choose_precision, measured_peak
-from bertscale.engine import Engine
-from bertscale.loader import Loader
-from bertscale.metrics import Rate
-from bertscale.micro_batch import MicroBatch
-from bertscale.mixture import Mixture
-from bertscale.parallel import Ranks, start_ranks
-from bertscale.shards import Dataset, open_dataset
-from bertscale.tokenizer import load_tokenizer
-from bertscale.trials import (
+from bertscale.bench.timed_steps import (
     Step,
     Stopwatch,
     machine,
@@ -57,6 +47,16 @@ from bertscale.trials import (
     top_operators,
     transformers_step,
 )
+from bertscale.config import PretrainConfig, padded_vocab_size
+from bertscale.data.loader import Loader
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.data.mixture import Mixture
+from bertscale.data.shards import Dataset, open_dataset
+from bertscale.tokenizer import load_tokenizer
+from bertscale.train.device import choose_precision, measured_peak
+from bertscale.train.engine import Engine
+from bertscale.train.metrics import Rate
+from bertscale.train.parallel import Ranks, start_ranks
 
 VOCAB = 30_522  # BERT's own: a tokenizer of fewer pieces still pays for all of them
 SMALL = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}

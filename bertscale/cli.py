@@ -140,7 +140,7 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument("folder", metavar="FOLDER", help="An output folder of `bertscale prep`.")
     options = parser.parse_args(arguments)
 
-    from bertscale.inspect import inspect as show
+    from bertscale.data.inspect import inspect as show
 
     show(options.folder)
     return 0
@@ -255,8 +255,8 @@ def _bench_parser() -> argparse.ArgumentParser:
 
 
 def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
-    from bertscale.bench import Options
-    from bertscale.bench import bench as measure
+    from bertscale.bench.bench import Options
+    from bertscale.bench.bench import bench as measure
 
     chosen = Options(options.steps, options.rounds, options.random, options.against, options.json)
     return measure(config, chosen)
@@ -279,7 +279,7 @@ def convert(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    from bertscale.convert import convert as convert_folder
+    from bertscale.convert.convert import convert as convert_folder
 
     convert_folder(options.source, options.output, options.show)
     return 0
@@ -293,7 +293,7 @@ def finetune(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     config = load_config(FinetuneConfig, options.config, options.overrides)
 
-    from bertscale.finetune import finetune as train_classifier
+    from bertscale.finetune.finetune import finetune as train_classifier
 
     train_classifier(config)
     return 0
@@ -371,8 +371,8 @@ def _checked(
     `data`: whether the shards are looked at.
     """
     from bertscale.config import PretrainConfig, UserError, load_config
-    from bertscale.samples import check_batches
-    from bertscale.shards import check_tokenizers, open_dataset
+    from bertscale.data.samples import check_batches
+    from bertscale.data.shards import check_tokenizers, open_dataset
     from launcher.ranks import count_gpus
 
     config = load_config(PretrainConfig, path, overrides)

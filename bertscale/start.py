@@ -40,7 +40,7 @@ def prep_share(index: int | None, count: int | None) -> tuple[int, int] | None:
 
 def verify(folder: str) -> None:
     """Compares all files of a prepared folder with the sizes and digests of its manifest."""
-    from bertscale.shards import Split, open_dataset
+    from bertscale.data.shards import Split, open_dataset
 
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:
@@ -54,7 +54,7 @@ def verify(folder: str) -> None:
 
 def train(config: PretrainConfig) -> int:
     """Trains as one rank; a full disk is a mistake that the person can mend, in one line."""
-    from bertscale.pretrain import pretrain
+    from bertscale.train.pretrain import pretrain
 
     try:
         return pretrain(config)

@@ -42,15 +42,15 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
-from bertscale.files import whole_file, write_json
-from bertscale.progress import Progress
-from bertscale.shards import (
+from bertscale.data.shards import (
     MANIFEST_NAME,
     ShardEntry,
     token_dtype,
     write_columns,
     write_manifest,
 )
+from bertscale.files import whole_file, write_json
+from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit
 from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json

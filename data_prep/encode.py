@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from bertscale.data.shards import Ids, token_dtype
 from bertscale.files import whole_file, write_json
-from bertscale.shards import Ids, token_dtype
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from data_prep.clean import clean
 from data_prep.plan import Unit

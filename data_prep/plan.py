@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
+from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
 from bertscale.files import write_json
-from bertscale.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from data_prep.readers.compressed import COMPRESSIONS
 from data_prep.readers.read import InputFile, Part, Record, cut_into_units, find_files, read_records

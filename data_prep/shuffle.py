@@ -33,8 +33,8 @@ import numpy.typing as npt
 import xxhash
 
 from bertscale.config import UserError
+from bertscale.data.shards import LARGEST_SHARD, Ids
 from bertscale.files import whole_file
-from bertscale.shards import LARGEST_SHARD, Ids
 
 SPILL_BYTES = 64 * 2**20  # of memory, as `weight` counts it, before a spill is written
 CHUNK = 2**18  # tokens moved at once: their positions stay in the cache

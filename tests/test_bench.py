@@ -13,10 +13,7 @@ import pytest
 import torch
 from tiny import pretrain_config
 
-from bertscale.config import PretrainConfig
-from bertscale.model import PretrainingModel
-from bertscale.parallel import Ranks
-from bertscale.trials import (
+from bertscale.bench.timed_steps import (
     PARTS,
     RandomBatches,
     Stopwatch,
@@ -25,6 +22,9 @@ from bertscale.trials import (
     row_lengths,
     transformers_model,
 )
+from bertscale.config import PretrainConfig
+from bertscale.model.model import PretrainingModel
+from bertscale.train.parallel import Ranks
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -14,9 +14,9 @@ import torch
 from dist import run_ranks
 from tiny import pretrain_config
 
-from bertscale.checkpoint import STATES, open_checkpoint
 from bertscale.config import UserError
 from bertscale.run_folder import TABLE, checkpoints
+from bertscale.train.checkpoint import STATES, open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -37,10 +37,10 @@ class StopAfter:
 
 def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> list[float]:
     """Runs on each rank: three steps in each topology, each from the checkpoint of the one before."""
-    from bertscale.device import local_device
-    from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import train
     from bertscale.run_folder import read_metrics
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import leave_subgroups, start_ranks
+    from bertscale.train.pretrain import train
 
     for number, (tensor, stage) in enumerate(stretches):
         config = pretrain_config(
@@ -133,7 +133,7 @@ def test_a_folder_that_was_never_committed_is_refused(checkpoint: Path, tmp_path
 def test_reading_runs_no_code_and_needs_no_deepspeed(checkpoint: Path) -> None:
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors", ".model"}
     code = (
-        "import sys, pathlib; from bertscale.checkpoint import open_checkpoint;"
+        "import sys, pathlib; from bertscale.train.checkpoint import open_checkpoint;"
         f"c = open_checkpoint(pathlib.Path({str(checkpoint)!r}));"
         "c.tensor('encoder.pooler.weight');"
         "assert not {'deepspeed', 'megatron', 'transformers'} & set(sys.modules)"

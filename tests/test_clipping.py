@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bertscale.checkpoint import open_checkpoint
-from bertscale.layers import derive_seed
+from bertscale.model.layers import derive_seed
 from bertscale.run_folder import read_metrics
+from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -30,9 +30,9 @@ READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select
 
 
 def engine_of(data: str, optimizer: str, precision: str, tensor: int, stage: int) -> tuple[Any, Any, Any]:
-    from bertscale.device import local_device
-    from bertscale.engine import Engine
-    from bertscale.parallel import start_ranks
+    from bertscale.train.device import local_device
+    from bertscale.train.engine import Engine
+    from bertscale.train.parallel import start_ranks
 
     config = pretrain_config(
         data,
@@ -53,7 +53,7 @@ def engine_of(data: str, optimizer: str, precision: str, tensor: int, stage: int
 def follow(data: str, cases: list[list[Any]]) -> list[Any]:
     """On each rank, for each case: the digests of the state after sound steps, with and without bad ones
     between them; whether each step was applied; whether bad ones left the state as it was."""
-    from bertscale.parallel import leave_subgroups
+    from bertscale.train.parallel import leave_subgroups
 
     results, kind = [], [""]
     for optimizer, precision, tensor, stage in cases:
@@ -81,7 +81,7 @@ def follow(data: str, cases: list[list[Any]]) -> list[Any]:
 
 def prescribe(name: str, shape: list[int], kind: list[str], ranks: Any) -> Any:
     """A hook that replaces the gradient of the parameter by one of the `kind` that the list then holds."""
-    from bertscale.parallel import take_share
+    from bertscale.train.parallel import take_share
 
     def replace(found: Tensor) -> Tensor:
         draw = torch.Generator().manual_seed(derive_seed(name, kind[0]))
@@ -158,13 +158,13 @@ class Copies(TorchFunctionMode):
 
 def watch(data: str, cases: list[list[Any]]) -> list[Any]:
     """On each rank, for each case, of the third of three steps: reads, copies, number of micro-batches."""
-    from bertscale.metrics import LossAccumulator
-    from bertscale.objectives import Counts
-    from bertscale.parallel import leave_subgroups
-    from bertscale.pretrain import make_loader
-    from bertscale.shards import open_dataset
-    from bertscale.step import train_step
+    from bertscale.data.shards import open_dataset
     from bertscale.tokenizer import load_tokenizer
+    from bertscale.train.metrics import LossAccumulator
+    from bertscale.train.objectives import Counts
+    from bertscale.train.parallel import leave_subgroups
+    from bertscale.train.pretrain import make_loader
+    from bertscale.train.step import train_step
 
     results = []
     for optimizer, precision, tensor, stage in cases:
@@ -220,12 +220,12 @@ def train_with_bad_steps(data: str, run: str, bad: list[int], parallel: dict[str
     """On each rank: trains, the losses of steps `bad` being NaN; until `stop` signals a stop. Exit code, or
     what the person is told."""
     from bertscale.config import UserError
-    from bertscale.device import local_device
-    from bertscale.engine import Engine
-    from bertscale.model import LossSums
-    from bertscale.parallel import start_ranks
-    from bertscale.pretrain import train
-    from bertscale.resume import newest_sound
+    from bertscale.model.model import LossSums
+    from bertscale.train.device import local_device
+    from bertscale.train.engine import Engine
+    from bertscale.train.parallel import start_ranks
+    from bertscale.train.pretrain import train
+    from bertscale.train.resume import newest_sound
 
     config = pretrain_config(
         data, run, parallel=parallel, train={"steps": 16, "log_every": 4, "save_every": 5, "eval_every": 16}

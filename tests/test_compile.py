@@ -17,13 +17,13 @@ from tiny import pretrain_config
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from bertscale.bench.timed_steps import RandomBatches
 from bertscale.config import PretrainConfig, UserError, load_config
-from bertscale.engine import _graph_tokens
-from bertscale.kernels import Packing, attend, rotate, rotation
-from bertscale.micro_batch import MicroBatch
-from bertscale.model import PretrainingModel, initial_value
-from bertscale.parallel import Ranks
-from bertscale.trials import RandomBatches
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.model.kernels import Packing, attend, rotate, rotation
+from bertscale.model.model import PretrainingModel, initial_value
+from bertscale.train.engine import _graph_tokens
+from bertscale.train.parallel import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler gives some of its own
 
@@ -143,8 +143,8 @@ def test_attention_by_a_kernel_is_in_the_graph(monkeypatch: pytest.MonkeyPatch) 
         attended: Tensor = varlen(query, key, value, starts, more[1])
         return attended
 
-    monkeypatch.setattr("bertscale.kernels.varlen_attn", kernel, raising=False)
-    monkeypatch.setattr("bertscale.kernels.uses_varlen", lambda query_key_value, dropout: True)
+    monkeypatch.setattr("bertscale.model.kernels.varlen_attn", kernel, raising=False)
+    monkeypatch.setattr("bertscale.model.kernels.uses_varlen", lambda query_key_value, dropout: True)
     config = pretrain_config("d", "r", model=MODELS["modern"], samples={"kind": "document"})
     batches = random_batches(config)
     model = model_of(config)
@@ -231,10 +231,10 @@ def test_graphs_want_gradients_out_of_the_way() -> None:
 def train_each(folder: str) -> list[Any]:
     """Runs on a rank: losses of three steps and the parameters' names, eager, compiled and with graphs, which
     a CPU replays as it runs any compiled layer."""
-    from bertscale.device import local_device
-    from bertscale.engine import Engine
-    from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.trials import Stopwatch, our_step
+    from bertscale.bench.timed_steps import Stopwatch, our_step
+    from bertscale.train.device import local_device
+    from bertscale.train.engine import Engine
+    from bertscale.train.parallel import leave_subgroups, start_ranks
 
     results: list[Any] = []
     for compiled in (False, True, "graphs"):

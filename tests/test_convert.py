@@ -15,18 +15,18 @@ from safetensors.torch import load_file, save_file
 from tiny import pretrain_config
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, pipeline
 
-from bertscale.checkpoint import open_checkpoint, write_whole
 from bertscale.config import ModelConfig, UserError
-from bertscale.convert import convert, largest_difference, native_model, native_shapes, open_weights
-from bertscale.finetune import encoder_tensors
-from bertscale.model import ClassificationModel, initial_value
-from bertscale.names import SENTENCE_HEAD
+from bertscale.convert.convert import convert, largest_difference, native_model, native_shapes, open_weights
+from bertscale.convert.hf_names import SENTENCE_HEAD
+from bertscale.finetune.finetune import encoder_tensors
+from bertscale.model.model import ClassificationModel, initial_value
 from bertscale.tokenizer import load_tokenizer
+from bertscale.train.checkpoint import open_checkpoint, write_whole
 
 
 def train(data: str, folder: str) -> int:
     """Runs on each of two ranks: TP 2 x ZeRO-3."""
-    from bertscale.pretrain import pretrain
+    from bertscale.train.pretrain import pretrain
 
     return pretrain(pretrain_config(data, folder, parallel={"tensor": 2, "zero_stage": 3}))
 

@@ -10,9 +10,9 @@ from dist import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertscale import decoder
-from bertscale.decoder import TiedDecoder
-from bertscale.layers import Layers
+from bertscale.model import decoder
+from bertscale.model.decoder import TiedDecoder
+from bertscale.model.layers import Layers
 
 VOCAB, ROWS, WIDTH, POSITIONS = 330, 384, 24, 37
 
@@ -122,8 +122,8 @@ def test_without_gradients_the_loss_is_the_same() -> None:
 
 def shares_of_a_rank() -> list[Any]:
     """Runs on each of four ranks: what it finds with its share of the vocabulary, parts of five positions."""
-    from bertscale.device import local_device
-    from bertscale.parallel import start_ranks
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import start_ranks
 
     decoder.POSITIONS = 5
     weight, bias, hidden, targets = values(torch.float32)

@@ -11,10 +11,10 @@ from dist import run_ranks
 from torch import Tensor, nn
 
 from bertscale.config import ModelConfig, padded_vocab_size
-from bertscale.electra import CLASSES, electra_config, to_electra
-from bertscale.layers import Layers
-from bertscale.micro_batch import MicroBatch
-from bertscale.model import (
+from bertscale.convert.electra import CLASSES, electra_config, to_electra
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.model.layers import Layers
+from bertscale.model.model import (
     PretrainingModel,
     initial_value,
     model_flops_per_token,
@@ -230,8 +230,8 @@ def some_logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 def draws_of_a_rank(tensor: int) -> list[int]:
     """Runs on each rank: ids drawn from shares of the same logits."""
-    from bertscale.device import local_device
-    from bertscale.parallel import start_ranks
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import start_ranks
 
     ranks = start_ranks(tensor, local_device())
     logits, uniforms = some_logits()

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from bertscale.files import file_digest, fresh_folder, put_in_place, write_bytes, write_json
-from bertscale.metrics import MetricsWriter
 from bertscale.run_folder import append_line, read_metrics
+from bertscale.train.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ import itertools, json, os, random, signal, sys, time
 from pathlib import Path
 import torch.utils.tensorboard
 from bertscale.files import write_bytes
-from bertscale.metrics import MetricsWriter
+from bertscale.train.metrics import MetricsWriter
 
 class NoEvents:
     def __init__(self, *_, **__): pass
@@ -168,7 +168,7 @@ def test_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["bertscale.files", "bertscale.heartbeat", "launcher.watch", "launcher.rank"]
+    "module", ["bertscale.files", "bertscale.train.heartbeat", "launcher.watch", "launcher.rank"]
 )
 def test_a_batch_host_needs_the_standard_library_alone(module: str) -> None:
     code = f"import {module}, sys; print(*sys.modules)"

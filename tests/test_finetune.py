@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bertscale.checkpoint import open_checkpoint, write_whole
 from bertscale.cli import main
 from bertscale.config import FinetuneConfig, ModelConfig, UserError, load_config
-from bertscale.finetune import encoder_tensors, finetune, fingerprint, load_classifier, make_model
-from bertscale.model import PretrainingModel, initial_value
-from bertscale.tasks import encode, find_classes, read_examples, score, training_batches
+from bertscale.finetune.finetune import encoder_tensors, finetune, fingerprint, load_classifier, make_model
+from bertscale.finetune.tasks import encode, find_classes, read_examples, score, training_batches
+from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.tokenizer import Tokenizer, load_tokenizer
+from bertscale.train.checkpoint import open_checkpoint, write_whole
 
 SHAPE = ModelConfig(
     num_hidden_layers=2,

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from bertscale import cli
 from bertscale.config import UserError
-from bertscale.inspect import inspect, percentile, samples
-from bertscale.shards import open_dataset
+from bertscale.data.inspect import inspect, percentile, samples
+from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 
 

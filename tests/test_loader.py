@@ -18,14 +18,14 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bertscale import index
-from bertscale.batch_phases import batch_of
 from bertscale.config import SamplesConfig, UserError
-from bertscale.loader import Loader, deal
-from bertscale.masking import mask_rules, mask_tokens, target_capacity
-from bertscale.micro_batch import MicroBatch
-from bertscale.mixture import LengthPhase, Mixture
-from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
+from bertscale.data import index
+from bertscale.data.batch_phases import batch_of
+from bertscale.data.loader import Loader, deal
+from bertscale.data.masking import mask_rules, mask_tokens, target_capacity
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.data.mixture import LengthPhase, Mixture
+from bertscale.data.shards import Dataset, open_dataset, write_manifest, write_shard
 from bertscale.tokenizer import Tokenizer
 
 CLS, SEP, MASK = 2, 3, 4
@@ -532,7 +532,7 @@ def test_static_targets_are_the_same_ones_in_a_fixed_number(
 def test_more_targets_than_the_fixed_number_take_it_twice(dataset: Dataset) -> None:
     options: dict[str, Any] = {"mask_rate": 0.5, "kind": "packed"}
     other = make_loader(dataset, static_targets=True, **options)
-    with mock.patch("bertscale.loader.target_capacity", return_value=120):  # of 256 tokens
+    with mock.patch("bertscale.data.loader.target_capacity", return_value=120):  # of 256 tokens
         static = [batch for step in range(4) for batch in other.step(step)]
     assert {len(batch.targets) for batch in static} == {120, 240}
     one = make_loader(dataset, **options)

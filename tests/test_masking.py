@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertscale.masking import Draw, MaskRules, draw_below, mask_rules, mask_tokens, philox4x32
+from bertscale.data.masking import Draw, MaskRules, draw_below, mask_rules, mask_tokens, philox4x32
 
 VOCABULARY = 1000
 SPECIAL = (0, 1, 2, 3, 4)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertscale.batch_phases import FOREVER
 from bertscale.config import Corpus, SamplesConfig, UserError
-from bertscale.mixture import PERIOD, Mixture, Quotas, data_digest
-from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
+from bertscale.data.batch_phases import FOREVER
+from bertscale.data.mixture import PERIOD, Mixture, Quotas, data_digest
+from bertscale.data.shards import Dataset, open_dataset, write_manifest, write_shard
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=8)
 

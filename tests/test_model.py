@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertscale.config import ModelConfig, padded_vocab_size
-from bertscale.kernels import Packing, _attend_padded, attend, rotate, rotation
-from bertscale.micro_batch import MicroBatch
-from bertscale.model import (
+from bertscale.convert.hf_names import from_hugging_face, hugging_face_config, hugging_face_names, model_of
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.model.kernels import Packing, _attend_padded, attend, rotate, rotation
+from bertscale.model.model import (
     ClassificationModel,
     PretrainingModel,
     attended_pairs,
@@ -23,7 +24,6 @@ from bertscale.model import (
     model_flops_per_token,
     split_fused,
 )
-from bertscale.names import from_hugging_face, hugging_face_config, hugging_face_names, model_of
 
 VOCAB = 101  # 27 padded rows
 LENGTHS = (7, 7, 13, 2, 19, 13)  # odd, repeated, unsorted

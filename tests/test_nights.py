@@ -21,8 +21,8 @@ import yaml
 from tiny import pretrain_config
 from virtual import Cluster
 
-from bertscale.checkpoint import open_checkpoint
 from bertscale.run_folder import checkpoints, read_events
+from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -12,16 +12,16 @@ from dist import run_ranks
 from tiny import prep_config, pretrain_config
 from torch.nn import functional as F
 
-from bertscale.checkpoint import open_checkpoint
 from bertscale.config import PrepConfig, PretrainConfig, SamplesConfig, UserError
-from bertscale.convert import native_model
-from bertscale.loader import Loader
-from bertscale.micro_batch import MicroBatch
-from bertscale.mixture import Mixture
-from bertscale.model import replace
+from bertscale.convert.convert import native_model
+from bertscale.data.loader import Loader
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.data.mixture import Mixture
+from bertscale.data.shards import open_dataset
+from bertscale.model.model import replace
 from bertscale.run_folder import read_metrics
-from bertscale.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
+from bertscale.train.checkpoint import open_checkpoint
 from data_prep.build import prep
 
 pytestmark = pytest.mark.slow
@@ -112,9 +112,9 @@ def config_of(case: str, data: str, folder: str) -> PretrainConfig:
 
 def train_each(data: str, folder: str, cases: list[str]) -> None:
     """Runs in a process of its own: one training for each case."""
-    from bertscale.device import local_device
-    from bertscale.parallel import start_ranks
-    from bertscale.pretrain import StopSignal, train
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import start_ranks
+    from bertscale.train.pretrain import StopSignal, train
 
     ranks = start_ranks(1, local_device())
     for case in cases:
@@ -248,9 +248,9 @@ def test_without_masks_tokens_are_the_text(tiny_data: Path) -> None:
 
 def stop_and_go(data: str, folder: str) -> list[Any]:
     """Runs on each of two ranks: TP 2 x ZeRO-3, once through and once in two parts; what is refused then."""
-    from bertscale.device import local_device
-    from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, train
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import leave_subgroups, start_ranks
+    from bertscale.train.pretrain import StopSignal, train
 
     results: list[Any] = []
     changes: dict[str, Any] = {

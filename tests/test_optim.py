@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertscale import optimizers
 from bertscale.config import ModelConfig, OptimizerConfig
-from bertscale.layout import Fragment, Layout, Parameter
-from bertscale.optim import decays, is_matrix, make_optimizer, parameter_groups
-from bertscale.optimizers import Muon, WholeOptimizer, orthogonalize
+from bertscale.optim import optimizers
+from bertscale.optim.groups import decays, is_matrix, make_optimizer, parameter_groups
+from bertscale.optim.layout import Fragment, Layout, Parameter
+from bertscale.optim.optimizers import Muon, WholeOptimizer, orthogonalize
 
 SIZES = ModelConfig(hidden_size=6, num_attention_heads=2, intermediate_size=10, num_hidden_layers=1)
 SHAPES = {

@@ -16,8 +16,8 @@ from dist import run_ranks
 from tiny import pair_batch, pretrain_config
 from torch import Tensor
 
-from bertscale.checkpoint import Checkpoint, open_checkpoint
-from bertscale.layers import derive_seed
+from bertscale.model.layers import derive_seed
+from bertscale.train.checkpoint import Checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -51,10 +51,10 @@ def settings(data: str, run: Path, optimizer: str, tensor: int, stage: int, prec
 
 def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
     """Five steps of prescribed gradients through DeepSpeed; a checkpoint of the end; the norms."""
-    from bertscale.checkpoint import save_checkpoint
-    from bertscale.engine import Engine
-    from bertscale.parallel import take_share
-    from bertscale.shards import open_dataset
+    from bertscale.data.shards import open_dataset
+    from bertscale.train.checkpoint import save_checkpoint
+    from bertscale.train.engine import Engine
+    from bertscale.train.parallel import take_share
 
     data = open_dataset(config.data, "train")
     engine = Engine(config, 330, ranks, getattr(torch, config.train.precision))
@@ -84,10 +84,10 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
 
 def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case the norms of prescribed steps, and the figures of a training."""
-    from bertscale.device import local_device
-    from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, train
     from bertscale.run_folder import read_metrics
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import leave_subgroups, start_ranks
+    from bertscale.train.pretrain import StopSignal, train
 
     results: list[Any] = []
     for optimizer, precision, (tensor, size, stage) in cases:
@@ -122,10 +122,10 @@ class StopAfter:
 
 def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case three steps in each of two topologies; the losses and norms."""
-    from bertscale.device import local_device
-    from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import train
     from bertscale.run_folder import read_metrics
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import leave_subgroups, start_ranks
+    from bertscale.train.pretrain import train
 
     results = []
     for number, (optimizer, precision, *stretches) in enumerate(cases):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertscale.order import Order, Stretch, permute, round_keys
+from bertscale.data.order import Order, Stretch, permute, round_keys
 
 ORDERS = st.tuples(
     st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),  # samples of each block

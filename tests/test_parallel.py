@@ -18,11 +18,11 @@ TOPOLOGIES = [(1, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 3), 
 
 def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int | None = None) -> list[Any]:
     """Runs on each rank: one short training for each topology; the figures of its steps."""
-    from bertscale import zero
-    from bertscale.device import local_device
-    from bertscale.parallel import leave_subgroups, start_ranks
-    from bertscale.pretrain import StopSignal, train
     from bertscale.run_folder import read_metrics
+    from bertscale.train import zero
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import leave_subgroups, start_ranks
+    from bertscale.train.pretrain import StopSignal, train
 
     results = []
     for tensor, size, stage in topologies:
@@ -91,9 +91,9 @@ def test_gradients_that_travel_while_others_are_computed(
 def dropout_draws() -> dict[str, Any]:
     """Runs on each of two tensor ranks: states of a model with dropout, every head the same."""
     from bertscale.config import ModelConfig
-    from bertscale.device import local_device
-    from bertscale.model import PretrainingModel
-    from bertscale.parallel import seed_dropout, start_ranks
+    from bertscale.model.model import PretrainingModel
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import seed_dropout, start_ranks
 
     ranks = start_ranks(2, local_device())
     config = ModelConfig(

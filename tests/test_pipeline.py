@@ -14,9 +14,9 @@ import yaml
 from tiny import prep_config, pretrain_config, write_corpus
 from virtual import Cluster
 
-from bertscale.checkpoint import open_checkpoint
+from bertscale.data.shards import open_dataset
 from bertscale.run_folder import checkpoints, read_events
-from bertscale.shards import open_dataset
+from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -18,7 +18,7 @@ from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
 from bertscale.config import ModelConfig, PipelineStage, PretrainConfig, UserError
-from bertscale.model import PretrainingModel
+from bertscale.model.model import PretrainingModel
 from launcher import slurm
 from launcher.submit.freeze import freeze
 from launcher.submit.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit

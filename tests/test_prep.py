@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bertscale.config import PrepConfig, UserError, check_config
-from bertscale.shards import open_dataset
+from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 from data_prep.build import prep
 from data_prep.readers.read import LONGEST

@@ -15,7 +15,7 @@ import pytest
 
 from bertscale import cli
 from bertscale.config import PrepConfig, UserError, check_config
-from bertscale.shards import open_dataset
+from bertscale.data.shards import open_dataset
 from data_prep.build import prep, prep_finish, prep_share, prep_tokenizer
 from data_prep.plan import Plan
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from bertscale.config import PrepConfig, UserError, check_config
-from bertscale.shards import open_dataset
+from bertscale.data.shards import open_dataset
 from data_prep.build import prep, prep_share, prep_tokenizer
 from data_prep.workers import worker_pool
 

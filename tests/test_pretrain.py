@@ -16,8 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
 
-from bertscale.checkpoint import open_checkpoint
 from bertscale.run_folder import checkpoints, read_metrics
+from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 

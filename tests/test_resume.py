@@ -10,9 +10,9 @@ import pytest
 from tiny import pretrain_config
 
 from bertscale.config import PretrainConfig, UserError
-from bertscale.mixture import data_digest
-from bertscale.resume import check_same_run
-from bertscale.shards import open_dataset
+from bertscale.data.mixture import data_digest
+from bertscale.data.shards import open_dataset
+from bertscale.train.resume import check_same_run
 
 STEP = 3
 

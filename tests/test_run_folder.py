@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from bertscale.checkpoint import prune
-from bertscale.metrics import MetricsWriter
 from bertscale.run_folder import (
     Events,
     append_line,
@@ -23,6 +21,8 @@ from bertscale.run_folder import (
     read_lines,
     read_metrics,
 )
+from bertscale.train.checkpoint import prune
+from bertscale.train.metrics import MetricsWriter
 from launcher.runs import find, look
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +70,8 @@ def test_pruning_keeps_the_newest_and_all_that_is_foreign(run: Path) -> None:
 
 
 def test_a_resume_takes_the_newest(run: Path) -> None:
-    from bertscale.checkpoint import open_checkpoint
     from bertscale.config import UserError
+    from bertscale.train.checkpoint import open_checkpoint
 
     with pytest.raises(UserError, match="step-10000010 has checkpoint format 0"):
         open_checkpoint(run)
@@ -79,7 +79,7 @@ def test_a_resume_takes_the_newest(run: Path) -> None:
 
 def test_resume_passes_from_the_newest_to_the_one_before(run: Path) -> None:
     from bertscale.config import UserError
-    from bertscale.resume import newest_sound
+    from bertscale.train.resume import newest_sound
 
     said: list[str] = []
 

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import pretrain_config
 
-from bertscale import index
 from bertscale.config import UserError
-from bertscale.samples import Sampler, Segments, _cuts, _heads, check_batch, check_batches
-from bertscale.shards import Dataset, open_dataset, write_manifest, write_shard
+from bertscale.data import index
+from bertscale.data.samples import Sampler, Segments, _cuts, _heads, check_batch, check_batches
+from bertscale.data.shards import Dataset, open_dataset, write_manifest, write_shard
 
 Sizes = list[list[int]]  # documents as the lengths of their sentences
 MAX_LENGTH = 48
@@ -543,5 +543,5 @@ def test_each_batch_of_a_warmup_is_checked(changes: dict[str, Any], message: str
 
 
 def test_the_check_loads_no_torch() -> None:
-    code = "import sys, bertscale.samples; sys.exit('torch' in sys.modules)"
+    code = "import sys, bertscale.data.samples; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

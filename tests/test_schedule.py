@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny import pretrain_config
 
-from bertscale.batch_phases import BatchPhase, batch_of, batch_phases, steps_until, tokens_until
 from bertscale.config import OptimizerConfig
-from bertscale.schedule import TrainingSchedule, learning_rate
+from bertscale.data.batch_phases import BatchPhase, batch_of, batch_phases, steps_until, tokens_until
+from bertscale.train.schedule import TrainingSchedule, learning_rate
 
 
 def rates(total: int, **changes: Any) -> list[float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bertscale.config import UserError
-from bertscale.shards import (
+from bertscale.data.shards import (
     MANIFEST_NAME,
     Shard,
     manifest_digest,

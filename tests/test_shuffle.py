@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertscale.config import UserError
-from bertscale.shards import token_dtype
+from bertscale.data.shards import token_dtype
 from data_prep import shuffle
 from data_prep.shuffle import ROW, Digest, Merged, Spill, SpillBuilder, merge, number_of_shards
 

@@ -32,7 +32,7 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from bertscale.errors import UserError
-from bertscale.heartbeat import beat
+from bertscale.train.heartbeat import beat
 from launcher.ranks import run_as_rank
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

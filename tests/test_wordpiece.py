@@ -12,7 +12,7 @@ import pytest
 
 from bertscale.config import UserError
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, normalize
-from bertscale.wordpiece import WordPieceTokenizer
+from bertscale.tokenizer.wordpiece import WordPieceTokenizer
 
 DATA = os.environ.get("BERTSCALE_DATA", "")
 SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -87,7 +87,7 @@ def test_random_lines(vocabulary: Path) -> None:
 
 
 def test_memory_is_bounded(vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bertscale.wordpiece.MEMORY", 10_000)
+    monkeypatch.setattr("bertscale.tokenizer.wordpiece.MEMORY", 10_000)
     tokenizer = load_tokenizer(vocabulary)
     assert isinstance(tokenizer, WordPieceTokenizer)
     lines = [f"a{number} the man" for number in range(200)]

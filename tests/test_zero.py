@@ -18,10 +18,10 @@ pytestmark = pytest.mark.slow
 def read_strange_layouts() -> list[Any]:
     """Runs on each of two ranks: what is said of a DeepSpeed whose attributes mean something else."""
     from bertscale.config import UserError
-    from bertscale.device import local_device
-    from bertscale.engine import Engine
-    from bertscale.parallel import start_ranks
-    from bertscale.zero import Zero
+    from bertscale.train.device import local_device
+    from bertscale.train.engine import Engine
+    from bertscale.train.parallel import start_ranks
+    from bertscale.train.zero import Zero
 
     tensors, places, ranks = Zero._tensors, Zero._places, start_ranks(1, local_device())
 
@@ -73,9 +73,9 @@ def follow_wrong_gradients() -> str:
     from tiny import pair_batch
 
     from bertscale.config import UserError
-    from bertscale.device import local_device
-    from bertscale.engine import Engine
-    from bertscale.parallel import start_ranks
+    from bertscale.train.device import local_device
+    from bertscale.train.engine import Engine
+    from bertscale.train.parallel import start_ranks
 
     config = pretrain_config("d", "r", parallel={"zero_stage": 2})
     engine = Engine(config, 330, start_ranks(1, local_device()), torch.float32)
@@ -104,10 +104,10 @@ def gradients(cases: list[list[Any]]) -> list[Any]:
     The ranks and micro-batches take the same sequences in turns, so that the global batch is always the same.
     """
     from bertscale.config import ModelConfig
-    from bertscale.device import local_device
-    from bertscale.engine import Engine
-    from bertscale.micro_batch import MicroBatch
-    from bertscale.parallel import leave_subgroups, start_ranks
+    from bertscale.data.micro_batch import MicroBatch
+    from bertscale.train.device import local_device
+    from bertscale.train.engine import Engine
+    from bertscale.train.parallel import leave_subgroups, start_ranks
 
     draw = torch.Generator().manual_seed(0)
     batches = []

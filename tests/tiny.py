@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bertscale.config import PrepConfig, PretrainConfig
-from bertscale.micro_batch import MicroBatch
+from bertscale.data.micro_batch import MicroBatch
 from data_prep.build import prep
 
 SUBJECTS = ["The cat", "A small dog", "Every teacher", "The old river", "My neighbour", "This engine"]

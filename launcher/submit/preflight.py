@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
+from bertscale.data.samples import check_batches
+from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
 from bertscale.run_folder import TABLE, checkpoints
-from bertscale.samples import check_batches
-from bertscale.shards import Dataset, check_tokenizers, open_dataset
 from launcher import slurm
 from launcher.job import JobSpec, render
 from launcher.queue_jobs import own_jobs

@@ -1,0 +1,316 @@
+"""Checkpoint <-> Hugging Face folder: both directions, and the check that they agree.
+
+    bertscale convert runs/quickstart/pretrain runs/quickstart/hugging-face   # newest checkpoint of a run
+    bertscale convert runs/quickstart/hugging-face runs/imported              # and back
+
+Presets are transformers' BertForPreTraining, MegatronBertForPreTraining and ModernBertForMaskedLM; what
+is called how there is in `names`. A bert with a generator becomes ElectraForPreTraining and, in the folder
+`generator` inside, ElectraForMaskedLM (`electra`). Conversion reads one tensor at a time and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bertscale.config import ModelConfig, UserError
+from bertscale.convert.electra import CLASSES, check_exportable, electra_config, electra_names, to_electra
+from bertscale.convert.hf_names import (
+    SENTENCE_HEAD,
+    from_hugging_face,
+    hugging_face_config,
+    hugging_face_names,
+    model_of,
+    to_hugging_face,
+)
+from bertscale.files import file_digest, fresh_folder, put_in_place
+from bertscale.model.layers import Layers
+from bertscale.model.model import PretrainingModel, initial_value
+from bertscale.run_folder import CHECKPOINTS, TABLE
+from bertscale.tokenizer import find_tokenizer, load_tokenizer
+from bertscale.train.checkpoint import open_checkpoint, save_tensors, write_whole
+
+WEIGHTS = "model.safetensors"
+ORIGIN = "bertscale_checkpoint"  # key of config.json: digest of the checkpoint's table
+GENERATOR = "generator"  # the folder inside
+
+EXAMPLES = (
+    "Return a new [MASK] with the same values.",
+    "If the file does not exist, an error is [MASK].",
+    "The [MASK] of the array along the given axis.",
+)
+
+
+class Weights(Protocol):
+    """Whole native tensors, from wherever they are."""
+
+    folder: Path
+    model: ModelConfig
+    vocab_size: int
+
+    @property
+    def parameters(self) -> Any: ...  # an iterable of native names
+
+    def tensor(self, name: str) -> Tensor: ...  # float32, CPU
+
+
+def open_weights(path: Path) -> Weights:
+    """A checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
+
+    Raises UserError where `path` is none of them or is damaged.
+    """
+    if (path / "config.json").is_file():
+        return HuggingFaceWeights(path)
+    return open_checkpoint(path)
+
+
+def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+    """Every native parameter and its whole shape."""
+    with torch.device("meta"):
+        skeleton = PretrainingModel(model, vocab_size, Layers())
+    return {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+
+
+class HuggingFaceWeights:
+    """A folder of a model for pretraining or of a masked-language model, with safetensors, as native tensors.
+
+    A bert or megatron-bert that comes without pooler and next-sentence head gets first values of them, and
+    `missing` says so.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        origin = folder / "config.json"
+        try:
+            self.config = json.loads(origin.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {origin}: {error}") from error
+        self.model: ModelConfig = model_of(self.config, str(origin))
+        self.vocab_size: int = self.config["vocab_size"]
+        try:
+            self.file: Any = safe_open(folder / WEIGHTS, framework="pt")
+            self.names: set[str] = set(self.file.keys())  # type: ignore[no-untyped-call,unused-ignore]
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot read {folder / WEIGHTS}: {error}; save the model there with "
+                "model.save_pretrained(folder), which writes safetensors"
+            ) from error
+        self.parameters = native_shapes(self.model, self.vocab_size)
+        self.missing = [
+            name for name in self.parameters if name.startswith(SENTENCE_HEAD) and not self._has(name)
+        ]
+
+    def tensor(self, name: str) -> Tensor:
+        """The native parameter `name`, float32; raises UserError when the folder lacks it."""
+        if name in self.missing:
+            return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
+        values = []
+        for each in hugging_face_names(name, self.model.preset):
+            found = self._find(each)
+            if found is None:
+                raise UserError(
+                    f"{self.folder / WEIGHTS} lacks {each}: it is no whole model for pretraining or for "
+                    "masked tokens"
+                )
+            values.append(self.file.get_tensor(found).float())
+        return from_hugging_face(name, values, self.model)
+
+    def _has(self, name: str) -> bool:
+        return all(self._find(each) for each in hugging_face_names(name, self.model.preset) or [""])
+
+    def _find(self, name: str) -> str | None:
+        """The name in the file, which is another one in the oldest exports."""
+        older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+        return next((spelt for spelt in (name, older) if spelt in self.names), None)
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+def convert(source: Path, output: Path, show: bool) -> None:
+    """Converts `source` into the folder `output`, written under a temporary name and renamed.
+
+    An output that came from the same source is left as it is; with `show`, an exported model fills a
+    few masks. Raises UserError when `output` is there and is something else.
+    """
+    weights = open_weights(source)
+    if not find_tokenizer(weights.folder).is_file():
+        raise UserError(
+            f"{weights.folder} holds no tokenizer.model, tokenizer.json or vocab.txt; put its tokenizer there"
+        )
+    if isinstance(weights, HuggingFaceWeights):
+        _check_output(output, TABLE)
+        import_weights(weights, output)
+        if weights.missing:
+            print(f"missing   {', '.join(weights.missing)}: not in {source}, given their first values")
+        print(f"imported  {source} -> {output}, a checkpoint without optimizer state")
+        return
+    digest = file_digest(weights.folder / TABLE)
+    if weights.model.generator_size is not None:
+        check_exportable(weights.model, str(weights.folder))
+    if _origin(output) == digest:
+        print(f"already converted: {output} is {weights.folder}")
+    else:
+        _check_output(output, "config.json", ORIGIN)
+        export(weights, output, digest)
+        difference = largest_difference(weights, output)
+        print(f"exported  {weights.folder} -> {output}")
+        if left := [name for name in weights.parameters if not exported_names(name, weights.model)]:
+            print(f"left out  {', '.join(left)}: transformers' class has no place for them")
+        print(f"verified  logits of the native and the exported model differ by at most {difference:.1e}")
+    if show:
+        show_masks(output if weights.model.generator_size is None else output / GENERATOR)
+
+
+def exported_names(name: str, model: ModelConfig) -> list[str]:
+    """What the native parameter `name` is called in all folders of an export; none: it is left out."""
+    if model.generator_size is None:
+        return hugging_face_names(name, model.preset)
+    return [each for part in CLASSES for each in electra_names(name, part)]
+
+
+def export(weights: Weights, output: Path, origin: str) -> None:
+    """Writes a folder that transformers loads as the preset's class, tokenizer included; of a model with a
+    generator, a second one inside."""
+    model, vocab_size = weights.model, weights.vocab_size
+    tokenizer = load_tokenizer(find_tokenizer(weights.folder))
+    partial = fresh_folder(output)
+    for part in (None,) if model.generator_size is None else CLASSES:
+        folder = partial / GENERATOR if part == GENERATOR else partial
+        folder.mkdir(exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        for name in weights.parameters:
+            if part is None:
+                tensors |= to_hugging_face(name, weights.tensor(name), model, vocab_size)
+            elif electra_names(name, part):
+                tensors |= to_electra(name, weights.tensor(name), model, vocab_size, part)
+        save_tensors(folder / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
+        if part is None:
+            config = hugging_face_config(model, vocab_size, tokenizer.pad_id)
+        else:
+            config = electra_config(model, vocab_size, tokenizer.pad_id, part)
+        config |= {"dtype": "float32", ORIGIN: origin}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tokenizer.export_hugging_face(folder, model.max_position_embeddings)
+        if model.rotary:  # its class takes no token types
+            path = folder / "tokenizer_config.json"
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["model_input_names"] = ["input_ids", "attention_mask"]
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(folder)
+    put_in_place(partial, output)
+
+
+def import_weights(weights: HuggingFaceWeights, output: Path) -> None:
+    """Writes a checkpoint of whole weights, one rank, no optimizer state."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in weights.parameters:
+            yield name, weights.tensor(name)
+
+    tokenizer = find_tokenizer(weights.folder)
+    table = {
+        "model": weights.model.model_dump(),
+        "vocab_size": weights.vocab_size,
+        "tokenizer_sha256": load_tokenizer(tokenizer).sha256,
+        "data_digest": None,
+        "config": None,
+    }
+    write_whole(output, table, tensors(), tokenizer)
+
+
+def native_model(weights: Weights) -> PretrainingModel:
+    """The dense native model with these weights, float32 on the CPU, in evaluation mode."""
+    model = PretrainingModel(weights.model, weights.vocab_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.tensor(name))
+    return model.eval()
+
+
+@torch.no_grad()
+def largest_difference(weights: Weights, folder: Path) -> float:
+    """Largest absolute difference of any logit, native against exported, on a batch of random ids."""
+    import transformers
+
+    _quiet()
+
+    def load(place: Path) -> Any:
+        kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        return getattr(transformers, kind).from_pretrained(place, dtype=torch.float32).eval()
+
+    theirs = load(folder)
+    ours = native_model(weights)
+    model = weights.model
+    guesser = load(folder / GENERATOR) if ours.generator is not None else theirs
+    # Long enough that a local layer does not see everything.
+    longest = max(64, 2 * (model.half_window or 0) + 7)
+    generator = torch.Generator().manual_seed(0)
+    difference = 0.0
+    for length in sorted({min(length, model.max_position_embeddings) for length in (7, longest)}):
+        ids = torch.randint(weights.vocab_size, (length,), generator=generator)
+        types = (torch.arange(length) > length // 2).long()
+        sample = ids, types, torch.arange(length), (length,)
+        hidden, pooled = ours.encoder(*sample)
+        inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        if not model.rotary:
+            inputs["token_type_ids"] = types[None]
+        output = theirs(**inputs)
+        if ours.generator is not None and ours.detector is not None:
+            verdict = ours.detector(hidden) - output["logits"][0]
+            difference = max(difference, float(verdict.abs().max()))
+            hidden, _ = ours.generator(*sample, ours.encoder.embeddings)
+            output = guesser(**inputs)
+        logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
+        masked = ours.predictions.logits(hidden)[:, : weights.vocab_size] - logits[0]
+        difference = max(difference, float(masked.abs().max()))
+        if ours.seq_relationship is not None and "seq_relationship_logits" in output:
+            relation = ours.seq_relationship(pooled) - output["seq_relationship_logits"]
+            difference = max(difference, float(relation.abs().max()))
+    return difference
+
+
+def show_masks(folder: Path) -> None:
+    """Lets transformers' own pipeline fill a few masks, and prints its best three pieces of each."""
+    from transformers import pipeline
+
+    _quiet()
+    fill = pipeline("fill-mask", model=str(folder), tokenizer=str(folder), top_k=3, device="cpu")
+    for text in EXAMPLES:
+        best = ", ".join(f"{answer['token_str'].strip()} {answer['score']:.0%}" for answer in fill(text))
+        print(f"  {text}  ->  {best}")
+
+
+def _quiet() -> None:
+    """No bars and no lists of the heads that a class leaves aside, from transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _origin(output: Path) -> str | None:
+    try:
+        origin = json.loads((output / "config.json").read_text(encoding="utf-8")).get(ORIGIN)
+    except (OSError, ValueError):
+        return None
+    return origin if isinstance(origin, str) else None
+
+
+def _check_output(output: Path, marker: str, key: str | None = None) -> None:
+    """Refuses a folder that is not one of ours to replace."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    ours = (output / marker).is_file() and (key is None or _origin(output) is not None)
+    if not ours or (output / CHECKPOINTS).exists():
+        raise UserError(
+            f"{output} exists and is not an earlier output of this command; choose another folder"
+        )

@@ -1,0 +1,223 @@
+"""Native names and order of rows <-> those of transformers' classes, and config.json <-> ModelConfig.
+
+How matrices lie in one native weight, `model.fused_rows` tells; Hugging Face holds them one after another, or
+in weights of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config, padded_vocab_size
+from bertscale.model.model import fused_rows, join_fused, split_fused
+
+# Native name -> Hugging Face name, outside the layers and within one; `query_key_value` is cut in three
+# where Hugging Face has three. What is in no table (the sentence head of `modern`) is not exported.
+HEADS = {
+    "encoder.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
+    "encoder.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
+    "encoder.embeddings.token_type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
+    "encoder.pooler.weight": "bert.pooler.dense.weight",
+    "encoder.pooler.bias": "bert.pooler.dense.bias",
+    "predictions.dense.weight": "cls.predictions.transform.dense.weight",
+    "predictions.dense.bias": "cls.predictions.transform.dense.bias",
+    "predictions.LayerNorm.weight": "cls.predictions.transform.LayerNorm.weight",
+    "predictions.LayerNorm.bias": "cls.predictions.transform.LayerNorm.bias",
+    "predictions.decoder.bias": "cls.predictions.bias",
+    "seq_relationship.weight": "cls.seq_relationship.weight",
+    "seq_relationship.bias": "cls.seq_relationship.bias",
+}
+OUTSIDE = {
+    "bert": {
+        **HEADS,
+        "encoder.embeddings.LayerNorm.weight": "bert.embeddings.LayerNorm.weight",
+        "encoder.embeddings.LayerNorm.bias": "bert.embeddings.LayerNorm.bias",
+    },
+    "megatron-bert": {
+        **HEADS,
+        "encoder.LayerNorm.weight": "bert.encoder.ln.weight",
+        "encoder.LayerNorm.bias": "bert.encoder.ln.bias",
+    },
+    "modern": {
+        "encoder.embeddings.word_embeddings.weight": "model.embeddings.tok_embeddings.weight",
+        "encoder.embeddings.LayerNorm.weight": "model.embeddings.norm.weight",
+        "encoder.LayerNorm.weight": "model.final_norm.weight",
+        "predictions.dense.weight": "head.dense.weight",
+        "predictions.LayerNorm.weight": "head.norm.weight",
+        "predictions.decoder.bias": "decoder.bias",
+    },
+}
+LAYERS = {"bert": "bert.encoder.layer", "megatron-bert": "bert.encoder.layer", "modern": "model.layers"}
+SELF = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
+WITHIN: dict[str, dict[str, tuple[str, ...]]] = {
+    "bert": {
+        "attention.query_key_value": SELF,
+        "attention.dense": ("attention.output.dense",),
+        "attention.LayerNorm": ("attention.output.LayerNorm",),
+        "feed_forward.intermediate": ("intermediate.dense",),
+        "feed_forward.dense": ("output.dense",),
+        "feed_forward.LayerNorm": ("output.LayerNorm",),
+    },
+    "megatron-bert": {
+        "attention.query_key_value": SELF,
+        "attention.dense": ("attention.output.dense",),
+        "attention.LayerNorm": ("attention.ln",),
+        "feed_forward.intermediate": ("intermediate.dense",),
+        "feed_forward.dense": ("output.dense",),
+        "feed_forward.LayerNorm": ("ln",),
+    },
+    "modern": {
+        "attention.query_key_value": ("attn.Wqkv",),
+        "attention.dense": ("attn.Wo",),
+        "attention.LayerNorm": ("attn_norm",),
+        "feed_forward.intermediate": ("mlp.Wi",),
+        "feed_forward.dense": ("mlp.Wo",),
+        "feed_forward.LayerNorm": ("mlp_norm",),
+    },
+}
+CLASSES = {  # preset -> how the names of its classes begin, and their model_type
+    "bert": ("Bert", "bert"),
+    "megatron-bert": ("MegatronBert", "megatron-bert"),
+    "modern": ("ModernBert", "modernbert"),
+}
+PADDED = ("encoder.embeddings.word_embeddings.weight", "predictions.decoder.bias")
+SENTENCE_HEAD = ("encoder.pooler.", "seq_relationship.")
+
+
+def hugging_face_names(name: str, preset: str) -> list[str]:
+    """Names in transformers' class of the native parameter `name`: mostly one; none where it has no place."""
+    if name in OUTSIDE[preset]:
+        return [OUTSIDE[preset][name]]
+    if not name.startswith("encoder.layers."):
+        return []
+    _, _, layer, rest = name.split(".", 3)  # encoder.layers.N.rest
+    module, kind = rest.rsplit(".", 1)
+    return [f"{LAYERS[preset]}.{layer}.{theirs}.{kind}" for theirs in WITHIN[preset][module]]
+
+
+def to_hugging_face(name: str, value: Tensor, model: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
+    """One native tensor as Hugging Face's none, one or three; padded vocabulary rows are cut off."""
+    names = hugging_face_names(name, model.preset)
+    if name in PADDED:
+        value = value[:vocab_size]
+    value = split_fused(name, value, model).flatten(0, 1)
+    return dict(zip(names, value.chunk(len(names)), strict=True)) if names else {}
+
+
+def from_hugging_face(name: str, values: list[Tensor], model: ModelConfig) -> Tensor:
+    """The inverse of `to_hugging_face`; padded vocabulary rows are zero."""
+    value = torch.cat(values) if len(values) > 1 else values[0]
+    _, matrices = fused_rows(name, model)
+    value = join_fused(name, value.reshape(matrices, -1, *value.shape[1:]), model)
+    if name not in PADDED:
+        return value
+    padded = value.new_zeros(padded_vocab_size(len(value)), *value.shape[1:])
+    padded[: len(value)] = value
+    return padded
+
+
+def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) -> dict[str, Any]:
+    """The config.json of a model, for transformers and for `model_of`."""
+    shared = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, "tie_word_embeddings": True}
+    sizes = model.model_dump(exclude={"preset", "generator_size"}, exclude_none=True)
+    name, kind = CLASSES[model.preset]
+    if name != "ModernBert":
+        head = "ForPreTraining" if model.sentence_head else "ForMaskedLM"
+        return {
+            "architectures": [name + head],
+            "model_type": kind,
+            "hidden_act": "gelu",
+            **shared,
+            **{key: value for key, value in sizes.items() if key not in MODERN_KEYS},
+        }
+    of_hidden, of_attention, eps = (
+        sizes.pop(key) for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
+    )
+    del sizes["type_vocab_size"], sizes["sentence_head"]
+    return {
+        "architectures": [f"{name}ForMaskedLM"],
+        "model_type": kind,
+        **shared,
+        **sizes,
+        "embedding_dropout": of_hidden,
+        "mlp_dropout": of_hidden,
+        "attention_dropout": of_attention,
+        "norm_eps": eps,
+        **MODERN_FORM,
+        "layer_types": [
+            "sliding_attention" if number % model.global_attn_every_n_layers else "full_attention"
+            for number in range(model.num_hidden_layers)
+        ],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": model.global_rope_theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": model.local_rope_theta},
+        },
+    }
+
+
+MODERN_FORM = {  # what a ModernBertConfig may vary and preset `modern` does not
+    "hidden_activation": "gelu",
+    "classifier_activation": "gelu",
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "classifier_bias": False,
+    "decoder_bias": True,
+}
+
+
+def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
+    """The native config of a config.json. Raises UserError where no preset is equal to it."""
+    kind = config.get("model_type")
+    preset = next((preset for preset, (_, name) in CLASSES.items() if name == kind), None)
+    supported = "this version converts bert and megatron-bert with gelu, and modernbert"
+    if kind == "electra":
+        supported += "; an electra that was trained here is read from its checkpoint"
+    if preset is None or (preset != "modern" and config.get("hidden_act", "gelu") != "gelu"):
+        raise UserError(
+            f"{origin} is of a model of type {kind!r} with activation {config.get('hidden_act')!r}; "
+            f"{supported}"
+        )
+    values = {key: config[key] for key in ModelConfig.model_fields if key in config} | {"preset": preset}
+    if preset == "modern":
+        for key, wanted in MODERN_FORM.items():
+            if config.get(key, wanted) != wanted:
+                raise UserError(f"{origin}: {key}={config[key]!r}; {supported} with {key}={wanted!r}")
+        values |= {
+            native: config[key]
+            for native, key in (
+                ("layer_norm_eps", "norm_eps"),
+                ("hidden_dropout_prob", "mlp_dropout"),
+                ("attention_probs_dropout_prob", "attention_dropout"),
+            )
+            if key in config
+        }
+        values |= _layers_and_bases(config, origin)
+    return check_config(ModelConfig, values, origin)
+
+
+def _layers_and_bases(config: dict[str, Any], origin: str) -> dict[str, Any]:
+    """What newer ModernBert configs spell as lists: which layers are global, and the rotary bases."""
+    found: dict[str, Any] = {}
+    if kinds := config.get("layer_types"):
+        locals_ = [kind == "sliding_attention" for kind in kinds]
+        every = next((n for n in range(1, len(kinds)) if not locals_[n]), len(kinds))
+        if locals_ != [number % every > 0 for number in range(len(kinds))]:
+            raise UserError(
+                f"{origin}: layer_types={kinds}; this version converts models whose every n-th layer, the "
+                "first one too, is 'full_attention' and all others 'sliding_attention'"
+            )
+        found["global_attn_every_n_layers"] = every
+    for kind, key in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
+        rope = (config.get("rope_parameters") or {}).get(kind) or {}
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(
+                f"{origin}: rope_parameters of {kind} have rope_type={rope['rope_type']!r}; this version "
+                "converts 'default'"
+            )
+        if "rope_theta" in rope:
+            found[key] = rope["rope_theta"]
+    return found

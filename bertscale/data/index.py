@@ -1,0 +1,139 @@
+"""The block index of a data set: blocks of whole documents and the number of samples in each.
+
+A block holds about 2**19 tokens, 1 MiB: a disk reads it at one go. The samples of a form and length are
+counted once, by all ranks together, and kept beside the shards in DATA/.index (in memory alone where that
+cannot be written), so that a run starts and resumes at once and holds 20 bytes for 2**19 tokens.
+
+    index = load_index(dataset, "pairs", max_length=128)
+
+B: blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from bertscale.config import UserError
+from bertscale.data.chunks import Blocks, Form, Table
+from bertscale.data.masking import Ints
+from bertscale.data.shards import Dataset
+from bertscale.files import write_bytes
+from bertscale.progress import Progress
+
+BLOCK_TOKENS = 2**19
+FOLDER = ".index"
+FORMAT = b"bertscale blocks 1\n"
+SOME = 8  # blocks that are counted together
+SLOW = 256  # blocks of a rank from which on counting shows its progress
+
+
+class Peers(Protocol):
+    """What the ranks of a job need to count together; `parallel.Ranks` has it."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    def broadcast(self, value: Any) -> Any: ...
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+class BlockIndex(NamedTuple):
+    """Blocks in the order of the data set, int32 [B] each."""
+
+    shard: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]  # first row of the shard
+    rows: npt.NDArray[np.int32]
+    samples: npt.NDArray[np.int32]
+    documents: npt.NDArray[np.int32]  # with text
+    one_token: npt.NDArray[np.int32]  # documents of one token, which cannot be two segments
+
+
+def load_index(dataset: Dataset, form: Form, max_length: int, peers: Peers | None = None) -> BlockIndex:
+    """The index as it was kept, or counted anew where it is not there or is not of these shards.
+
+    `peers`: the ranks of a job, all of which must call; each counts its share.
+    """
+    digest = dataset.manifest_digest
+    name = f"{dataset.split}-{form}-{max_length}-{BLOCK_TOKENS}-{digest}"
+    path = dataset.folder / FOLDER / name
+    rank, world = (peers.rank, peers.world) if peers else (0, 1)
+    found = _read(path, dataset) if rank == 0 else None
+    found = peers.broadcast(found) if peers else found
+    if found is not None:
+        return found
+    blocks = cut_blocks(dataset)
+    mine: npt.NDArray[np.int64] | UserError
+    try:
+        mine = _count(dataset, blocks, form, max_length, np.arange(rank, len(blocks.shard), world), rank)
+    except UserError as error:  # told to all ranks, which would wait for this one
+        mine = error
+    shares = peers.gather(mine) if peers else [mine]
+    for share in shares:
+        if isinstance(share, UserError):
+            raise share
+    counts = np.empty((3, len(blocks.shard)), np.int64)
+    for one, share in enumerate(shares):
+        counts[:, one::world] = share
+    index = BlockIndex(*(column.astype(np.int32) for column in (*blocks, *counts)))
+    if rank == 0:
+        with contextlib.suppress(OSError):  # a folder that is read-only, or full: counted again next time
+            path.parent.mkdir(exist_ok=True)
+            content = np.stack(index).tobytes()
+            write_bytes(path, FORMAT + xxhash.xxh3_128_digest(content) + content)
+    return index
+
+
+def cut_blocks(dataset: Dataset) -> Blocks:
+    """Each shard cut, between documents, at the multiples of an even share of about BLOCK_TOKENS; a block
+    has at least one token."""
+    shards, firsts, sizes = [], [], []
+    for number, shard in enumerate(dataset.shards):
+        tokens = len(shard.tokens)
+        offsets = shard.token_offsets
+        count = max(1, round(tokens / BLOCK_TOKENS))
+        edges = np.searchsorted(offsets[:-1], np.arange(count) * tokens // count)  # first rows
+        edges[0] = 0
+        edges = np.append(np.unique(edges), len(offsets) - 1)
+        full = np.flatnonzero(np.diff(offsets[edges]) > 0)
+        shards.append(np.full(len(full), number))
+        firsts.append(edges[full])
+        sizes.append(np.diff(edges)[full])
+    none = np.zeros(0, np.int64)
+    return Blocks(*(np.concatenate([none, *parts]).astype(np.int64) for parts in (shards, firsts, sizes)))
+
+
+def _count(
+    dataset: Dataset, blocks: Blocks, form: Form, max_length: int, mine: Ints, rank: int
+) -> npt.NDArray[np.int64]:
+    """Samples, documents and documents of one token in the blocks `mine`, [3, len(mine)]."""
+    parts = [np.zeros((3, 0), np.int64)]
+    hidden = rank > 0 or len(mine) < SLOW
+    with Progress(f"counting samples in {dataset.folder}", len(mine), "blocks", hidden=hidden) as progress:
+        for begin in range(0, len(mine), SOME):
+            some = mine[begin : begin + SOME]
+            table = Table(dataset, blocks, some, form, max_length)
+            parts.append(
+                np.stack([table.samples_per_block, table.documents_per_block, table.one_token_documents])
+            )
+            progress.advance(len(some))
+    return np.concatenate(parts, axis=1)
+
+
+def _read(path: Path, dataset: Dataset) -> BlockIndex | None:
+    """The kept index; None where there is none, or one that is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    head, digest, body = content[: len(FORMAT)], content[len(FORMAT) :][:16], content[len(FORMAT) + 16 :]
+    if head != FORMAT or digest != xxhash.xxh3_128_digest(body) or len(body) % 24:
+        return None
+    index = BlockIndex(*np.frombuffer(body, np.int32).reshape(6, -1))
+    return index if index.shard.max(initial=-1) < len(dataset.shards) else None

@@ -1,0 +1,288 @@
+"""Batches as a pure function of (data, seed, step), for the loop that trains and the held-out loss.
+
+    mixture = Mixture([dataset], [1.0], config.samples, global_batch=256, seed=0)
+    loader = Loader(mixture, tokenizer, micro_batch=32, rank=0, world=1)
+    for step, micro_batches in loader.iterate(start_step=0, stop_step=1000): ...
+
+Global step k holds the samples k * global_batch .. (k + 1) * global_batch - 1 of the mixture (others where
+batches grow, see `schedule.batch_of`), whatever the number of ranks: to resume is to begin at another step.
+Batches are made ahead by one background thread, many samples at a time, whatever the size of a step.
+
+K: steps, S: samples of all of them, Q: sequences ([CLS] ... [SEP]; a packed sample has several), T: tokens,
+P: masked positions, N: segments, M: micro-batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Generator
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bertscale.data.masking import Ints, draw_uniforms, mask_rules, mask_tokens, target_capacity
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.data.mixture import LengthPhase, Mixture
+from bertscale.data.samples import Segments, check_batch, spread
+from bertscale.tokenizer import Tokenizer
+
+AHEAD = 4  # steps made ahead
+SLAB = 2**17  # tokens made together: enough to forget numpy's cost of a call, few enough for the caches
+
+
+class Loader:
+    """This data-parallel rank's share of every global step; `rank` and `world` count those ranks only.
+
+    A micro-batch has `micro_batch` samples, or with `micro_tokens` as many as stay within so many tokens:
+    then the samples of a step are dealt out to as few micro-batches as will do, the same number of them on
+    each rank. `masks`: whether tokens are masked at all; `draws`: whether a generator draws ids for them.
+    `static_targets`: P is the same for all micro-batches of a phase (`target_capacity`), or, for rare
+    chance, twice that.
+    `data_wait` is the time in seconds that callers of `iterate` have waited for a batch.
+    Raises UserError where the batch does not divide (`check_batch`).
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: Tokenizer,
+        *,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        micro_tokens: int | None = None,
+        masks: bool = True,
+        draws: bool = False,
+        static_targets: bool = False,
+    ) -> None:
+        samples = mixture.samples
+        self.masks, self.draws, self.static_targets = masks, draws, masks and static_targets
+        check_batch(mixture.global_batch, None if micro_tokens else micro_batch, world, samples.has_pairs)
+        self.mixture, self.micro_batch, self.micro_tokens = mixture, micro_batch, micro_tokens
+        self.global_batch, self.seed = mixture.global_batch, mixture.seed
+        self.rank, self.world = rank, world
+        self.cls_id, self.sep_id = tokenizer.cls_id, tokenizer.sep_id
+        self.rules = mask_rules(
+            vocab_size=tokenizer.vocab_size,
+            mask_id=tokenizer.mask_id,
+            special_ids=tokenizer.special_ids,
+            mask_rate=samples.mask_rate,
+            mask_token_rate=samples.mask_token_rate,
+            random_token_rate=samples.random_token_rate,
+            unit=samples.mask_unit,
+            starts_word=None if samples.mask_unit == "token" else tokenizer.starts_word,
+            span_p=samples.span_p,
+            span_max=samples.span_max,
+        )
+        self.shard_tokens = [shard.tokens for dataset in mixture.datasets for shard in dataset.shards]
+        sizes = [len(tokens) for tokens in self.shard_tokens]
+        self.shard_start = np.cumsum([0, *sizes[:-1]])  # number of each shard's first token
+        self.data_wait = 0.0
+
+    def step(self, k: int) -> list[MicroBatch]:
+        """This rank's micro-batches of global step `k`, shorter samples first."""
+        return self.steps(self.mixture.phase_of(k), k, k + 1)[0]
+
+    def steps(self, phase: LengthPhase, first: int, last: int) -> list[list[MicroBatch]]:
+        """`step(k)` for k = first .. last - 1, all of one phase and one size.
+
+        All of these steps are made together, as few long arrays. A packed step of two samples of 8 tokens in
+        one micro-batch, with segments of 6, 2 and 2 tokens, the second sample holding two of them:
+
+            tokens            C a b c d e f S   C g h S C i j S      C: [CLS], S: [SEP]
+            segments.row      0                 1       1            the sample of each segment
+            extents           8                 4       4            tokens of each with [CLS] and [SEP]
+            ends              8                 12      16
+            sizes             8                 8                    tokens of each sample
+            sequence_start    0                 8       12
+            positions         0 1 2 3 4 5 6 7   0 1 2 3 0 1 2 3
+        """
+        # Which samples, and in which order.
+        samples, segments = self._samples_of(phase, first, last)  # [K, S / K], [N]
+        extents = segments.length + 1 + (segments.kind == 0)  # [N]: [SEP], and [CLS] if a sequence begins
+        sizes = np.bincount(segments.row, extents, samples.size).astype(np.int64)  # [S]
+        orders, counts = zip(*map(self._deal, sizes.reshape(samples.shape)), strict=True)  # of each step
+        order = np.concatenate([own + samples.shape[1] * k for k, own in enumerate(orders)])  # [S]
+        samples, sizes, segments = samples.ravel()[order], sizes[order], _reorder(segments, order)
+
+        # Their tokens, end to end.
+        begins = segments.kind == 0  # [N] whether a sequence begins
+        extents = segments.length + 1 + begins  # [N]
+        ends = np.cumsum(extents)  # [N] one behind its [SEP]
+        tokens = self._read(segments, ends - 1 - segments.length, int(ends[-1]))  # [T]
+        tokens[ends - 1] = self.sep_id
+        sequence_start = (ends - extents)[begins]  # [Q]
+        tokens[sequence_start] = self.cls_id
+        sequence_length = np.diff(sequence_start, append=len(tokens))  # [Q]
+        positions = spread(np.zeros_like(sequence_start), sequence_length)  # [T]
+        types = np.zeros(len(tokens), np.int64)  # [T]
+        if segments.label is not None:
+            types = np.repeat(segments.kind, extents)
+
+        # What is predicted of them.
+        places, targets = np.zeros(0, np.int64), np.zeros(0, np.int64)  # [P] into tokens
+        if self.masks:
+            tokens, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
+        uniforms = draw_uniforms(places, sizes, samples, self.seed) if self.draws else None  # [P]
+
+        # Where micro-batches begin: M of them in all steps, and M + 1 edges of each kind.
+        row_edges = np.cumsum([0, *(count for step in counts for count in step)])  # [M + 1] in samples
+        token_edges = np.concatenate([[0], np.cumsum(sizes)])[row_edges]  # [M + 1] in tokens
+        sequence_edges = np.searchsorted(sequence_start, token_edges)  # [M + 1] in sequences
+        target_edges = np.searchsorted(places, token_edges)  # [M + 1] in predicted positions
+        num_targets = np.diff(target_edges)  # [M]
+        places -= np.repeat(token_edges[:-1], num_targets)  # now they count from their micro-batch's begin
+        if self.static_targets:
+            most = self.micro_tokens or self.micro_batch * phase.max_length
+            capacity = target_capacity(most, self.rules)
+            room = capacity * np.maximum(1, -(-num_targets // capacity))  # [M]
+            target_edges = np.cumsum([0, *room])
+            filled = spread(target_edges[:-1], num_targets)  # [P] where the real ones stand
+            places, targets = _fill_up(places, filled, room, 0), _fill_up(targets, filled, room, -1)
+            uniforms = None if uniforms is None else _fill_up(uniforms, filled, room, 0.5)
+
+        # Views of the arrays, as tensors, for each micro-batch.
+        lengths, label = sequence_length.tolist(), segments.label
+        flat = [torch.from_numpy(values) for values in (tokens, types, positions, places, targets)]
+        labels = None if label is None else torch.from_numpy(label)
+        drawn = None if uniforms is None else torch.from_numpy(uniforms)
+        edges = (row_edges, token_edges, sequence_edges, target_edges)
+        slices = zip(*([slice(*pair) for pair in pairwise(each.tolist())] for each in edges), strict=True)
+        batches = [
+            MicroBatch(
+                tokens=flat[0][token],
+                token_types=flat[1][token],
+                positions=flat[2][token],
+                lengths=tuple(lengths[sequence]),
+                target_positions=flat[3][target],
+                targets=flat[4][target],
+                num_targets=real,
+                next_sentence_label=None if labels is None else labels[row],
+                uniforms=None if drawn is None else drawn[target],
+            )
+            for (row, token, sequence, target), real in zip(slices, num_targets.tolist(), strict=True)
+        ]
+        left = iter(batches)
+        return [list(islice(left, len(step))) for step in counts]
+
+    def _samples_of(self, phase: LengthPhase, first: int, last: int) -> tuple[Ints, Segments]:
+        """This rank's samples of the steps `first` .. `last` - 1, [K, S / K], and their segments [N].
+
+        With a budget of tokens each rank looks at the whole batch, to know how all of it is dealt out.
+        """
+        begin, size = self.mixture.batch(first)
+        share, rank = (size, 0) if self.micro_tokens else (size // self.world, self.rank)
+        steps = np.arange(last - first)[:, None]  # [K, 1]
+        samples = begin + steps * size + rank * share + np.arange(share)  # [K, share]
+        return samples, self.mixture.segments(phase, samples.ravel())
+
+    def _deal(self, sizes: Ints) -> tuple[Ints, list[int]]:
+        """Which samples of a step, of these sizes in tokens, are this rank's, micro-batch by micro-batch,
+        and how many each of those has. Equal lengths sit together: attention takes them as one batch."""
+        if not self.micro_tokens:
+            return np.argsort(sizes, kind="stable"), [self.micro_batch] * (len(sizes) // self.micro_batch)
+        bins = deal(sizes, self.micro_tokens, self.world)
+        own = np.flatnonzero(bins % self.world == self.rank)
+        turn = bins[own] // self.world
+        return own[np.lexsort((sizes[own], turn))], np.bincount(turn).tolist()
+
+    def _read(self, segments: Segments, places: Ints, size: int) -> Ints:
+        """The tokens of the segments [N], each from its place on, in an array of `size`, else undefined."""
+        tokens = np.empty(size, np.int64)
+        shard = np.searchsorted(self.shard_start, segments.start, side="right") - 1
+        order = np.argsort(shard, kind="stable")
+        shard, length = shard[order], segments.length[order]
+        source = spread(segments.start[order] - self.shard_start[shard], length)
+        target = spread(places[order], length)
+        edges = np.flatnonzero(np.diff(shard, prepend=-1))  # first segment of each shard
+        token_edges = np.append((np.cumsum(length) - length)[edges], len(source)).tolist()
+        for number, begin, end in zip(shard[edges].tolist(), token_edges, token_edges[1:], strict=False):
+            tokens[target[begin:end]] = self.shard_tokens[number].take(source[begin:end], mode="clip")
+        return tokens
+
+    def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
+        """(k, step(k)) for k = start_step .. stop_step - 1, made ahead in a background thread, in
+        pinned memory where CUDA is there. An error of the thread is raised here; leaving the loop,
+        by `break` or by an exception, ends the thread."""
+        ready: queue.Queue[tuple[int, list[MicroBatch]] | BaseException] = queue.Queue(AHEAD)
+        stop = threading.Event()
+        # A new thread would lock its pages in a context on device 0, whichever device the rank has.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def make_ahead() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)
+                step = start_step
+                while step < stop_step:
+                    phase = self.mixture.phase_of(step)
+                    share = self.mixture.batch(step)[1] // self.world
+                    end = step + max(1, SLAB // (share * phase.max_length))
+                    for batches in self.steps(phase, step, min(end, self.mixture.end_of(step), stop_step)):
+                        if device is not None:
+                            batches = [batch.pin_memory() for batch in batches]
+                        if stop.is_set():
+                            return
+                        ready.put((step, batches))
+                        step += 1
+            except BaseException as error:
+                ready.put(error)
+
+        thread = threading.Thread(target=make_ahead, name="loader", daemon=True)
+        thread.start()
+        try:
+            for _ in range(start_step, stop_step):
+                began = time.perf_counter()
+                item = ready.get()
+                self.data_wait += time.perf_counter() - began
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            while not ready.empty():  # room for the one batch that the thread may be handing over
+                ready.get()
+            thread.join()
+
+
+def deal(sizes: Ints, budget: int, world: int) -> Ints:
+    """The micro-batch of each sample, none above `budget` tokens, a multiple of `world` in all.
+
+    Samples are dealt out from the longest to the shortest, to and fro, so that the sums are about even.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    turn = np.arange(len(sizes))
+    number = world * -(-int(sizes.sum()) // (budget * world))
+    while True:
+        hand, place = np.divmod(turn, number)
+        bins = np.empty(len(sizes), np.int64)
+        bins[order] = np.where(hand & 1, number - 1 - place, place)
+        if np.bincount(bins, sizes).max() <= budget:
+            return bins
+        number += world
+
+
+def _fill_up(values: npt.NDArray[Any], places: Ints, room: Ints, fill: float) -> npt.NDArray[Any]:
+    """`values` [P] at `places` [P] of an array as long as all the `room`, and `fill` elsewhere."""
+    filled = np.full(int(room.sum()), fill, values.dtype)
+    filled[places] = values
+    return filled
+
+
+def _reorder(segments: Segments, order: Ints) -> Segments:
+    """The segments of the samples `order`, in that order."""
+    count = np.bincount(segments.row)
+    if (count == count[0]).all():  # the same number of segments in each sample
+        each = int(count[0])
+        index = (order[:, None] * each + np.arange(each)).ravel()
+    else:
+        first = np.cumsum(count) - count
+        index = spread(first[order], count[order])
+    row = np.repeat(np.arange(len(order)), count[order])
+    label = None if segments.label is None else segments.label[order]
+    return Segments(segments.start[index], segments.length[index], segments.kind[index], row, label)

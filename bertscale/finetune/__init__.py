@@ -1,0 +1,1 @@
+"""An encoder and labelled texts -> a classifier."""

@@ -1,0 +1,315 @@
+"""megatron-core's tensor-parallel layers behind the seam of `layers`, and the groups of their ranks.
+
+Tensor-parallel ranks see identical batches and hold shares of each layer (Shoeybi et al., 2019). The only
+module that imports megatron-core, and with it torch's compiler: two seconds of a core in each rank, which
+`parallel` spares those that share nothing.
+
+Dimensions: P masked positions, V vocabulary on this rank, T tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bertscale.model.kernels import place_of, running_sums
+from bertscale.model.layers import Layers, checkpoint_of
+
+with warnings.catch_warnings():  # it warns of each optional package that is not installed
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel.layers import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+    )
+    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+
+def make_groups(degree: int) -> tuple[Any, Any]:
+    """(data-parallel group, tensor-parallel group) of this rank, where each layer has `degree` ranks."""
+    parallel_state.initialize_model_parallel(degree, create_gloo_process_groups=False)
+    return parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+
+
+def leave_groups() -> None:
+    """Undoes `make_groups`."""
+    parallel_state.destroy_model_parallel()
+
+
+class TensorParallelLayers(Layers):
+    """megatron-core's layers under the names of the seam, and the two streams of random numbers."""
+
+    def __init__(self, degree: int, rank: int, device: torch.device) -> None:
+        self.degree, self.rank, self.device = degree, rank, device
+        self.config = ModelParallelConfig(
+            tensor_model_parallel_size=degree,
+            use_cpu_initialization=True,  # the only branch that allocates on torch's current device
+            perform_initialization=False,  # values come from model.initial_value
+            params_dtype=torch.get_default_dtype(),
+        )
+        self._own_state = self._generator().get_state()
+
+    def column(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        return _Column(inputs, outputs, config=self.config, init_method=_no_values, bias=bias)
+
+    def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        return _Row(
+            inputs,
+            outputs,
+            config=self.config,
+            init_method=_no_values,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def word_embedding(self, vocab_size: int, width: int) -> nn.Module:
+        embedding: nn.Module = VocabParallelEmbedding(
+            vocab_size, width, init_method=_no_values, config=self.config
+        )
+        return embedding
+
+    def copy_to_tensor_parallel(self, hidden: Tensor) -> Tensor:
+        same: Tensor = copy_to_tensor_model_parallel_region(hidden)
+        return same
+
+    @torch.enable_grad()
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        share = logits.float().detach().requires_grad_()
+        losses = vocab_parallel_cross_entropy(share, targets)
+        (gradient,) = torch.autograd.grad(losses.sum(), share)
+        return losses.detach(), gradient.to(logits.dtype)
+
+    def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        rows = logits.shape[-1]
+        here = targets - self.rank * rows  # [P], the target's column on this rank
+        is_here = (here >= 0) & (here < rows)
+        wanted = logits.gather(1, here.clamp(0, rows - 1)[:, None])[:, 0].float()
+        wanted = wanted.masked_fill(~is_here, -torch.inf)
+        both = torch.stack([logits.amax(dim=-1).float(), wanted])  # [2, P]
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+        return both[1] >= both[0]
+
+    @torch.no_grad()
+    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        highest, sums = running_sums(logits)
+        own = torch.stack([highest.double(), sums[:, -1]])  # [2, P]
+        all_highest, totals = _all_gather(own).view(self.degree, 2, -1).unbind(1)  # 2 x [degree, P]
+        scale = (all_highest - all_highest.amax(dim=0)).exp()
+        ends = (totals * scale).cumsum(dim=0)  # of the ranks' shares of the whole sum
+        thresholds = uniforms * ends[-1]
+        here = (ends <= thresholds).sum(dim=0) == self.rank  # the share where the sum passes the threshold
+        begin = ends[self.rank - 1] if self.rank else torch.zeros_like(thresholds)
+        within = torch.where(here, (thresholds - begin) / scale[self.rank], 0.0)
+        ids = place_of(logits, highest, sums, within) + self.rank * logits.shape[1]
+        ids = torch.where(here, ids, 0)
+        dist.all_reduce(ids, group=parallel_state.get_tensor_model_parallel_group())
+        return ids
+
+    @contextmanager
+    def sharded_random(self) -> Iterator[None]:
+        generator = self._generator()
+        shared = generator.get_state()
+        generator.set_state(self._own_state)
+        try:
+            yield
+        finally:
+            self._own_state = generator.get_state()
+            generator.set_state(shared)
+
+    def checkpoint(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        at_start = self._own_state  # the other stream, torch's own, is put back by torch
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            now, self._own_state = self._own_state, at_start
+            try:
+                yield
+            finally:
+                self._own_state = now
+
+        return checkpoint_of(function, inputs, again)
+
+    def seed(self, shared: int, own: int) -> None:
+        generator = self._generator()
+        self._own_state = generator.manual_seed(own).get_state()
+        generator.manual_seed(shared)
+
+    def _generator(self) -> torch.Generator:
+        if self.device.type == "cuda":
+            return torch.cuda.default_generators[self.device.index or 0]
+        return torch.default_generator
+
+
+class SequenceParallelLayers(TensorParallelLayers):
+    """Between the layers that are shared out, each rank holds a share of the tokens: norms, dropout and
+    residuals are not done by all ranks alike, and their activations are kept once (Korthikanti et al., 2022).
+
+    The columns' input is gathered, the rows' output summed and scattered: together the traffic of the
+    all-reduce that they replace. Weights that every rank holds whole see a share of the tokens only; their
+    gradients are summed where they arise. megatron-core's own version runs on CUDA alone.
+    """
+
+    def __init__(self, degree: int, rank: int, device: torch.device) -> None:
+        super().__init__(degree, rank, device)
+        self.token_multiple = degree
+
+    def column(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        return _TokenColumn(inputs, outputs, config=self.config, init_method=_no_values, bias=bias)
+
+    def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+        return _TokenRow(
+            inputs,
+            outputs,
+            config=self.config,
+            init_method=_no_values,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def norm(self, width: int, eps: float, bias: bool = True) -> nn.Module:
+        return _TokenNorm(width, eps, bias=bias)
+
+    def residual_random(self) -> AbstractContextManager[None]:
+        return self.sharded_random()
+
+    def scatter(self, hidden: Tensor) -> Tensor:
+        share: Tensor = _Scatter.apply(hidden)  # type: ignore[no-untyped-call]
+        return share
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        whole: Tensor = _Gather.apply(hidden)  # type: ignore[no-untyped-call]
+        return whole
+
+
+def _all_gather(share: Tensor) -> Tensor:
+    """[T / degree, ..] -> [T, ..]."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    whole = share.new_empty(len(share) * group.size(), *share.shape[1:])
+    dist.all_gather_into_tensor(whole, share.contiguous(), group=group)
+    return whole
+
+
+def _reduce_scatter(partial: Tensor) -> Tensor:
+    """Summands [T, ..] of each rank -> this rank's share [T / degree, ..] of the sum."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    share = partial.new_empty(len(partial) // group.size(), *partial.shape[1:])
+    dist.reduce_scatter_tensor(share, partial.contiguous(), group=group)
+    return share
+
+
+def _own_share(whole: Tensor) -> Tensor:
+    group = parallel_state.get_tensor_model_parallel_group()
+    share: Tensor = whole.chunk(group.size())[group.rank()]
+    return share
+
+
+class _Scatter(torch.autograd.Function):
+    """What all ranks hold alike -> shares of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor) -> Tensor:
+        return _own_share(whole).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _all_gather(grad)
+
+
+class _Gather(torch.autograd.Function):
+    """Shares of the tokens -> all of them, for what all ranks then do alike."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor) -> Tensor:
+        return _all_gather(share)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _own_share(grad)
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor) -> Tensor:
+        return _reduce_scatter(partial)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _all_gather(grad)
+
+
+class _GatherThenLinear(torch.autograd.Function):
+    """Keeps this rank's share of the input and gathers it anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(share, weight)
+        ctx.has_bias = bias is not None
+        return nn.functional.linear(_all_gather(share), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        share, weight = ctx.saved_tensors
+        of_input = _reduce_scatter(grad @ weight)
+        of_weight = grad.t() @ _all_gather(share)
+        return of_input, of_weight, grad.sum(dim=0) if ctx.has_bias else None
+
+
+class _Column(ColumnParallelLinear):  # type: ignore[misc]
+    """Without the second value (a bias left to add) of its result."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = super().forward(inputs)[0]
+        return output
+
+
+class _Row(RowParallelLinear):  # type: ignore[misc]
+    """Without the second value (a bias left to add) of its result."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = super().forward(inputs)[0]
+        return output
+
+
+class _TokenColumn(_Column):
+    """From a share of the tokens to a share of the features of all tokens."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = _GatherThenLinear.apply(inputs, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _TokenRow(_Row):
+    """From a share of the features of all tokens to a share of the tokens."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = _ReduceScatter.apply(nn.functional.linear(inputs, self.weight))  # type: ignore[no-untyped-call]
+        return output if self.bias is None else output + _summed(self.bias)
+
+
+class _TokenNorm(nn.LayerNorm):
+    """LayerNorm of a share of the tokens."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        bias = None if self.bias is None else _summed(self.bias)
+        return nn.functional.layer_norm(inputs, self.normalized_shape, _summed(self.weight), bias, self.eps)
+
+
+def _summed(parameter: Tensor) -> Tensor:
+    """The parameter itself, whose gradients the ranks of a layer add up."""
+    same: Tensor = copy_to_tensor_model_parallel_region(parameter)
+    return same
+
+
+def _no_values(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,1 @@
+"""Optimizers, exact where the parameters lie in fragments on many ranks."""

@@ -1,0 +1,32 @@
+"""The tokenizer of a data set or a model: SentencePiece or WordPiece, behind one interface."""
+
+from bertscale.tokenizer.base import (
+    CLS,
+    MASK,
+    PAD,
+    SENTENCE_PIECE_NAME,
+    SEP,
+    TOKENIZER_NAMES,
+    UNK,
+    VOCABULARY_NAME,
+    Tokenizer,
+    han_or_kana,
+    normalize,
+)
+from bertscale.tokenizer.load import find_tokenizer, load_tokenizer
+
+__all__ = [
+    "CLS",
+    "MASK",
+    "PAD",
+    "SENTENCE_PIECE_NAME",
+    "SEP",
+    "TOKENIZER_NAMES",
+    "UNK",
+    "VOCABULARY_NAME",
+    "Tokenizer",
+    "find_tokenizer",
+    "han_or_kana",
+    "load_tokenizer",
+    "normalize",
+]

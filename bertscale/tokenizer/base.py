@@ -1,0 +1,203 @@
+"""What every tokenizer is: its interface, the normal form of text, words, and places in the given text.
+
+The kinds are in `sentence_piece` and `wordpiece`; `load` makes one of a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SENTENCE_PIECE_NAME = "tokenizer.model"
+WORD_PIECE_NAME = "tokenizer.json"
+TOKENIZER_NAMES = (SENTENCE_PIECE_NAME, WORD_PIECE_NAME)
+VOCABULARY_NAME = "vocab.txt"  # of published models
+
+Ids = list[int]
+Spans = list[tuple[int, int]]  # begin and end in characters of the given text
+
+# Characters that carry no text: controls, soft hyphen, byte order mark, lone surrogates. Both classes are
+# spelt out because `\s` means different sets in Python and in the regular expressions of `tokenizers`.
+# U+2581 is among the spaces: SentencePiece writes a space as that character and cannot tell the two apart.
+DROPPED = "\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\u00ad\\ufeff"
+SPACES = "\\x09-\\x0d\\x1c-\\x20\\x85\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\u2581"
+_find_dropped = re.compile(f"[{DROPPED}\\ud800-\\udfff]+")
+_find_spaces = re.compile(f"[{SPACES}]+")
+
+# Characters that are words of their own: Kana, Han and what is written among them.
+_HAN_AND_KANA = (
+    "\\u3005-\\u3007\\u3021-\\u3029\\u3031-\\u3035\\u3041-\\u30ff\\u31f0-\\u31ff\\u3400-\\u4dbf\\u4e00-\\u9fff"
+    "\\uf900-\\ufaff\\uff66-\\uff9f\\U0001b000-\\U0001b16f\\U00020000-\\U000323af"
+)
+han_or_kana = re.compile(f"[{_HAN_AND_KANA}]")
+
+
+def normalize(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> str:
+    """Normalised text: `form`, no control characters, one space for any white space, none at the ends."""
+    text = _find_dropped.sub("", text)
+    if not text.isascii():
+        text = unicodedata.normalize(form, text)
+    return _find_spaces.sub(" ", text).strip(" ")
+
+
+class Tokenizer(ABC):
+    """What training, fine-tuning and prep know of a tokenizer; made by `load_tokenizer`."""
+
+    file_name: ClassVar[str]  # under which it lies in a folder
+
+    path: Path  # where it was read
+    content: bytes  # of the one file that holds it
+    vocab_size: int  # special pieces included
+    pad_id: int
+    unk_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    form: Literal["NFC", "NFKC"] | None = None  # Unicode's, that `normalize` gives; None: rules of its own
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file that `save` writes."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    @cached_property
+    def special_ids(self) -> tuple[int, ...]:
+        return (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
+
+    @cached_property
+    def starts_word(self) -> npt.NDArray[np.bool_]:
+        """Whether each piece begins a word, bool [vocab]: for masks of whole words.
+
+        Words are what BERT's are, whatever the tokenizer: runs of letters or digits, each punctuation mark,
+        each piece of Han characters or Kana. Special pieces begin one too.
+        """
+        return np.array([self._starts_word(i) for i in range(self.vocab_size)]) | np.isin(
+            np.arange(self.vocab_size), self.special_ids
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the tokenizer's file into `folder`; returns its path."""
+        path = Path(folder) / self.file_name
+        path.write_bytes(self.content)
+        return path
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Its kind, size and rules, for people."""
+
+    @abstractmethod
+    def normalize(self, text: str) -> str:
+        """`text` as `encode` wants it."""
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> list[Ids]:
+        """Ids of each text, without [CLS] and [SEP]. Normalise first."""
+
+    @abstractmethod
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
+        """Ids of each text and where each piece came from in it; normalises by itself.
+
+        Spans leave out the space before a word. The bytes of one character all have its span; a piece that
+        is nothing but a space has an empty one.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special ids give no text."""
+
+    @abstractmethod
+    def piece(self, piece_id: int) -> str:
+        """The piece as it is written in the vocabulary."""
+
+    @abstractmethod
+    def export_hugging_face(self, folder: str | Path, max_length: int) -> None:
+        """Writes what AutoTokenizer loads; `max_length` in tokens, [CLS] and [SEP] included.
+
+        Pairs become [CLS] A [SEP] B [SEP] with token types 0 and 1. Unlike `encode`, and as in any Hugging
+        Face tokenizer, "[MASK]" in a text is the mask.
+        """
+
+    @abstractmethod
+    def _starts_word(self, piece_id: int) -> bool: ...
+
+    def agreement(self, folder: str | Path, texts: Sequence[str]) -> float:
+        """Share of `texts` for which this tokenizer and the one exported to `folder` give the same ids."""
+        from tokenizers import Tokenizer as Fast
+
+        fast = Fast.from_file(str(Path(folder) / "tokenizer.json"))
+        fast.encode_special_tokens = True  # a literal "[MASK]" is text, as it is to `encode`
+        theirs = fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        ours = self.encode([self.normalize(text) for text in texts])
+        return sum(a == b.ids for a, b in zip(ours, theirs, strict=True)) / max(len(texts), 1)
+
+
+# --------------------------------------------------------------------------------------------- words
+
+
+def begins_like_a_word(text: str) -> bool:
+    """Whether a piece with this text begins a word even where no space is before it."""
+    first = text[:1]
+    return bool(han_or_kana.match(first)) or is_punctuation(first)
+
+
+def is_punctuation(character: str) -> bool:
+    """As BERT has it: Unicode's punctuation, and every other ASCII character that is no letter or digit."""
+    if character.isascii():
+        return character.isprintable() and not character.isalnum() and character not in ("", " ")
+    return unicodedata.category(character)[0] == "P"
+
+
+# ------------------------------------------------------------------------------------------- offsets
+
+
+def normalize_with_places(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str, Spans]:
+    """`normalize(text, form)`, and of each of its characters where it came from in `text`."""
+    clean = normalize(text, form)
+    if clean == text:
+        return clean, [(i, i + 1) for i in range(len(text))]
+    kept = [(c, i) for i, c in enumerate(text) if not _find_dropped.match(c)]
+    characters: list[tuple[str, int, int]] = []
+    start = 0
+    for end in range(1, len(kept) + 1):
+        if end < len(kept) and _joins("".join(c for c, _ in kept[start:end]), kept[end][0], form):
+            continue
+        # All that comes of characters which normalise together comes from all of them.
+        run = "".join(c for c, _ in kept[start:end])
+        characters += [(c, kept[start][1], kept[end - 1][1] + 1) for c in unicodedata.normalize(form, run)]
+        start = end
+    result: list[str] = []
+    places: Spans = []
+    for character, begin, end in characters:
+        if not _find_spaces.match(character):
+            result.append(character)
+            places.append((begin, end))
+        elif result and result[-1] == " ":
+            places[-1] = (places[-1][0], end)
+        elif result:
+            result.append(" ")
+            places.append((begin, end))
+    if result and result[-1] == " ":
+        result.pop()
+        places.pop()
+    assert "".join(result) == clean
+    return clean, places
+
+
+def _joins(before: str, character: str, form: Literal["NFC", "NFKC"]) -> bool:
+    """Whether the normal form of `character` depends on the characters `before` it, or theirs on it."""
+    if character < "\u0300":
+        return False
+    own = unicodedata.normalize(form, character)
+    if unicodedata.combining(own[0]):
+        return True
+    return unicodedata.normalize(form, before + character) != unicodedata.normalize(form, before) + own

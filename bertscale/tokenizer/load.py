@@ -1,0 +1,52 @@
+"""The tokenizer of a data set or a model: one interface for SentencePiece models and WordPiece vocabularies.
+
+    tokenizer = load_tokenizer(find_tokenizer("runs/quickstart/data"))
+    tokenizer.encode([tokenizer.normalize("The apple is red.")])     # [[1012, 2411, 12, 874, 7]]
+
+A folder holds its tokenizer as one file that needs no other: `tokenizer.model`, a SentencePiece model, or
+`tokenizer.json`, a WordPiece tokenizer. Text that spells a special piece, such as a literal "[MASK]", is
+ordinary text to both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bertscale.config import UserError
+from bertscale.tokenizer.base import SENTENCE_PIECE_NAME, TOKENIZER_NAMES, VOCABULARY_NAME, Tokenizer
+
+
+def find_tokenizer(folder: str | Path) -> Path:
+    """The tokenizer's file in the folder of a data set, a checkpoint or a model; there may be none yet.
+
+    tokenizer.model goes before tokenizer.json, which beside it is its Hugging Face form. A published model
+    may have its vocab.txt alone.
+    """
+    folder = Path(folder)
+    for name in (*TOKENIZER_NAMES, VOCABULARY_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    return folder / SENTENCE_PIECE_NAME
+
+
+def load_tokenizer(path: str | Path, lowercase: bool | None = None) -> Tokenizer:
+    """The tokenizer of a SentencePiece model, a WordPiece tokenizer.json or a WordPiece vocab.txt.
+
+    `lowercase` is for WordPiece: whether text is put in lower case; by itself as tokenizer.json says, or if
+    no piece of vocab.txt has a capital letter.
+
+    Raises UserError if `path` is missing, is none of the three, or lacks a special piece.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
+    # The libraries load when they are needed: reading shards needs neither.
+    if path.suffix in (".txt", ".json"):
+        from bertscale.tokenizer import wordpiece
+
+        return wordpiece.load(path, content, lowercase)
+    from bertscale.tokenizer.sentence_piece import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(path, content)

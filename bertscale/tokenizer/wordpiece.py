@@ -1,0 +1,285 @@
+"""WordPiece with the vocabulary of a published BERT, with the ids that transformers' BertTokenizer gives.
+
+    tokenizer = load_tokenizer("bert-base-uncased/vocab.txt")
+    tokenizer.save("runs/data")                     # tokenizer.json: vocabulary and rules in one file
+
+The rules (clean text, lower case, spaces around Han characters and punctuation, the longest match first) are
+those of HF `tokenizers`, which knows them as BertNormalizer, BertPreTokenizer and WordPiece.
+
+WordPiece: Devlin et al., "BERT", 2018, https://arxiv.org/abs/1810.04805
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from bertscale.config import UserError
+from bertscale.tokenizer.base import (
+    CLS,
+    MASK,
+    PAD,
+    SEP,
+    SPECIAL,
+    UNK,
+    WORD_PIECE_NAME,
+    Ids,
+    Spans,
+    Tokenizer,
+    begins_like_a_word,
+)
+
+CONTINUES = "##"  # before a piece that does not begin a word
+MEMORY = 64 * 2**20  # bytes, about, for words whose ids are known
+WORD_BYTES = 250  # a known word takes about so many, beside its characters
+
+_surrogates = re.compile("[\ud800-\udfff]")
+_named = re.compile(r"\[.*\]|<.*>", re.DOTALL)  # pieces that no text can write
+# Characters that BERT's rules always make words of their own, so that text may be cut there: Han, and ASCII's
+# punctuation.
+_ALONE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df!-/:-@[-`{-~"
+_find_words = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+").findall
+
+
+class WordPieceTokenizer(Tokenizer):
+    """Made by `load_tokenizer`; pieces that continue a word begin with "##"."""
+
+    file_name = WORD_PIECE_NAME
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        """`content`: of a tokenizer.json. Raises UserError if it is not one of BERT's kind."""
+        # No threads: prep runs one process for each core already, and threads of a process that was forked
+        # would hang.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from tokenizers import Tokenizer as Fast
+
+        self.path, self.content = path, content
+        parts = _parse(path, content)
+        _check(path, parts)
+        try:
+            self._fast = Fast.from_str(content.decode())
+        except Exception as error:  # the library has no narrower class
+            raise UserError(f"{path} is damaged: {error}") from error
+        rules = parts["normalizer"]
+        self.lowercase: bool = rules["lowercase"]
+        stripped = rules["strip_accents"]
+        self.strips_accents: bool = self.lowercase if stripped is None else stripped
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._fast.encode_special_tokens = True  # a literal "[MASK]" is text
+        self.vocab_size = self._fast.get_vocab_size()
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
+            parts["model"]["vocab"][name] for name in SPECIAL
+        )
+        # Text is encoded word by word, since no rule looks beyond a word, and each word only once: this is
+        # three times as fast as the library.
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._known_bytes = 0
+
+    def __str__(self) -> str:
+        rules = ["in lower case"] * self.lowercase + ["without accents"] * self.strips_accents
+        return f"WordPiece with {self.vocab_size:,} pieces, for text {' and '.join(rules) or 'as it is'}"
+
+    def normalize(self, text: str) -> str:
+        """`text` without lone surrogates: BERT's own rules do the rest in `encode`."""
+        return text if text.isascii() else _surrogates.sub("", text)
+
+    def encode(self, texts: list[str]) -> list[Ids]:
+        known = self._known
+        lines = [_find_words(text) for text in texts]
+        if new := set(chain.from_iterable(lines)).difference(known):
+            self._learn(list(new))
+        ids = [list(chain.from_iterable(map(known.__getitem__, line))) for line in lines]
+        if self._known_bytes > MEMORY:
+            self._known, self._known_bytes = {}, 0
+        return ids
+
+    def _learn(self, words: list[str]) -> None:
+        for word, found in zip(
+            words, self._fast.encode_batch_fast(words, add_special_tokens=False), strict=True
+        ):
+            self._known[word] = tuple(found.ids)
+            self._known_bytes += WORD_BYTES + 12 * len(word)
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
+        results = []
+        for text in texts:
+            clean = (
+                text if text.isascii() else _surrogates.sub("\x00", text)
+            )  # dropped, but it holds the place
+            found = self._fast.encode(clean, add_special_tokens=False)
+            results.append((found.ids, found.offsets))
+        return results
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words of `ids` with a space between them; special ids give no text."""
+        special = set(self.special_ids)
+        text: str = self._fast.decode([int(i) for i in ids if i not in special])
+        return text
+
+    def piece(self, piece_id: int) -> str:
+        """The piece as it is written in the vocabulary, with "##" where it continues a word."""
+        name: str | None = self._fast.id_to_token(int(piece_id))
+        if name is None:
+            raise IndexError(f"no piece {piece_id}")
+        return name
+
+    def _starts_word(self, piece_id: int) -> bool:
+        piece = self.piece(piece_id)
+        if not piece.startswith(CONTINUES) or piece == CONTINUES:
+            return True
+        return begins_like_a_word(piece[len(CONTINUES) :])
+
+    def export_hugging_face(self, folder: str | Path, max_length: int) -> None:
+        """Writes tokenizer.json, the same as `save`, with tokenizer_config.json and vocab.txt beside it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder)
+        settings: dict[str, Any] = {
+            "tokenizer_class": "BertTokenizer",
+            "model_max_length": max_length,
+            "do_lower_case": self.lowercase,
+            "strip_accents": self.strips_accents,
+            "tokenize_chinese_chars": True,
+            "pad_token": PAD,
+            "unk_token": UNK,
+            "cls_token": CLS,
+            "sep_token": SEP,
+            "mask_token": MASK,
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        pieces = "".join(f"{self.piece(i)}\n" for i in range(self.vocab_size))
+        (folder / "vocab.txt").write_text(pieces, encoding="utf-8", newline="\n")
+
+
+def load(path: Path, content: bytes, lowercase: bool | None) -> WordPieceTokenizer:
+    """The tokenizer of a tokenizer.json or a vocab.txt; see `load_tokenizer`."""
+    if path.suffix != ".json":
+        return WordPieceTokenizer(path, from_vocabulary(path, content, lowercase))
+    if lowercase is not None:
+        parts = _parse(path, content)
+        _check(path, parts)
+        if parts["normalizer"]["lowercase"] != lowercase:
+            vocabulary = sorted(parts["model"]["vocab"], key=parts["model"]["vocab"].__getitem__)
+            content = _tokenizer_json(vocabulary, lowercase)
+    return WordPieceTokenizer(path, content)
+
+
+def from_vocabulary(path: Path, content: bytes, lowercase: bool | None = None) -> bytes:
+    """The tokenizer.json of a vocab.txt with a piece a line; `lowercase` as in `load_tokenizer`.
+
+    Raises UserError that names the line of a piece that is there twice, or the special piece that is missing.
+    """
+    try:
+        # As Python reads text: \n, \r\n and \r end a line; some vocabularies have U+2028 as a piece.
+        pieces = [line.rstrip("\n") for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not the vocabulary of a WordPiece tokenizer: no UTF-8 text") from error
+    for name in SPECIAL:
+        if name not in pieces:
+            raise UserError(
+                f"{path} is not the vocabulary of a BERT WordPiece tokenizer: it has no {name}; "
+                f"there must be a line for each piece, {', '.join(SPECIAL)} among them"
+            )
+    piece, times = Counter(pieces).most_common(1)[0]
+    if times > 1:
+        first = pieces.index(piece)
+        second = pieces.index(piece, first + 1)
+        raise UserError(
+            f"{path} has the piece {piece!r} in line {first + 1:,} and again in line {second + 1:,}: "
+            "each id must have a piece of its own"
+        )
+    if lowercase is None:
+        lowercase = not any(p != p.lower() for p in pieces if not _named.fullmatch(p))
+    return _tokenizer_json(pieces, lowercase)
+
+
+def _tokenizer_json(pieces: list[str], lowercase: bool) -> bytes:
+    """The same bytes for the same vocabulary, whatever the version of `tokenizers`."""
+    # A vocabulary in lower case that has letters with accents was made without taking them off.
+    accents = any(p != unicodedata.normalize("NFD", p) for p in pieces if not _named.fullmatch(p))
+    special = {name: pieces.index(name) for name in SPECIAL}
+    single = [_part("SpecialToken", CLS, 0), _part("Sequence", "A", 0), _part("SpecialToken", SEP, 0)]
+    pair = [*single, _part("Sequence", "B", 1), _part("SpecialToken", SEP, 1)]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": place, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+            | {"normalized": False, "special": True}
+            for name, place in sorted(special.items(), key=lambda item: item[1])
+        ],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": lowercase and not accents,
+            "lowercase": lowercase,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": pair,
+            "special_tokens": {
+                name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in (CLS, SEP)
+            },
+        },
+        "decoder": {"type": "WordPiece", "prefix": CONTINUES, "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": UNK,
+            "continuing_subword_prefix": CONTINUES,
+            "max_input_chars_per_word": 100,
+            "vocab": {piece: number for number, piece in enumerate(pieces)},
+        },
+    }
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _part(kind: str, name: str, token_type: int) -> dict[str, Any]:
+    return {kind: {"id": name, "type_id": token_type}}
+
+
+def _parse(path: Path, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"the tokenizer {path} is damaged: {error}") from error
+
+
+def _check(path: Path, parts: Any) -> None:
+    """Raises UserError unless `parts` are those of a BERT tokenizer."""
+    kinds = ("BertNormalizer", "BertPreTokenizer", "WordPiece")
+    found: list[Any] = []
+    if isinstance(parts, dict):
+        found = [(parts.get(name) or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
+    if tuple(found) != kinds:
+        raise UserError(
+            f"{path} is not the tokenizer of a BERT (a WordPiece model with BERT's rules); where it is the "
+            "Hugging Face form of a SentencePiece model, put that model beside it as tokenizer.model"
+        )
+    for name in SPECIAL:
+        if name not in parts["model"]["vocab"]:
+            raise UserError(f"the tokenizer {path} has no piece {name}")
+    rules = parts["normalizer"]
+    if not (rules["clean_text"] and rules["handle_chinese_chars"]):
+        raise UserError(
+            f"the tokenizer {path} does not clean text or does not cut at Chinese characters, which this "
+            "version needs"
+        )
+    for token in parts.get("added_tokens", []):
+        if not token["special"]:
+            raise UserError(
+                f"the tokenizer {path} has the added token {token['content']!r}, which is not supported"
+            )

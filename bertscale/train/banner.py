@@ -1,0 +1,73 @@
+"""What a person wants to know before a long run: the model, the data, the ranks."""
+
+from __future__ import annotations
+
+from bertscale.config import PretrainConfig
+from bertscale.data.loader import Loader
+from bertscale.data.shards import Dataset
+from bertscale.progress import show_count
+from bertscale.run_folder import TENSORBOARD
+from bertscale.train.device import describe
+from bertscale.train.parallel import Ranks
+from bertscale.train.schedule import TrainingSchedule
+
+
+def banner(
+    config: PretrainConfig,
+    data: list[Dataset],
+    loader: Loader,
+    ranks: Ranks,
+    precision: str,
+    reason: str,
+    peak: float,
+    start: int,
+    schedule: TrainingSchedule,
+) -> list[str]:
+    """What a person wants to know before a long run, in a few lines."""
+    sizes = config.model
+    lines = [
+        f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}; "
+        f"{precision} ({reason})",
+        *data_lines(config, data, loader, start, schedule),
+        f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
+        f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
+        f"{show_count(peak)} FLOP/s at most together",
+        f"watch     tensorboard --logdir {config.run}/{TENSORBOARD}",
+    ]
+    if start:
+        lines.append(f"resumed   from step {start} of {schedule.text}")
+    return lines
+
+
+def data_lines(
+    config: PretrainConfig, data: list[Dataset], loader: Loader, start: int, schedule: TrainingSchedule
+) -> list[str]:
+    """Size of each corpus, how often it will be gone through, and what of it makes no sample."""
+    mixture, kind = loader.mixture, config.samples.kind
+    name = {"nsp": "NSP pairs", "sop": "SOP pairs", "document": "samples", "packed": "packed samples"}[kind]
+    before, behind = mixture.epochs(start), mixture.epochs(schedule.steps or start)
+    lines = []
+    for number, (one, sampler) in enumerate(zip(data, mixture.phases[-1].samplers, strict=True)):
+        share = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
+        lines.append(
+            f"{'' if number else 'data':<10}{show_count(one.num_tokens)} tokens, {one.num_documents:,} "
+            f"documents, {sampler.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
+            + (f"{behind[number] - before[number]:.1f} epochs" if schedule.steps else schedule.text)
+            + " to go"
+            + (f"; {one.folder}, {share:.1%} of the samples" if len(data) > 1 else "")
+        )
+        if sampler.left_out:
+            lines.append(f"{'':<10}{sampler.left_out:,} documents of one token make no pair")
+    for steps, length in config.samples.warmup:
+        lines.append(f"{'':<10}{steps:,} steps of {length} tokens at most before")
+    for tokens, size in config.train.batch_warmup:
+        lines.append(f"{'':<10}{size:,} samples a step until {show_count(tokens)} tokens are done")
+    return lines
+
+
+def epochs(config: PretrainConfig, loader: Loader, done: int) -> dict[str, float]:
+    """How often the data, or each of several corpora, has been gone through after `done` steps."""
+    passed = loader.mixture.epochs(done)
+    if len(passed) == 1:
+        return {"data/epochs": passed[0]}
+    return {f"data/epochs/{c.path}": value for c, value in zip(config.corpora, passed, strict=True)}

@@ -1,0 +1,275 @@
+"""Checkpoints: written whole or not at all, read as full tensors whatever the topology that wrote them.
+
+A checkpoint is a folder `step-0000100` with
+    bertscale.json                 facts, the parameter table, and per file its fragments, size and digest
+    shard-t00-d00.safetensors      what tensor rank 0, data rank 0 held: float32 weights and Adam moments
+    tokenizer.model                or tokenizer.json
+Each shard holds flat fragments named `state:parameter`; the table says where in the tensor rank's flattened
+share of the parameter a fragment starts. Parameters that are whole on every tensor rank are written by
+tensor rank 0 alone. The folder is written under a temporary name and renamed: one with the final name
+is whole. DeepSpeed's own files are not used: they are pickles, its reader runs what is in them, and
+they fit one topology only.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bertscale.config import ModelConfig, UserError, check_config
+from bertscale.files import file_digest, fresh_folder, partial_folder, put_in_place, sync, write_json
+from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoints
+from bertscale.tokenizer import load_tokenizer
+from bertscale.train.parallel import Ranks
+
+FORMAT = 1
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StateFragment:
+    """This rank's part of one parameter: views of the float32 tensors that the optimizer updates.
+
+    `start` counts from the beginning of the tensor rank's flattened share; the views are 1-D.
+    """
+
+    name: str
+    start: int
+    states: dict[str, Tensor]
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def shard_name(tensor_rank: int, data_rank: int) -> str:
+    return f"shard-t{tensor_rank:02d}-d{data_rank:02d}.safetensors"
+
+
+def write_shard(folder: Path, name: str, fragments: Iterable[StateFragment]) -> dict[str, Any]:
+    """Writes one rank's fragments and returns the file's entry in the table. Raises OSError."""
+    kept = [fragment for fragment in fragments if fragment.states["weight"].numel()]
+    tensors = {
+        f"{state}:{fragment.name}": value.detach().cpu().contiguous()
+        for fragment in kept
+        for state, value in fragment.states.items()
+    }
+    path = folder / name
+    save_tensors(path, tensors)
+    sync(path)
+    return {
+        "name": name,
+        "bytes": path.stat().st_size,
+        "digest": file_digest(path),
+        "pieces": {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in kept},
+    }
+
+
+def save_checkpoint(
+    final: Path, fragments: Iterable[StateFragment], table: dict[str, Any], tokenizer: Path, ranks: Ranks
+) -> None:
+    """Writes the checkpoint `final`, all ranks together, each its `fragments`; `table` is the first rank's.
+
+    Whatever fails on a rank, all of them learn of it before the folder gets its name: then it is removed, and
+    each of them raises UserError.
+    """
+    partial = partial_folder(final)
+    failure: str | None = None
+    entry: dict[str, Any] = {}
+    if ranks.rank == 0:
+        failure = _attempt(lambda: shutil.copyfile(tokenizer, fresh_folder(final) / tokenizer.name))
+    ranks.barrier()  # the folder is there
+    if failure is None:
+
+        def write() -> None:
+            name = shard_name(ranks.tensor_rank, ranks.data_rank)
+            entry.update(write_shard(partial, name, fragments))
+            entry.update(tensor_rank=ranks.tensor_rank, data_rank=ranks.data_rank)
+
+        failure = _attempt(write)
+    reports: list[Any] = ranks.gather((failure, entry))
+    failure = next((text for text, _ in reports if text), None)
+    if failure is None and ranks.rank == 0:
+        whole = {"format": FORMAT, "has_moments": True, **table, "files": [file for _, file in reports]}
+        failure = _attempt(lambda: commit(partial, final, whole))
+    failure = ranks.broadcast(failure)
+    if failure:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {final}: {failure}; the ones before it are whole")
+
+
+def _attempt(work: Callable[[], object]) -> str | None:
+    """Does the work; an operating system's refusal comes back in words, so that all ranks can agree."""
+    try:
+        work()
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)
+    return None
+
+
+def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:
+    """Writes the table into `partial` and gives the folder its final name. Raises OSError."""
+    write_json(partial / TABLE, table, flush=False)
+    put_in_place(partial, final)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+class Checkpoint:
+    """A checkpoint as one dictionary of full float32 tensors, assembled when asked for.
+
+    Files are memory-mapped: asking for one tensor reads that tensor alone.
+    """
+
+    def __init__(self, folder: Path, table: dict[str, Any]) -> None:
+        self.folder = folder
+        self.table = table
+        self.model: ModelConfig = check_config(ModelConfig, table["model"], str(folder / TABLE))
+        self.vocab_size: int = table["vocab_size"]
+        self.step: int = table["step"]
+        self.samples_consumed: int = table["samples_consumed"]
+        self.skipped_steps: int = table.get("skipped_steps", 0)  # of them, those that changed nothing
+        self.elapsed_seconds: float = table.get("elapsed_seconds", 0.0)  # of training
+        self.parameters: dict[str, dict[str, Any]] = table["parameters"]
+        self._open: dict[str, Any] = {}
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer's moments are here (not in a checkpoint from Hugging Face)."""
+        return bool(self.table["has_moments"])
+
+    def tensor(self, name: str, state: str = "weight") -> Tensor:
+        """The whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
+
+        Raises KeyError for an unknown parameter or a state that its optimizer does not keep, UserError when
+        fragments are missing.
+        """
+        entry = self.parameters[name]
+        if state not in entry.get("states", STATES):
+            raise KeyError(f"{state} of {name}")
+        shape, dim = entry["shape"], entry["tensor_parallel_dimension"]
+        degree = self.table["topology"]["tensor"] if dim is not None else 1
+        share = list(shape)
+        if dim is not None:
+            share[dim] //= degree
+        shares = []
+        for rank in range(degree):
+            flat = torch.empty(torch.Size(share).numel())
+            filled = 0
+            for file in self.table["files"]:
+                if file["tensor_rank"] != rank or name not in file["pieces"]:
+                    continue
+                start, length = file["pieces"][name]
+                flat[start : start + length] = self._file(file["name"]).get_tensor(f"{state}:{name}")
+                filled += length
+            if filled != flat.numel():
+                raise UserError(f"the checkpoint {self.folder} lacks a part of {name} ({state})")
+            shares.append(flat.view(share))
+        return shares[0] if degree == 1 else torch.cat(shares, dim)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compares every `parts`-th file's digest with the table; raises UserError that names the file."""
+        for file in self.table["files"][part::parts]:
+            if file_digest(self.folder / file["name"]) != file["digest"]:
+                raise UserError(
+                    f"the checkpoint file {self.folder / file['name']} is damaged: its digest differs from "
+                    f"{TABLE}'s; use another checkpoint"
+                )
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints of a run. Raises OSError."""
+    for folder in checkpoints(run)[:-keep]:
+        (folder / TABLE).unlink()  # first: one that is half removed is no checkpoint
+        shutil.rmtree(folder)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a checkpoint folder, or the newest checkpoint of a run folder.
+
+    Raises UserError where there is none, it was never committed, or a file is missing or cut short.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint {folder}: no such folder")
+    if (folder / CHECKPOINTS).is_dir():
+        found = checkpoints(folder)
+        if not found:
+            raise UserError(f"the run {folder} has no finished checkpoint yet")
+        return open_checkpoint(found[-1])
+    try:
+        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a finished checkpoint: it has no {TABLE}, which is written last; "
+            "use an older checkpoint of the run"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{folder / TABLE} is damaged: {error}") from error
+    if table.get("format") != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {table.get('format')}, this version reads {FORMAT}")
+    for file in table["files"]:
+        path = folder / file["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != file["bytes"]:
+            state = "missing" if size is None else f"{size:,} bytes instead of {file['bytes']:,}"
+            raise UserError(f"the checkpoint file {path} is damaged: {state}; use another checkpoint")
+    return Checkpoint(folder, table)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file, readable by whom the umask lets. Raises OSError."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # it wraps the operating system's errors
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found.group(1)) if found else errno.EIO, str(error), str(path)) from error
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors makes it the owner's alone
+
+
+def write_whole(
+    folder: Path, table: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path
+) -> None:
+    """Writes full weights (no moments) as a checkpoint of one rank; used for imported weights."""
+    partial = fresh_folder(folder)
+    load_tokenizer(tokenizer).save(partial)
+    shapes: dict[str, list[int]] = {}
+    fragments = []
+    for name, value in tensors:
+        shapes[name] = list(value.shape)
+        fragments.append(StateFragment(name, 0, {"weight": value.float().flatten()}))
+    entry = write_shard(partial, shard_name(0, 0), fragments)
+    parameters = {n: {"shape": shape, "tensor_parallel_dimension": None} for n, shape in shapes.items()}
+    commit(
+        partial,
+        folder,
+        {
+            "format": FORMAT,
+            "has_moments": False,
+            "step": 0,
+            "samples_consumed": 0,
+            "topology": {"tensor": 1, "data": 1, "zero_stage": 0},
+            **table,
+            "parameters": parameters,
+            "files": [{**entry, "tensor_rank": 0, "data_rank": 0}],
+        },
+    )

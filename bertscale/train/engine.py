@@ -1,0 +1,230 @@
+"""The model and optimizer of a run, sharded by DeepSpeed; the way in and out of each rank's part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertscale.config import PretrainConfig, UserError
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.model.model import LossSums, PretrainingModel, initial_value
+from bertscale.optim.groups import is_matrix, make_optimizer
+from bertscale.optim.layout import Fragment, Layout, Parameter
+from bertscale.optim.optimizers import Muon, WholeOptimizer, first_moments
+from bertscale.train.checkpoint import STATES, Checkpoint, StateFragment
+from bertscale.train.clipping import set_clipping, whole_norm
+from bertscale.train.parallel import Ranks, take_share, tensor_parallel_dimension
+from bertscale.train.zero import Zero
+
+
+def _graph_tokens(config: PretrainConfig, ranks: Ranks) -> int | None:
+    """Tokens of a micro-batch at most, where its layers are replayed as CUDA graphs."""
+    train, stage = config.train, config.parallel.zero_stage
+    if train.compile != "graphs":
+        return None
+    if stage != 2 and train.micro_samples != train.global_batch // ranks.data:
+        raise UserError(
+            f"train.compile=graphs with parallel.zero_stage={stage} wants each rank's part of a step in one "
+            "micro-batch, for between two of them gradients stay where the graphs write: take "
+            "parallel.zero_stage=2, or train.micro_batch as large as that part"
+        )
+    return train.micro_tokens or train.micro_batch * config.samples.max_length
+
+
+class Engine:
+    """The sharded model and optimizer, and the way in and out of their state."""
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, ranks: Ranks, dtype: torch.dtype) -> None:
+        """Builds the model shard by shard; weights are undefined until `start` or `resume`."""
+        self.config, self.ranks, self.stage = config, ranks, config.parallel.zero_stage
+        self.vocab_size = vocab_size
+        self.norm, self.step_applied = torch.zeros(()), torch.ones(())
+
+        def make_model() -> nn.Module:
+            recompute = config.train.activation_checkpointing
+            layers = ranks.layers(config.parallel.sequence)
+            self.model = PretrainingModel(config.model, vocab_size, layers, recompute)
+            return self.model
+
+        def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+            if config.compiles(ranks.device.type):
+                self.model.encoder.compile_layers(
+                    fused=dtype != torch.float32 and ranks.device.type == "cuda",
+                    graph_tokens=_graph_tokens(config, ranks),
+                )
+            return make_optimizer(model, config.optimizer, config.model, dtype)
+
+        self.zero = Zero(config, ranks, dtype, make_model, optimizer_of)
+        self.parameters, self.optimizer = self.zero.parameters, self.zero.optimizer
+        if isinstance(self.optimizer, WholeOptimizer):
+            self._lay_out(self.optimizer)
+
+    # ------------------------------------------------------------------------------------- training
+
+    def __call__(self, batch: MicroBatch) -> LossSums:
+        """The forward pass of a micro-batch on the device."""
+        sums: LossSums = self.zero.engine(batch)
+        return sums
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradients of `loss`, which the caller has divided by all that it must be divided by.
+
+        `last`: of the micro-batches of this global step.
+        """
+        self.zero.backward(loss, last=last)
+
+    def step(self, learning_rate: float) -> None:
+        """Ends a micro-batch; at the end of the global step: all-reduce, clip, update.
+
+        `step_applied` is then 1, or 0 if the gradient was not finite and has changed nothing: float32, 0-dim.
+        """
+        zero, ends = self.zero, self.zero.at_end_of_step()
+        if ends and not zero.clips:
+            self.norm = whole_norm(zero.gradients(), self.ranks, sharded=self.stage > 0)
+            largest = self.config.optimizer.gradient_clipping
+            self.step_applied = set_clipping(self.optimizer, self.norm, largest)
+        zero.step(learning_rate)
+        if ends and zero.clips:
+            applied = float(zero.engine.was_step_applied())
+            self.step_applied = torch.full((), applied, device=self.ranks.device)
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient of the last step, before clipping. Waits for the device."""
+        return float(self.zero.engine.get_global_grad_norm() if self.zero.clips else self.norm)
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(torch.Size(self._global_shape(name)).numel() for name in self.parameters)
+
+    # ---------------------------------------------------------------------------------------- state
+
+    def start(self, seed: int) -> None:
+        """First weights: `model.initial_value` of each parameter."""
+
+        def first_value(name: str, state: str) -> Tensor:
+            return initial_value(name, self._global_shape(name), self.config.model, self.vocab_size, seed)
+
+        self._fill(first_value, ("weight",))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Weights, moments and step of a checkpoint of any topology."""
+        missing = set(self.parameters) ^ set(checkpoint.parameters)
+        if missing:
+            raise UserError(f"the checkpoint {checkpoint.folder} is of another model: {min(missing)} differs")
+        for name, entry in checkpoint.parameters.items():
+            if entry["shape"] != self._global_shape(name):
+                raise UserError(
+                    f"the checkpoint {checkpoint.folder} is of another model: {name} is {entry['shape']}, "
+                    f"the config makes it {self._global_shape(name)}"
+                )
+            for state in self._states(name) if checkpoint.has_moments else ():
+                if state not in entry.get("states", STATES):
+                    raise UserError(
+                        f"the checkpoint {checkpoint.folder} has no {state} of {name}, which "
+                        f"optimizer.name={self.config.optimizer.name} needs; go on with muon"
+                    )
+        self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
+        for state in self.optimizer.state.values():
+            state["step"].fill_(checkpoint.step - checkpoint.skipped_steps)
+
+    def fragments(self) -> list[StateFragment]:
+        """This rank's part of the state, as views: what is written into them is trained on."""
+        states = self.optimizer.state
+        for tensor, names in self.zero.tensors:  # moments come to life at the first step; they are needed now
+            first_moments(states[tensor], tensor, second="exp_avg_sq" in self._states(names[0]))
+        fragments = []
+        for name, (tensor, offset, start, length) in self.zero.places.items():
+            values = {"weight": tensor.data, **states[tensor]}
+            views = {key: values[key].view(-1).narrow(0, offset, length) for key in self._states(name)}
+            fragments.append(StateFragment(name, start, views))
+        return fragments
+
+    def fragments_to_save(self) -> list[StateFragment]:
+        """The fragments that this rank writes into a checkpoint, so that each is written once."""
+        if self.stage == 0 and self.ranks.data_rank:  # without ZeRO the data ranks hold the same
+            return []
+        return [
+            fragment
+            for fragment in self.fragments()
+            if self.ranks.tensor_rank == 0 or tensor_parallel_dimension(fragment.name) is not None
+        ]
+
+    def table(self) -> dict[str, Any]:
+        """What a checkpoint's table says of the model and of its fragments."""
+        return {
+            "model": self.config.model.model_dump(),
+            "vocab_size": self.vocab_size,
+            "config": self.config.model_dump(),
+            "topology": {"tensor": self.ranks.tensor, "data": self.ranks.data, "zero_stage": self.stage},
+            "parameters": {
+                name: {
+                    "shape": self._global_shape(name),
+                    "tensor_parallel_dimension": tensor_parallel_dimension(name),
+                    "states": self._states(name),
+                }
+                for name in self.parameters
+            },
+        }
+
+    def _states(self, name: str) -> tuple[str, ...]:
+        """What the optimizer keeps of the parameter, its weight included."""
+        muon = self.config.optimizer.name == "muon" and is_matrix(name)
+        return STATES[:2] if muon else STATES
+
+    def _fill(self, read: Callable[[str, str], Tensor], states: tuple[str, ...]) -> None:
+        fragments = {fragment.name: fragment for fragment in self.fragments()}
+        for name, parameter in self.parameters.items():
+            for state in states:
+                whole_too = state == "weight" and self.stage < 3
+                if state not in self._states(name) or not (whole_too or name in fragments):
+                    continue
+                share = take_share(read(name, state), name, self.ranks.tensor, self.ranks.tensor_rank)
+                if name in fragments:
+                    target = fragments[name].states[state]
+                    start = fragments[name].start
+                    target.copy_(share.flatten()[start : start + target.numel()])
+                if whole_too:
+                    parameter.data.copy_(share)
+        self.zero.refresh_weights()
+
+    def _lay_out(self, optimizer: WholeOptimizer) -> None:
+        """Tells the optimizer what lies where, and whom it shares the tensors with."""
+        ranks, tensors = self.ranks, self.zero.tensors
+        mine = [
+            [
+                Fragment(index, start, offset, length)
+                for index, name in enumerate(names)
+                if name in self.zero.places
+                for _, offset, start, length in [self.zero.places[name]]
+            ]
+            for _, names in tensors
+        ]
+        # Without ZeRO the data ranks hold the same; tensor ranks are neighbours.
+        first = ranks.rank - ranks.tensor_rank
+        members = range(ranks.world) if self.stage else range(first, first + ranks.tensor)
+        group = None if self.stage else ranks.tensor_group
+        everyone = ranks.gather(mine) if isinstance(optimizer, Muon) else None
+        for number, (tensor, names) in enumerate(tensors):
+            parameters = []
+            for name in names:
+                shape, dim = self.zero.share_shape(name), tensor_parallel_dimension(name)
+                parameters.append(Parameter(name, tuple(shape), dim, ranks.tensor))
+            fragments = [() for _ in members] if everyone is None else [everyone[r][number] for r in members]
+            fragments[members.index(ranks.rank)] = mine[number]
+            layout = Layout(
+                parameters=tuple(parameters),
+                fragments=tuple(tuple(part) for part in fragments),
+                tensor_ranks=tuple(member % ranks.tensor for member in members),
+                rank=members.index(ranks.rank),
+                group=group,
+            )
+            optimizer.lay_out(tensor, layout)
+
+    def _global_shape(self, name: str) -> list[int]:
+        shape, dim = self.zero.share_shape(name), tensor_parallel_dimension(name)
+        if dim is not None:
+            shape[dim] *= self.ranks.tensor
+        return shape

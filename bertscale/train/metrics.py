@@ -1,0 +1,189 @@
+"""What a run reports: TensorBoard events, metrics.jsonl, tokens/s, MFU, data wait.
+
+tensorboard --logdir RUN/tensorboard
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bertscale.config import PAIRS, ModelConfig
+from bertscale.files import write_bytes
+from bertscale.model.model import LossSums, attended_pairs, model_flops_per_token
+from bertscale.progress import show_count
+from bertscale.run_folder import METRICS, TENSORBOARD, append_line, read_metrics
+from bertscale.train.objectives import Counts
+from bertscale.train.parallel import Ranks
+
+
+class Rate:
+    """Counts real tokens between two log points, the time they took, and the FLOPs they stand for."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int, peak: float) -> None:
+        self.model, self.vocab_size, self.peak = model, vocab_size, peak  # peak: FLOP/s of all devices
+        self.all_tokens, self.all_seconds, self.all_flops = 0.0, 0.0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new stretch; time before it (a checkpoint, a held-out loss) does not count."""
+        self.tokens, self.pairs, self.local_pairs, self.masked = 0, 0, 0, 0
+        self.began = time.perf_counter()
+
+    def add(self, lengths: Sequence[int], masked: int) -> None:
+        """One micro-batch of this rank: its sample lengths and its number of predicted tokens."""
+        self.tokens += sum(lengths)
+        self.pairs += sum(length * length for length in lengths)
+        half = self.model.half_window
+        self.local_pairs += sum(attended_pairs(length, half) for length in lengths) if half else 0
+        self.masked += masked
+
+    def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
+        """Rates of the stretch over all ranks; one that warms up is left out of `overall`."""
+        tokens, pairs, local, masked = ranks.sum_over_data(
+            self.tokens, self.pairs, self.local_pairs, self.masked
+        )
+        seconds = time.perf_counter() - self.began
+        flops = tokens * model_flops_per_token(
+            self.model, self.vocab_size, pairs / tokens, masked / tokens, local / tokens
+        )
+        if not warming_up:
+            self.all_tokens += tokens
+            self.all_seconds += seconds
+            self.all_flops += flops
+        self.restart()
+        return {
+            "speed/tokens_per_second": tokens / seconds,
+            "speed/mfu": flops / seconds / self.peak,
+        }
+
+    def overall(self) -> dict[str, float]:
+        """Rates of all stretches together."""
+        seconds = max(self.all_seconds, 1e-9)
+        return {
+            "tokens_per_second": self.all_tokens / seconds,
+            "mfu": self.all_flops / seconds / self.peak,
+        }
+
+
+class LossAccumulator:
+    """Sums of the losses of the steps since the last log point, left on the device until then.
+
+    A step that was skipped, for its gradient was not finite, has no part in them. `skipped` counts such steps
+    of the whole run, `newly_skipped` those between the last two calls of `close`, `in_a_row` those that the
+    last steps were.
+    """
+
+    def __init__(self, device: torch.device, skipped: int) -> None:
+        self.sums, self.counts = torch.zeros(len(LossSums._fields), device=device), Counts(0, 0, 0)
+        self.unread: list[tuple[Counts, Tensor]] = []
+        self.skipped, self.newly_skipped, self.in_a_row = skipped, 0, 0
+        self.skipped_at_close = skipped
+
+    def add(self, sums: LossSums, counts: Counts, step_applied: Tensor) -> None:
+        """Adds a step: this rank's sums, what they are to be divided by, and `Engine.step_applied`."""
+        self.sums += torch.where(step_applied > 0, torch.stack(sums), 0.0)
+        self.unread.append((counts, step_applied))
+
+    def read(self) -> None:
+        """Brings `skipped` and `in_a_row` up to date. Waits for the device."""
+        if not self.unread:
+            return
+        flags = torch.stack([applied for _, applied in self.unread]).tolist()
+        for (counts, _), applied in zip(self.unread, flags, strict=True):
+            if applied:
+                self.counts = Counts(*map(operator.add, self.counts, counts))
+                self.in_a_row = 0
+            else:
+                self.skipped += 1
+                self.in_a_row += 1
+        self.unread.clear()
+
+    def close(self) -> tuple[Tensor, Counts]:
+        """The sums and the counts since the last call, and starts again from zero. Waits for the device."""
+        self.read()
+        self.newly_skipped, self.skipped_at_close = self.skipped - self.skipped_at_close, self.skipped
+        sums, counts = self.sums, self.counts
+        self.sums, self.counts = torch.zeros_like(sums), Counts(0, 0, 0)
+        return sums, counts
+
+
+class MetricsWriter:
+    """Writes one run's figures to metrics.jsonl and TensorBoard; rank 0 only.
+
+    What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is
+    dropped: those steps are done again.
+    """
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / METRICS
+        kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
+        write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        self.events = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step + 1)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """`step`: optimizer steps done; keys such as `train/mlm_loss` become TensorBoard's tags."""
+        append_line(self.path, {"step": step, **figures})
+        for key, value in figures.items():
+            self.events.add_scalar(key, value, step)
+        self.events.flush()
+
+    def close(self) -> None:
+        self.events.close()
+
+
+SECOND = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
+
+
+def brief(figures: dict[str, float]) -> dict[str, str]:
+    """The figures that fit on a progress line."""
+    return {
+        "loss": f"{figures['train/loss']:.3f}",
+        **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
+        **{
+            f"{kind.upper()} accuracy": f"{figures[f'train/{kind}_accuracy']:.0%}"
+            for kind in SECOND
+            if f"train/{kind}_accuracy" in figures
+        },
+        **({"recall": f"{figures['train/rtd_recall']:.0%}"} if "train/rtd_recall" in figures else {}),
+        "tokens/s": show_count(figures["speed/tokens_per_second"]),
+        "MFU": f"{figures['speed/mfu']:.0%}",
+    }
+
+
+def heldout_brief(figures: dict[str, float]) -> str:
+    """`MLM loss 6.1234, NSP accuracy 51.2%`"""
+    words = []
+    if "heldout/mlm_loss" in figures:
+        words.append(f"MLM loss {figures['heldout/mlm_loss']:.4f}")
+    for kind in SECOND:
+        if f"heldout/{kind}_accuracy" in figures:
+            words.append(f"{kind.upper()} accuracy {figures[f'heldout/{kind}_accuracy']:.1%}")
+    if "heldout/rtd_recall" in figures:
+        words.append(f"recall {figures['heldout/rtd_recall']:.1%}")
+    return ", ".join(words)
+
+
+def result(run: Path) -> dict[str, float]:
+    """First and last losses of the run, from its journal."""
+    entries = read_metrics(run)
+    trained = [entry for entry in entries if "train/loss" in entry]
+    heldout = [entry for entry in entries if "heldout/loss" in entry]
+    return {
+        "steps": trained[-1]["step"],
+        "first_loss": trained[0]["train/loss"],
+        "last_loss": trained[-1]["train/loss"],
+        **{
+            f"heldout_{figure}": heldout[-1][f"heldout/{figure}"]
+            for figure in ("mlm_loss", "mlm_accuracy", *(f"{kind}_accuracy" for kind in SECOND))
+            if f"heldout/{figure}" in heldout[-1]
+        },
+    }

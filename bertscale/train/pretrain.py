@@ -1,0 +1,321 @@
+"""Token shards -> checkpoints: the training loop, one process of it for each rank.
+
+bertscale pretrain configs/pretrain/quickstart.yaml            # starts the ranks of this machine
+torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or be one of somebody else's
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import torch
+import yaml
+
+from bertscale.config import PretrainConfig, UserError
+from bertscale.data.batch_phases import FOREVER
+from bertscale.data.loader import Loader
+from bertscale.data.mixture import Mixture, data_digest
+from bertscale.data.samples import check_batches
+from bertscale.data.shards import Dataset, Split, open_dataset
+from bertscale.errors import STOPPED_AND_SAVED
+from bertscale.files import write_bytes, write_json
+from bertscale.model.model import LossSums
+from bertscale.progress import Progress
+from bertscale.run_folder import CONFIG, LOCK, RESULT, checkpoint_folder
+from bertscale.tokenizer import Tokenizer, load_tokenizer
+from bertscale.train.banner import banner, epochs
+from bertscale.train.checkpoint import prune, save_checkpoint
+from bertscale.train.device import choose_precision, local_device, peak_flops
+from bertscale.train.engine import Engine
+from bertscale.train.heartbeat import beat
+from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
+from bertscale.train.objectives import Counts, mean_losses
+from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
+from bertscale.train.resume import check_same_run, newest_sound
+from bertscale.train.schedule import Clock, TrainingSchedule
+from bertscale.train.step import train_step
+
+MOST_SKIPPED = 10  # steps in a row whose gradient may be not finite
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Runs this rank of the job to its end; returns 0, or STOPPED_AND_SAVED when a signal came.
+
+    Raises UserError for what the person can mend: data, config and checkpoint that do not fit
+    together, a full disk.
+    """
+    stop = StopSignal()
+    device = local_device()
+    ranks = start_ranks(config.parallel.tensor, device)
+    try:
+        with only_one(Path(config.run), ranks):
+            return train(config, ranks, stop)
+    finally:
+        stop_ranks()
+
+
+def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
+    """The training loop of one rank, from the newest sound checkpoint to the end of the budget.
+
+    Returns 0 there, or 75 when a signal stopped it after a checkpoint. Raises UserError as `pretrain`.
+    """
+    # What is trained: data, schedule, checkpoint, model.
+    run, first = Path(config.run), ranks.rank == 0
+    data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
+    tokenizer = load_tokenizer(data[0].tokenizer_path)
+    check_batches(config, ranks.data)
+    loader = make_loader(config, tokenizer, ranks, "train", data)
+    heldout = make_loader(config, tokenizer, ranks, "validation")
+    schedule = TrainingSchedule(config, loader.mixture.batches)
+    dtype, reason = choose_precision(config.train.precision, ranks.device)
+    precision = f"{dtype}".removeprefix("torch.")
+
+    checkpoint = newest_sound(run, ranks)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, data, schedule)
+        if schedule.over(checkpoint.step, checkpoint.elapsed_seconds):
+            ranks.say(f"already pretrained: {checkpoint.folder} is the last of {schedule.text}")
+            return 0
+    start = saved = done = checkpoint.step if checkpoint else 0
+    engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
+    if checkpoint is not None:
+        engine.resume(checkpoint)
+    else:
+        engine.start(config.train.seed)
+
+    # What is told of it.
+    peak = ranks.sum(peak_flops(ranks.device, dtype))[0]
+    rate = Rate(config.model, tokenizer.vocab_size, peak)
+    losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
+    clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
+    writer = MetricsWriter(run, start) if first else None
+    if first:
+        settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
+        write_bytes(run / CONFIG, settings.encode())
+        (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
+    for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
+        ranks.say(line)
+    last = False  # whether this step is the last of the budget
+
+    with Progress("pretrain", schedule.steps, "steps", start=start, hidden=not first) as progress:
+        for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
+            # All that ranks must agree on, in one collective; the run's clock is the mean of theirs.
+            masked, tokens, stopping, *times = ranks.sum_over_data(
+                sum(batch.num_targets for batch in micro_batches),
+                sum(len(batch.tokens) for batch in micro_batches),
+                float(stop.asked),
+                *clock.step(),
+            )
+            if stopping:
+                break
+            now, after = (total / ranks.data for total in times)
+            last = schedule.over(step + 1, after)
+            learning_rate = schedule.learning_rate(step, now)
+            counts = Counts(masked, schedule.batch(step)[1], tokens)
+
+            sums = train_step(engine, micro_batches, counts, step=step, learning_rate=learning_rate)
+            losses.add(sums, counts, engine.step_applied)
+            for batch in micro_batches:
+                rate.add(batch.lengths, batch.num_targets)
+            clock.stepped()
+            done = step + 1
+            beat(done)
+
+            if done % config.train.log_every == 0 or done == start + 1 or last:
+                totals, seen = losses.close()  # waits for the device
+                if losses.newly_skipped:
+                    progress.say(skipped(losses, done, saved))
+                figures = rate.close(ranks, warming_up=done == start + 1)
+                facts: dict[str, str] = {}
+                if any(seen):
+                    figures |= mean_losses("train", config, totals, seen, ranks)
+                    figures |= {"train/learning_rate": learning_rate, "train/skipped_steps": losses.skipped}
+                    if not losses.in_a_row:
+                        figures["train/gradient_norm"] = engine.gradient_norm()
+                    figures["speed/data_wait_seconds"] = loader.data_wait
+                    figures |= epochs(config, loader, done)
+                    facts |= brief(figures)
+                    if writer:
+                        writer.write(done, figures)
+                progress.advance(done - progress.done, **facts)
+            if done % config.train.eval_every == 0 or last:
+                figures = evaluate(engine, heldout, config.train.eval_samples, done)
+                if writer:
+                    writer.write(done, figures)
+                progress.say(f"step {done}: held-out {heldout_brief(figures)}")
+                rate.restart()
+            if last and first:  # before the checkpoint that makes the run a finished one
+                size = {"parameters": engine.num_parameters(), "precision": precision}
+                write_json(run / RESULT, {**result(run), **rate.overall(), **size, "peak_flops": peak})
+            if done % config.train.save_every == 0 or last:
+                # A budget in hours is spent when its last step is likely to pass it.
+                spent = (schedule.seconds or 0.0) if last else 0.0
+                save(engine, done, data, schedule, max(clock.elapsed(), spent), losses)
+                saved = done
+                rate.restart()
+            if last:
+                break
+
+    if not last:  # a signal came
+        if saved < done:
+            save(engine, done, data, schedule, clock.elapsed(), losses)
+        ranks.say(f"stopped after step {done} of {schedule.text}; everything until there is saved")
+        return STOPPED_AND_SAVED
+    if writer:
+        writer.close()
+    return 0
+
+
+# --------------------------------------------------------------------------------------- the pieces
+
+
+class StopSignal:
+    """Set by SIGTERM, SIGINT or SIGUSR1; the ranks agree on it at the next step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+@contextmanager
+def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Makes the run folder and keeps a second job from training in it meanwhile.
+
+    A Slurm job takes the lock from an attempt of its own that still holds it on a node that was lost:
+    that one can make no step, since each takes all ranks.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            path, job = run / LOCK, os.environ.get("SLURM_JOB_ID", "")
+            file = stack.enter_context(path.open("a+"))
+            if not _lock(file):
+                file.seek(0)
+                if not job or file.read() != job or ranks.world == 1:
+                    raise UserError(f"another job is training in {run}; stop it or choose another run folder")
+                path.unlink()
+                file = stack.enter_context(path.open("a+"))
+                _lock(file)
+            file.truncate(0)
+            file.write(job)
+            file.flush()
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def make_loader(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    split: Split,
+    data: list[Dataset] | None = None,
+) -> Loader:
+    """Training batches, or those of the held-out loss: the same ones each time, of the full length,
+    whatever the run's seed."""
+    samples, training = config.samples, split == "train"
+    mixture = Mixture(
+        data or [open_dataset(corpus.path, split) for corpus in config.corpora],
+        [corpus.weight for corpus in config.corpora],
+        samples if training else samples.model_copy(update={"warmup": []}),
+        global_batch=config.train.global_batch,
+        batch_warmup=config.train.batch_warmup if training else None,
+        seed=config.train.seed if training else 0,
+        peers=ranks,
+    )
+    return Loader(
+        mixture,
+        tokenizer,
+        micro_batch=config.train.micro_batch,
+        micro_tokens=config.train.micro_tokens,
+        masks=config.objectives.mlm > 0,
+        draws=config.model.generator_size is not None,
+        static_targets=config.has_static_targets(ranks.device.type),
+        rank=ranks.data_rank,
+        world=ranks.data,
+    )
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, loader: Loader, samples: int, done: int) -> dict[str, float]:
+    """Mean losses and accuracies of held-out documents, always over the same masked samples."""
+    ranks = engine.ranks
+    engine.model.eval()
+    totals = torch.zeros(len(LossSums._fields), device=ranks.device)
+    masked = tokens = 0
+    steps = max(1, samples // loader.global_batch)
+    for step in range(steps):
+        for batch in loader.step(step):
+            totals += torch.stack(engine(batch.to(ranks.device)))
+            masked += batch.num_targets
+            tokens += len(batch.tokens)
+            beat(done)
+    engine.model.train()
+    all_masked, all_tokens = ranks.sum_over_data(masked, tokens)
+    counts = Counts(all_masked, steps * loader.global_batch, all_tokens)
+    return mean_losses("heldout", engine.config, totals, counts, ranks)
+
+
+def skipped(losses: LossAccumulator, done: int, saved: int) -> str:
+    """What to say at step `done` of the steps that were skipped since the last log point.
+
+    Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
+    """
+    if losses.in_a_row >= min(MOST_SKIPPED, done):
+        remedy = f"go on from the checkpoint of step {saved}" if saved else "nothing is saved, start again"
+        times = f", {losses.in_a_row} times in a row" if losses.in_a_row > 1 else ""
+        raise UserError(
+            f"step {done}: the gradient was not finite{times}; {remedy} with a lower optimizer.learning_rate"
+        )
+    steps = "a step" if losses.newly_skipped == 1 else f"{losses.newly_skipped:,} steps"
+    return f"step {done}: skipped {steps} whose gradient was not finite ({losses.skipped:,} in all)"
+
+
+def save(
+    engine: Engine,
+    step: int,
+    data: list[Dataset],
+    schedule: TrainingSchedule,
+    elapsed: float,
+    losses: LossAccumulator,
+) -> None:
+    """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes those that are too many."""
+    config = engine.config
+    losses.read()
+    run = Path(config.run)
+    facts = {
+        "step": step,
+        "samples_consumed": schedule.batch(step)[0],
+        "skipped_steps": losses.skipped,
+        "elapsed_seconds": elapsed,
+        "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
+        "data_digest": data_digest(data, config.corpora),
+    }
+    beat(step)
+    save_checkpoint(
+        checkpoint_folder(run, step),
+        engine.fragments_to_save(),
+        {**facts, **engine.table()},
+        data[0].tokenizer_path,
+        engine.ranks,
+    )
+    beat(step)
+    if engine.ranks.rank == 0:
+        prune(run, config.train.keep_checkpoints)

@@ -1,0 +1,68 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
+from bertscale.data.mixture import data_digest
+from bertscale.data.shards import Dataset
+from bertscale.run_folder import checkpoints
+from bertscale.train.checkpoint import Checkpoint, open_checkpoint
+from bertscale.train.parallel import Ranks
+from bertscale.train.schedule import TrainingSchedule
+
+
+def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
+    """The newest checkpoint whose digests are right; each damaged one is named and passed over."""
+    found = ranks.broadcast([str(folder) for folder in checkpoints(run)])
+    for folder in reversed(found):
+        failure: str | None = None
+        try:
+            checkpoint = open_checkpoint(Path(folder))
+            checkpoint.verify(ranks.rank, ranks.world)
+        except UserError as error:
+            failure = str(error)
+        failures = [text for text in ranks.gather(failure) if text]
+        if not failures:
+            return checkpoint
+        ranks.say(f"{failures[0]} (trying the one before it)")
+    if found:
+        raise UserError(f"every checkpoint of {run} is damaged; remove {run} to begin anew")
+    return None
+
+
+def check_same_run(
+    checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset], schedule: TrainingSchedule
+) -> None:
+    """Refuses to go on with other data or with settings that would change what the steps before meant."""
+    if checkpoint.table["data_digest"] != data_digest(data, config.corpora):
+        raise UserError(
+            f"{', '.join(corpus.path for corpus in config.corpora)} is not the data that "
+            f"{checkpoint.folder} was trained on (the digest of manifests and weights differs); choose "
+            "another run folder"
+        )
+    before, now = checkpoint.table["config"], config.model_dump(mode="json")
+    # An older one lacks newer keys.
+    before = {**before, "model": checkpoint.model.model_dump(mode="json")}
+    before["train"] = {"batch_warmup": [], **before["train"]}
+    before["objectives"] = ObjectivesConfig.model_validate(before.get("objectives", {})).model_dump()
+    for section, key in [
+        *(("model", key) for key in now["model"] if "dropout" not in key),
+        *(("samples", key) for key in now["samples"]),
+        *(("objectives", key) for key in now["objectives"]),
+        ("train", "global_batch"),
+        ("train", "batch_warmup"),
+        ("train", "seed"),
+    ]:
+        if before[section].get(key) != now[section][key]:
+            raise UserError(
+                f"{section}.{key}={now[section][key]!r}, but {checkpoint.folder} was trained with "
+                f"{before[section].get(key)!r}; choose another run folder or give the old value"
+            )
+    expected = schedule.batch(checkpoint.step)[0]
+    if checkpoint.samples_consumed != expected:
+        raise UserError(
+            f"{checkpoint.folder} has taken {checkpoint.samples_consumed:,} samples in {checkpoint.step:,} "
+            f"steps, this config takes {expected:,} (train.batch_warmup); choose another run folder"
+        )
