@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   raw text -> tokenizer, shards, BERT, Hugging Face folder, classifier"
 	@echo "make test         run the tests"
 	@echo "make slurm        install Slurm for the tests on a virtual cluster; make test does it, where it may"
-	@echo "make check        ruff, mypy and shellcheck"
+	@echo "make check        ruff, mypy, shellcheck, and the width of the documentation"
 	@echo "make clean        remove .venv and what the tools left; runs/ stays"
 
 quickstart: $(INSTALLED)
@@ -36,10 +36,13 @@ slurm:
 	fi; \
 	echo "the tests on a virtual Slurm cluster will be skipped; they need: $(SLURM) iproute2" >&2
 
+# Tables may be wider; all other text is as wide as the code.
+PROSE := $(wildcard *.md docs/*.md slurm/*.md)
 check: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@if LC_ALL=C.UTF-8 grep -nE '^[^|].{110,}' $(PROSE); then echo "longer than 110 characters" >&2; exit 1; fi
 	@$(BIN)/shellcheck .ci/run tests/golden/*.sbatch slurm/*.sbatch slurm/cluster/*.sh slurm/cluster/vc
 
 clean:

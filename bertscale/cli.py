@@ -263,7 +263,7 @@ def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """bertscale convert SOURCE OUTPUT [--no-show]"""
+    """bertscale convert SOURCE OUTPUT [--no-show] [--replace]"""
     parser = make_parser(
         "convert",
         "Turns a checkpoint into a Hugging Face folder, or a Hugging Face folder into a checkpoint; "
@@ -277,11 +277,16 @@ def convert(arguments: list[str]) -> int:
         default=True,
         help="Let the converted model fill a few masks.",
     )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="Delete all that is in OUTPUT, whoever wrote it, but never a run's checkpoints.",
+    )
     options = parser.parse_args(arguments)
 
     from bertscale.convert.convert import convert as convert_folder
 
-    convert_folder(options.source, options.output, options.show)
+    convert_folder(options.source, options.output, options.show, options.replace)
     return 0
 
 

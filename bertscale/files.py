@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all, and digests of them.
 
     write_json(path, {"steps": 100})     # `path` is the old file or the new one, whatever happens meanwhile
-    partial = fresh_folder(final)        # fill it, then:
-    put_in_place(partial, final)
+    with whole_folder(final) as partial: # likewise
+        write_json(partial / "facts.json", {})
 
 Only the standard library, but for the digest: a batch host may have nothing else.
 """
@@ -78,6 +78,20 @@ def put_in_place(partial: Path, final: Path) -> None:
     os.rename(partial, final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to fill under a temporary name; at the end it is flushed and renamed to `final`.
+
+    After an exception, `final` is what it was, and nothing else is left. Raises OSError.
+    """
+    partial = fresh_folder(final)
+    try:
+        yield partial
+        put_in_place(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

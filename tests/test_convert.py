@@ -106,7 +106,7 @@ def test_a_second_conversion_reuses_the_first_and_another_folder_is_not_overwrit
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     result = bertscale("convert", str(run), str(tmp_path / "mine"))
     assert result.returncode == 2
-    assert "is not an earlier output of this command" in result.stderr
+    assert "thesis.txt in it was not written by `bertscale convert`" in result.stderr
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 

@@ -11,6 +11,7 @@ is called how there is in `names`. A bert with a generator becomes ElectraForPre
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,15 +30,14 @@ from bertscale.convert.hf_names import (
     model_of,
     to_hugging_face,
 )
-from bertscale.files import file_digest, fresh_folder, put_in_place
+from bertscale.convert.output import check_output, is_output_of, write_record
+from bertscale.files import file_digest, whole_folder
 from bertscale.model.layers import Layers
 from bertscale.model.model import PretrainingModel, initial_value
-from bertscale.run_folder import CHECKPOINTS, TABLE
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, save_tensors, write_whole
 
 WEIGHTS = "model.safetensors"
-ORIGIN = "bertscale_checkpoint"  # key of config.json: digest of the checkpoint's table
 GENERATOR = "generator"  # the folder inside
 
 EXAMPLES = (
@@ -58,6 +58,8 @@ class Weights(Protocol):
     def parameters(self) -> Any: ...  # an iterable of native names
 
     def tensor(self, name: str) -> Tensor: ...  # float32, CPU
+
+    def digest(self) -> str: ...  # of all that it is read from; raises UserError where that is damaged
 
 
 def open_weights(path: Path) -> Weights:
@@ -121,6 +123,11 @@ class HuggingFaceWeights:
             values.append(self.file.get_tensor(found).float())
         return from_hugging_face(name, values, self.model)
 
+    def digest(self) -> str:
+        """One of the digests of config, weights and tokenizer."""
+        files = (self.folder / "config.json", self.folder / WEIGHTS, find_tokenizer(self.folder))
+        return "-".join(file_digest(file) for file in files)
+
     def _has(self, name: str) -> bool:
         return all(self._find(each) for each in hugging_face_names(name, self.model.preset) or [""])
 
@@ -135,39 +142,53 @@ class HuggingFaceWeights:
 # ---------------------------------------------------------------------------------------- the command
 
 
-def convert(source: Path, output: Path, show: bool) -> None:
-    """Converts `source` into the folder `output`, written under a temporary name and renamed.
+def convert(source: Path, output: Path, show: bool, replace: bool = False) -> None:
+    """Converts `source` into the folder `output`, written under a temporary name, compared and renamed.
 
     An output that came from the same source is left as it is; with `show`, an exported model fills a
-    few masks. Raises UserError when `output` is there and is something else.
+    few masks. Raises UserError where the source is damaged, or where `output` holds what no conversion has
+    written, unless `replace` allows to delete it (`output.check_output`).
     """
     weights = open_weights(source)
     if not find_tokenizer(weights.folder).is_file():
         raise UserError(
             f"{weights.folder} holds no tokenizer.model, tokenizer.json or vocab.txt; put its tokenizer there"
         )
-    if isinstance(weights, HuggingFaceWeights):
-        _check_output(output, TABLE)
-        import_weights(weights, output)
-        if weights.missing:
-            print(f"missing   {', '.join(weights.missing)}: not in {source}, given their first values")
-        print(f"imported  {source} -> {output}, a checkpoint without optimizer state")
-        return
-    digest = file_digest(weights.folder / TABLE)
-    if weights.model.generator_size is not None:
-        check_exportable(weights.model, str(weights.folder))
-    if _origin(output) == digest:
+    digest = weights.digest()
+    if is_output_of(output, digest):
         print(f"already converted: {output} is {weights.folder}")
     else:
-        _check_output(output, "config.json", ORIGIN)
-        export(weights, output, digest)
-        difference = largest_difference(weights, output)
-        print(f"exported  {weights.folder} -> {output}")
-        if left := [name for name in weights.parameters if not exported_names(name, weights.model)]:
-            print(f"left out  {', '.join(left)}: transformers' class has no place for them")
-        print(f"verified  logits of the native and the exported model differ by at most {difference:.1e}")
-    if show:
+        check_output(output, weights.folder, replace=replace)
+        try:
+            with whole_folder(output) as partial:
+                if isinstance(weights, HuggingFaceWeights):
+                    said = import_weights(weights, partial)
+                else:
+                    said = export_verified(weights, partial)
+                write_record(partial, digest)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+        print(f"converted {weights.folder} -> {output}", *said, sep="\n")
+    if show and not isinstance(weights, HuggingFaceWeights):
         show_masks(output if weights.model.generator_size is None else output / GENERATOR)
+
+
+def export_verified(weights: Weights, folder: Path) -> list[str]:
+    """Exports into the empty `folder` and compares the outcome with the native model; says how it went.
+
+    Raises UserError where the logits are not finite: then nothing has been compared.
+    """
+    export(weights, folder)
+    difference = largest_difference(weights, folder)
+    if not math.isfinite(difference):
+        raise UserError(
+            f"the logits of {weights.folder} are not finite, so its export cannot be verified; take an "
+            "earlier checkpoint"
+        )
+    said = [f"verified  logits of the native and the exported model differ by at most {difference:.1e}"]
+    if left_out := [name for name in weights.parameters if not exported_names(name, weights.model)]:
+        said.insert(0, f"left out  {', '.join(left_out)}: transformers' class has no place for them")
+    return said
 
 
 def exported_names(name: str, model: ModelConfig) -> list[str]:
@@ -177,14 +198,15 @@ def exported_names(name: str, model: ModelConfig) -> list[str]:
     return [each for part in CLASSES for each in electra_names(name, part)]
 
 
-def export(weights: Weights, output: Path, origin: str) -> None:
-    """Writes a folder that transformers loads as the preset's class, tokenizer included; of a model with a
-    generator, a second one inside."""
+def export(weights: Weights, output: Path) -> None:
+    """Writes what transformers loads as the preset's class, tokenizer included, into the folder `output`; of
+    a model with a generator, a second one inside. Raises UserError where transformers has no class for it."""
     model, vocab_size = weights.model, weights.vocab_size
+    if model.generator_size is not None:
+        check_exportable(model, str(weights.folder))
     tokenizer = load_tokenizer(find_tokenizer(weights.folder))
-    partial = fresh_folder(output)
     for part in (None,) if model.generator_size is None else CLASSES:
-        folder = partial / GENERATOR if part == GENERATOR else partial
+        folder = output / GENERATOR if part == GENERATOR else output
         folder.mkdir(exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name in weights.parameters:
@@ -197,7 +219,7 @@ def export(weights: Weights, output: Path, origin: str) -> None:
             config = hugging_face_config(model, vocab_size, tokenizer.pad_id)
         else:
             config = electra_config(model, vocab_size, tokenizer.pad_id, part)
-        config |= {"dtype": "float32", ORIGIN: origin}
+        config["dtype"] = "float32"
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.export_hugging_face(folder, model.max_position_embeddings)
         if model.rotary:  # its class takes no token types
@@ -206,11 +228,10 @@ def export(weights: Weights, output: Path, origin: str) -> None:
             settings["model_input_names"] = ["input_ids", "attention_mask"]
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(folder)
-    put_in_place(partial, output)
 
 
-def import_weights(weights: HuggingFaceWeights, output: Path) -> None:
-    """Writes a checkpoint of whole weights, one rank, no optimizer state."""
+def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
+    """Writes a checkpoint of whole weights, one rank, no optimizer state; says what it lacks."""
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in weights.parameters:
@@ -225,6 +246,10 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> None:
         "config": None,
     }
     write_whole(output, table, tensors(), tokenizer)
+    said = ["imported  a checkpoint without optimizer state"]
+    if weights.missing:
+        said.append(f"missing   {', '.join(weights.missing)}: not in the source, given their first values")
+    return said
 
 
 def native_model(weights: Weights) -> PretrainingModel:
@@ -254,7 +279,7 @@ def largest_difference(weights: Weights, folder: Path) -> float:
     # Long enough that a local layer does not see everything.
     longest = max(64, 2 * (model.half_window or 0) + 7)
     generator = torch.Generator().manual_seed(0)
-    difference = 0.0
+    differences: list[Tensor] = []
     for length in sorted({min(length, model.max_position_embeddings) for length in (7, longest)}):
         ids = torch.randint(weights.vocab_size, (length,), generator=generator)
         types = (torch.arange(length) > length // 2).long()
@@ -266,16 +291,16 @@ def largest_difference(weights: Weights, folder: Path) -> float:
         output = theirs(**inputs)
         if ours.generator is not None and ours.detector is not None:
             verdict = ours.detector(hidden) - output["logits"][0]
-            difference = max(difference, float(verdict.abs().max()))
+            differences.append(verdict)
             hidden, _ = ours.generator(*sample, ours.encoder.embeddings)
             output = guesser(**inputs)
         logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
         masked = ours.predictions.logits(hidden)[:, : weights.vocab_size] - logits[0]
-        difference = max(difference, float(masked.abs().max()))
+        differences.append(masked)
         if ours.seq_relationship is not None and "seq_relationship_logits" in output:
             relation = ours.seq_relationship(pooled) - output["seq_relationship_logits"]
-            difference = max(difference, float(relation.abs().max()))
-    return difference
+            differences.append(relation)
+    return float(torch.stack([values.abs().max() for values in differences]).max())  # NaN where one is
 
 
 def show_masks(folder: Path) -> None:
@@ -295,22 +320,3 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _origin(output: Path) -> str | None:
-    try:
-        origin = json.loads((output / "config.json").read_text(encoding="utf-8")).get(ORIGIN)
-    except (OSError, ValueError):
-        return None
-    return origin if isinstance(origin, str) else None
-
-
-def _check_output(output: Path, marker: str, key: str | None = None) -> None:
-    """Refuses a folder that is not one of ours to replace."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    ours = (output / marker).is_file() and (key is None or _origin(output) is not None)
-    if not ours or (output / CHECKPOINTS).exists():
-        raise UserError(
-            f"{output} exists and is not an earlier output of this command; choose another folder"
-        )

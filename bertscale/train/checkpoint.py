@@ -14,6 +14,7 @@ they fit one topology only.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from torch import Tensor
 from bertscale.config import ModelConfig, UserError, check_config
 from bertscale.files import file_digest, fresh_folder, partial_folder, put_in_place, sync, write_json
 from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoints
-from bertscale.tokenizer import load_tokenizer
+from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.parallel import Ranks
 
 FORMAT = 1
@@ -180,6 +181,18 @@ class Checkpoint:
             shares.append(flat.view(share))
         return shares[0] if degree == 1 else torch.cat(shares, dim)
 
+    def digest(self) -> str:
+        """Digest of the table, after all files were compared with it; raises UserError that names a damaged
+        one."""
+        self.verify()
+        tokenizer = find_tokenizer(self.folder)
+        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != self.table["tokenizer_sha256"]:
+            raise UserError(
+                f"{tokenizer} is not the tokenizer that the checkpoint was trained with (its SHA-256 differs "
+                f"from {TABLE}'s); put that file back or use another checkpoint"
+            )
+        return file_digest(self.folder / TABLE)
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compares every `parts`-th file's digest with the table; raises UserError that names the file."""
         for file in self.table["files"][part::parts]:
@@ -249,19 +262,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def write_whole(
     folder: Path, table: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path
 ) -> None:
-    """Writes full weights (no moments) as a checkpoint of one rank; used for imported weights."""
-    partial = fresh_folder(folder)
-    load_tokenizer(tokenizer).save(partial)
+    """Writes full weights (no moments) as a checkpoint of one rank into `folder`, the table last; used for
+    imported weights. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    load_tokenizer(tokenizer).save(folder)
     shapes: dict[str, list[int]] = {}
     fragments = []
     for name, value in tensors:
         shapes[name] = list(value.shape)
         fragments.append(StateFragment(name, 0, {"weight": value.float().flatten()}))
-    entry = write_shard(partial, shard_name(0, 0), fragments)
+    entry = write_shard(folder, shard_name(0, 0), fragments)
     parameters = {n: {"shape": shape, "tensor_parallel_dimension": None} for n, shape in shapes.items()}
-    commit(
-        partial,
-        folder,
+    write_json(
+        folder / TABLE,
         {
             "format": FORMAT,
             "has_moments": False,

@@ -1,0 +1,80 @@
+"""The output folder of a conversion: what was written into it, and whether it may be replaced.
+
+A conversion leaves a record beside what it writes, `bertscale-convert.json`: the digest of its source, and
+the name and digest of each file. A folder in which somebody has added, changed or trained something is no
+longer the output of a conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from bertscale.errors import UserError
+from bertscale.files import file_digest, write_json
+from bertscale.run_folder import CHECKPOINTS, checkpoint_step
+
+RECORD = "bertscale-convert.json"
+
+
+def write_record(folder: Path, source: str) -> None:
+    """Writes the record of all files in `folder`; `source` is the digest of what they were made of."""
+    write_json(folder / RECORD, {"source": source, "files": _digests(folder)})
+
+
+def is_output_of(output: Path, source: str) -> bool:
+    """Whether `output` is a whole conversion of `source`, a digest, with every file as it was written."""
+    if output.is_symlink() or not output.is_dir():
+        return False
+    recorded_source, files = _read_record(output)
+    return recorded_source == source and files == _digests(output)
+
+
+def check_output(output: Path, source: Path, *, replace: bool) -> None:
+    """Raises UserError where `output` holds a file that no conversion has written, or not as it is now.
+
+    With `replace` such files may be deleted, but never a run's checkpoints, nor a folder that holds the
+    source or is the current one.
+    """
+    there = Path(os.path.abspath(output))  # without `..`, links as they are
+    if output.is_symlink():
+        raise UserError(f"{output} is a link; name the folder that it leads to, or another one")
+    for path in (there, *there.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, not a folder; choose another output")
+    for what, inside in (("the current folder", Path.cwd()), ("the source", Path(os.path.abspath(source)))):
+        if there == inside or there in inside.parents:
+            raise UserError(f"{output} is, or holds, {what}; choose another folder")
+    of_a_run = there.parent.name == CHECKPOINTS and checkpoint_step(there) is not None
+    if of_a_run or (output / CHECKPOINTS).exists():
+        raise UserError(f"{output} holds a run's checkpoints; they are never replaced: choose another folder")
+    if replace or not output.exists():
+        return
+    _, files = _read_record(output)
+    for name, digest in _digests(output).items():
+        if files.get(name) != digest:
+            state = "was changed after" if name in files else "was not written by"
+            raise UserError(
+                f"{output} is there, and {name} in it {state} `bertscale convert`; choose another folder, or "
+                "give --replace to delete all that is in it"
+            )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Name and digest of every file below `folder`, but for the record."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path) if path.is_file() else "no file"
+        for path in files
+        if path != folder / RECORD
+    }
+
+
+def _read_record(output: Path) -> tuple[str | None, dict[str, str]]:
+    """Source and files of the record; a folder without a sound one has none."""
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        return str(record["source"]), {str(name): str(digest) for name, digest in record["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None, {}
