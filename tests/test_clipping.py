@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertscale.model.layers import derive_seed
-from bertscale.run_folder import read_metrics
+from bertscale.run_folder import checkpoints, read_metrics
 from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -289,11 +289,12 @@ def test_a_bad_step_is_skipped_said_and_counted(
     [
         (
             [0],
-            "step 1: the gradient was not finite; nothing is saved, start again with a ",
+            "step 1: the gradient was not finite; nothing is saved before: start again with a lower ",
         ),
         (
             range(6, 16),
-            "step 16: the gradient was not finite, 10 times in a row; go on from the checkpoint of step 15",
+            "step 16: the gradient was not finite, 10 times in a row; delete the checkpoints after that of "
+            "step 5, then resume from the checkpoint of step 5 with a lower optimizer.learning_rate",
         ),
     ],
 )
@@ -303,3 +304,7 @@ def test_many_bad_steps_in_a_row_end_the_run(
     arguments: dict[str, Any] = {"data": str(tiny_data), "run": str(tmp_path), "bad": list(bad), "stop": 99}
     (found,) = run_ranks(__file__, "train_with_bad_steps", world=1, parallel={"zero_stage": 1}, **arguments)
     assert told in found
+    # Two are kept, but none is deleted among skipped steps.
+    assert [folder.name for folder in checkpoints(tmp_path)] == (
+        ["step-0000005", "step-0000010", "step-0000015"] if len(bad) > 1 else []
+    )

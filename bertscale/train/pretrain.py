@@ -83,7 +83,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         if schedule.over(checkpoint.step, checkpoint.elapsed_seconds):
             ranks.say(f"already pretrained: {checkpoint.folder} is the last of {schedule.text}")
             return 0
-    start = saved = done = checkpoint.step if checkpoint else 0
+    start = saved = sound = done = checkpoint.step if checkpoint else 0
     engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
     if checkpoint is not None:
         engine.resume(checkpoint)
@@ -131,7 +131,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             if done % config.train.log_every == 0 or done == start + 1 or last:
                 totals, seen = losses.close()  # waits for the device
                 if losses.newly_skipped:
-                    progress.say(skipped(losses, done, saved))
+                    progress.say(skipped(losses, done, saved, sound))
                 figures = rate.close(ranks, warming_up=done == start + 1)
                 facts: dict[str, str] = {}
                 if any(seen):
@@ -159,6 +159,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 spent = (schedule.seconds or 0.0) if last else 0.0
                 save(engine, done, data, schedule, max(clock.elapsed(), spent), losses)
                 saved = done
+                sound = sound if losses.in_a_row else saved  # the newest one not saved among skipped steps
                 rate.restart()
             if last:
                 break
@@ -273,13 +274,18 @@ def evaluate(engine: Engine, loader: Loader, samples: int, done: int) -> dict[st
     return mean_losses("heldout", engine.config, totals, counts, ranks)
 
 
-def skipped(losses: LossAccumulator, done: int, saved: int) -> str:
+def skipped(losses: LossAccumulator, done: int, saved: int, sound: int) -> str:
     """What to say at step `done` of the steps that were skipped since the last log point.
 
-    Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
+    `saved` and `sound` are the steps of the newest checkpoint, and of the newest before this row of skipped
+    steps. Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
     """
     if losses.in_a_row >= min(MOST_SKIPPED, done):
-        remedy = f"go on from the checkpoint of step {saved}" if saved else "nothing is saved, start again"
+        remedy = (
+            f"resume from the checkpoint of step {sound}" if sound else "nothing is saved before: start again"
+        )
+        if saved > sound:  # a resume takes the newest
+            remedy = f"delete the checkpoints after that of step {sound}, then {remedy}"
         times = f", {losses.in_a_row} times in a row" if losses.in_a_row > 1 else ""
         raise UserError(
             f"step {done}: the gradient was not finite{times}; {remedy} with a lower optimizer.learning_rate"
@@ -296,7 +302,10 @@ def save(
     elapsed: float,
     losses: LossAccumulator,
 ) -> None:
-    """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes those that are too many."""
+    """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes those that are too many.
+
+    While steps are skipped in a row none is deleted: the ones before may be the last from which a run learns.
+    """
     config = engine.config
     losses.read()
     run = Path(config.run)
@@ -317,5 +326,5 @@ def save(
         engine.ranks,
     )
     beat(step)
-    if engine.ranks.rank == 0:
+    if engine.ranks.rank == 0 and not losses.in_a_row:
         prune(run, config.train.keep_checkpoints)
