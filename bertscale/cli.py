@@ -168,11 +168,12 @@ def pretrain(arguments: list[str]) -> int:
         verify, world = options.verify and rank.rank == 0, rank.world_size
         return ranks.run_as_rank(lambda: train(_checked(options.config, options.overrides, world, verify)[0]))
 
-    from bertscale.run_folder import LOGS
+    from bertscale.run_folder import LOGS, check_run_folder
     from launcher.supervise import Limits, run_here
 
     config, count = _checked(options.config, options.overrides, None, options.verify)
     launch, run = config.launch, Path(config.run)
+    check_run_folder(run)
     limits = Limits(
         start_seconds=launch.start_seconds,
         hang_seconds=launch.hang_seconds,

@@ -36,6 +36,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bertscale.errors import UserError
+
 # ------------------------------------------------------------------------------------------- the names
 
 CONFIG = "config.yaml"
@@ -164,6 +166,15 @@ def checkpoints(run: Path) -> list[Path]:
             found.append((step, folder))
     # By number: as text, step-10000000 would come before step-9999999.
     return [folder for _, folder in sorted(found)]
+
+
+def check_run_folder(run: Path) -> None:
+    """Raises UserError where `run` is a checkpoint or a model: a run in it would not train those weights."""
+    if (run / TABLE).is_file() or (run / "config.json").is_file():
+        raise UserError(
+            f"run={run} is a checkpoint or a model, and no run starts from one in this version: it would "
+            f"begin with random weights; choose another run folder, or fine-tune it with encoder={run}"
+        )
 
 
 def newest_step(run: Path | None) -> int:

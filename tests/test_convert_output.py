@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import Command
 from safetensors.torch import load_file, save_file
 from test_convert import write_checkpoint
+from tiny import pretrain_config
 from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification
 
 from bertscale.config import UserError
@@ -177,3 +179,20 @@ def test_the_record_names_every_file(native: Path, exported: Path) -> None:
     assert record["files"] == {
         name: file_digest(exported / name) for name in contents(exported) if name != RECORD
     }
+
+
+def test_a_run_does_not_begin_with_random_weights_in_a_model(
+    exported: Path, tmp_path: Path, tiny_data: Path, bertscale: Command
+) -> None:
+    convert(exported, tmp_path / "imported", show=False)
+    config = tmp_path / "tiny.yaml"
+    for folder in (exported, tmp_path / "imported"):
+        before = contents(folder)
+        config.write_text(
+            yaml.safe_dump(pretrain_config(tiny_data, folder).model_dump(mode="json", exclude_none=True))
+        )
+        result = bertscale("pretrain", str(config))
+        assert result.returncode == 2
+        assert f"run={folder} is a checkpoint or a model" in result.stderr
+        assert f"encoder={folder}" in result.stderr
+        assert contents(folder) == before

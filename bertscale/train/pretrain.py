@@ -28,7 +28,7 @@ from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
 from bertscale.progress import Progress
-from bertscale.run_folder import CONFIG, LOCK, RESULT, checkpoint_folder
+from bertscale.run_folder import CONFIG, LOCK, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
@@ -51,6 +51,7 @@ def pretrain(config: PretrainConfig) -> int:
     Raises UserError for what the person can mend: data, config and checkpoint that do not fit
     together, a full disk.
     """
+    check_run_folder(Path(config.run))
     stop = StopSignal()
     device = local_device()
     ranks = start_ranks(config.parallel.tensor, device)

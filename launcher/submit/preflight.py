@@ -24,7 +24,7 @@ from typing import TypeVar
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
-from bertscale.run_folder import TABLE, checkpoints
+from bertscale.run_folder import TABLE, check_run_folder, checkpoints
 from launcher import slurm
 from launcher.job import JobSpec, render
 from launcher.queue_jobs import own_jobs
@@ -168,6 +168,7 @@ def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, r
     if data:
         vocab_size = data[0].manifest["vocab_size"]
         _collect(report, lambda: check_tokenizers(data))
+    _collect(report, lambda: check_run_folder(Path(config.run)))
     _check_memory(job, config, vocab_size, report)
     size = checkpoint_bytes(config.model, vocab_size)
     there = len(checkpoints(Path(config.run)))
