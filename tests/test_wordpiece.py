@@ -142,6 +142,46 @@ def test_case_follows_the_vocabulary(tmp_path: Path) -> None:
     assert rules(PIECES, False) == (False, False)
 
 
+@pytest.mark.parametrize("strip_accents", [None, True, False])
+@pytest.mark.parametrize("do_lower_case", [None, True, False])
+def test_the_rules_of_a_model_are_those_of_its_config(
+    vocabulary: Path, do_lower_case: bool | None, strip_accents: bool | None
+) -> None:
+    """A published model of vocab.txt and tokenizer_config.json: the pieces alone do not tell its rules."""
+    from transformers import AutoTokenizer
+
+    settings = {"do_lower_case": do_lower_case, "strip_accents": strip_accents}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    path = vocabulary.with_name("tokenizer_config.json")
+    path.write_text(json.dumps({"tokenizer_class": "BertTokenizer", **settings}))
+    ours = load_tokenizer(vocabulary)
+    if do_lower_case is None:  # transformers takes true then, whatever the pieces
+        assert isinstance(ours, WordPieceTokenizer)
+        assert ours.strips_accents == (ours.lowercase if strip_accents is None else strip_accents)
+        return
+    theirs = AutoTokenizer.from_pretrained(vocabulary.parent)
+    texts = [text for text in NASTY if "[" not in text]
+    expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert ours.encode([ours.normalize(text) for text in texts]) == expected
+
+
+def test_rules_that_are_not_ours_are_refused(vocabulary: Path) -> None:
+    path = vocabulary.with_name("tokenizer_config.json")
+    for content, words in [
+        (
+            '{"tokenize_chinese_chars": false}',
+            "tokenize_chinese_chars=false, but this version always cuts there",
+        ),
+        ('{"do_lower_case": "yes"}', "do_lower_case='yes' is not true or false"),
+        ("[]", "is not a mapping of keys to values"),
+        ("{", "is damaged"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=words) as caught:
+            load_tokenizer(vocabulary)
+        assert str(path) in str(caught.value)
+
+
 def test_one_file_holds_it_all(vocabulary: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(vocabulary)
     folder = tmp_path / "data"

@@ -37,6 +37,7 @@ from bertscale.tokenizer.base import (
     begins_like_a_word,
 )
 
+CONFIG_NAME = "tokenizer_config.json"
 CONTINUES = "##"  # before a piece that does not begin a word
 MEMORY = 64 * 2**20  # bytes, about, for words whose ids are known
 WORD_BYTES = 250  # a known word takes about so many, beside its characters
@@ -156,7 +157,7 @@ class WordPieceTokenizer(Tokenizer):
             "mask_token": MASK,
         }
         text = json.dumps(settings, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         pieces = "".join(f"{self.piece(i)}\n" for i in range(self.vocab_size))
         (folder / "vocab.txt").write_text(pieces, encoding="utf-8", newline="\n")
 
@@ -164,7 +165,7 @@ class WordPieceTokenizer(Tokenizer):
 def load(path: Path, content: bytes, lowercase: bool | None) -> WordPieceTokenizer:
     """The tokenizer of a tokenizer.json or a vocab.txt; see `load_tokenizer`."""
     if path.suffix != ".json":
-        return WordPieceTokenizer(path, from_vocabulary(path, content, lowercase))
+        return WordPieceTokenizer(path, from_vocabulary(path, content, lowercase, _settings_beside(path)))
     if lowercase is not None:
         parts = _parse(path, content)
         _check(path, parts)
@@ -174,11 +175,32 @@ def load(path: Path, content: bytes, lowercase: bool | None) -> WordPieceTokeniz
     return WordPieceTokenizer(path, content)
 
 
-def from_vocabulary(path: Path, content: bytes, lowercase: bool | None = None) -> bytes:
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """The rules in the tokenizer_config.json beside a vocab.txt, as transformers has them; {} without one."""
+    path = path.with_name(CONFIG_NAME)
+    if not path.is_file():
+        return {}
+    settings = _parse(path, path.read_bytes())
+    if not isinstance(settings, dict):
+        raise UserError(f"the tokenizer {path} is damaged: it is not a mapping of keys to values")
+    for key in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+        if not isinstance(settings.get(key), bool | None):
+            raise UserError(f"the tokenizer {path} is damaged: {key}={settings[key]!r} is not true or false")
+    if settings.get("tokenize_chinese_chars") is False:
+        raise UserError(f"{path}: tokenize_chinese_chars=false, but this version always cuts there")
+    return settings
+
+
+def from_vocabulary(
+    path: Path, content: bytes, lowercase: bool | None = None, settings: dict[str, Any] | None = None
+) -> bytes:
     """The tokenizer.json of a vocab.txt with a piece a line; `lowercase` as in `load_tokenizer`.
 
-    Raises UserError that names the line of a piece that is there twice, or the special piece that is missing.
+    `settings`, those of a tokenizer_config.json, tell the rules where `lowercase` does not; without them they
+    are found from the pieces. Raises UserError that names the line of a piece that is there twice, or the
+    special piece that is missing.
     """
+    settings = settings or {}
     try:
         # As Python reads text: \n, \r\n and \r end a line; some vocabularies have U+2028 as a piece.
         pieces = [line.rstrip("\n") for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")]
@@ -198,15 +220,23 @@ def from_vocabulary(path: Path, content: bytes, lowercase: bool | None = None) -
             f"{path} has the piece {piece!r} in line {first + 1:,} and again in line {second + 1:,}: "
             "each id must have a piece of its own"
         )
+    told = settings.get("do_lower_case")
+    if lowercase is None:
+        lowercase = told
     if lowercase is None:
         lowercase = not any(p != p.lower() for p in pieces if not _named.fullmatch(p))
-    return _tokenizer_json(pieces, lowercase)
+    strip_accents = settings.get("strip_accents")
+    if strip_accents is None and told is not None:
+        strip_accents = lowercase  # as transformers reads a config that does not tell it
+    return _tokenizer_json(pieces, lowercase, strip_accents)
 
 
-def _tokenizer_json(pieces: list[str], lowercase: bool) -> bytes:
-    """The same bytes for the same vocabulary, whatever the version of `tokenizers`."""
-    # A vocabulary in lower case that has letters with accents was made without taking them off.
-    accents = any(p != unicodedata.normalize("NFD", p) for p in pieces if not _named.fullmatch(p))
+def _tokenizer_json(pieces: list[str], lowercase: bool, strip_accents: bool | None = None) -> bytes:
+    """The same bytes for the same vocabulary and rules, whatever the version of `tokenizers`."""
+    if strip_accents is None:
+        # A vocabulary in lower case that has letters with accents was made without taking them off.
+        accents = any(p != unicodedata.normalize("NFD", p) for p in pieces if not _named.fullmatch(p))
+        strip_accents = lowercase and not accents
     special = {name: pieces.index(name) for name in SPECIAL}
     single = [_part("SpecialToken", CLS, 0), _part("Sequence", "A", 0), _part("SpecialToken", SEP, 0)]
     pair = [*single, _part("Sequence", "B", 1), _part("SpecialToken", SEP, 1)]
@@ -223,7 +253,7 @@ def _tokenizer_json(pieces: list[str], lowercase: bool) -> bytes:
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": True,
-            "strip_accents": lowercase and not accents,
+            "strip_accents": strip_accents,
             "lowercase": lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
