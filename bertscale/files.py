@@ -115,3 +115,11 @@ def file_digest(path: str | Path) -> str:
         while block := file.read(4 * 2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """xxh3-128 (hex) of a value of JSON, whatever the spacing and the order of the keys it is written in."""
+    import xxhash
+
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from tiny import pretrain_config
 
 from bertscale.config import UserError
 from bertscale.run_folder import TABLE, checkpoints
-from bertscale.train.checkpoint import STATES, open_checkpoint
+from bertscale.train.checkpoint import open_checkpoint
+from bertscale.train.checkpoint_table import STATES
+from bertscale.train.parallel import Ranks
+from bertscale.train.resume import newest_sound
 
 pytestmark = pytest.mark.slow
 
@@ -169,3 +174,78 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(
         open_checkpoint(disk / "run").verify()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---------------------------------------------------------------------------------- edits of the table
+
+
+def edits(table: dict[str, Any], draw: random.Random) -> str:
+    """The text of a table in which one thing is otherwise: a value, a key, a type, some bytes."""
+    text = json.dumps(table, indent=1)
+    if draw.random() < 0.4:  # bytes
+        place = draw.randrange(len(text))
+        return draw.choice([text[:place], text[:place] + draw.choice('0"{}[]x,\x00') + text[place + 1 :]])
+    table = json.loads(text)
+    node: Any = table
+    while True:  # a random place
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = draw.choice(keys)
+        if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
+            break
+        node = node[key]
+    match draw.randrange(4):
+        case 0:
+            del node[key]
+        case 1:
+            node[key] = draw.choice([None, -1, 10**30, 1.5, "x", "../x", [], {}, [[]], True, "\ud800"])
+        case 2 if isinstance(node, dict):
+            node[f"{key}?"] = node.pop(key)
+        case _:
+            node[key] = [node[key]]
+    return json.dumps(table, indent=1)
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])
+def test_an_edited_table_is_one_line_or_does_no_harm(checkpoint: Path, digest: bool) -> None:
+    """`digest`: without one, as the first checkpoints, there is nothing but what the table says."""
+    table = json.loads((checkpoint / TABLE).read_text())
+    if not digest:
+        del table["digest"]
+    expected = {name: open_checkpoint(checkpoint).tensor(name) for name in table["parameters"]}
+    draw, refused = random.Random(0), 0
+    for number in range(300):
+        text = edits(table, draw)
+        (checkpoint / TABLE).write_bytes(text.encode(errors="surrogatepass"))
+        try:
+            opened = open_checkpoint(checkpoint)
+            opened.digest()
+            values = {name: opened.tensor(name) for name in opened.parameters}
+        except UserError as error:
+            assert str(checkpoint) in str(error), (number, text)  # noqa: PT017
+            refused += 1
+            continue
+        assert all(values[name].equal(value) for name, value in expected.items() if name in values)
+        if "digest" in json.loads(text):
+            assert json.loads(text) == table
+    assert refused > (250 if digest else 100)
+
+
+def test_an_edited_count_of_skipped_steps_is_noticed(checkpoint: Path) -> None:
+    text = (checkpoint / TABLE).read_text()
+    (checkpoint / TABLE).write_text(text.replace('"skipped_steps": 0', '"skipped_steps": 2'))
+    with pytest.raises(UserError, match="its digest is not that of its content"):
+        open_checkpoint(checkpoint)
+
+
+def test_a_resume_takes_the_checkpoint_before_one_whose_table_is_damaged(
+    runs: dict[str, tuple[Path, list[float]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs["dense"][0], tmp_path / "run")
+    *_, before, newest = checkpoints(tmp_path / "run")
+    table = json.loads((newest / TABLE).read_text())
+    for damaged in ("{", "[]", "null", json.dumps({**table, "step": "x"}), json.dumps({"format": 1})):
+        (newest / TABLE).write_text(damaged)
+        found = newest_sound(tmp_path / "run", Ranks(0, 1, 1, torch.device("cpu")))
+        assert found is not None
+        assert found.folder == before
+        assert str(newest) in capsys.readouterr().out

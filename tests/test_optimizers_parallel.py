@@ -77,7 +77,7 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
             engine.backward(sums.mlm + sums.pairs, last=last)
             engine.step(RATE)
         norms.append(engine.gradient_norm())
-    table = {"step": STEPS, "samples_consumed": 0, **engine.table()}
+    table = {"step": STEPS, "samples_consumed": 0, "tokenizer_sha256": "", **engine.table()}
     save_checkpoint(folder, engine.fragments_to_save(), table, data.tokenizer_path, ranks)
     return norms
 

@@ -13,12 +13,12 @@ from bertscale.config import UserError
 from bertscale.data.shards import (
     MANIFEST_NAME,
     Shard,
-    manifest_digest,
     open_dataset,
     token_dtype,
     write_manifest,
     write_shard,
 )
+from bertscale.files import json_digest
 
 DOCUMENTS = [(7, [[5, 6, 7], [8]]), (8, [[9, 10]]), (2**40, [[11], [12, 13], [65_535]])]
 
@@ -70,8 +70,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 def test_manifest_digest_depends_on_content_alone(tmp_path: Path) -> None:
     dataset = open_dataset(make_dataset(tmp_path / "data"))
     reordered = dict(reversed(json.loads(json.dumps(dataset.manifest)).items()))
-    assert manifest_digest(reordered) == dataset.manifest_digest
-    assert manifest_digest({**reordered, "vocab_size": 101}) != dataset.manifest_digest
+    assert json_digest(reordered) == dataset.manifest_digest
+    assert json_digest({**reordered, "vocab_size": 101}) != dataset.manifest_digest
 
 
 def test_missing_folder_and_manifest(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ import pyarrow as pa
 import xxhash
 
 from bertscale.config import UserError
-from bertscale.files import file_digest, whole_file, write_json
+from bertscale.files import file_digest, json_digest, whole_file, write_json
 from bertscale.tokenizer import find_tokenizer
 
 FORMAT_VERSION = 2
@@ -206,7 +206,7 @@ class Dataset:
 
     def __init__(self, folder: Path, split: Split, manifest: dict[str, Any], shards: list[Shard]) -> None:
         self.folder, self.split, self.manifest, self.shards = folder, split, manifest, shards
-        self.manifest_digest = manifest_digest(manifest)
+        self.manifest_digest = json_digest(manifest)
         self.tokenizer_path = find_tokenizer(folder)
         self.num_documents = sum(shard.entry.rows for shard in shards)
         self.num_tokens = sum(shard.entry.tokens for shard in shards)
@@ -260,12 +260,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     assert isinstance(manifest, dict)
     return manifest
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """xxh3-128 (hex) of the manifest's content, whatever its spacing and the order of its keys."""
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 _REMEDY = "run `bertscale prep` again: it makes what is missing or changed"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -30,13 +29,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError, check_config
-from bertscale.files import file_digest, fresh_folder, partial_folder, put_in_place, sync, write_json
+from bertscale.files import (
+    file_digest,
+    fresh_folder,
+    json_digest,
+    partial_folder,
+    put_in_place,
+    sync,
+    write_json,
+)
 from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoints
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
+from bertscale.train.checkpoint_table import DIGEST, FORMAT, STATES, read_table
 from bertscale.train.parallel import Ranks
-
-FORMAT = 1
-STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,13 @@ def _attempt(work: Callable[[], object]) -> str | None:
 
 def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:
     """Writes the table into `partial` and gives the folder its final name. Raises OSError."""
-    write_json(partial / TABLE, table, flush=False)
+    write_table(partial, table)
     put_in_place(partial, final)
+
+
+def write_table(folder: Path, table: dict[str, Any]) -> None:
+    """Writes the table, with a digest of itself. Raises OSError."""
+    write_json(folder / TABLE, {**table, DIGEST: json_digest(table)}, flush=False)
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -155,8 +165,8 @@ class Checkpoint:
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """The whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
 
-        Raises KeyError for an unknown parameter or a state that its optimizer does not keep, UserError when
-        fragments are missing.
+        Raises KeyError for an unknown parameter or a state that its optimizer does not keep, UserError for a
+        damaged file.
         """
         entry = self.parameters[name]
         if state not in entry.get("states", STATES):
@@ -169,15 +179,10 @@ class Checkpoint:
         shares = []
         for rank in range(degree):
             flat = torch.empty(torch.Size(share).numel())
-            filled = 0
             for file in self.table["files"]:
-                if file["tensor_rank"] != rank or name not in file["pieces"]:
-                    continue
-                start, length = file["pieces"][name]
-                flat[start : start + length] = self._file(file["name"]).get_tensor(f"{state}:{name}")
-                filled += length
-            if filled != flat.numel():
-                raise UserError(f"the checkpoint {self.folder} lacks a part of {name} ({state})")
+                if file["tensor_rank"] == rank and name in file["pieces"]:
+                    start, length = file["pieces"][name]
+                    flat[start : start + length] = self._piece(file["name"], f"{state}:{name}", length)
             shares.append(flat.view(share))
         return shares[0] if degree == 1 else torch.cat(shares, dim)
 
@@ -202,10 +207,21 @@ class Checkpoint:
                     f"{TABLE}'s; use another checkpoint"
                 )
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        return self._open[name]
+    def _piece(self, file: str, name: str, length: int) -> Tensor:
+        path = self.folder / file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(path, framework="pt")
+            values: Tensor = self._open[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the checkpoint file {path} is damaged: {error}; use another checkpoint"
+            ) from error
+        if values.shape != (length,):
+            raise UserError(
+                f"the checkpoint file {path} is damaged: {name} has the shape {list(values.shape)}"
+            )
+        return values
 
 
 def prune(run: Path, keep: int) -> None:
@@ -227,17 +243,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if not found:
             raise UserError(f"the run {folder} has no finished checkpoint yet")
         return open_checkpoint(found[-1])
-    try:
-        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not a finished checkpoint: it has no {TABLE}, which is written last; "
-            "use an older checkpoint of the run"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{folder / TABLE} is damaged: {error}") from error
-    if table.get("format") != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {table.get('format')}, this version reads {FORMAT}")
+    table = read_table(folder)
     for file in table["files"]:
         path = folder / file["name"]
         size = path.stat().st_size if path.is_file() else None
@@ -273,8 +279,8 @@ def write_whole(
         fragments.append(StateFragment(name, 0, {"weight": value.float().flatten()}))
     entry = write_shard(folder, shard_name(0, 0), fragments)
     parameters = {n: {"shape": shape, "tensor_parallel_dimension": None} for n, shape in shapes.items()}
-    write_json(
-        folder / TABLE,
+    write_table(
+        folder,
         {
             "format": FORMAT,
             "has_moments": False,

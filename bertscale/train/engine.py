@@ -14,7 +14,8 @@ from bertscale.model.model import LossSums, PretrainingModel, initial_value
 from bertscale.optim.groups import is_matrix, make_optimizer
 from bertscale.optim.layout import Fragment, Layout, Parameter
 from bertscale.optim.optimizers import Muon, WholeOptimizer, first_moments
-from bertscale.train.checkpoint import STATES, Checkpoint, StateFragment
+from bertscale.train.checkpoint import Checkpoint, StateFragment
+from bertscale.train.checkpoint_table import STATES
 from bertscale.train.clipping import set_clipping, whole_norm
 from bertscale.train.parallel import Ranks, take_share, tensor_parallel_dimension
 from bertscale.train.zero import Zero

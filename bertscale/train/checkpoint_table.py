@@ -1,0 +1,122 @@
+"""The table of a checkpoint, bertscale.json: what must be in it, and that its parts fit together.
+
+A table that somebody has edited, or that a disk has damaged, is refused before anything is read by it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bertscale.errors import UserError
+from bertscale.files import json_digest
+from bertscale.run_folder import TABLE
+
+FORMAT = 1
+DIGEST = "digest"  # of all the rest of the table
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Size = Annotated[int, Field(ge=1, lt=2**62)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Topology(_Part):
+    tensor: Size
+    data: Size
+
+
+class _Parameter(_Part):
+    shape: list[Size]
+    tensor_parallel_dimension: Count | None
+    states: list[str] = Field(default_factory=lambda: list(STATES))
+
+    def share(self, degree: int) -> int:
+        """Values of a tensor rank's share; raises ValueError where the shape cannot be shared by `degree`."""
+        dim = self.tensor_parallel_dimension
+        if dim is None:
+            return math.prod(self.shape)
+        if dim >= len(self.shape) or self.shape[dim] % degree:
+            raise ValueError(f"dimension {dim} of {self.shape} among {degree} ranks")
+        return math.prod(self.shape) // degree
+
+
+class _File(_Part):
+    name: str = Field(pattern=r"^[\w.-]+$")
+    bytes: Count
+    digest: str
+    tensor_rank: Count
+    pieces: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]  # start, length
+
+
+class _Table(_Part):
+    has_moments: bool
+    step: Count
+    samples_consumed: Count
+    skipped_steps: Count = 0
+    elapsed_seconds: float = Field(0.0, ge=0, allow_inf_nan=False, strict=False)
+    vocab_size: Size
+    tokenizer_sha256: str
+    model: dict[str, Any]
+    topology: _Topology
+    parameters: dict[str, _Parameter]
+    files: list[_File]
+
+    def check_pieces(self) -> None:
+        """Raises ValueError where the pieces of a parameter are not the whole of it, each value once."""
+        pieces: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
+        for file in self.files:
+            for name, piece in file.pieces.items():
+                pieces[name, file.tensor_rank].append(piece)
+        expected: dict[tuple[str, int], int] = {}
+        for name, parameter in self.parameters.items():
+            degree = 1 if parameter.tensor_parallel_dimension is None else self.topology.tensor
+            expected |= {(name, rank): parameter.share(degree) for rank in range(degree)}
+        if unknown := pieces.keys() - expected.keys():
+            raise ValueError(f"pieces of {min(unknown)[0]}, which is no parameter")
+        for (name, rank), size in expected.items():
+            end = 0
+            for start, length in sorted(pieces[name, rank]):
+                if start != end:
+                    break
+                end += length
+            if end != size:
+                raise ValueError(f"a piece of {name} is missing or too much")
+
+
+def read_table(folder: Path) -> dict[str, Any]:
+    """The table of the checkpoint `folder`, checked, without its digest; raises UserError, in one line."""
+    path = folder / TABLE
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a finished checkpoint: it has no {TABLE}, which is written last; "
+            "use an older checkpoint of the run"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; use another checkpoint") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path} is damaged: it is no mapping; use another checkpoint")
+    if table.get("format") != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {table.get('format')}, this version reads {FORMAT}")
+    digest = table.pop(DIGEST, None)  # the first checkpoints have none
+    if digest is not None and digest != json_digest(table):
+        raise UserError(f"{path} is damaged: its digest is not that of its content; use another checkpoint")
+    try:
+        _Table.model_validate(table).check_pieces()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{path} is damaged: {key}: {problem['msg']}; use another checkpoint") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; use another checkpoint") from error
+    return table
