@@ -181,7 +181,7 @@ def export(weights: Weights, output: Path, origin: str) -> None:
     """Writes a folder that transformers loads as the preset's class, tokenizer included; of a model with a
     generator, a second one inside."""
     model, vocab_size = weights.model, weights.vocab_size
-    tokenizer = load_tokenizer(find_tokenizer(weights.folder))
+    tokenizer = load_tokenizer(weights.folder)
     partial = fresh_folder(output)
     for part in (None,) if model.generator_size is None else CLASSES:
         folder = partial / GENERATOR if part == GENERATOR else partial
@@ -225,6 +225,22 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> None:
         "config": None,
     }
     write_whole(output, table, tensors(), tokenizer)
+
+
+def load_model(path: str | Path) -> PretrainingModel:
+    """Loads a model for pretraining, float32 on the CPU, in evaluation mode.
+
+    `path` is a run folder, whose newest checkpoint is taken, a checkpoint of any topology, or a Hugging Face
+    folder that `bertscale convert` reads; pooler and next-sentence head that such a folder lacks have first
+    values. `model(batch)` takes a micro-batch of `iterate_batches` and returns `LossSums`: scalars, summed
+    over its predictions. `model.encoder(tokens, token_types, positions, lengths)` takes int64 [T] and returns
+    float32 hidden states [T, H] and, with a sentence head, what it pools of each sample [S, H].
+
+    Raises UserError where `path` is none of the three or is damaged.
+
+        model = load_model("runs/quickstart/pretrain")
+    """
+    return native_model(open_weights(Path(path)))
 
 
 def native_model(weights: Weights) -> PretrainingModel:
