@@ -177,6 +177,17 @@ def test_a_model_is_the_newest_of_a_run_in_evaluation_mode() -> None:
         assert all(value.equal(other[name]) for name, value in weights.items()) == same
 
 
+def test_weights_that_do_not_fit_their_config_are_named(tmp_path: Path) -> None:
+    shutil.copytree("runs/quickstart/hugging-face", tmp_path / "other")
+    path = tmp_path / "other/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    with pytest.raises(UserError) as error:
+        bertscale.load_model(tmp_path / "other")
+    assert "position_embeddings.weight with the shape [128, 256], config.json asks for [64, 256]" in str(
+        error.value
+    )
+
+
 def test_batches_are_those_of_the_config_from_any_step_on() -> None:
     config = pretrain_config("runs/quickstart/data", "unused")
     whole = bertscale.iterate_batches(config)

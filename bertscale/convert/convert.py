@@ -107,7 +107,7 @@ class HuggingFaceWeights:
         ]
 
     def tensor(self, name: str) -> Tensor:
-        """The native parameter `name`, float32; raises UserError when the folder lacks it."""
+        """The native parameter `name`, float32; raises UserError where it is missing or misshapen."""
         if name in self.missing:
             return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
         values = []
@@ -119,7 +119,13 @@ class HuggingFaceWeights:
                     "masked tokens"
                 )
             values.append(self.file.get_tensor(found).float())
-        return from_hugging_face(name, values, self.model)
+        value = from_hugging_face(name, values, self.model)
+        if value.shape != self.parameters[name]:
+            raise UserError(
+                f"{self.folder / WEIGHTS} has {name} with the shape {list(value.shape)}, config.json asks "
+                f"for {list(self.parameters[name])}: they do not belong together"
+            )
+        return value
 
     def _has(self, name: str) -> bool:
         return all(self._find(each) for each in hugging_face_names(name, self.model.preset) or [""])
