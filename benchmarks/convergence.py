@@ -45,7 +45,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from bertscale.bench.machine import processor
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
-from bertscale.convert.convert import native_model, open_weights
+from bertscale.convert.convert import load_model
 from bertscale.convert.hf_names import hugging_face_config
 from bertscale.data.batch_phases import batch_phases
 from bertscale.data.loader import Loader
@@ -261,7 +261,7 @@ def measured(run: Run, heldout: list[MicroBatch], step_tokens: float, minutes: f
 @torch.no_grad()
 def heldout_loss(weights: Path, heldout: list[MicroBatch]) -> tuple[float, float]:
     """Mean loss and accuracy at the masked positions, in float32, of whosever weights."""
-    model = native_model(open_weights(weights))
+    model = load_model(weights)
     loss = right = 0.0
     for b in heldout:
         sums = model(b)

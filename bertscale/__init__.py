@@ -1,0 +1,48 @@
+"""From raw text to a fine-tuned BERT-family model; these are the names for notebooks and scripts.
+
+    import bertscale
+    model = bertscale.load_model("runs/quickstart/pretrain")
+
+docs/python.md has a runnable line for each of them; `bertscale --help` lists the commands. A name is loaded,
+with the libraries that it needs, when it is first used: the package itself needs the standard library alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = [
+    "UserError",
+    "__version__",
+    "iterate_batches",
+    "load_classifier",
+    "load_model",
+    "load_tokenizer",
+    "open_dataset",
+]
+
+if TYPE_CHECKING:
+    from bertscale.convert.convert import load_model
+    from bertscale.data.batches import iterate_batches
+    from bertscale.data.shards import open_dataset
+    from bertscale.errors import UserError
+    from bertscale.finetune.finetune import load_classifier
+    from bertscale.tokenizer import load_tokenizer
+else:
+    _HOMES = {
+        "UserError": "bertscale.errors",
+        "iterate_batches": "bertscale.data.batches",
+        "load_classifier": "bertscale.finetune.finetune",
+        "load_model": "bertscale.convert.convert",
+        "load_tokenizer": "bertscale.tokenizer",
+        "open_dataset": "bertscale.data.shards",
+    }
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'bertscale' has no attribute {name!r}")
+        globals()[name] = value = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
+
+    def __dir__():
+        return __all__

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import importlib.metadata
 import shlex
 import sys
 import tempfile
@@ -34,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(_overview())
         return 0 if arguments else MISTAKE
     if arguments[0] == "--version":
-        print(f"bertscale {importlib.metadata.version('bertscale')}")
+        from bertscale import __version__
+
+        print(f"bertscale {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:

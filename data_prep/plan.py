@@ -241,7 +241,9 @@ class Plan:
     def begin(self) -> None:
         """Makes this the output folder's plan, and removes what an earlier run with another one left."""
         given = self.config.tokenizer
-        if given and Path(given).resolve() in [(self.output / name).resolve() for name in TOKENIZER_NAMES]:
+        if given and Path(given).resolve() in [
+            (self.output / name).resolve() for name in ("", *TOKENIZER_NAMES)
+        ]:
             raise UserError(f"tokenizer: {given} is prep's own output; copy it to another place first")
         old = read_json(self.path)
         if old is not None and _digest(old) == self.digest:

@@ -158,19 +158,20 @@ class Copies(TorchFunctionMode):
 
 def watch(data: str, cases: list[list[Any]]) -> list[Any]:
     """On each rank, for each case, of the third of three steps: reads, copies, number of micro-batches."""
+    from bertscale.data.batches import make_loader
     from bertscale.data.shards import open_dataset
     from bertscale.tokenizer import load_tokenizer
     from bertscale.train.metrics import LossAccumulator
     from bertscale.train.objectives import Counts
     from bertscale.train.parallel import leave_subgroups
-    from bertscale.train.pretrain import make_loader
     from bertscale.train.step import train_step
 
     results = []
     for optimizer, precision, tensor, stage in cases:
         config, ranks, engine = engine_of(data, optimizer, precision, tensor, stage)
         tokenizer = load_tokenizer(open_dataset(config.data, "train").tokenizer_path)
-        loader, losses = make_loader(config, tokenizer, ranks, "train"), LossAccumulator(ranks.device, 0)
+        loader = make_loader(config, tokenizer, "train", ranks=ranks)
+        losses = LossAccumulator(ranks.device, 0)
         counts = Counts(9.0, 8.0, 99.0)
         for step in range(3):
             batches = loader.step(step)

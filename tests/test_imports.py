@@ -45,7 +45,7 @@ OPEN_TO = {
         *("bertscale.data.shards", "bertscale.tokenizer"),
     },
     "launcher": {
-        *("bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
+        *("bertscale", "bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
         *("bertscale.run_folder", "bertscale.data.samples", "bertscale.data.shards"),
     },
 }

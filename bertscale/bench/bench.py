@@ -39,6 +39,7 @@ from bertscale.bench.timed_steps import (
     transformers_step,
 )
 from bertscale.config import PretrainConfig, UserError
+from bertscale.data.batches import make_loader
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.shards import open_dataset
 from bertscale.progress import Progress, show_count
@@ -54,7 +55,6 @@ from bertscale.train.device import (
 from bertscale.train.engine import Engine
 from bertscale.train.metrics import Rate
 from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
-from bertscale.train.pretrain import make_loader
 
 Batches = Iterator[tuple[int, list[MicroBatch]]]
 
@@ -117,7 +117,7 @@ def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
             data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
             tokenizer = load_tokenizer(data[0].tokenizer_path)
             vocab_size = tokenizer.vocab_size
-            batches = make_loader(config, tokenizer, ranks, "train", data).iterate(0, total)
+            batches = make_loader(config, tokenizer, "train", data, ranks).iterate(0, total)
         stack.enter_context(closing(batches))  # ends the loader's thread
 
         engine = Engine(config, vocab_size, ranks, dtype)

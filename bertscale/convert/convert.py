@@ -109,7 +109,7 @@ class HuggingFaceWeights:
         ]
 
     def tensor(self, name: str) -> Tensor:
-        """The native parameter `name`, float32; raises UserError when the folder lacks it."""
+        """The native parameter `name`, float32; raises UserError where it is missing or misshapen."""
         if name in self.missing:
             return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
         values = []
@@ -121,7 +121,13 @@ class HuggingFaceWeights:
                     "masked tokens"
                 )
             values.append(self.file.get_tensor(found).float())
-        return from_hugging_face(name, values, self.model)
+        value = from_hugging_face(name, values, self.model)
+        if value.shape != self.parameters[name]:
+            raise UserError(
+                f"{self.folder / WEIGHTS} has {name} with the shape {list(value.shape)}, config.json asks "
+                f"for {list(self.parameters[name])}: they do not belong together"
+            )
+        return value
 
     def digest(self) -> str:
         """One of the digests of config, weights and tokenizer."""
@@ -204,7 +210,7 @@ def export(weights: Weights, output: Path) -> None:
     model, vocab_size = weights.model, weights.vocab_size
     if model.generator_size is not None:
         check_exportable(model, str(weights.folder))
-    tokenizer = load_tokenizer(find_tokenizer(weights.folder))
+    tokenizer = load_tokenizer(weights.folder)
     for part in (None,) if model.generator_size is None else CLASSES:
         folder = output / GENERATOR if part == GENERATOR else output
         folder.mkdir(exist_ok=True)
@@ -250,6 +256,22 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
     if weights.missing:
         said.append(f"missing   {', '.join(weights.missing)}: not in the source, given their first values")
     return said
+
+
+def load_model(path: str | Path) -> PretrainingModel:
+    """Loads a model for pretraining, float32 on the CPU, in evaluation mode.
+
+    `path` is a run folder, whose newest checkpoint is taken, a checkpoint of any topology, or a Hugging Face
+    folder that `bertscale convert` reads; pooler and next-sentence head that such a folder lacks have first
+    values. `model(batch)` takes a micro-batch of `iterate_batches` and returns `LossSums`: scalars, summed
+    over its predictions. `model.encoder(tokens, token_types, positions, lengths)` takes int64 [T] and returns
+    float32 hidden states [T, H] and, with a sentence head, what it pools of each sample [S, H].
+
+    Raises UserError where `path` is none of the three or is damaged.
+
+        model = load_model("runs/quickstart/pretrain")
+    """
+    return native_model(open_weights(Path(path)))
 
 
 def native_model(weights: Weights) -> PretrainingModel:

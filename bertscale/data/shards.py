@@ -26,7 +26,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -213,12 +213,19 @@ class Dataset:
 
 
 def open_dataset(folder: str | Path, split: Split = "train", verify: bool = False) -> Dataset:
-    """Opens the `split` of a folder written by `bertscale prep`; a split may have no shards.
+    """Opens the `split`, train or validation, of a folder written by `bertscale prep`.
 
-    `verify` also reads every byte and compares digests. Raises UserError that names what is missing,
-    cut, changed or does not belong together, and what to do.
+    `num_documents` and `num_tokens` count the whole split; each of its `shards`, of which there may be none,
+    has `tokens` [tokens] and `token_offsets` [rows + 1] as numpy views of the file (see `Shard`). `verify`
+    also reads every byte and compares digests.
+
+    Raises UserError that names what is missing, cut, changed or does not belong together, and what to do.
+
+        shard = open_dataset("runs/quickstart/data", "validation").shards[0]
     """
     folder = Path(folder)
+    if split not in get_args(Split):
+        raise UserError(f"split={split!r}: a data set has the splits {' and '.join(get_args(Split))}")
     manifest = read_manifest(folder)
     tokenizer = find_tokenizer(folder)
     if not tokenizer.is_file():

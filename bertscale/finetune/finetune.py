@@ -106,7 +106,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     weights = open_weights(Path(config.encoder))
-    tokenizer = load_tokenizer(find_tokenizer(weights.folder))
+    tokenizer = load_tokenizer(weights.folder)
     check_fit(config, weights, tokenizer)
     data = config.data
     train, test = (read_examples(path, data.text_field, data.label_field) for path in (data.train, data.test))
@@ -441,21 +441,29 @@ class Classifier:
         self.labels: list[Label] = facts["labels"]
         self.max_length: int = facts["max_length"]  # tokens
 
-    def __call__(self, texts: Sequence[str]) -> list[tuple[Label, float]]:
-        """The most probable label of each text and its probability."""
-        samples = encode(texts, self.tokenizer, self.max_length)
+    def __call__(self, texts: str | Sequence[str]) -> list[tuple[Label, float]]:
+        """Returns the most probable label of each text and its probability; a text alone is a list of one."""
+        samples = encode([texts] if isinstance(texts, str) else texts, self.tokenizer, self.max_length)
         probabilities = predict(self.model, samples, self.device, self.dtype)
         return [(self.labels[int(chances.argmax())], float(chances.max())) for chances in probabilities]
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """The classifier that `finetune` wrote into `folder`. Raises UserError where there is none."""
+    """Loads a classifier that `bertscale finetune` wrote, onto this machine's device.
+
+    `folder` is the folder `model` of its output. Called with S texts, of any length, the classifier returns S
+    pairs (label, probability); one text alone is as a list of it.
+
+    Raises UserError where `folder` holds no classifier, or another tokenizer than the classifier's.
+
+        load_classifier("runs/quickstart/finetune/model")(["Adds two matrices."])    # [("numpy", 0.91)]
+    """
     folder = Path(folder)
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no classifier: {error}") from error
-    tokenizer = load_tokenizer(find_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
     if tokenizer.sha256 != facts["tokenizer_sha256"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer that the classifier learnt with")
     shape = check_config(ModelConfig, facts["model"], str(folder / "config.json"))

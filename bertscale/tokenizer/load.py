@@ -1,6 +1,6 @@
 """The tokenizer of a data set or a model: one interface for SentencePiece models and WordPiece vocabularies.
 
-    tokenizer = load_tokenizer(find_tokenizer("runs/quickstart/data"))
+    tokenizer = load_tokenizer("runs/quickstart/data")
     tokenizer.encode([tokenizer.normalize("The apple is red.")])     # [[1012, 2411, 12, 874, 7]]
 
 A folder holds its tokenizer as one file that needs no other: `tokenizer.model`, a SentencePiece model, or
@@ -13,31 +13,39 @@ from __future__ import annotations
 from pathlib import Path
 
 from bertscale.config import UserError
+from bertscale.run_folder import checkpoints
 from bertscale.tokenizer.base import SENTENCE_PIECE_NAME, TOKENIZER_NAMES, VOCABULARY_NAME, Tokenizer
 
 
 def find_tokenizer(folder: str | Path) -> Path:
     """The tokenizer's file in the folder of a data set, a checkpoint or a model; there may be none yet.
 
-    tokenizer.model goes before tokenizer.json, which beside it is its Hugging Face form. A published model
-    may have its vocab.txt alone.
+    A run's is that of its newest checkpoint. tokenizer.model goes before tokenizer.json, which beside it is
+    its Hugging Face form. A published model may have its vocab.txt alone.
     """
     folder = Path(folder)
-    for name in (*TOKENIZER_NAMES, VOCABULARY_NAME):
-        if (folder / name).is_file():
-            return folder / name
+    for place in (folder, *checkpoints(folder)[-1:]):
+        for name in (*TOKENIZER_NAMES, VOCABULARY_NAME):
+            if (place / name).is_file():
+                return place / name
     return folder / SENTENCE_PIECE_NAME
 
 
 def load_tokenizer(path: str | Path, lowercase: bool | None = None) -> Tokenizer:
-    """The tokenizer of a SentencePiece model, a WordPiece tokenizer.json or a WordPiece vocab.txt.
+    """Loads a SentencePiece model, a WordPiece tokenizer.json or a WordPiece vocab.txt.
 
-    `lowercase` is for WordPiece: whether text is put in lower case; by itself as tokenizer.json says, or if
+    `path` is the file, or the folder of a data set, a run, a checkpoint or a model that holds one.
+    `tokenizer.encode(texts)` takes a list of S texts and returns S lists of ids, without [CLS] and [SEP].
+    `lowercase` is for WordPiece: whether text is put in lower case; by default as tokenizer.json says, or if
     no piece of vocab.txt has a capital letter.
 
     Raises UserError if `path` is missing, is none of the three, or lacks a special piece.
+
+        tokenizer = load_tokenizer("runs/quickstart/data")
     """
     path = Path(path)
+    if path.is_dir():
+        path = find_tokenizer(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -20,16 +20,16 @@ import yaml
 
 from bertscale.config import PretrainConfig, UserError
 from bertscale.data.batch_phases import FOREVER
+from bertscale.data.batches import make_loader
 from bertscale.data.loader import Loader
-from bertscale.data.mixture import Mixture, data_digest
-from bertscale.data.samples import check_batches
-from bertscale.data.shards import Dataset, Split, open_dataset
+from bertscale.data.mixture import data_digest
+from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
 from bertscale.progress import Progress
 from bertscale.run_folder import CONFIG, LOCK, RESULT, check_run_folder, checkpoint_folder
-from bertscale.tokenizer import Tokenizer, load_tokenizer
+from bertscale.tokenizer import load_tokenizer
 from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, local_device, peak_flops
@@ -71,9 +71,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     run, first = Path(config.run), ranks.rank == 0
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
     tokenizer = load_tokenizer(data[0].tokenizer_path)
-    check_batches(config, ranks.data)
-    loader = make_loader(config, tokenizer, ranks, "train", data)
-    heldout = make_loader(config, tokenizer, ranks, "validation")
+    loader = make_loader(config, tokenizer, "train", data, ranks)
+    heldout = make_loader(config, tokenizer, "validation", ranks=ranks)
     schedule = TrainingSchedule(config, loader.mixture.batches)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
     precision = f"{dtype}".removeprefix("torch.")
@@ -221,38 +220,6 @@ def _lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def make_loader(
-    config: PretrainConfig,
-    tokenizer: Tokenizer,
-    ranks: Ranks,
-    split: Split,
-    data: list[Dataset] | None = None,
-) -> Loader:
-    """Training batches, or those of the held-out loss: the same ones each time, of the full length,
-    whatever the run's seed."""
-    samples, training = config.samples, split == "train"
-    mixture = Mixture(
-        data or [open_dataset(corpus.path, split) for corpus in config.corpora],
-        [corpus.weight for corpus in config.corpora],
-        samples if training else samples.model_copy(update={"warmup": []}),
-        global_batch=config.train.global_batch,
-        batch_warmup=config.train.batch_warmup if training else None,
-        seed=config.train.seed if training else 0,
-        peers=ranks,
-    )
-    return Loader(
-        mixture,
-        tokenizer,
-        micro_batch=config.train.micro_batch,
-        micro_tokens=config.train.micro_tokens,
-        masks=config.objectives.mlm > 0,
-        draws=config.model.generator_size is not None,
-        static_targets=config.has_static_targets(ranks.device.type),
-        rank=ranks.data_rank,
-        world=ranks.data,
-    )
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from bertscale import __version__
 from bertscale.config import Section, UserError
 from bertscale.run_folder import CANCELLED, CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT, found_marks
 from launcher.job import JobSpec, render
@@ -112,14 +113,10 @@ def about_now(cluster_environment: dict[str, str]) -> dict[str, Any]:
 
 def version() -> str:
     """Says `0.1.0, commit 1a2b3c4`, with `dirty` where files of the checkout differ from that commit."""
-    try:
-        number = importlib.metadata.version("bertscale")
-    except importlib.metadata.PackageNotFoundError:
-        number = "of no installed version"
     checkout = commit()
     if checkout is None:
-        return number
-    return f"{number}, commit {checkout['commit'][:10]}{' (dirty)' if checkout['dirty'] else ''}"
+        return __version__
+    return f"{__version__}, commit {checkout['commit'][:10]}{' (dirty)' if checkout['dirty'] else ''}"
 
 
 def commit() -> dict[str, Any] | None:

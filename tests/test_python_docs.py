@@ -1,0 +1,237 @@
+"""The names for notebooks: docs/python.md runs as it stands, and what is told of the names is true.
+
+The page names the files of the quickstart: `quickstart` lays tiny ones at the same paths, and the blocks run
+in that folder. There is no other substitution.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, assert_type
+
+import pytest
+import torch
+from tiny import pretrain_config
+
+import bertscale
+from bertscale.config import FinetuneConfig, ModelConfig, PretrainConfig, UserError, load_config
+from bertscale.convert.convert import convert
+from bertscale.data.micro_batch import MicroBatch
+from bertscale.data.shards import Dataset
+from bertscale.finetune.finetune import Classifier, finetune
+from bertscale.model.model import PretrainingModel, initial_value
+from bertscale.run_folder import checkpoint_folder
+from bertscale.tokenizer import Tokenizer
+from bertscale.train.checkpoint import write_whole
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/python.md"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/quickstart and the configs, as `make quickstart` leaves them, but tiny."""
+    folder = tmp_path_factory.mktemp("notebook")
+    runs = folder / "runs/quickstart"
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(tiny_data, runs / "data")
+
+    tokenizer = bertscale.load_tokenizer(runs / "data")
+    shape = load_config(PretrainConfig, ROOT / "configs/pretrain/quickstart.yaml", []).model
+    write_model(checkpoint_folder(runs / "pretrain", 1), shape, tokenizer, seed=1)
+    write_model(checkpoint_folder(runs / "pretrain", 2), shape, tokenizer, seed=2)
+    convert(runs / "pretrain", runs / "hugging-face", show=False)
+
+    rows = [
+        {"text": f"{word} {number}", "label": word} for word in ("the cat", "a boat") for number in range(8)
+    ]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "encoder": str(runs / "pretrain"),
+        "output": str(runs / "finetune"),
+        "data": {split: str(folder / "task.jsonl") for split in ("train", "test")},
+        "samples": {"max_length": 32},
+        "train": {"epochs": 1, "global_batch": 8},
+    }
+    finetune(FinetuneConfig.model_validate(settings))
+    return folder
+
+
+def write_model(folder: Path, shape: ModelConfig, tokenizer: Tokenizer, seed: int) -> None:
+    """Writes a checkpoint of first values."""
+    tensors = (
+        (name, initial_value(name, list(value.shape), shape, tokenizer.vocab_size, seed))
+        for name, value in PretrainingModel(shape, tokenizer.vocab_size).named_parameters()
+    )
+    facts = {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256}
+    write_whole(folder, {"model": shape.model_dump(), **facts}, tensors, tokenizer.path)
+
+
+@pytest.fixture(autouse=True)
+def _there(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quickstart)
+
+
+def blocks() -> list[str]:
+    parts = PAGE.read_text(encoding="utf-8").split("```")[1::2]
+    return [part.removeprefix("python\n") for part in parts if part.startswith("python\n")]
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook: dict[str, Any] = {}
+    for block in blocks():
+        exec(compile(block, str(PAGE), "exec"), notebook)
+    tokens, width = len(notebook["tokens"]), 256
+    assert notebook["hidden"].shape == (tokens, width)
+    assert notebook["pooled"].shape == (1, width)
+    assert notebook["first"].count(notebook["tokenizer"].sep_id) == 2
+    assert notebook["label"] in ("the cat", "a boat")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "there is no checkpoint runs/nowhere: no such folder"
+
+
+def test_the_page_shows_every_name() -> None:
+    code = "\n".join(blocks())
+    assert [name for name in bertscale.__all__ if f"bertscale.{name}" not in code] == []
+
+
+# ---------------------------------------------------------------------------------------------- the names
+
+
+def python(*arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_package_needs_no_library() -> None:
+    # -S: nothing that is installed. A name without its libraries fails when it is used, not before.
+    code = "import bertscale; print(bertscale.__version__, *dir(bertscale)); bertscale.UserError"
+    assert python("-S", "-c", code).split() == [bertscale.__version__, *sorted(bertscale.__all__)]
+
+
+def test_batches_and_models_need_neither_deepspeed_nor_megatron() -> None:
+    code = (
+        "import sys, bertscale; before = set(sys.modules)\n"
+        "next(bertscale.iterate_batches('configs/pretrain/quickstart.yaml'))\n"
+        "bertscale.load_model('runs/quickstart/pretrain')\n"
+        "bertscale.load_classifier('runs/quickstart/finetune/model')\n"
+        "print('torch' in before, *[name for name in ('deepspeed', 'megatron') if name in sys.modules])"
+    )
+    assert python("-c", code).split() == ["False"]
+
+
+def test_help_begins_each_name_with_a_sentence() -> None:
+    text = pydoc.plain(pydoc.render_doc(bertscale))
+    for name in ("iterate_batches", "load_classifier", "load_model", "load_tokenizer", "open_dataset"):
+        sentence = getattr(bertscale, name).__doc__.splitlines()[0]
+        assert sentence.endswith("."), name
+        assert sentence in text
+    assert "class UserError" in text
+
+
+def test_a_name_that_is_not_there_is_said() -> None:
+    with pytest.raises(AttributeError, match="module 'bertscale' has no attribute 'load_modle'"):
+        bertscale.load_modle  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_paths_are_text_or_path() -> None:
+    """And mypy sees the real types through the package."""
+    run, data = "runs/quickstart/pretrain", "runs/quickstart/data"
+    for kind in (str, Path):
+        assert assert_type(bertscale.open_dataset(kind(data)), Dataset).num_documents > 0
+        tokenizers = [bertscale.load_tokenizer(kind(path)) for path in (data, run, f"{data}/tokenizer.model")]
+        assert len({assert_type(tokenizer, Tokenizer).sha256 for tokenizer in tokenizers}) == 1
+        assert_type(bertscale.load_model(kind(run)), PretrainingModel)
+        assert_type(bertscale.load_classifier(kind("runs/quickstart/finetune/model")), Classifier)
+        batches = bertscale.iterate_batches(kind("configs/pretrain/quickstart.yaml"), "train.micro_batch=8")
+        step, micro_batches = assert_type(next(batches), tuple[int, list[MicroBatch]])
+        assert (step, len(micro_batches)) == (0, 4)
+
+
+# ---------------------------------------------------------------------------------------- what they give
+
+
+def test_a_model_is_the_newest_of_a_run_in_evaluation_mode() -> None:
+    run = Path("runs/quickstart/pretrain")
+    newest = bertscale.load_model(run)
+    assert not newest.training
+    assert {(value.dtype, value.device.type) for value in newest.parameters()} == {(torch.float32, "cpu")}
+    weights = newest.state_dict()
+    for path, same in (
+        (checkpoint_folder(run, 2), True),
+        (checkpoint_folder(run, 1), False),
+        ("runs/quickstart/hugging-face", True),
+    ):
+        other = bertscale.load_model(path).state_dict()
+        assert all(value.equal(other[name]) for name, value in weights.items()) == same
+
+
+def test_weights_that_do_not_fit_their_config_are_named(tmp_path: Path) -> None:
+    shutil.copytree("runs/quickstart/hugging-face", tmp_path / "other")
+    path = tmp_path / "other/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    with pytest.raises(UserError) as error:
+        bertscale.load_model(tmp_path / "other")
+    assert "position_embeddings.weight with the shape [128, 256], config.json asks for [64, 256]" in str(
+        error.value
+    )
+
+
+def test_batches_are_those_of_the_config_from_any_step_on() -> None:
+    config = pretrain_config("runs/quickstart/data", "unused")
+    whole = bertscale.iterate_batches(config)
+    for _ in range(3):
+        next(whole)
+    step, late = next(whole)
+    again, same = next(bertscale.iterate_batches(config, start_step=3))
+    assert step == again == 3
+    assert [batch.tokens.tolist() for batch in late] == [batch.tokens.tolist() for batch in same]
+    assert len(late) == 4  # of 2 samples each, a global batch of 8
+    _, heldout = next(bertscale.iterate_batches(config, split="validation", start_step=3))
+    assert heldout[0].tokens.tolist() != late[0].tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("configs/nowhere.yaml",), {}, "configs/nowhere.yaml"),
+        (("configs/pretrain/quickstart.yaml", "train.step=3"), {}, "did you mean train.steps"),
+        (("configs/pretrain/quickstart.yaml", "data=runs/nowhere"), {}, "no data folder runs/nowhere"),
+        (("configs/pretrain/quickstart.yaml",), {"start_step": -1}, "start_step=-1: the first step is 0"),
+        (("configs/pretrain/quickstart.yaml",), {"split": "test"}, "the splits train and validation"),
+        ((None, "train.steps=3"), {}, "overrides are for a config file"),
+        (
+            ("configs/pretrain/quickstart.yaml", "train.batch_warmup=[[1000, 30]]"),
+            {},
+            "a batch of train.batch_warmup=30 is not a multiple of 32",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_at_the_call(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    config, *overrides = arguments
+    with pytest.raises(UserError) as error:
+        bertscale.iterate_batches(
+            config or pretrain_config("runs/quickstart/data", "unused"), *overrides, **options
+        )
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_text_to_a_classifier_is_a_list_of_it() -> None:
+    classifier = bertscale.load_classifier("runs/quickstart/finetune/model")
+    assert classifier("the cat 3") == classifier(["the cat 3"])
+    assert len(classifier("the cat 3")) == 1
+    assert classifier([]) == []
