@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from bertscale.errors import UserError
 from bertscale.progress import show_duration
-from launcher import history, queue_jobs, runs
+from bertscale.run_folder import METRICS
+from launcher import history, queue_jobs
 from launcher.queue_jobs import QueueJob, show_time
 from launcher.runs import Facts, Place
 from launcher.status import control
@@ -104,16 +105,17 @@ def judge_local(place: Place, facts: Facts, now: float) -> State:
     """A run that was started by hand: only files tell of it."""
     run, source = shlex.quote(place.shown), "its own files"
     if facts.done:
-        return State(
-            "done", f"done: all {facts.steps:,} steps", source, next=f"bertscale convert {run} OUTPUT"
-        )
+        sentence = f"done: all {facts.steps:,} steps"
+        return State("done", sentence, source, next=f"bertscale convert {run} OUTPUT")
     if facts.process:
         sentence = f"it trains on this machine, in process {facts.process}"
         return State("running", sentence, source, next=f"bertscale logs {run} -f")
-    newest = max((history.changed(path) for path in runs.signs_of_life(place, facts)), default=0.0)
+    attempt = facts.attempts[-1] if facts.attempts else None
+    written = [place.run / METRICS, *(attempt.folder.iterdir() if attempt and attempt.folder else ())]
+    newest = max(map(history.changed, written))
     if now - newest < FRESH_SECONDS:
         sentence = f"its figures changed {show_duration(now - newest)} ago: it may train on another machine"
         return State("running", sentence, source, next=f"bertscale logs {run} -f")
-    outcome = facts.attempts[-1].outcome if facts.attempts else ""
-    sentence = "it does not run" + (f"; its last attempt: {outcome}" if outcome else "")
+    last = f"; its last attempt: {attempt.outcome}" if attempt and attempt.outcome else ""
+    sentence = f"it does not run{last}"
     return State("stopped", sentence, source, next=control.local_command(place))

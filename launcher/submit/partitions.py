@@ -29,10 +29,7 @@ def problems(spec: JobSpec, exclude: Sequence[str]) -> list[str]:
     if not names:
         return [*lines, f"partition: the cluster has no default one; it has {', '.join(every)}"]
     if unknown := [name for name in names if name not in every]:
-        return [
-            *lines,
-            f"partition={unknown[0]}: no such partition; the cluster has {', '.join(every)}",
-        ]
+        return [*lines, f"partition={unknown[0]}: no such partition; the cluster has {', '.join(every)}"]
     # Slurm takes whichever of several partitions can start the job first: one that can is enough.
     return lines + min((list(_partition_problems(spec, every[name], exclude)) for name in names), key=len)
 
