@@ -235,7 +235,7 @@ class SlurmStep:
             rank = next(rank for rank in range(self.ranks) if self.node(rank) == lost[1])
             self.dead = lost[1]
             ended.append(Exit(rank, lost[1], code, 0.0, "Slurm has lost its node", said))
-        failed = [one for one in ended if one.code]
+        failed = [report for report in ended if report.code]
         if code and not failed:  # no rank began, or all were killed together with their launcher.rank
             reason = f"exit code {code} of srun"
             failed.append(Exit(-1, "", code, time.time(), reason, said))

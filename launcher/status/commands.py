@@ -105,9 +105,6 @@ def every_place(queue: list[QueueJob]) -> list[Place]:
     return list({place.run.resolve(): place for place in places}.values())
 
 
-# ------------------------------------------------------------------------------------ command lines
-
-
 DESCRIPTIONS = {
     "status": "Shows what each run does: queue state and why it waits, attempts, step, loss, speed, last "
     "checkpoint, expected end. Without RUN, one line for each job of yours and each run below runs/.",

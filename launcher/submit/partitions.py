@@ -109,8 +109,8 @@ def _partition_problems(spec: JobSpec, partition: dict[str, str], exclude: Seque
     if spec.nodes + spec.spares > len(sound):
         missing = [node["NodeName"] for node in nodes if node not in sound]
         left_out = f" but for {','.join(missing)}, left out" if missing else ""
-        some = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-        yield f"{asked}: {where} has {some} that would do{left_out}; ask for fewer"
+        usable = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+        yield f"{asked}: {where} has {usable} that would do{left_out}; ask for fewer"
 
 
 def _needs(spec: JobSpec) -> Iterator[tuple[str, float, Callable[[Node], float], str]]:

@@ -101,7 +101,7 @@ def _load(stage: PipelineStage) -> Config:
 def _absolute(value: Any) -> Any:
     """A path, a corpus, several of them, labelled examples or None, with absolute paths."""
     if isinstance(value, list):
-        return [_absolute(one) for one in value]
+        return [_absolute(entry) for entry in value]
     if isinstance(value, Corpus):
         return value.model_copy(update={"path": os.path.abspath(value.path)})
     if isinstance(value, ExamplesConfig):
@@ -234,7 +234,7 @@ def _changed(name: str) -> float:
         file
         for path in matches(name)
         for file in (path.rglob("*") if path.is_dir() else [path])
-        if not path.is_dir() or not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 

@@ -203,9 +203,9 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
         paths = matches(name)
         if not paths:
             report.problems.append(f"input: there is no file, folder or match for {name}")
-        for one in paths:
-            _check_readable(f"input={one}", one, report)
-            files = one.rglob("*") if one.is_dir() else [one]
+        for path in paths:
+            _check_readable(f"input={path}", path, report)
+            files = path.rglob("*") if path.is_dir() else [path]
             size += sum(file.stat().st_size for file in files if file.is_file())
     if config.tokenizer is not None and not promises.hold(config.tokenizer):
         _check_readable(f"tokenizer={config.tokenizer}", Path(config.tokenizer), report)
@@ -228,7 +228,7 @@ def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) 
         except (OSError, ValueError):
             record = None
         wanted = (data.text_field, data.label_field)
-        if not isinstance(record, dict) or (lacking := [one for one in wanted if one not in record]):
+        if not isinstance(record, dict) or (lacking := [needed for needed in wanted if needed not in record]):
             lack = f"no field {lacking[0]!r}" if isinstance(record, dict) else "no JSON object"
             report.problems.append(
                 f"{key}={name}: its first line has {lack}; each line is an object with the fields "
