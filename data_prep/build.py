@@ -32,7 +32,7 @@ import json
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -149,10 +149,10 @@ def _whose(missing: list[int], count: int | None) -> str:
     if count is None:
         numbers = ", ".join(map(str, shown))
         return f"{numbers}{more} (unit number % task count is the task index)"
-    tasks: dict[int, list[int]] = {}
+    tasks = defaultdict[int, list[str]](list)
     for number in shown:
-        tasks.setdefault(number % count, []).append(number)
-    words = [f"task {task}: {', '.join(map(str, numbers))}" for task, numbers in sorted(tasks.items())]
+        tasks[number % count].append(str(number))
+    words = [f"task {task}: {', '.join(numbers)}" for task, numbers in sorted(tasks.items())]
     return f"{'; '.join(words)}{more}"
 
 
@@ -223,14 +223,12 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_sha256: str) -> None:
     spills = [spill for spill in _all_spills(unit.spills, unit.plan) if spill.split == unit.split]
     merged = merge(unit.inner, spills, dtype, unit.number, unit.count, unit.config.deduplicate)
     unit.check_plan()
-    entry = None
-    if merged.documents:
-        entry = dataclasses.asdict(write_columns(unit.path, unit.split, **merged.columns))
+    shard = write_columns(unit.path, unit.split, **merged.columns) if merged.documents else None
     done = {
         "plan": unit.plan,
         "tokenizer_sha256": tokenizer_sha256,
         "count": unit.count,
-        "shard": entry,
+        "shard": shard and dataclasses.asdict(shard),
         "text_bytes": merged.text_bytes,
         "duplicates": merged.duplicates,
     }

@@ -1,7 +1,7 @@
 """What the files of a run tell: its job folder, attempts, step, losses and checkpoints; no Slurm needed.
 
 place = find("runs/base")    # or an output folder, a job folder
-facts = look(place, now)
+facts = look(place)
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def log_folder(place: Place, spec: JobSpec | None) -> Path:
 # ----------------------------------------------------------------------------------------- looking
 
 
-def look(place: Place, now: float) -> Facts:
+def look(place: Place) -> Facts:
     """Reads what the files of `place` tell; damaged or missing ones are passed over."""
     spec = spec_of(place)
     events = read_events(place.events)
@@ -189,7 +189,7 @@ def look(place: Place, now: float) -> Facts:
         following=list(spec.following) if spec else [],
     )
     if stage == "pretrain":
-        _look_at_training(place, facts, now)
+        _look_at_training(place, facts)
     return facts
 
 
@@ -198,7 +198,7 @@ def is_done(job: Path, tasks: int) -> bool:
     return all((job / mark).is_file() for mark in done_marks(tasks))
 
 
-def _look_at_training(place: Place, facts: Facts, now: float) -> None:
+def _look_at_training(place: Place, facts: Facts) -> None:
     entries: list[dict[str, Any]] = []
     with contextlib.suppress(OSError):
         entries = read_metrics(place.run, TAIL_BYTES)

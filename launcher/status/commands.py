@@ -49,7 +49,7 @@ def status(names: Sequence[str], *, as_json: bool) -> int:
     places = [locate(name, queue) for name in names] or every_place(queue)
     reports = []
     for place in places:
-        facts = runs.look(place, now)
+        facts = runs.look(place)
         reports.append((place, facts, state.judge(place, facts, queue, silence, now)))
     if as_json:
         print(json.dumps([show.as_values(*report) for report in reports], indent=2))
@@ -83,7 +83,7 @@ def locate(name: str, queue: list[QueueJob] | None = None) -> Place:
         if job.number == number and job.folder:
             return runs.place_of(job.folder)
     for place in runs.known_places():
-        if number in runs.look(place, time.time()).jobs:
+        if number in runs.look(place).jobs:
             return place
     record = slurm.show_job(number)
     if record is None:

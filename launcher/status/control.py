@@ -29,7 +29,7 @@ def cancel(place: Place, *, now: bool) -> int:
         raise UserError(how_to_stop(place))
     jobs = queue_jobs.own_jobs()
     # The last job first: none of them may begin because the one before it has ended.
-    following = [Path(folder) for folder in runs.look(place, 0.0).following]
+    following = [Path(folder) for folder in runs.look(place).following]
     others = [folder for folder in reversed(following) if _cancel_one(folder, jobs, now, because=place.shown)]
     stopped = _cancel_one(place.job, jobs, now)
     if stopped or others:
@@ -79,8 +79,7 @@ def resume(place: Place, *, only: bool) -> int:
         print(f"{place.shown} was started by hand; to resume: {local_command(place)}")
         return 0
     jobs = queue_jobs.own_jobs()
-    active = _active(place.job, jobs)
-    if active:
+    if active := _active(place.job, jobs):
         ending = (place.job / CANCELLED).exists() and not active[0].waits
         advice = "it was cancelled and is about to end: wait for it" if ending else "it needs no resume"
         state = "waits in the queue" if active[0].waits else "is running"

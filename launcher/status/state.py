@@ -32,10 +32,10 @@ class State:
 
 def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None, now: float) -> State:
     """What the run does: by the queue, else sacct or scontrol, else its own files."""
-    run = shlex.quote(place.shown)
-    resume = f"bertscale resume {run}"
     if place.job is None:
         return judge_local(place, facts, now)
+    run = shlex.quote(place.shown)
+    logs, resume = f"bertscale logs {run}", f"bertscale resume {run}"
     jobs = queue_jobs.jobs_of(place.job, facts.jobs, queue)
     if not jobs and facts.done:
         following = f"bertscale convert {run} OUTPUT" if facts.stage == "pretrain" else None
@@ -51,17 +51,17 @@ def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None
         return judge_queued(run, facts, jobs, now)
     last = next((event for event in reversed(facts.events) if event["event"] in MILESTONES), None)
     if last and last["event"] == "gave_up":
-        return State("gave up", history.tell(last), "its own events", next=f"bertscale logs {run}")
+        return State("gave up", history.tell(last), "its own events", next=logs)
     if facts.cancelled or (last and last["event"] == "cancelled"):
         return State("cancelled", "cancelled", "its own events", next=resume)
     if ended:
-        return State("failed", queue_jobs.in_words(ended, now), ended.source, next=f"bertscale logs {run}")
+        return State("failed", queue_jobs.in_words(ended, now), ended.source, next=logs)
     if last is None:
         return State("not queued", "it was never queued", "its own events", next=resume)
     when = show_time(last["time"], now)
     if silence is None:  # Slurm answers, and knows nothing of it
         sentence = f"job {facts.jobs[-1]} is gone; its last report, {when}: {history.tell(last)}"
-        return State("lost", sentence, "its own events", next=f"bertscale logs {run}")
+        return State("lost", sentence, "its own events", next=logs)
     word = "waiting" if last["event"] in ("queued", "requeued") else "running"
     return State(word, f"by its last report, {when}: {history.tell(last)}", "its own events")
 

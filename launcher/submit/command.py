@@ -65,15 +65,10 @@ def main(arguments: list[str]) -> int:
         config = load_config(PipelineConfig, options.pipeline, [*options.overrides, *site])
         jobs, mistakes = stage_jobs(config.stages, config.cluster, config.name)
     else:
+        what = [options.source, options.output] if stage == "convert" else options.config
+        given = {key: value for key, value in vars(options).items() if key in PipelineStage.model_fields}
         wanted = PipelineStage.model_validate(
-            {
-                stage: [options.source, options.output] if stage == "convert" else options.config,
-                "set": getattr(options, "overrides", []),
-                "nodes": getattr(options, "nodes", 1),
-                "array": getattr(options, "array", 0),
-                "spares": getattr(options, "spares", 0),
-                "time": options.time,
-            }
+            {stage: what, "set": getattr(options, "overrides", []), **given}
         )
         jobs, mistakes = stage_jobs([wanted], options.cluster)
     return submit(jobs, mistakes, after, exclude, dry_run=options.dry_run)
