@@ -6,9 +6,8 @@ There are two passes. In the first the input is cut, between documents, into wor
 writes its documents, sorted by their key, to spill files, and then a done record. In the second pass each
 shard is the work of one process: it takes its range of keys from all spills (see data_prep/shuffle.py), so
 that documents of the whole input are mixed and the same text meets itself. A rerun keeps what has a record
-and is whole, so
-the bytes depend on the input and the settings alone: not on the number of workers, nor on where a run was
-killed, nor on how many hosts did the first pass together:
+and is whole, so the bytes depend on the input and the settings alone: not on the number of workers, nor on
+where a run was killed, nor on how many hosts did the first pass together:
 
 bertscale prep CONFIG --tokenizer-only                     # once, first
 bertscale prep CONFIG --task-index 0 --task-count 4        # 0, 1, 2, 3: at the same time, on any hosts
@@ -33,7 +32,7 @@ import json
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -42,13 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
-from bertscale.data.shards import (
-    MANIFEST_NAME,
-    ShardEntry,
-    token_dtype,
-    write_columns,
-    write_manifest,
-)
+from bertscale.data.shards import MANIFEST_NAME, ShardEntry, token_dtype, write_columns, write_manifest
 from bertscale.files import whole_file, write_json
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
@@ -56,7 +49,7 @@ from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit
 from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
-from data_prep.workers import number_of_cores, worker_pool
+from data_prep.workers import worker_pool
 
 MISSING_SHOWN = 20  # work units
 # Tokens and sentence lengths take about 0.45 bytes for a byte of text; less is asked for, lest text with much
@@ -79,7 +72,7 @@ def prep(config: PrepConfig) -> dict[str, Any]:
         if (manifest := plan.finished()) is not None:
             return _reused(plan, manifest, began)
         (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
-        with worker_pool(_workers(config)) as pool:
+        with worker_pool(config.workers) as pool:
             tokenizer = make_tokenizer(pool, plan)
             _encode(pool, plan, plan.units, tokenizer)
             manifest = _finish(pool, plan, tokenizer)
@@ -98,11 +91,10 @@ def prep_tokenizer(config: PrepConfig) -> None:
             print(f"already prepared: {plan.output}")
             return
         (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
-        with worker_pool(_workers(config)) as pool:
+        with worker_pool(config.workers) as pool:
             tokenizer = make_tokenizer(pool, plan)
-        print(
-            f"tokenizer: ready with {tokenizer.vocab_size:,} pieces; {len(plan.units):,} work units to build"
-        )
+        units = f"{len(plan.units):,} work units"
+        print(f"tokenizer: ready with {tokenizer.vocab_size:,} pieces; {units} to build")
 
 
 def prep_share(config: PrepConfig, index: int, count: int) -> None:
@@ -114,12 +106,10 @@ def prep_share(config: PrepConfig, index: int, count: int) -> None:
     with _stops_explained(config):
         plan, tokenizer = _join(config)
         units = plan.units[index::count]
-        print(
-            f"prep: task {index} of {count} builds {len(units):,} of {len(plan.units):,} work units",
-            flush=True,
-        )
+        share = f"{len(units):,} of {len(plan.units):,} work units"
+        print(f"prep: task {index} of {count} builds {share}", flush=True)
         if units:
-            with worker_pool(_workers(config)) as pool:
+            with worker_pool(config.workers) as pool:
                 _encode(pool, plan, units, tokenizer)
         plan.check_input()
 
@@ -140,7 +130,7 @@ def prep_finish(config: PrepConfig, count: int | None = None) -> dict[str, Any]:
                     f"{len(missing):,} of {len(plan.units):,} work units of {plan.output} are not built: "
                     f"{_whose(missing, count)}. Run those tasks again: finished units are kept"
                 )
-            with worker_pool(_workers(config)) as pool:
+            with worker_pool(config.workers) as pool:
                 manifest = _finish(pool, plan, tokenizer)
     return _summary(manifest, began, reused=False)
 
@@ -159,15 +149,11 @@ def _whose(missing: list[int], count: int | None) -> str:
     if count is None:
         numbers = ", ".join(map(str, shown))
         return f"{numbers}{more} (unit number % task count is the task index)"
-    tasks: dict[int, list[int]] = {}
+    tasks = defaultdict[int, list[str]](list)
     for number in shown:
-        tasks.setdefault(number % count, []).append(number)
-    words = [f"task {task}: {', '.join(map(str, numbers))}" for task, numbers in sorted(tasks.items())]
+        tasks[number % count].append(str(number))
+    words = [f"task {task}: {', '.join(numbers)}" for task, numbers in sorted(tasks.items())]
     return f"{'; '.join(words)}{more}"
-
-
-def _workers(config: PrepConfig) -> int:
-    return config.workers or number_of_cores()  # a pool starts no more than it has work for
 
 
 @contextmanager
@@ -193,7 +179,7 @@ def _stops_explained(config: PrepConfig) -> Iterator[None]:
 def _encode(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit], tokenizer: Tokenizer) -> None:
     remaining = [unit for unit in units if not unit.done(tokenizer)]
     plan.remove_leftovers(remaining)
-    total, left = (sum(unit.bytes for unit in some) for some in (units, remaining))
+    total, left = (sum(unit.bytes for unit in group) for group in (units, remaining))
     text = plan.text_bytes() / sum(file.size for file in plan.files)  # bytes for a byte of input
     plan.check_space(BYTES_OF_TEXT * text * (left + total), "the sorted spill files and the shards")
     with Progress("encode", total, "bytes", start=total - left) as progress:
@@ -220,7 +206,7 @@ def _shuffle(
     remaining = [unit for unit in units if not unit.done(tokenizer)]
     size = sum(spill.bytes for of_split in spills.values() for spill in of_split)
     plan.check_space(size * len(remaining) / len(units), "the shards")
-    write_json(plan.spills, {split: list(map(dataclasses.asdict, some)) for split, some in spills.items()})
+    write_json(plan.spills, {split: list(map(dataclasses.asdict, group)) for split, group in spills.items()})
     finished = len(units) - len(remaining)
     with Progress("shuffle", len(units), "shards", start=finished) as progress:
         if finished:
@@ -237,14 +223,12 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_sha256: str) -> None:
     spills = [spill for spill in _all_spills(unit.spills, unit.plan) if spill.split == unit.split]
     merged = merge(unit.inner, spills, dtype, unit.number, unit.count, unit.config.deduplicate)
     unit.check_plan()
-    entry = None
-    if merged.documents:
-        entry = dataclasses.asdict(write_columns(unit.path, unit.split, **merged.columns))
+    shard = write_columns(unit.path, unit.split, **merged.columns) if merged.documents else None
     done = {
         "plan": unit.plan,
         "tokenizer_sha256": tokenizer_sha256,
         "count": unit.count,
-        "shard": entry,
+        "shard": shard and dataclasses.asdict(shard),
         "text_bytes": merged.text_bytes,
         "duplicates": merged.duplicates,
     }
@@ -254,7 +238,7 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_sha256: str) -> None:
 @lru_cache(maxsize=1)
 def _all_spills(path: Path, plan: str) -> list[Spill]:
     """The list of all spills, read once by a process; `plan` because another one has others."""
-    return [Spill(**spill) for some in json.loads(path.read_bytes()).values() for spill in some]
+    return [Spill(**spill) for of_split in json.loads(path.read_bytes()).values() for spill in of_split]
 
 
 # -------------------------------------------------------------------------------------------- the end
@@ -274,9 +258,8 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
         for spill in record["spills"]:
             spills[spill["split"]].append(Spill(**spill))
     if not any(spills.values()):
-        raise UserError(
-            f"input: {', '.join(plan.config.input)}: no document is left of it; {'; '.join(_dropped(sums))}"
-        )
+        names = ", ".join(plan.config.input)
+        raise UserError(f"input: {names}: no document is left of it; {'; '.join(_dropped(sums))}")
     shard_records = _shuffle(pool, plan, spills, tokenizer)
     if duplicates := sum(record["duplicates"] for record in shard_records):
         sums["dropped"]["duplicate"] += duplicates
@@ -330,14 +313,13 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
         return
     with whole_file(quarantine) as file:
         for unit in plan.units:
-            with open(unit.bad_records, "rb") as some:
-                shutil.copyfileobj(some, file)
+            with open(unit.bad_records, "rb") as bad_records:
+                shutil.copyfileobj(bad_records, file)
     lines = []
     for reason, number in sorted(sums["bad"].items()):
         few = [place for of_unit in places for place in of_unit.get(reason, [])][:PLACES_SHOWN]
         lines.append(f"{number:,} bad: {reason} ({'; '.join(few)}{'; ...' if number > len(few) else ''})")
-    for line in lines:
-        print(f"prep: {line}")
+        print(f"prep: {lines[-1]}")
     print(f"prep: all {count:,} bad records, with place and excerpt: {quarantine}")
     if count > plan.config.max_bad_fraction * records:
         raise UserError(

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from bertscale.config import PrepConfig
 from bertscale.tokenizer import normalize
+from data_prep.plan import Unit
+from data_prep.readers.records import Cut, Record
 
 WRAPPED_WIDTH = 120  # characters: longer lines were not wrapped by hand or by a mail program
 UNWRAPPED_SHARE = 0.2  # of the text stands in such lines, and every line is a paragraph
@@ -54,6 +58,20 @@ SCRIPTS: dict[str, list[tuple[int, int]]] = {
     "thai": [(0xE00, 0xE7F)],
 }  # fmt: skip
 _OTHER = 1  # a letter of another script; 2 and more are SCRIPTS, 0 is no letter
+
+
+def clean_records(unit: Unit) -> Iterator[tuple[Record, str, str, bool]]:
+    """Yields (record, its clean text, or "" and the reason why it is left out, whether it is for validation).
+
+    All parts of a document are for training, or all for validation: what a Cut continues decides. The same
+    text is always on the same side, wherever it stands.
+    """
+    held_out = False
+    for record in unit.records():
+        text, reason = clean(record, unit.config) if isinstance(record, str) else ("", record.reason)
+        if not isinstance(record, Cut):
+            held_out = xxhash.xxh3_64_intdigest(text.encode()) < unit.config.validation_fraction * 2**64
+        yield record, text, reason, held_out
 
 
 def clean(text: str, config: PrepConfig) -> tuple[str, str]:

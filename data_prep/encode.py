@@ -19,12 +19,11 @@ import numpy.typing as npt
 from bertscale.data.shards import Ids, token_dtype
 from bertscale.files import whole_file, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
-from data_prep.clean import clean
+from data_prep.clean import clean_records
 from data_prep.plan import Unit
-from data_prep.readers.read import Bad, Cut, Dropped
+from data_prep.readers.records import Bad, Cut
 from data_prep.segment import splitter
 from data_prep.shuffle import ROW, Digest, Rows, Spill, SpillBuilder
-from data_prep.train_tokenizer import held_out
 
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 2**18  # of text encoded in one call
@@ -33,34 +32,28 @@ PLACES_SHOWN = 3  # of each kind of bad record
 
 def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
     """Writes the spills of one work unit and its bad records, then its done record."""
-    config = unit.config
     try:
         tokenizer = load_tokenizer(tokenizer_path)
     finally:
         unit.check_plan()  # the better reason where the tokenizer is gone
     counters, bad, dropped = Counter[str](), Counter[str](), Counter[str]()
     places: dict[str, list[str]] = {}
-    writer, held = _Writer(unit, tokenizer), False
+    writer = _Writer(unit, tokenizer)
     with whole_file(unit.bad_records) as quarantine:
-        for number, record in enumerate(unit.records()):
+        for number, (record, text, reason, held_out) in enumerate(clean_records(unit)):
             counters["records"] += 1
             if isinstance(record, Bad):
                 bad[record.reason] += 1
                 if bad[record.reason] <= PLACES_SHOWN:
                     places.setdefault(record.reason, []).append(record.place)
-                quarantine.write(_quarantine_line(record))
-                continue
-            if isinstance(record, Dropped):
-                dropped[record.reason] += 1
+                line = {"place": record.place, "reason": record.reason, "excerpt": record.excerpt}
+                quarantine.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 continue
             counters["cut"] += isinstance(record, Cut)
-            text, reason = clean(record, config)
-            if not isinstance(record, Cut):  # all of a document is for training, or all for validation
-                held = held_out(text, config.validation_fraction)
             if reason:
                 dropped[reason] += 1
-                continue
-            writer.add(unit.number << 32 | number, text, held)
+            else:
+                writer.add(unit.number << 32 | number, text, held_out)
         quarantine_bytes = quarantine.tell()
     writer.finish()
     dropped.update(writer.dropped)
@@ -77,15 +70,6 @@ def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
         "places": places,
     }
     write_json(unit.record, done)
-
-
-def _quarantine_line(record: Bad) -> bytes:
-    line = {
-        "place": record.place,
-        "reason": record.reason,
-        "excerpt": record.excerpt,
-    }
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 class _Writer:
@@ -140,12 +124,8 @@ class _Writer:
             if chosen.all():
                 self._add(split, rows, lengths, tokens)
             elif chosen.any():
-                self._add(
-                    split,
-                    rows[chosen],
-                    lengths[chosen[owner]],
-                    tokens[np.repeat(chosen, rows["tokens"])],
-                )
+                of_chosen = np.repeat(chosen, rows["tokens"])
+                self._add(split, rows[chosen], lengths[chosen[owner]], tokens[of_chosen])
 
     def _add(self, split: str, rows: Rows, lengths: npt.NDArray[np.uint32], tokens: Ids) -> None:
         builder = self.builders[split]

@@ -28,7 +28,8 @@ from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
 from bertscale.files import write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from data_prep.readers.compressed import COMPRESSIONS
-from data_prep.readers.read import InputFile, Part, Record, cut_into_units, find_files, read_records
+from data_prep.readers.read import InputFile, Part, cut_into_units, find_files, read_records
+from data_prep.readers.records import Record
 
 PLAN_VERSION = 2  # raise it when the same settings begin to give other bytes
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -62,9 +63,7 @@ class Work:
 
     def _record(self, path: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """The done record `path`, if it was written for this plan with this tokenizer."""
-        record: dict[str, Any] | None = read_json(path)
-        if record is None:
-            return None
+        record: dict[str, Any] = read_json(path) or {}
         made_for = (record.get("plan"), record.get("tokenizer_sha256"))
         return record if made_for == (self.plan, tokenizer.sha256) else None
 
@@ -110,20 +109,17 @@ class Unit(Work):
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise UserError(f"input: {file.name} changed while it was read; {_SAME_AGAIN}")
 
-    def done(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        """The done record, if it and the spills are there, whole, and made for this plan and tokenizer."""
+    def done(self, tokenizer: Tokenizer) -> bool:
+        """Whether done record and spills are there, whole, and made for this plan and tokenizer."""
         record = self._record(self.record, tokenizer)
         if record is None:
-            return None
+            return False
         sizes = {spill["name"]: spill["bytes"] for spill in record["spills"]}
         sizes[self.bad_records.name] = record["quarantine_bytes"]
-        for name, size in sizes.items():
-            try:
-                if (self.inner / name).stat().st_size != size:
-                    return None
-            except FileNotFoundError:
-                return None
-        return record
+        try:
+            return all((self.inner / name).stat().st_size == size for name, size in sizes.items())
+        except FileNotFoundError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -146,17 +142,17 @@ class ShardUnit(Work):
     def record(self) -> Path:
         return self.inner / f"shard-{self.split}-{self.number:05d}.json"
 
-    def done(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        """The done record, if it and the shard are there, whole, and made for this plan and tokenizer."""
+    def done(self, tokenizer: Tokenizer) -> bool:
+        """Whether done record and shard are there, whole, and made for this plan and tokenizer."""
         record = self._record(self.record, tokenizer)
         if record is None or record["count"] != self.count:
-            return None
+            return False
         try:
             if record["shard"]:
                 Shard(self.path, ShardEntry(**record["shard"]))
         except UserError:
-            return None
-        return record
+            return False
+        return True
 
 
 class Plan:
@@ -164,6 +160,9 @@ class Plan:
 
     def __init__(self, config: PrepConfig) -> None:
         self.config, self.output = config, Path(config.output)
+        self.inner = self.output / ".prep"
+        self.path, self.spills = self.inner / "plan.json", self.inner / "spills.json"
+        self.tokenizer_record = self.inner / "tokenizer.json"
         self.files: list[InputFile] = find_files(config.input)
         settings = PrepConfig.model_validate(config.model_dump())  # a default of 0 is 0.0, as if it was given
         given = load_tokenizer(config.tokenizer, config.lowercase).sha256 if config.tokenizer else None
@@ -185,18 +184,6 @@ class Plan:
             Unit(self.config, self.digest, number, parts, [files[n] for n in {p.name: None for p in parts}])
             for number, parts in enumerate(cut_into_units(self.files, self.config))
         ]
-
-    @property
-    def inner(self) -> Path:
-        return self.output / ".prep"
-
-    @property
-    def path(self) -> Path:
-        return self.inner / "plan.json"
-
-    @property
-    def spills(self) -> Path:
-        return self.inner / "spills.json"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -251,9 +238,8 @@ class Plan:
         outputs = (MANIFEST_NAME, *TOKENIZER_NAMES, QUARANTINE_NAME)
         stale = [*(self.output / name for name in outputs), *_shards(self.output)]
         if old is not None:
-            print(
-                f"prep: {self._difference(old)} changed since the last run into {self.output}: starting over"
-            )
+            change = f"{self._difference(old)} changed since the last run into {self.output}"
+            print(f"prep: {change}: starting over")
         elif foreign := [file.name for file in stale if file.exists()]:
             raise UserError(
                 f"output: {self.output} holds {foreign[0]}, which this prep did not write and would replace; "

@@ -24,10 +24,7 @@ _LATIN = {
     "pt": segment_latin.PORTUGUESE,
     "nl": segment_latin.DUTCH,
     "sv": segment_latin.SWEDISH,
-    "da": segment_latin.DANISH_NORWEGIAN,
-    "no": segment_latin.DANISH_NORWEGIAN,
-    "nb": segment_latin.DANISH_NORWEGIAN,
-    "nn": segment_latin.DANISH_NORWEGIAN,
+    **dict.fromkeys(("da", "no", "nb", "nn"), segment_latin.DANISH_NORWEGIAN),
 }
 
 Splitter = Callable[[str], list[str]]
@@ -54,11 +51,6 @@ def splitter(language: str) -> Splitter:
     return partial(_split_lines, partial(_split_by_library, code))
 
 
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a cleaned English `text`."""
-    return _split_lines(_split_english, text)
-
-
 def _split_lines(split: Splitter, text: str) -> list[str]:
     if "\n" not in text:
         return split(text)
@@ -69,10 +61,6 @@ def _whole(line: str) -> list[str]:
     return [stripped] if (stripped := line.strip(" ")) else []
 
 
-def _split_english(line: str) -> list[str]:
-    return segment_latin.split(line, segment_latin.ENGLISH)
-
-
 def _split_by_library(code: str, line: str) -> list[str]:
     from sentencex import segment  # a compiled library that most runs do without
 
@@ -80,3 +68,6 @@ def _split_by_library(code: str, line: str) -> list[str]:
     if "".join(parts) != line:
         parts = [line]
     return [stripped for part in parts if (stripped := part.strip(" "))]
+
+
+split_sentences = splitter("en")

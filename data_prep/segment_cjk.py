@@ -88,10 +88,7 @@ def _in_quotes(line: str, start: int, match: re.Match[str]) -> tuple[bool, int]:
             opened.append(mark.start())
     closers = match[2]
     for closer in closers:
-        if opened and _CLOSING[line[opened[-1]]] == closer:
-            first = opened.pop()
-        else:
-            first = -1
+        first = opened.pop() if opened and _CLOSING[line[opened[-1]]] == closer else -1
     while opened:  # still open after the closing marks
         close = line.find(_CLOSING[line[opened[0]]], match.end(), opened[0] + _LONGEST)
         if close >= 0:

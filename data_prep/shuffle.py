@@ -134,10 +134,7 @@ class SpillBuilder:
             order = order[_first_of_each(rows, order)]
         self.duplicates += len(rows) - len(order)
         rows = rows[order]
-        columns = (
-            ("sentence", lengths),
-            ("token", self.tokens[: self.used]),
-        )
+        columns = (("sentence", lengths), ("token", self.tokens[: self.used]))
         begins = {kind: rows[f"{kind}_start"].astype(np.int64) for kind, _ in columns}
         for kind, _ in columns:
             rows[f"{kind}_start"] = starts(rows[f"{kind}s"])
@@ -145,20 +142,13 @@ class SpillBuilder:
             file.write(rows.view(np.uint8).data)
             for kind, source in columns:
                 sizes = rows[f"{kind}s"]
-                for some in _chunks(sizes):
-                    values = source[_positions(begins[kind][some], sizes[some])]
+                for chunk in _chunks(sizes):
+                    values = source[_positions(begins[kind][chunk], sizes[chunk])]
                     file.write(values.view(np.uint8).data)
             size = file.tell()
-        spill = Spill(
-            name=path.name,
-            split=split,
-            rows=len(rows),
-            sentences=int(rows["sentences"].sum(dtype=np.int64)),
-            tokens=int(rows["tokens"].sum(dtype=np.int64)),
-            bytes=size,
-        )
         self._empty()
-        return spill
+        sentences, tokens = (int(rows[kind].sum(dtype=np.int64)) for kind in ("sentences", "tokens"))
+        return Spill(path.name, split, len(rows), sentences, tokens, bytes=size)
 
 
 # ----------------------------------------------------------------------------------------- second pass
@@ -179,9 +169,8 @@ def number_of_shards(spills: Sequence[Spill], itemsize: int, shard_bytes: int) -
     rows, sentences = sum(spill.rows for spill in spills), sum(spill.sentences for spill in spills)
     tokens = sum(spill.tokens for spill in spills)
     # Half of what a shard can hold at all: the ranges of keys are of the same length, not of the same size.
-    return max(
-        -(-weight(rows, sentences, tokens, itemsize) // shard_bytes), -(-tokens // (LARGEST_SHARD // 2))
-    )
+    size = weight(rows, sentences, tokens, itemsize)
+    return max(-(-size // shard_bytes), -(-tokens // (LARGEST_SHARD // 2)))
 
 
 def merge(
@@ -254,13 +243,13 @@ def _scatter(file: BinaryIO, at: int, rows: Rows, kind: str, target: Any, places
     `at` is the byte where the spill's values of this kind begin.
     """
     begin, sizes = rows[f"{kind}_start"].astype(np.int64), rows[f"{kind}s"]
-    for some in _chunks(sizes):
-        file.seek(at + int(begin[some][0]) * target.itemsize)
-        values = np.fromfile(file, target.dtype, int(sizes[some].sum(dtype=np.int64)))
-        place, size = places[some], sizes[some]
+    for chunk in _chunks(sizes):
+        file.seek(at + int(begin[chunk][0]) * target.itemsize)
+        values = np.fromfile(file, target.dtype, int(sizes[chunk].sum(dtype=np.int64)))
+        place, size = places[chunk], sizes[chunk]
         stays = place >= 0  # others are duplicates of a document before them
         if not stays.all():
-            values = values[_positions((begin[some] - begin[some][0])[stays], size[stays])]
+            values = values[_positions((begin[chunk] - begin[chunk][0])[stays], size[stays])]
             place, size = place[stays], size[stays]
         target[_positions(place, size)] = values
 

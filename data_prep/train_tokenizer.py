@@ -20,13 +20,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
-from dataclasses import dataclass, fields
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
-
-import xxhash
 
 from bertscale.config import UserError
 from bertscale.files import write_bytes, write_json
@@ -42,9 +39,8 @@ from bertscale.tokenizer import (  # fmt: skip
     han_or_kana,
     load_tokenizer,
 )
-from data_prep.clean import clean
+from data_prep.clean import clean_records
 from data_prep.plan import Plan, Unit, read_json
-from data_prep.readers.records import Cut
 from data_prep.segment import splitter
 
 SAMPLE_BYTES = 100_000_000  # of all units; Unigram takes about twenty times that in memory while it trains
@@ -60,20 +56,19 @@ STILL_SECONDS = 20.0  # between two lines that say that the trainer is working
 
 def finished_tokenizer(plan: Plan) -> Tokenizer | None:
     """The tokenizer in the output folder, if it is whole and was made for this plan."""
-    record = read_json(_record(plan))
-    if not record or record.get("plan") != plan.digest:
+    record = read_json(plan.tokenizer_record) or {}
+    path = plan.output / record.get("name", "")
+    if record.get("plan") != plan.digest or not path.is_file():
         return None
-    path = plan.output / record["name"]
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != record["sha256"]:
-        return None
-    return load_tokenizer(path)
+    whole = hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
+    return load_tokenizer(path) if whole else None
 
 
 def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
     """The tokenizer in the output folder: kept, copied there, or trained."""
     if (finished := finished_tokenizer(plan)) is not None:
         return finished
-    _record(plan).unlink(missing_ok=True)
+    plan.tokenizer_record.unlink(missing_ok=True)
     if plan.config.tokenizer:
         given = load_tokenizer(plan.config.tokenizer, plan.config.lowercase)
         if given.form == "NFC" and plan.config.normalization == "nfkc":
@@ -89,33 +84,34 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
         _sample_and_train(pool, plan, path)
     tokenizer = load_tokenizer(path)
     record = {"name": path.name, "sha256": tokenizer.sha256, "plan": plan.digest}
-    write_json(_record(plan), record)
+    write_json(plan.tokenizer_record, record)
     return tokenizer
-
-
-def _record(plan: Plan) -> Path:
-    return plan.output / ".prep" / "tokenizer.json"
 
 
 def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path) -> None:
     config, training = plan.config, plan.config.train_tokenizer
     units = _drawn_units(plan)
     sample = _sample(pool, plan, units)
-    wide = sample.wide > WIDE_SHARE * sample.letters
+    wide = sample["wide"] > WIDE_SHARE * sample["letters"]
     coverage = training.character_coverage or (WIDE_COVERAGE if wide else COVERAGE)
-    share = sample.characters / sample.seen * sum(u.bytes for u in units) / sum(u.bytes for u in plan.units)
+    of_units = sum(unit.bytes for unit in units) / sum(unit.bytes for unit in plan.units)
+    share = sample["characters"] / sample["seen"] * of_units
     print(
-        f"tokenizer: training {training.vocab_size:,} {training.model} pieces on {sample.documents:,} "
-        f"documents: {sample.bytes / 1e6:,.1f} MB, {show_count(sample.characters)} characters, "
+        f"tokenizer: training {training.vocab_size:,} {training.model} pieces on {sample['documents']:,} "
+        f"documents: {sample['bytes'] / 1e6:,.1f} MB, {show_count(sample['characters'])} characters, "
         f"{_percent(share)} of the text; {_percent(coverage)} of its characters get pieces",
         flush=True,
     )
     began = time.monotonic()
     files = [unit.sample for unit in units]
     rule: Literal["nfkc", "identity"] = "nfkc" if config.normalization == "nfkc" else "identity"
-    _wait(pool.submit(train_tokenizer, files, path, training.model, training.vocab_size, coverage, rule))
+    settings = (training.model, training.vocab_size, coverage, rule)
+    trained = pool.submit(train_tokenizer, files, path, *settings)
+    while not wait([trained], STILL_SECONDS).done:
+        print(f"tokenizer: still training, for {show_duration(time.monotonic() - began)}", flush=True)
+    trained.result()
     print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
-    same, compared = pool.submit(compare_with_hugging_face, path, files, sample.sentences).result()
+    same, compared = pool.submit(compare_with_hugging_face, path, files, sample["sentences"]).result()
     print(
         f"tokenizer: its Hugging Face form gives the same ids for {same:,} of {compared:,} sentences "
         f"({_percent(same / compared)})",
@@ -129,31 +125,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def _wait(training: Future[None]) -> None:
-    began = time.monotonic()
-    while not wait([training], STILL_SECONDS).done:
-        print(f"tokenizer: still training, for {show_duration(time.monotonic() - began)}", flush=True)
-    training.result()
-
-
 # ------------------------------------------------------------------------------------------ the sample
-
-
-@dataclass
-class Sample:
-    """What was drawn, of one unit or of all; `seen` counts the characters of all text it was drawn from."""
-
-    documents: int = 0
-    sentences: int = 0
-    bytes: int = 0
-    characters: int = 0
-    letters: int = 0
-    wide: int = 0  # letters that are Han or Kana
-    seen: int = 0
-
-    def add(self, other: Sample) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 def _drawn_units(plan: Plan) -> list[Unit]:
@@ -165,9 +137,9 @@ def _drawn_units(plan: Plan) -> list[Unit]:
     return sorted(drawn, key=lambda unit: unit.number)
 
 
-def _sample(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit]) -> Sample:
-    """Writes each work unit's share of the sample; returns the sums over all of them."""
-    sample, sizes = Sample(), [unit.bytes for unit in units]
+def _sample(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit]) -> Counter[str]:
+    """Writes each work unit's share of the sample; returns the sums of `_sample_unit` over all of them."""
+    sample, sizes = Counter[str](), [unit.bytes for unit in units]
     documents = _share(plan.config.train_tokenizer.sample_documents, sizes)
     lengths = _share(SAMPLE_BYTES, sizes)
     with Progress("sample", sum(sizes), "bytes") as progress:
@@ -176,9 +148,9 @@ def _sample(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit]) -> Sample:
             for unit, *share in zip(units, documents, lengths, strict=True)
         }
         for future in as_completed(futures):
-            sample.add(future.result())
+            sample += future.result()
             progress.advance(futures[future].bytes)
-    if not sample.sentences:
+    if not sample["sentences"]:
         raise UserError(f"input: {', '.join(plan.config.input)}: no readable document in it")
     return sample
 
@@ -192,41 +164,37 @@ def _share(total: int, weights: list[int]) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-def _sample_unit(unit: Unit, documents: int, size: int) -> Sample:
-    """Writes the sentences of training documents of one work unit: at most so many documents and bytes."""
-    config, sample, counts = unit.config, Sample(), Counter[str]()
-    split = splitter(config.language)
+def _sample_unit(unit: Unit, documents: int, size: int) -> Counter[str]:
+    """Writes the sentences of training documents of one work unit: at most so many documents and bytes.
+
+    Returns how many documents, sentences, bytes, characters, letters and wide letters (Han and Kana) were
+    drawn, and how many characters were seen of all text that they were drawn from.
+    """
+    sample, characters = Counter[str](), Counter[str]()
+    split = splitter(unit.config.language)
 
     def texts() -> Iterator[str]:
-        held = False
-        for record in unit.records():
-            text = clean(record, config)[0] if isinstance(record, str) else ""
-            if not isinstance(record, Cut):
-                held = held_out(text, config.validation_fraction)
-            if text and not held:
-                sample.seen += len(text)
+        for _, text, _, held_out in clean_records(unit):
+            if text and not held_out:
+                sample["seen"] += len(text)
                 yield text
 
-    drawn = draw_sample(texts(), documents, size, f"{config.seed}-{unit.number}")
-    sample.documents = len({number for number, _ in drawn})
+    drawn = draw_sample(texts(), documents, size, f"{unit.config.seed}-{unit.number}")
     with open(unit.sample, "w", encoding="utf-8", newline="\n") as file:
         for _, content in drawn:
             text = content.decode()
-            sample.bytes += len(content)
-            counts.update(text)
-            for sentence in split(text):
-                file.write(f"{sentence}\n")
-                sample.sentences += 1
-    sample.characters = counts.total()
-    letters = {character: count for character, count in counts.items() if character.isalpha()}
-    sample.letters = sum(letters.values())
-    sample.wide = sum(count for character, count in letters.items() if han_or_kana.match(character))
+            characters.update(text)
+            sentences = split(text)
+            file.writelines(f"{sentence}\n" for sentence in sentences)
+            sample.update(bytes=len(content), sentences=len(sentences))
+    letters = {character: count for character, count in characters.items() if character.isalpha()}
+    sample.update(
+        documents=len({number for number, _ in drawn}),
+        characters=characters.total(),
+        letters=sum(letters.values()),
+        wide=sum(count for character, count in letters.items() if han_or_kana.match(character)),
+    )
     return sample
-
-
-def held_out(text: str, fraction: float) -> bool:
-    """Whether `text` is for validation: the same text always is, wherever it stands."""
-    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
 
 
 def draw_sample(texts: Iterable[str], documents: int, size: int, seed: str) -> list[tuple[int, bytes]]:
@@ -332,7 +300,7 @@ def compare_with_hugging_face(model: Path, files: list[Path], sentences: int) ->
     Compared are COMPARED of all the `sentences` in the files, at even distances.
     """
     tokenizer = load_tokenizer(model)
-    some = list(islice(_lines(files), 0, None, -(-sentences // COMPARED)))
+    compared = list(islice(_lines(files), 0, None, -(-sentences // COMPARED)))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.export_hugging_face(folder, max_length=512)
-        return round(tokenizer.agreement(folder, some) * len(some)), len(some)
+        return round(tokenizer.agreement(folder, compared) * len(compared)), len(compared)

@@ -25,14 +25,16 @@ def number_of_cores() -> int:
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of fresh processes. When its block ends by an exception the workers are ended at once.
+    """A pool of at most so many fresh processes (0: one for each core), no more than it has work for.
+
+    When its block ends by an exception the workers are ended at once.
 
     Raises UserError if a worker died.
     """
     others = set(multiprocessing.active_children())
     # spawn: a fork of a process with threads (those of Arrow, say) can hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    pool = ProcessPoolExecutor(workers or number_of_cores(), mp_context=context, initializer=_begin)
     try:
         yield pool
     except BaseException as error:

@@ -49,9 +49,8 @@ def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list
     """
     events = list(events)
     if not any(event["event"] == "started" for event in events):
-        events += [
-            {"time": _first_change(path), "event": "started", "attempt": path.name} for path in folders
-        ]
+        for path in folders:
+            events.append({"time": _first_change(path), "event": "started", "attempt": path.name})
         events.sort(key=lambda event: float(event["time"]))
     attempts: list[Attempt] = []
     current: dict[str, Attempt] = {}  # of each task of an array; "" of a job that is none
@@ -131,10 +130,8 @@ def tell(event: dict[str, Any]) -> str:
         "gave_up": f"gave up{given('reason', ': ')}{given('checkpoint', '; last checkpoint: ')}",
         "cancelled": f"cancelled{given('by', ' by ')}{given('reason', ': ')}",
     }
-    facts = ", ".join(
-        f"{key} {_words(value)}" for key, value in event.items() if key not in ("event", "time")
-    )
-    return sentences.get(kind, f"{kind.replace('_', ' ')}{f': {facts}' if facts else ''}")
+    facts = [f"{key} {_words(value)}" for key, value in event.items() if key not in ("event", "time")]
+    return sentences.get(kind, f"{kind.replace('_', ' ')}{': ' if facts else ''}{', '.join(facts)}")
 
 
 def changed(path: Path) -> float:

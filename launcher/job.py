@@ -77,14 +77,9 @@ class JobSpec:
         return cls(**{**values, **lists})
 
 
-def step_command(spec: JobSpec) -> list[str]:
-    """The words of the srun line: what starts all ranks of one attempt."""
-    return [word for line in _step_lines(spec) for word in line]
-
-
 def render(spec: JobSpec) -> str:
     """The batch script of `spec`, to be submitted from any folder; a pure function."""
-    step = [["exec", spec.batch_python, "-m", "launcher.watch"], *_step_lines(spec)]
+    step = [["exec", spec.batch_python, "-m", "launcher.watch"], *step_lines(spec)]
     supervisor, *words = [" ".join(map(_quote, line)) for line in step]
     return "\n".join(
         [
@@ -131,7 +126,8 @@ def _sbatch_options(spec: JobSpec) -> list[str]:
     return [*options, "--requeue", *(["--no-kill"] if spec.spares else []), *spec.sbatch]
 
 
-def _step_lines(spec: JobSpec) -> list[list[str]]:
+def step_lines(spec: JobSpec) -> list[list[str]]:
+    """The words of the srun command that starts all ranks of one attempt, as the script's lines have them."""
     # Said again, since srun does not inherit all of it (--cpus-per-task), and a step has no spares.
     shape = [
         f"--nodes={spec.nodes}",

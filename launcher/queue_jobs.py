@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,13 +19,25 @@ from bertscale.progress import show_duration
 from launcher import slurm
 
 SQUEUE = ("squeue", "--me", "--noheader", "--format=%i|%T|%D|%N|%S|%e|%E|%r|%k")
-SACCT = (
-    "sacct",
-    "--allocations",
-    "--noheader",
-    "--parsable2",
-    "--format=JobID,State,NNodes,NodeList,Start,End,ExitCode,Reason",
-)
+SACCT_FORMAT = "--format=JobID,State,NNodes,NodeList,Start,End,ExitCode,Reason"
+SACCT = ("sacct", "--allocations", "--noheader", "--parsable2", SACCT_FORMAT)
+# What each of the three answers has, in its order, by the names of QueueJob.
+SQUEUE_FIELDS = ("id", "state", "nodes", "node_list", "start", "end", "dependency", "reason", "comment")
+SACCT_FIELDS = ("id", "state", "nodes", "node_list", "start", "end", "exit", "reason")
+RECORD_FIELDS = {
+    "id": "JobId",
+    "state": "JobState",
+    "nodes": "NumNodes",
+    "node_list": "NodeList",
+    "start": "StartTime",
+    "end": "EndTime",
+    "dependency": "Dependency",
+    "exit": "ExitCode",
+    "reason": "Reason",
+    "comment": "Comment",
+    "array": "ArrayJobId",
+    "task": "ArrayTaskId",
+}
 
 
 @dataclass(frozen=True)
@@ -111,70 +125,38 @@ def other_job(number: str, *, controller: bool = True) -> QueueJob | None:
 
 def parse_squeue(text: str) -> list[QueueJob]:
     """Lines of SQUEUE's format; the comment comes last, since only it may hold a `|`."""
-    jobs = []
-    for line in text.splitlines():
-        if line.count("|") < 8:
-            continue
-        identity, state, nodes, node_list, start, end, dependency, reason, comment = line.split("|", 8)
-        jobs.append(
-            QueueJob(
-                identity,
-                state,
-                "squeue",
-                reason=_given(reason),
-                folder=_folder(comment),
-                nodes=_count(nodes),
-                node_list=_given(node_list),
-                start=_seconds(start),
-                end=_seconds(end),
-                dependency=_given(dependency),
-            )
-        )
-    return jobs
+    return _rows(text, SQUEUE_FIELDS, "squeue")
 
 
 def parse_sacct(text: str) -> list[QueueJob]:
     """Lines of SACCT's format; `CANCELLED by 1000` is CANCELLED."""
-    jobs = []
-    for line in text.splitlines():
-        if line.count("|") < 7:
-            continue
-        identity, state, nodes, node_list, start, end, code, reason = line.split("|", 7)
-        jobs.append(
-            QueueJob(
-                identity,
-                state.split()[0].rstrip("+") if state.split() else "",
-                "sacct",
-                reason=_given(reason),
-                nodes=_count(nodes),
-                node_list=_given(node_list),
-                start=_seconds(start),
-                end=_seconds(end),
-                exit=code,
-            )
-        )
-    return jobs
+    return _rows(text, SACCT_FIELDS, "sacct")
 
 
 def from_record(record: dict[str, str]) -> QueueJob:
     """A job as `scontrol show job` has it; of an array's tasks the first."""
+    return _job({name: record.get(key, "") for name, key in RECORD_FIELDS.items()}, "scontrol")
 
-    def value(key: str) -> str:
-        return _given(record.get(key, ""))
 
-    array = value("ArrayJobId")
+def _rows(text: str, fields: Sequence[str], source: str) -> list[QueueJob]:
+    rows = [line.split("|", len(fields) - 1) for line in text.splitlines()]
+    return [_job(dict(zip(fields, row, strict=True)), source) for row in rows if len(row) == len(fields)]
+
+
+def _job(answer: dict[str, str], source: str) -> QueueJob:
+    words = defaultdict(str, {name: _given(text) for name, text in answer.items()})
     return QueueJob(
-        f"{array}_{value('ArrayTaskId')}" if array else value("JobId"),
-        value("JobState"),
-        "scontrol",
-        reason=value("Reason"),
-        folder=_folder(value("Comment")),
-        nodes=_count(value("NumNodes")),
-        node_list=value("NodeList"),
-        start=_seconds(value("StartTime")),
-        end=_seconds(value("EndTime")),
-        dependency=value("Dependency"),
-        exit=value("ExitCode"),
+        f"{words['array']}_{words['task']}" if words["array"] else words["id"],
+        words["state"].partition(" ")[0].rstrip("+"),
+        source,
+        reason=words["reason"],
+        folder=_folder(words["comment"]),
+        nodes=_count(words["nodes"]),
+        node_list=words["node_list"],
+        start=_seconds(words["start"]),
+        end=_seconds(words["end"]),
+        dependency=words["dependency"],
+        exit=words["exit"],
     )
 
 
@@ -184,7 +166,7 @@ def _given(text: str) -> str:
 
 def _count(text: str) -> int:
     digits = re.match(r"\d+", text)
-    return int(digits.group()) if digits else 0
+    return int(digits[0]) if digits else 0
 
 
 def _seconds(text: str) -> float | None:
@@ -201,19 +183,16 @@ def _folder(comment: str) -> Path | None:
 # ---------------------------------------------------------------------------------------- in words
 
 # Slurm's reasons by their beginning, the longer ones first: what they mean, and what a person can do.
+DOWN = "sinfo --list-reasons"
 REASONS = (
     ("Priority", "jobs of higher priority come first", None),
     ("Resources", "it is next, and the nodes that it needs are still in use", None),
     ("BeginTime", "its begin time is not there yet (a requeued job waits for two minutes)", None),
     ("DependencyNeverSatisfied", "the job that it waits for failed, so it can never begin", "cancel"),
     ("Dependency", "the job before it has not ended", None),
-    ("ReqNodeNotAvail", "nodes that it needs are down, drained or reserved", "sinfo --list-reasons"),
-    (
-        "Nodes required for job are DOWN",
-        "too few nodes are up: some are down or drained",
-        "sinfo --list-reasons",
-    ),
-    ("NodeDown", "a node that it needs is down", "sinfo --list-reasons"),
+    ("ReqNodeNotAvail", "nodes that it needs are down, drained or reserved", DOWN),
+    ("Nodes required for job are DOWN", "too few nodes are up: some are down or drained", DOWN),
+    ("NodeDown", "a node that it needs is down", DOWN),
     ("PartitionTimeLimit", "it asks for more time than the partition allows", "shorter"),
     ("PartitionNodeLimit", "it asks for more nodes than the partition allows, or has", "fewer"),
     ("PartitionDown", "its partition takes jobs but starts none at present", "sinfo"),

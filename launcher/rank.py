@@ -92,7 +92,8 @@ def _run(rank: int, attempt: Path, command: list[str], log: Path, file: IO[bytes
     died = time.time()
     signal.alarm(0)
     copier.join(timeout=1)  # a process that the rank left behind may hold the pipe open
-    return describe_exit(rank, _node(), code, died, reading, log)
+    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    return describe_exit(rank, node, code, died, reading, log)
 
 
 def _environment(rank: int) -> dict[str, str]:
@@ -104,10 +105,6 @@ def _environment(rank: int) -> dict[str, str]:
     }
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
     return {"OMP_NUM_THREADS": cores} | dict(os.environ) | place
-
-
-def _node() -> str:
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def _copy(source: IO[bytes] | None, file: IO[bytes]) -> None:

@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from bertscale.errors import STOPPED_AND_SAVED, UserError
 from bertscale.run_folder import ATTEMPT_VARIABLE, SLURM_DIGITS, SRUN_LOG, rank_log, rank_report
@@ -29,36 +28,6 @@ from launcher.ranks import PARENT, REPORT, Exit, describe_exit
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for the ranks that outlive a failed one
 KILL_SECONDS = 20.0  # for srun to kill all ranks
 GONE_SECONDS = 30.0  # until Slurm has noted it; of a dead node it knows only after SlurmdTimeout, often 300 s
-
-
-class RankGroup(Protocol):
-    """What the supervisor needs of either kind."""
-
-    ranks: int
-    attempt: Path
-    poll_seconds: float
-    silent: Sequence[int]  # ranks that wrote no stacks when asked; set by the supervisor
-
-    def running(self) -> bool:
-        """Whether any rank still runs."""
-
-    def ask_to_save(self) -> None:
-        """Sends the signal at which ranks finish the training step, save and exit with STOPPED_AND_SAVED."""
-
-    def ask_for_stacks(self) -> None:
-        """SIGUSR2: every rank writes the stacks of its threads to its log."""
-
-    def kill(self) -> None:
-        """Ends what still runs, stopped processes too, and returns when it is gone."""
-
-    def exits(self) -> list[Exit]:
-        """After the end: every rank that did not exit with 0."""
-
-    def log(self, rank: int) -> Path:
-        """The file that takes a rank's stderr."""
-
-    def node(self, rank: int) -> str:
-        """Name of the machine of a rank, empty when there is only one."""
 
 
 # ------------------------------------------------------------------------------------ on this machine
@@ -81,18 +50,21 @@ class LocalRanks:
     """
 
     poll_seconds = 0.02
-    silent: Sequence[int] = ()
+    silent: Sequence[int] = ()  # ranks that wrote no stacks when asked; set by the supervisor
 
     def __init__(self, command: list[str], ranks: int, attempt: Path) -> None:
         self.ranks, self.attempt = ranks, attempt
         self.died: dict[int, float] = {}  # when a rank failed, in seconds since 1970, not later than it did
         self.deadline = float("inf")
         self.last_look = time.time()
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]  # free again at once, for rank 0
         shared = {
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(port),
             ATTEMPT_VARIABLE: str(attempt.absolute()),
             PARENT: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",  # a rank that is killed has still written its log
@@ -119,12 +91,15 @@ class LocalRanks:
         self.alive = list(self.children)
 
     def log(self, rank: int) -> Path:
+        """The file that takes a rank's stderr."""
         return rank_log(self.attempt, rank)
 
     def node(self, rank: int) -> str:
+        """Name of the machine of a rank, empty when there is only one."""
         return ""
 
     def running(self) -> bool:
+        """Whether any rank still runs."""
         look = time.time()
         for child in list(self.alive):
             code = child.process.poll()
@@ -141,18 +116,22 @@ class LocalRanks:
         return bool(self.alive)
 
     def ask_to_save(self) -> None:
+        """Sends the signal at which ranks finish the training step, save and exit with STOPPED_AND_SAVED."""
         self._send(signal.SIGTERM)
 
     def ask_for_stacks(self) -> None:
+        """Has every rank write the stacks of its threads to its log."""
         self._send(signal.SIGUSR2)
 
     def kill(self) -> None:
+        """Ends what still runs, stopped processes too, and returns when it is gone."""
         self._send(signal.SIGKILL)
         for child in self.alive:
             child.process.wait()
         self.running()
 
     def exits(self) -> list[Exit]:
+        """After the end: every rank that did not exit with 0."""
         failed = []
         for child in self.children:
             rank, code = child.rank, child.process.returncode
@@ -166,13 +145,6 @@ class LocalRanks:
     def _send(self, number: signal.Signals) -> None:
         for child in self.alive:
             child.process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 # ------------------------------------------------------------------------------- a step of a Slurm job
@@ -263,7 +235,7 @@ class SlurmStep:
             rank = next(rank for rank in range(self.ranks) if self.node(rank) == lost[1])
             self.dead = lost[1]
             ended.append(Exit(rank, lost[1], code, 0.0, "Slurm has lost its node", said))
-        failed = [one for one in ended if one.code]
+        failed = [report for report in ended if report.code]
         if code and not failed:  # no rank began, or all were killed together with their launcher.rank
             reason = f"exit code {code} of srun"
             failed.append(Exit(-1, "", code, time.time(), reason, said))
@@ -275,3 +247,6 @@ class SlurmStep:
         heard = {self.node(rank) for rank in range(self.ranks) if rank not in unheard}
         named = {self.dead} if self.dead else set()
         return named | (set(self.nodes) - heard if heard else set())
+
+
+RankGroup = LocalRanks | SlurmStep  # what the supervisor takes: both have the methods of LocalRanks

@@ -1,7 +1,7 @@
 """What the files of a run tell: its job folder, attempts, step, losses and checkpoints; no Slurm needed.
 
 place = find("runs/base")    # or an output folder, a job folder
-facts = look(place, now)
+facts = look(place)
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def find(name: str) -> Place:
     for job in (path, *job_folders(path)):
         if is_job_folder(job):
             return place_of(job)
-    if is_local_run(path):
-        return Place(path, None)
+    if (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir() or attempt_folders(path / LOGS):
+        return Place(path, None)  # a pretraining has begun in it
     if path.is_dir():
         raise UserError(
             f"{name} is no run: no job was submitted for it and it has no logs and no checkpoints"
@@ -122,11 +122,6 @@ def find(name: str) -> Place:
 def place_of(job: Path) -> Place:
     """The run of a job folder."""
     return Place(target_of(job), job)
-
-
-def is_local_run(path: Path) -> bool:
-    """Whether a pretraining has begun in `path`."""
-    return (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir() or bool(attempt_folders(path / LOGS))
 
 
 def known_places() -> list[Place]:
@@ -172,7 +167,7 @@ def log_folder(place: Place, spec: JobSpec | None) -> Path:
 # ----------------------------------------------------------------------------------------- looking
 
 
-def look(place: Place, now: float) -> Facts:
+def look(place: Place) -> Facts:
     """Reads what the files of `place` tell; damaged or missing ones are passed over."""
     spec = spec_of(place)
     events = read_events(place.events)
@@ -194,7 +189,7 @@ def look(place: Place, now: float) -> Facts:
         following=list(spec.following) if spec else [],
     )
     if stage == "pretrain":
-        _look_at_training(place, facts, now)
+        _look_at_training(place, facts)
     return facts
 
 
@@ -203,8 +198,10 @@ def is_done(job: Path, tasks: int) -> bool:
     return all((job / mark).is_file() for mark in done_marks(tasks))
 
 
-def _look_at_training(place: Place, facts: Facts, now: float) -> None:
-    entries = newest_entries(place.run)
+def _look_at_training(place: Place, facts: Facts) -> None:
+    entries: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError):
+        entries = read_metrics(place.run, TAIL_BYTES)
     trained = [entry for entry in entries if is_number(entry.get("train/loss"))]
     if trained:
         facts.loss = trained[-1]["train/loss"]
@@ -227,7 +224,6 @@ def _look_at_training(place: Place, facts: Facts, now: float) -> None:
         facts.process = training_process(place.run)
         facts.done = facts.done or (facts.steps is not None and (facts.checkpoint_step or 0) >= facts.steps)
     if attempt and attempt.started and facts.steps and reached and not facts.done:
-        begins = [(step, when) for step, when in saved if when <= attempt.started]
         resumed = [
             (event["step"], event["time"])
             for event in facts.events
@@ -235,7 +231,8 @@ def _look_at_training(place: Place, facts: Facts, now: float) -> None:
             and event["time"] >= attempt.started
             and is_number(event.get("step"))
         ]
-        start = resumed[-1] if resumed else (begins[-1][0] if begins else 0, attempt.started)
+        before = [step for step, when in saved if when <= attempt.started]
+        start = resumed[-1] if resumed else (before[-1] if before else 0, attempt.started)
         inside = [(step, when) for step, when in saved if when > attempt.started]
         facts.expected_end = expected_end(start, inside, max(reached), facts.steps)
 
@@ -257,13 +254,6 @@ def expected_end(
 
 
 # ------------------------------------------------------------------------------------- small pieces
-
-
-def newest_entries(run: Path) -> list[dict[str, Any]]:
-    """The last entries of metrics.jsonl; none where it cannot be read."""
-    with contextlib.suppress(OSError):
-        return read_metrics(run, TAIL_BYTES)
-    return []
 
 
 def planned_steps(place: Place) -> int | None:
@@ -297,9 +287,3 @@ def training_process(run: Path) -> int | None:
         return None
     lock = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
     return int(lock.group(1)) if lock else None
-
-
-def signs_of_life(place: Place, facts: Facts) -> list[Path]:
-    """The files that a run at work writes now and then."""
-    attempt = facts.attempts[-1].folder if facts.attempts else None
-    return [place.run / METRICS, *(attempt.iterdir() if attempt else ())]

@@ -8,6 +8,7 @@ Only the standard library: a batch host may have nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -83,18 +84,13 @@ class Hang:
 
 
 def run_here(
-    command: list[str],
-    ranks: int,
-    log_folder: Path,
-    limits: Limits = Limits(),
-    run: Path | None = None,
+    command: list[str], ranks: int, log_folder: Path, limits: Limits = Limits(), run: Path | None = None
 ) -> int:
     """Runs `command` as `ranks` processes on this machine and returns the exit code (see the top).
 
-    Rank 0 writes to this process's stdout; all other output goes to a new folder
-    `log_folder/attempt-NNN` for each start, the history to `log_folder/events.jsonl`. `run` is the run folder
-    whose checkpoints are progress. Raises UserError when a rank ended with one, or when the logs cannot be
-    written.
+    Rank 0 writes to this process's stdout; all other output goes to a new folder `log_folder/attempt-NNN` for
+    each start, the history to `log_folder/events.jsonl`. `run` is the run folder whose checkpoints are
+    progress. Raises UserError when a rank ended with one, or when the logs cannot be written.
     """
 
     def start() -> LocalRanks:
@@ -158,17 +154,13 @@ def supervise(
         if stalled > limits.restarts_without_progress or restarts >= limits.restarts:
             return _give_up(code, hang, stalled, restarts, reached, limits)
         restarts += 1
-        print(f"\nall ranks are started again {_from(reached)}", file=sys.stderr, flush=True)
+        where = f"the checkpoint of step {reached}" if reached else "the beginning"
+        print(f"\nall ranks are started again from {where}", file=sys.stderr, flush=True)
         events.write("relaunched", restart=restarts, checkpoint=reached)
 
 
 def watch(
-    group: RankGroup,
-    limits: Limits,
-    events: Events,
-    run: Path | None,
-    stop: StopRequests,
-    reached: int,
+    group: RankGroup, limits: Limits, events: Events, run: Path | None, stop: StopRequests, reached: int
 ) -> Hang | None:
     """Returns when all ranks have ended; a Hang when they hung and had to be killed.
 
@@ -210,41 +202,37 @@ def watch(
 
 
 def _read_beat(group: RankGroup) -> str:
-    try:
+    with contextlib.suppress(OSError):  # before the first step there is none
         return (group.attempt / HEARTBEAT).read_text(encoding="utf-8")
-    except OSError:
-        return ""
+    return ""
 
 
 def _end_hang(group: RankGroup, beat: str, seconds: float) -> Hang:
     """Has all ranks write their stacks, notes which did not, and kills them."""
-    sizes = {rank: _size(group.log(rank)) for rank in range(group.ranks)}
+    logs = [group.log(rank) for rank in range(group.ranks)]
+    sizes = list(map(_size, logs))
     group.ask_for_stacks()
     silent = list(range(group.ranks))
     deadline = time.monotonic() + STACK_SECONDS
     while silent and time.monotonic() < deadline and group.running():
         time.sleep(0.5)
-        silent = [rank for rank in silent if not _has_stack(group.log(rank), sizes[rank])]
+        silent = [rank for rank in silent if not _has_stack(logs[rank], sizes[rank])]
     group.silent = silent
     group.kill()
-    number = json.loads(beat)["step"] if beat else None
-    return Hang(number, seconds, silent)
+    return Hang(json.loads(beat)["step"] if beat else None, seconds, silent)
 
 
 def _size(log: Path) -> int:
-    try:
+    with contextlib.suppress(OSError):
         return log.stat().st_size
-    except OSError:
-        return 0
+    return 0
 
 
 def _has_stack(log: Path, offset: int) -> bool:
-    try:
-        with open(log, "rb") as file:
-            file.seek(offset)
-            return STACK in file.read(2**20)
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(offset)
+        return STACK in file.read(2**20)
+    return False
 
 
 # ------------------------------------------------------------------------------------------- in words
@@ -287,13 +275,7 @@ def _give_up(code: int, hang: Hang | None, stalled: int, restarts: int, reached:
     standing = f"no checkpoint after that of step {reached}" if reached else "no checkpoint"
     starts = "one start" if stalled == 1 else f"{stalled} starts in a row"
     print(f"gave up: {standing} in {starts}", file=sys.stderr, flush=True)
-    if hang is not None or stalled == 1:
-        return code
-    return CRASH_LOOP
-
-
-def _from(reached: int) -> str:
-    return f"from the checkpoint of step {reached}" if reached else "from the beginning"
+    return code if hang is not None or stalled == 1 else CRASH_LOOP
 
 
 def _on(node: str) -> str:

@@ -84,8 +84,7 @@ class Job:
         self.events = Events(self.folder / EVENTS, job=self.name)
         self.run_folder = Path(spec.target) if spec.stage == "pretrain" else None
         self.done = self.folder / done_marks(spec.array)[int(self.index or 0)]
-        listed = slurm.ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"])
-        self.nodes = listed.stdout.split()  # in the order in which srun fills them
+        self.nodes = slurm.hosts(env["SLURM_JOB_NODELIST"])  # in the order in which srun fills them
         self.last: SlurmStep | None = None
 
     def run(self) -> int:
@@ -95,9 +94,8 @@ class Job:
             return 0
         for folder in self.spec.previous:
             if missing := _unfinished(Path(folder)):
-                return self.give_up(
-                    FAULT, f"the job before this one, {folder}, is not done: {missing} is missing"
-                )
+                reason = f"the job before this one, {folder}, is not done: {missing} is missing"
+                return self.give_up(FAULT, reason)
         if (self.folder / CANCELLED).exists():
             print("cancelled before it began", flush=True)
             return INTERRUPTED
@@ -177,9 +175,8 @@ class Job:
                 continue
             if record.get("JobState") in ("RUNNING", "CONFIGURING"):
                 return
-            print(
-                f"Slurm is ending this job ({record.get('JobState', 'unknown')})", file=sys.stderr, flush=True
-            )
+            state = record.get("JobState", "unknown")
+            print(f"Slurm is ending this job ({state})", file=sys.stderr, flush=True)
             time.sleep(END_SECONDS)
             raise SystemExit(INTERRUPTED)
 
@@ -211,11 +208,10 @@ class Job:
         """How often in a row, since a person queued it, the job was requeued with this newest checkpoint."""
         count = 0
         for event in reversed(read_events(self.events.path)):
-            if event["event"] == "queued" or (
-                event["event"] == "requeued" and event.get("checkpoint") != reached
-            ):
+            requeued = event["event"] == "requeued"
+            if event["event"] == "queued" or (requeued and event.get("checkpoint") != reached):
                 break
-            count += event["event"] == "requeued" and event.get("job") == self.name
+            count += requeued and event.get("job") == self.name
         return count
 
     def exclude(self, bad: list[str]) -> None:

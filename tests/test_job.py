@@ -27,10 +27,15 @@ from bertscale.config import (
     load_config,
 )
 from bertscale.run_folder import job_folder
-from launcher.job import STAGES, JobSpec, render, step_command
+from launcher.job import STAGES, JobSpec, render, step_lines
 
 ROOT = Path(__file__).parents[1]
 SHELL_FILES = ("tests/golden/*.sbatch", "slurm/*.sbatch", "slurm/cluster/*.sh", "slurm/cluster/vc", ".ci/run")
+
+
+def step_command(spec: JobSpec) -> list[str]:
+    """The words of the srun command."""
+    return [word for line in step_lines(spec) for word in line]
 
 
 def new_spec(cluster: str, stage: str, target: str, words: list[str], **facts: Any) -> JobSpec:

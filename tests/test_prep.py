@@ -14,7 +14,7 @@ from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 from data_prep.build import prep
-from data_prep.readers.read import LONGEST
+from data_prep.readers.records import LONGEST
 
 TEXT = "the a red blue old new house tree river runs sings over under with and some many green stone"
 WORDS = TEXT.split()

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from bertscale.config import PrepConfig, UserError, check_config
 from data_prep.readers import formats, records
 from data_prep.readers.markdown import MarkdownText
-from data_prep.readers.read import LONGEST, Bad, Cut, Dropped, Part, cut_into_units, find_files, read_records
+from data_prep.readers.read import Part, cut_into_units, find_files, read_records
+from data_prep.readers.records import LONGEST, Bad, Cut, Dropped
 
 TEXTS = [
     "First one.\nIts second line.",
@@ -582,7 +583,8 @@ def test_a_file_is_asked_once_what_it_is(tmp_path: Path, monkeypatch: pytest.Mon
 MEASURE = """
 import gc, resource, sys
 from bertscale.config import PrepConfig
-from data_prep.readers.read import Bad, cut_into_units, find_files, read_records
+from data_prep.readers.read import cut_into_units, find_files, read_records
+from data_prep.readers.records import Bad
 config = PrepConfig(input=[sys.argv[1]], output="x", documents=sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = bad = size = 0

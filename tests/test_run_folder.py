@@ -103,7 +103,7 @@ def test_resume_passes_from_the_newest_to_the_one_before(run: Path) -> None:
 
 
 def test_status_shows_the_newest(run: Path) -> None:
-    facts = look(find(str(run)), 0.0)
+    facts = look(find(str(run)))
     assert facts.checkpoint_step == 10_000_010
     assert facts.checkpoint == checkpoint_folder(run, 10_000_010)
 

@@ -143,9 +143,9 @@ def _read_all(sources: list[tuple[str, str, str]]) -> tuple[list[Text], int]:
         Progress("docstrings", len(sources), "files") as progress,
         worker_pool(min(number_of_cores(), 16)) as pool,
     ):
-        for chunk, (count, some) in zip(chunks, pool.map(_read_files, chunks), strict=True):
+        for chunk, (count, of_chunk) in zip(chunks, pool.map(_read_files, chunks), strict=True):
             docstrings += count
-            for text in some:
+            for text in of_chunk:
                 new_lines = [line for line in text.text.split("\n") if _is_new(line, seen)]
                 new = Text("\n".join(new_lines), text.package, text.module, text.name)
                 if _is_document(new.text):

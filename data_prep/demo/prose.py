@@ -30,17 +30,7 @@ _underline = re.compile(r"\s*([-=~^*#\"'+_.:])\1{2,}\s*")
 _fence = re.compile(r"\s*(```|~~~)")
 _doctest = re.compile(r"\s*(>>>|\.\.\. |In \[\d+\]|\$ |%\w|@\w+\s*\(?|import \w|from [\w.]+ import )")
 _directive = re.compile(r"\s*\.\. *([\w:-]+?)::\s*(.*)")
-_KEPT_DIRECTIVES = {
-    "note",
-    "warning",
-    "tip",
-    "important",
-    "attention",
-    "caution",
-    "seealso",
-    "hint",
-    "admonition",
-}
+_kept_directive = re.compile("note|warning|tip|important|attention|caution|seealso|hint|admonition")
 _comment = re.compile(r"\s*\.\.(?:\s|$)")  # also footnotes, targets and citations
 _field = re.compile(r"\s*(?::[\w ,*.`-]+:|@(?:param|type|return|rtype|raises?)\b[^:]*:)(?:\s+|$)")
 _table = re.compile(r"\s*(?:\||\+[-=+]+\+|[-=]{2,}(?:\s+[-=]{2,})+\s*$|#{1,6} |<!--|!\[)")
@@ -145,8 +135,8 @@ def _skip_fenced(lines: list[str], number: int, mark: str) -> int:
 def _skip_other(lines: list[str], number: int) -> int | None:
     """The line to read next if no text stands at line `number`; None if it is text.
 
-    No text are Google's sections without sentences, doctests, comments and directives; a directive of
-    _KEPT_DIRECTIVES gives way, in `lines`, to the text after it.
+    No text are Google's sections without sentences, doctests, comments and directives; a `_kept_directive`
+    gives way, in `lines`, to the text after it.
     """
     line = lines[number]
     if line.rstrip().endswith(":") and _dropped_title.fullmatch(line):
@@ -156,7 +146,7 @@ def _skip_other(lines: list[str], number: int) -> int | None:
             number += 1
         return number
     directive = _directive.match(line) if line.lstrip().startswith("..") else None
-    if directive and directive[1].lower() in _KEPT_DIRECTIVES:
+    if directive and _kept_directive.fullmatch(directive[1].lower()):
         lines[number] = directive[2]
         return number if directive[2] else number + 1
     return _skip_deeper(lines, number) if directive or _comment.match(line) else None

@@ -58,16 +58,16 @@ def make_task(texts: list[tuple[str, str, str]]) -> LabelledTask:
     test: list[dict[str, str]] = []
     test_modules = set[str]()
     for label in labels:
-        modules = iter(sorted(by_module[label], key=lambda module: _shuffle(module)))
+        modules = iter(sorted(by_module[label], key=_shuffle))
         for examples, wanted in ((test, TEST_EXAMPLES), (train, TRAIN_EXAMPLES)):
             missing = wanted
             for module in modules:
-                some = sorted(by_module[label][module], key=_shuffle)[: min(FROM_ONE_MODULE, missing)]
+                chosen = sorted(by_module[label][module], key=_shuffle)[: min(FROM_ONE_MODULE, missing)]
                 examples += [
                     {"text": mask_names(_shorten(text), names), "label": label, "module": module}
-                    for text in some
+                    for text in chosen
                 ]
-                missing -= len(some)
+                missing -= len(chosen)
                 if examples is test:
                     test_modules.add(module)
                 if missing == 0:

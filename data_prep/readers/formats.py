@@ -31,7 +31,7 @@ Strip = Callable[[str, bool], str]  # (some text of a document, whether it is th
 
 
 def skip_bom(stream: BufferedReader) -> None:
-    if stream.peek(len(_BOM))[: len(_BOM)] == _BOM:
+    if stream.peek(len(_BOM)).startswith(_BOM):
         stream.read(len(_BOM))
 
 

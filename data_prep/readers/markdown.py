@@ -57,12 +57,10 @@ class MarkdownText:
     def feed(self, text: str, last: bool) -> str:
         """The text of what is complete by now; at the `last` part, of all that is left."""
         lines = (self._partial + text).split("\n")
-        self._partial = ""
-        if not last:
-            self._partial = lines.pop()
-            if len(self._partial) > LONGEST_PARAGRAPH:
-                lines.append(self._partial)
-                self._partial = ""
+        self._partial = "" if last else lines.pop()
+        if len(self._partial) > LONGEST_PARAGRAPH:
+            lines.append(self._partial)
+            self._partial = ""
         out: list[str] = []
         for line in lines:
             self._take(line.rstrip("\r"), out)

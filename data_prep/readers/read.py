@@ -26,13 +26,7 @@ from pathlib import Path
 from bertscale.config import PrepConfig, UserError
 from data_prep.readers import formats, tables
 from data_prep.readers.compressed import DAMAGE, compression_of, open_stream
-from data_prep.readers.formats import RECORD_BYTES as RECORD_BYTES
-from data_prep.readers.records import LONGEST as LONGEST
-from data_prep.readers.records import Bad as Bad
-from data_prep.readers.records import Cut as Cut
-from data_prep.readers.records import Dropped as Dropped
-from data_prep.readers.records import Record as Record
-from data_prep.readers.records import bad, printable
+from data_prep.readers.records import Record, bad, printable
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 KINDS = f"{', '.join(FORMATS)}, each also as .gz, .bz2, .xz or .zst, and WikiExtractor's <doc> files"
@@ -75,23 +69,22 @@ def find_files(inputs: list[str]) -> list[InputFile]:
     """
     by_path: dict[str, InputFile] = {}
     for name in inputs:
+        shown, of_name = printable(name), list[InputFile]()
         if os.path.isdir(name):
-            some = list(_search(name))
-            if not some:
-                raise UserError(f"input: the folder {printable(name)} has no file of the kinds {KINDS}")
+            of_name += _search(name)
+            nothing = f"the folder {shown} has no file of the kinds {KINDS}"
         elif os.path.exists(name):
-            some = list(_look_at(name, named=True))
-            if not some:
-                raise UserError(f"input: {printable(name)} is none of {KINDS}")
+            of_name += _look_at(name, named=True)
+            nothing = f"{shown} is none of {KINDS}"
+        elif matches := sorted(glob.glob(name, recursive=True)):
+            of_name += [file for match in matches if os.path.isfile(match) for file in _look_at(match)]
+            of_name += [file for match in matches if os.path.isdir(match) for file in _search(match)]
+            nothing = f"no match of {shown} is one of {KINDS}"
         else:
-            matches = sorted(glob.glob(name, recursive=True))
-            if not matches:
-                raise UserError(f"input: there is no file, folder or match for {printable(name)}")
-            some = [file for match in matches if os.path.isfile(match) for file in _look_at(match)]
-            some += [file for match in matches if os.path.isdir(match) for file in _search(match)]
-            if not some:
-                raise UserError(f"input: no match of {printable(name)} is one of {KINDS}")
-        for file in some:
+            nothing = f"there is no file, folder or match for {shown}"
+        if not of_name:
+            raise UserError(f"input: {nothing}")
+        for file in of_name:
             by_path.setdefault(os.path.normpath(file.name), file)
     files = list(by_path.values())
     if not sum(file.size for file in files):
@@ -149,7 +142,7 @@ def _begins_as_wiki(name: str) -> bool:
 def _is_wiki(stream: BufferedReader) -> bool:
     """Whether what comes is a <doc> block; skips a byte order mark."""
     formats.skip_bom(stream)
-    return stream.peek(len(_DOC))[: len(_DOC)] == _DOC
+    return stream.peek(len(_DOC)).startswith(_DOC)
 
 
 # ------------------------------------------------------------------------------------------------- cut
@@ -217,7 +210,7 @@ def _check(name: str, kind: str, config: PrepConfig) -> None:
         return
     with open_stream(name) as stream:
         if kind == ".arrow":
-            tables.text_column(tables.arrow_schema(stream), config.text_field, name)
+            tables.text_column(tables.open_arrow(stream).schema, config.text_field, name)
             return
         formats.skip_bom(stream)
         if kind == ".csv":

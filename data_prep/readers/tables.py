@@ -54,11 +54,8 @@ def open_parquet(name: str) -> Iterator[Any]:
 
 def group_starts(parquet: Any) -> list[int]:
     """The byte of the file where each row group begins; rising, or else empty."""
-    starts = []
-    for group in range(parquet.num_row_groups):
-        column = parquet.metadata.row_group(group).column(0)
-        dictionary = column.dictionary_page_offset
-        starts.append(dictionary if dictionary else column.data_page_offset)
+    columns = [parquet.metadata.row_group(group).column(0) for group in range(parquet.num_row_groups)]
+    starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
     return starts if all(a < b for a, b in pairwise(starts)) else []
 
 
@@ -67,11 +64,13 @@ def read_parquet(name: str, start: int, end: int, column: str) -> Iterator[Recor
     with open_parquet(name) as parquet:
         text_column(parquet.schema_arrow, column, name)
         starts = group_starts(parquet) if not compression_of(name) else []
+        # Sizes are those of leaves: nested columns before this one have several.
+        leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema.names))]
         row = 0
         for group in range(parquet.num_row_groups):
             about = parquet.metadata.row_group(group)
             if (start <= starts[group] < end) if starts else start == 0:
-                size = about.column(_leaf(parquet, column)).total_uncompressed_size
+                size = about.column(leaves.index(column)).total_uncompressed_size
                 rows = max(1, min(1024, BATCH_BYTES * about.num_rows // max(size, 1)))
                 at = row
                 for batch in parquet.iter_batches(rows, [group], [column], use_threads=False):
@@ -80,21 +79,12 @@ def read_parquet(name: str, start: int, end: int, column: str) -> Iterator[Recor
             row += about.num_rows
 
 
-def _leaf(parquet: Any, column: str) -> int:
-    """The index of `column` among the leaves: nested columns before it have several."""
-    paths = [parquet.schema.column(i).path for i in range(len(parquet.schema.names))]
-    return paths.index(column)
-
-
 # ----------------------------------------------------------------------------------------------- arrow
 
 
-def arrow_schema(stream: BufferedReader) -> Any:
-    return _open_arrow(stream).schema
-
-
-def _open_arrow(stream: Any) -> Any:
-    if stream.peek(len(_ARROW_FILE))[: len(_ARROW_FILE)] == _ARROW_FILE:
+def open_arrow(stream: BufferedReader) -> Any:
+    """The batches of an Arrow IPC file or stream, with their `schema`."""
+    if stream.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE):
         stream.read(len(_ARROW_FILE))
     return pa.ipc.open_stream(stream)
 
@@ -103,7 +93,7 @@ def read_arrow(name: str, column: str) -> Iterator[Record]:
     """The rows of an Arrow IPC file or stream, in order."""
     with open_stream(name) as stream:
         if compression_of(name):
-            yield from _rows(_open_arrow(stream), name, column, None)
+            yield from _rows(open_arrow(stream), name, column, None)
             return
         # Closed when the last of the arrays that look into it is gone.
         memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -118,9 +108,9 @@ def _rows(batches: Any, name: str, column: str, memory: mmap.mmap | None) -> Ite
         array = batch.column(index)
         rows = max(1, min(1024, BATCH_BYTES * len(array) // max(array.nbytes, 1)))
         for start in range(0, len(array), rows):
-            some = array.slice(start, rows)
-            yield from _texts(some, name, row + start)
-            unreleased += some.nbytes
+            chunk = array.slice(start, rows)
+            yield from _texts(chunk, name, row + start)
+            unreleased += chunk.nbytes
             if memory is not None and unreleased > 8 * BATCH_BYTES:
                 memory.madvise(mmap.MADV_DONTNEED)  # they are read again from the file where they are needed
                 unreleased = 0

@@ -133,14 +133,12 @@ class Check:
             with contextlib.suppress(ProcessLookupError):
                 kill()
             await asyncio.wait([ended], timeout=1)
-        job, number = os.environ.get("SLURM_JOB_ID"), self._step_number()
+        job = os.environ.get("SLURM_JOB_ID")
+        number = next((node.hello["step"] for node in self.nodes.values() if node.hello), None)
         if job and number is not None:  # a step whose srun was killed stays where a node does not answer
             command = ["scancel", "--signal=KILL", f"{job}.{number}"]
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 subprocess.run(command, capture_output=True, timeout=END_SECONDS)
-
-    def _step_number(self) -> str | None:
-        return next((node.hello["step"] for node in self.nodes.values() if node.hello), None)
 
     # ------------------------------------------------------------------------------------- talking
 
@@ -206,7 +204,9 @@ class Check:
         for answer in answers:
             if (rate := answer.get("mb_per_second")) is not None and rate < floor:
                 answer["fault"] = f"{rate:,.1f} MB/s, less than {floor:,g}"
-        words = [answer["fault"] for answer in sorted(answers, key=_breaks) if "fault" in answer]
+        # A connection that broke last: it may be the echo of a fault of the other side, which then says more.
+        by_weight = sorted(answers, key=lambda answer: bool(answer.get("broken")))
+        words = [answer["fault"] for answer in by_weight if "fault" in answer]
         for node, partner, answer in zip((first, second), (second, first), answers, strict=True):
             node.links[partner.name] = {**answer, "fault": words[0]} if words else answer
             node.busy, node.proven = False, node.proven or not words
@@ -268,11 +268,8 @@ class Check:
     def _judge_rates(self) -> None:
         """Names the nodes with a GPU that is much slower than those of the others."""
         reports = {n.name: n.report for n in self.nodes.values() if n.report and not n.fault}
-        rates = {
-            name: min(gpu["tflops"] for gpu in report["gpus"])
-            for name, report in reports.items()
-            if report["gpus"]
-        }
+        gpus = {name: report["gpus"] for name, report in reports.items() if report["gpus"]}
+        rates = {name: min(gpu["tflops"] for gpu in of_node) for name, of_node in gpus.items()}
         middle = statistics.median(rates.values()) if len(rates) > 2 else 0.0
         for name, rate in rates.items():
             if rate < SLOW_GPU * middle:
@@ -292,11 +289,6 @@ def _listen() -> socket.socket:
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     except (OSError, ValueError):
         return socket.create_server(("", 0))
-
-
-def _breaks(answer: dict[str, Any]) -> bool:
-    """Whether a fault may be the echo of the other side's, which then says more."""
-    return bool(answer.get("broken"))
 
 
 async def _ask(node: Node, order: dict[str, Any]) -> dict[str, Any]:
@@ -326,9 +318,8 @@ def judge(report: dict[str, Any], spec: JobSpec) -> str | None:
             free, total = (product[key] / gb for key in ("free_bytes", "total_bytes"))
             return f"{product['name']}: {free:.0f} of {total:.0f} GB are free, something else is using it"
     if report["free_memory"] < spec.min_free_memory_gb * gb:
-        return (
-            f"{report['free_memory'] / gb:.1f} GB of memory are free, {spec.min_free_memory_gb:g} are needed"
-        )
+        free = f"{report['free_memory'] / gb:.1f} GB"
+        return f"{free} of memory are free, {spec.min_free_memory_gb:g} are needed"
     if report["free_disk"] < spec.min_free_disk_gb * gb:
         free = f"{report['free_disk'] / gb:.1f} GB"
         return f"{free} are free in {report['folder']}, {spec.min_free_disk_gb:g} are needed"

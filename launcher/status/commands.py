@@ -28,7 +28,7 @@ RUN_HELP = "A run folder, an output folder, a job folder or a Slurm job id."
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs one of the four commands and returns its exit code. Raises UserError."""
-    options = PARSERS[command]().parse_args(arguments)
+    options = _parser(command).parse_args(arguments)
     if command == "status":
         return status(options.runs, as_json=options.json)
     place = locate(options.run)
@@ -49,7 +49,7 @@ def status(names: Sequence[str], *, as_json: bool) -> int:
     places = [locate(name, queue) for name in names] or every_place(queue)
     reports = []
     for place in places:
-        facts = runs.look(place, now)
+        facts = runs.look(place)
         reports.append((place, facts, state.judge(place, facts, queue, silence, now)))
     if as_json:
         print(json.dumps([show.as_values(*report) for report in reports], indent=2))
@@ -83,7 +83,7 @@ def locate(name: str, queue: list[QueueJob] | None = None) -> Place:
         if job.number == number and job.folder:
             return runs.place_of(job.folder)
     for place in runs.known_places():
-        if number in runs.look(place, time.time()).jobs:
+        if number in runs.look(place).jobs:
             return place
     record = slurm.show_job(number)
     if record is None:
@@ -105,69 +105,39 @@ def every_place(queue: list[QueueJob]) -> list[Place]:
     return list({place.run.resolve(): place for place in places}.values())
 
 
-# ------------------------------------------------------------------------------------ command lines
+DESCRIPTIONS = {
+    "status": "Shows what each run does: queue state and why it waits, attempts, step, loss, speed, last "
+    "checkpoint, expected end. Without RUN, one line for each job of yours and each run below runs/.",
+    "logs": "Shows the newest log: of the rank that failed first if the newest attempt failed, else of the "
+    "batch script, which holds the first rank's output too.",
+    "cancel": "Ends a job, and the jobs of a pipeline that follow it. A pretraining that runs saves first; "
+    "`bertscale resume` resumes it.",
+    "resume": "Queues a job again that was cancelled or gave up, with the code and config that it was "
+    "submitted with, and the jobs of a pipeline after it. It resumes from its last checkpoint.",
+}
 
 
-def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"bertscale {name}", description=description, allow_abbrev=False)
-
-
-def _status_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "status",
-        "Shows what each run does: queue state and why it waits, attempts, step, loss, speed, last "
-        "checkpoint, expected end. Without RUN, one line for each job of yours and each run below runs/.",
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"bertscale {command}", description=DESCRIPTIONS[command], allow_abbrev=False
     )
-    parser.add_argument("runs", metavar="RUN", nargs="*", help=RUN_HELP)
-    parser.add_argument("--json", action="store_true", help="Print a JSON list, times in seconds since 1970.")
+    add = parser.add_argument
+    if command == "status":
+        add("runs", metavar="RUN", nargs="*", help=RUN_HELP)
+        add("--json", action="store_true", help="Print a JSON list, times in seconds since 1970.")
+        return parser
+    also = " 17_2 is one task of an array." if command == "logs" else ""
+    add("run", metavar="RUN", help=RUN_HELP + also)
+    if command == "logs":
+        text = "Continue with what is written, also by later attempts."
+        add("-f", "--follow", action="store_true", help=text)
+        add("--rank", type=int, metavar="N", help="The log of this rank.")
+        add("--attempt", type=int, metavar="N", help="Of this attempt instead of the newest.")
+        text = "So many of its last lines (%(default)s)."
+        add("-n", "--lines", type=int, default=50, metavar="LINES", help=text)
+    elif command == "cancel":
+        text = "End it at once; what came after the last checkpoint is lost."
+        add("--now", action="store_true", help=text)
+    else:
+        add("--only", action="store_true", help="Leave the jobs after it alone.")
     return parser
-
-
-def _logs_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "logs",
-        "Shows the newest log: of the rank that failed first if the newest attempt failed, else of the batch "
-        "script, which holds the first rank's output too.",
-    )
-    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP} 17_2 is one task of an array.")
-    parser.add_argument(
-        "-f", "--follow", action="store_true", help="Continue with what is written, also by later attempts."
-    )
-    parser.add_argument("--rank", type=int, metavar="N", help="The log of this rank.")
-    parser.add_argument("--attempt", type=int, metavar="N", help="Of this attempt instead of the newest.")
-    parser.add_argument(
-        "-n",
-        "--lines",
-        type=int,
-        default=50,
-        metavar="LINES",
-        help="So many of its last lines (%(default)s).",
-    )
-    return parser
-
-
-def _cancel_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "cancel",
-        "Ends a job, and the jobs of a pipeline that follow it. A pretraining that runs saves first; "
-        "`bertscale resume` resumes it.",
-    )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument(
-        "--now", action="store_true", help="End it at once; what came after the last checkpoint is lost."
-    )
-    return parser
-
-
-def _resume_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "resume",
-        "Queues a job again that was cancelled or gave up, with the code and config that it was submitted "
-        "with, and the jobs of a pipeline after it. It resumes from its last checkpoint.",
-    )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--only", action="store_true", help="Leave the jobs after it alone.")
-    return parser
-
-
-PARSERS = {"status": _status_parser, "logs": _logs_parser, "cancel": _cancel_parser, "resume": _resume_parser}

@@ -29,13 +29,13 @@ def cancel(place: Place, *, now: bool) -> int:
         raise UserError(how_to_stop(place))
     jobs = queue_jobs.own_jobs()
     # The last job first: none of them may begin because the one before it has ended.
-    following = [Path(folder) for folder in runs.look(place, 0.0).following]
+    following = [Path(folder) for folder in runs.look(place).following]
     others = [folder for folder in reversed(following) if _cancel_one(folder, jobs, now, because=place.shown)]
     stopped = _cancel_one(place.job, jobs, now)
-    if not stopped and not others:
+    if stopped or others:
+        print(f"to resume later: bertscale resume {shlex.quote(place.shown)}")
+    else:
         print(f"{place.shown} is not queued or running: nothing to cancel")
-        return 0
-    print(f"to resume later: bertscale resume {shlex.quote(place.shown)}")
     return 0
 
 
@@ -48,9 +48,8 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
     asked_before = marker.exists()
     # Before Slurm ends anything: a supervisor that sees the marker does not requeue its job.
     marker.touch()
-    Events(job / EVENTS).write(
-        "cancelled", job=active[0].number, **({"reason": f"it follows {because}"} if because else {})
-    )
+    reason = {"reason": f"it follows {because}"} if because else {}
+    Events(job / EVENTS).write("cancelled", job=active[0].number, **reason)
     running = [entry for entry in active if not entry.waits]
     saves = _stage(job) == "pretrain" and not now
     for number in dict.fromkeys(entry.number for entry in active):
@@ -80,15 +79,12 @@ def resume(place: Place, *, only: bool) -> int:
         print(f"{place.shown} was started by hand; to resume: {local_command(place)}")
         return 0
     jobs = queue_jobs.own_jobs()
-    active = _active(place.job, jobs)
-    if active:
+    if active := _active(place.job, jobs):
         ending = (place.job / CANCELLED).exists() and not active[0].waits
         advice = "it was cancelled and is about to end: wait for it" if ending else "it needs no resume"
         state = "waits in the queue" if active[0].waits else "is running"
         raise UserError(f"job {active[0].id} of {place.shown} {state}: {advice}")
-    folders = [place.job]
-    if not only:
-        folders += [Path(folder) for folder in read_spec(place.job).following]
+    folders = [place.job, *([] if only else map(Path, read_spec(place.job).following))]
     numbers: dict[Path, str] = {}
     for folder in folders:
         if _is_done(folder):

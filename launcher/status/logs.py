@@ -68,9 +68,8 @@ def logs(place: Place, task: str | None, options: argparse.Namespace) -> int:
             return 0
         log = choose(place, task, options.rank, options.attempt)
         if log is None:
-            raise UserError(
-                f"{place.shown} has written no log yet: `bertscale status {place.shown}` tells why"
-            )
+            run = place.shown
+            raise UserError(f"{run} has written no log yet: `bertscale status {run}` tells why")
         note(log.title)
         show(Reader(log.path, tail(log.path, options.lines)), last=True)
     except KeyboardInterrupt:
@@ -158,16 +157,17 @@ def choose(
     Raises UserError for an attempt or rank that does not exist; a `patient` one waits for it instead.
     """
     root = runs.log_folder(place, runs.spec_of(place))
-    folders = [
-        path for path in history.attempt_folders(root) if task is None or path.name.endswith(f"-{task}")
-    ]
+    folders = history.attempt_folders(root)
+    if task is not None:
+        folders = [path for path in folders if path.name.endswith(f"-{task}")]
     if attempt is not None:
         numbers = sorted({attempt_number(path.name) for path in folders})
         folders = [path for path in folders if attempt_number(path.name) == attempt]
         if not folders and not patient:
             raise UserError(f"{place.shown} has no attempt {attempt}; it has {_list(numbers)}")
     newest = folders[-1] if folders else None
-    batch = batch_log(root, task)
+    # The newest log of a batch script, which the first rank writes to as well.
+    batch = max(root.glob(batch_log_name(task or "*")), key=history.changed, default=None)
     if rank is None and newest:
         # While one follows, reading the reports of a thousand ranks every second would be too much.
         failed = failed_event(place, newest) or (None if patient and place.job else first_failed(newest))
@@ -198,11 +198,6 @@ def failed_event(place: Place, attempt: Path) -> dict[str, Any] | None:
     return found_first
 
 
-def batch_log(root: Path, task: str | None) -> Path | None:
-    """The newest log of a batch script, which the first rank writes to as well."""
-    return max(root.glob(batch_log_name(task or "*")), key=history.changed, default=None)
-
-
 def _list(numbers: list[int]) -> str:
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
@@ -222,13 +217,12 @@ def tail(path: Path, lines: int) -> int:
             position -= size
             file.seek(position)
             block = file.read(size)
-            if position + size == end and block.endswith(b"\n"):
-                block = block[:-1]  # ends the last line, begins none
-            for place in range(len(block) - 1, -1, -1):
-                if block[place] == 0x0A:
-                    count += 1
-                    if count == lines:
-                        return position + place + 1
+            # A newline at the end of the file ends the last line, and begins none.
+            newline = size - (position + size == end and block.endswith(b"\n"))
+            while (newline := block.rfind(b"\n", 0, newline)) >= 0:
+                count += 1
+                if count == lines:
+                    return position + newline + 1
     return 0 if lines else end
 
 

@@ -23,10 +23,8 @@ def describe(place: Place, facts: Facts, state: State, silence: str | None, now:
     rows = [("state", state.sentence), ("source", source)]
     if state.job and state.job.dependency:
         rows.append(("after", state.job.dependency))
-    if facts.attempts:
-        rows += [
-            ("attempts" if i == 0 else "", text) for i, text in enumerate(attempt_lines(facts, state, now))
-        ]
+    for i, text in enumerate(attempt_lines(facts, state, now)):
+        rows.append(("attempts" if i == 0 else "", text))
     progress = [step_text(facts), loss_text(facts), speed_text(facts)]
     if any(progress):
         rows.append(("progress", ", ".join(text for text in progress if text)))
@@ -95,14 +93,8 @@ def end_text(facts: Facts, state: State, now: float) -> str:
 
 
 COLUMNS = ("run", "stage", "job", "state", "step", "loss", "tokens/s", "saved", "ends", "")
-COLOURS = {
-    "running": "green",
-    "waiting": "yellow",
-    "gave up": "red",
-    "failed": "red",
-    "lost": "red",
-    "done": "dim",
-}
+COLOURS = {"running": "green", "waiting": "yellow", "done": "dim"}
+COLOURS |= dict.fromkeys(("gave up", "failed", "lost"), "red")
 
 
 def row(place: Place, facts: Facts, state: State, now: float) -> list[str]:

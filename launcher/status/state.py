@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from bertscale.errors import UserError
 from bertscale.progress import show_duration
-from launcher import history, queue_jobs, runs
+from bertscale.run_folder import METRICS
+from launcher import history, queue_jobs
 from launcher.queue_jobs import QueueJob, show_time
 from launcher.runs import Facts, Place
 from launcher.status import control
@@ -31,10 +32,10 @@ class State:
 
 def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None, now: float) -> State:
     """What the run does: by the queue, else sacct or scontrol, else its own files."""
-    run = shlex.quote(place.shown)
-    resume = f"bertscale resume {run}"
     if place.job is None:
         return judge_local(place, facts, now)
+    run = shlex.quote(place.shown)
+    logs, resume = f"bertscale logs {run}", f"bertscale resume {run}"
     jobs = queue_jobs.jobs_of(place.job, facts.jobs, queue)
     if not jobs and facts.done:
         following = f"bertscale convert {run} OUTPUT" if facts.stage == "pretrain" else None
@@ -50,17 +51,17 @@ def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None
         return judge_queued(run, facts, jobs, now)
     last = next((event for event in reversed(facts.events) if event["event"] in MILESTONES), None)
     if last and last["event"] == "gave_up":
-        return State("gave up", history.tell(last), "its own events", next=f"bertscale logs {run}")
+        return State("gave up", history.tell(last), "its own events", next=logs)
     if facts.cancelled or (last and last["event"] == "cancelled"):
         return State("cancelled", "cancelled", "its own events", next=resume)
     if ended:
-        return State("failed", queue_jobs.in_words(ended, now), ended.source, next=f"bertscale logs {run}")
+        return State("failed", queue_jobs.in_words(ended, now), ended.source, next=logs)
     if last is None:
         return State("not queued", "it was never queued", "its own events", next=resume)
     when = show_time(last["time"], now)
     if silence is None:  # Slurm answers, and knows nothing of it
         sentence = f"job {facts.jobs[-1]} is gone; its last report, {when}: {history.tell(last)}"
-        return State("lost", sentence, "its own events", next=f"bertscale logs {run}")
+        return State("lost", sentence, "its own events", next=logs)
     word = "waiting" if last["event"] in ("queued", "requeued") else "running"
     return State(word, f"by its last report, {when}: {history.tell(last)}", "its own events")
 
@@ -104,16 +105,17 @@ def judge_local(place: Place, facts: Facts, now: float) -> State:
     """A run that was started by hand: only files tell of it."""
     run, source = shlex.quote(place.shown), "its own files"
     if facts.done:
-        return State(
-            "done", f"done: all {facts.steps:,} steps", source, next=f"bertscale convert {run} OUTPUT"
-        )
+        sentence = f"done: all {facts.steps:,} steps"
+        return State("done", sentence, source, next=f"bertscale convert {run} OUTPUT")
     if facts.process:
         sentence = f"it trains on this machine, in process {facts.process}"
         return State("running", sentence, source, next=f"bertscale logs {run} -f")
-    newest = max((history.changed(path) for path in runs.signs_of_life(place, facts)), default=0.0)
+    attempt = facts.attempts[-1] if facts.attempts else None
+    written = [place.run / METRICS, *(attempt.folder.iterdir() if attempt and attempt.folder else ())]
+    newest = max(map(history.changed, written))
     if now - newest < FRESH_SECONDS:
         sentence = f"its figures changed {show_duration(now - newest)} ago: it may train on another machine"
         return State("running", sentence, source, next=f"bertscale logs {run} -f")
-    outcome = facts.attempts[-1].outcome if facts.attempts else ""
-    sentence = "it does not run" + (f"; its last attempt: {outcome}" if outcome else "")
+    last = f"; its last attempt: {attempt.outcome}" if attempt and attempt.outcome else ""
+    sentence = f"it does not run{last}"
     return State("stopped", sentence, source, next=control.local_command(place))

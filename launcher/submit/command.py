@@ -35,11 +35,24 @@ from launcher.runs import shown
 from launcher.submit.freeze import about_now, freeze
 from launcher.submit.pipeline import StageJob, folder_of, quoted, stage_jobs, unfinished
 
+OVERVIEW = """\
+usage: bertscale submit STAGE ... --cluster FILE [--dry-run]
+
+Checks all that can be checked now, freezes code and config, and queues the stage with Slurm.
+
+  prep CONFIG             raw text -> token shards; with --array N on N nodes at the same time
+  pretrain CONFIG         token shards -> checkpoints, on --nodes N
+  convert SOURCE OUTPUT   checkpoint <-> Hugging Face folder
+  finetune CONFIG         encoder and labelled text -> classifier
+  pipeline PIPELINE       several of these, one after another
+
+bertscale submit STAGE --help tells more; examples are in configs/cluster and configs/pipeline."""
+
 
 def main(arguments: list[str]) -> int:
     """Runs `bertscale submit ...`; raises UserError with one line for each thing that is wrong."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
+        print(OVERVIEW)
         return 0 if arguments else MISTAKE
     stage, rest = arguments[0], arguments[1:]
     if stage not in (*STAGES, "pipeline"):
@@ -52,15 +65,10 @@ def main(arguments: list[str]) -> int:
         config = load_config(PipelineConfig, options.pipeline, [*options.overrides, *site])
         jobs, mistakes = stage_jobs(config.stages, config.cluster, config.name)
     else:
+        what = [options.source, options.output] if stage == "convert" else options.config
+        given = {key: value for key, value in vars(options).items() if key in PipelineStage.model_fields}
         wanted = PipelineStage.model_validate(
-            {
-                stage: [options.source, options.output] if stage == "convert" else options.config,
-                "set": getattr(options, "overrides", []),
-                "nodes": getattr(options, "nodes", 1),
-                "array": getattr(options, "array", 0),
-                "spares": getattr(options, "spares", 0),
-                "time": options.time,
-            }
+            {stage: what, "set": getattr(options, "overrides", []), **given}
         )
         jobs, mistakes = stage_jobs([wanted], options.cluster)
     return submit(jobs, mistakes, after, exclude, dry_run=options.dry_run)
@@ -80,9 +88,8 @@ def submit(
         jobs = unfinished(jobs)
         if not jobs:
             return 0
-    from launcher.submit.preflight import (
-        check,  # not at the top: it brings pyarrow, which help can do without
-    )
+    # Not at the top: it brings pyarrow, which help can do without.
+    from launcher.submit.preflight import check
 
     jobs = _in_order(jobs, after)
     report = check(jobs, after, {job.spec.folder: _left_out(job.spec, exclude) for job in jobs}, mistakes)
@@ -185,9 +192,8 @@ def _show(jobs: list[StageJob], facts: Sequence[str], after: Sequence[str], excl
     for job in jobs:
         spec = job.spec
         print(f"--- {spec.folder}/{SCRIPT}\n{render(spec)}")
-        print(
-            f"--- a rank of {spec.name} runs\n{shlex.join([*spec.container, spec.python, *spec.command])}\n"
-        )
+        words = [*spec.container, spec.python, *spec.command]
+        print(f"--- a rank of {spec.name} runs\n{shlex.join(words)}\n")
     print("--- the jobs in their order")
     before = f"job {', '.join(after)}" if after else ""
     for job in jobs:
@@ -198,26 +204,6 @@ def _show(jobs: list[StageJob], facts: Sequence[str], after: Sequence[str], excl
         before = job.spec.name
     print("\n--- found out")
     print("\n".join(facts))
-
-
-def _overview() -> str:
-    rows = (
-        ("prep CONFIG", "raw text -> token shards; with --array N on N nodes at the same time"),
-        ("pretrain CONFIG", "token shards -> checkpoints, on --nodes N"),
-        ("convert SOURCE OUTPUT", "checkpoint <-> Hugging Face folder"),
-        ("finetune CONFIG", "encoder and labelled text -> classifier"),
-        ("pipeline PIPELINE", "several of these, one after another"),
-    )
-    lines = [
-        "usage: bertscale submit STAGE ... --cluster FILE [--dry-run]",
-        "",
-        "Checks all that can be checked now, freezes code and config, and queues the stage with Slurm.",
-        "",
-        *(f"  {name:<24}{sentence}" for name, sentence in rows),
-        "",
-        "bertscale submit STAGE --help tells more; examples are in configs/cluster and configs/pipeline.",
-    ]
-    return "\n".join(lines)
 
 
 def _parser(stage: str) -> argparse.ArgumentParser:

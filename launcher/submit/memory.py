@@ -3,9 +3,8 @@
     estimate = estimate_memory(config, vocab_size=32_768, ranks=32, gpu=True)
     print(estimate)    # 9.1 GB (weights 0.25, gradients 0.22, optimizer 0.11, activations 6.02, base 2.50)
 
-With N parameters on a rank (those that tensor parallelism shards divided by its degree t), D
-data-parallel ranks, w bytes for a number (2 in bfloat16, 4 in float32), bytes are, after Rajbhandari et al.
-(2020):
+With N parameters on a rank (those that tensor parallelism shards divided by its degree t), D data-parallel
+ranks, w bytes for a number (2 in bfloat16, 4 in float32), bytes are, after Rajbhandari et al. (2020):
 
     ZeRO stage       0            1            2            3
     weights          w N          w N          w N          w N / D + the two largest modules, gathered
@@ -52,11 +51,11 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.base
+        return float(sum(vars(self).values()))
 
     def __str__(self) -> str:
-        parts = ("weights", "gradients", "optimizer", "activations", "base")
-        return f"{gb(self.total)} ({', '.join(f'{part} {getattr(self, part) / 1e9:.2f}' for part in parts)})"
+        parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in vars(self).items())
+        return f"{gb(self.total)} ({parts})"
 
 
 def gb(size: float) -> str:
@@ -79,10 +78,10 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     if model.sentence_head:
         everywhere += (hidden + 1) * hidden + 2 * (hidden + 1)  # pooler and the head of pairs
     if small is not None:
-        own_everywhere, own_shared_out = _count_layers(small)
-        everywhere += own_everywhere + (hidden + biases) * hidden + hidden + 1  # the detector
+        of_generator, sharded_of_generator = _count_layers(small)
+        everywhere += of_generator + (hidden + biases) * hidden + hidden + 1  # the detector
         everywhere += (hidden + 1) * guesser if guesser != hidden else 0  # projection of the embeddings
-        sharded += own_shared_out
+        sharded += sharded_of_generator
     return everywhere, sharded
 
 

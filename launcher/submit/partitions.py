@@ -29,10 +29,7 @@ def problems(spec: JobSpec, exclude: Sequence[str]) -> list[str]:
     if not names:
         return [*lines, f"partition: the cluster has no default one; it has {', '.join(every)}"]
     if unknown := [name for name in names if name not in every]:
-        return [
-            *lines,
-            f"partition={unknown[0]}: no such partition; the cluster has {', '.join(every)}",
-        ]
+        return [*lines, f"partition={unknown[0]}: no such partition; the cluster has {', '.join(every)}"]
     # Slurm takes whichever of several partitions can start the job first: one that can is enough.
     return lines + min((list(_partition_problems(spec, every[name], exclude)) for name in names), key=len)
 
@@ -112,8 +109,8 @@ def _partition_problems(spec: JobSpec, partition: dict[str, str], exclude: Seque
     if spec.nodes + spec.spares > len(sound):
         missing = [node["NodeName"] for node in nodes if node not in sound]
         left_out = f" but for {','.join(missing)}, left out" if missing else ""
-        some = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-        yield f"{asked}: {where} has {some} that would do{left_out}; ask for fewer"
+        usable = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+        yield f"{asked}: {where} has {usable} that would do{left_out}; ask for fewer"
 
 
 def _needs(spec: JobSpec) -> Iterator[tuple[str, float, Callable[[Node], float], str]]:

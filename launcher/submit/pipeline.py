@@ -47,12 +47,15 @@ PATHS = {  # keys of a config that name files or folders
     "pretrain": ("run", "data"),
     "finetune": ("encoder", "data", "output"),
 }
-RESULTS = {  # what a finished stage has written last
-    "prep": "manifest.json",
-    "pretrain": RESULT,
-    "convert": "",
-    "finetune": RESULT,
-}
+# What a finished stage has written last.
+RESULTS = {"prep": "manifest.json", "pretrain": RESULT, "convert": "", "finetune": RESULT}
+# What a job takes from the cluster file as it is.
+OF_SITE = (
+    *("partition", "account", "qos", "constraint", "memory_per_node", "environment", "signal_seconds"),
+    *("node_check", "check_seconds", "min_free_memory_gb", "min_free_disk_gb", "min_bandwidth_mb"),
+    "bad_node_hours",
+)
+LISTS_OF_SITE = ("sbatch", "srun", "setup", "container")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _load(stage: PipelineStage) -> Config:
 def _absolute(value: Any) -> Any:
     """A path, a corpus, several of them, labelled examples or None, with absolute paths."""
     if isinstance(value, list):
-        return [_absolute(one) for one in value]
+        return [_absolute(entry) for entry in value]
     if isinstance(value, Corpus):
         return value.model_copy(update={"path": os.path.abspath(value.path)})
     if isinstance(value, ExamplesConfig):
@@ -145,6 +148,9 @@ def _job(
     source = os.path.abspath(stage.convert[0]) if stage.convert else None
     said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/{CONFIG}", *options)
     python = _program(site.python) or sys.executable
+    tasks_per_node, cpus_per_task, gpus_per_node = _share_of_node(kind, site)
+    of_site: dict[str, Any] = {key: getattr(site, key) for key in OF_SITE}
+    of_site |= {key: tuple(getattr(site, key)) for key in LISTS_OF_SITE}
     launch = config.launch if isinstance(config, PretrainConfig) else LaunchConfig.model_validate({})
     spec = JobSpec(
         stage=kind,
@@ -158,47 +164,29 @@ def _job(
         version=version(),
         nodes=stage.nodes,
         spares=stage.spares,
-        **_share_of_node(kind, site),
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        gpus_per_node=gpus_per_node,
         time=stage.time or site.time,
         array=array,
-        partition=site.partition,
-        account=site.account,
-        qos=site.qos,
-        constraint=site.constraint,
-        memory_per_node=site.memory_per_node,
-        sbatch=tuple(site.sbatch),
-        srun=tuple(site.srun),
-        setup=tuple(site.setup),
-        environment=site.environment,
-        container=tuple(site.container),
-        signal_seconds=site.signal_seconds,
+        **of_site,
         start_seconds=launch.start_seconds if kind == "pretrain" else 0.0,
         hang_seconds=launch.hang_seconds,
         restarts=launch.restarts,
         restarts_without_progress=launch.restarts_in_a_row(slurm=True),
-        node_check=site.node_check,
-        check_seconds=site.check_seconds,
-        min_free_memory_gb=site.min_free_memory_gb,
-        min_free_disk_gb=site.min_free_disk_gb,
-        min_bandwidth_mb=site.min_bandwidth_mb,
         bad_nodes=os.path.abspath(site.bad_nodes) if site.bad_nodes else None,
-        bad_node_hours=site.bad_node_hours,
     )
     return StageJob(spec, site, config, source)
 
 
-def _share_of_node(stage: str, site: ClusterConfig) -> dict[str, Any]:
-    """Ranks, cores and GPUs on a node: all of it for training, one task for the other stages."""
+def _share_of_node(stage: str, site: ClusterConfig) -> tuple[int, int, int]:
+    """Ranks, cores of each and GPUs on a node: all of it for training, one task for the other stages."""
     ranks = site.gpus_per_node or site.tasks_per_node
     if stage == "pretrain":
-        return {
-            "tasks_per_node": ranks,
-            "cpus_per_task": site.cpus_per_task,
-            "gpus_per_node": site.gpus_per_node,
-        }
+        return ranks, site.cpus_per_task, site.gpus_per_node
     if stage == "finetune" and site.gpus_per_node:
-        return {"tasks_per_node": 1, "cpus_per_task": site.cpus_per_task, "gpus_per_node": 1}
-    return {"tasks_per_node": 1, "cpus_per_task": ranks * site.cpus_per_task, "gpus_per_node": 0}
+        return 1, site.cpus_per_task, 1
+    return 1, ranks * site.cpus_per_task, 0
 
 
 def _program(name: str | None) -> str | None:
@@ -246,7 +234,7 @@ def _changed(name: str) -> float:
         file
         for path in matches(name)
         for file in (path.rglob("*") if path.is_dir() else [path])
-        if not path.is_dir() or not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 

@@ -101,10 +101,11 @@ def check(
             getattr(report, name).extend(f"{label}{line}" for line in getattr(report_of_job, name))
         _promise(job, promises)
     folders = [job.spec.folder for job in jobs]
-    for folder in sorted({folder for folder in folders if folders.count(folder) > 1}):
-        report.problems.append(
-            f"two stages of this pipeline would use {shown(folder)}: give one another output"
-        )
+    report.problems += [
+        f"two stages of this pipeline would use {shown(folder)}: give one another output"
+        for folder in sorted(set(folders))
+        if folders.count(folder) > 1
+    ]
     return report
 
 
@@ -138,7 +139,7 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
     _check_writable(f"job folder {spec.folder}", Path(spec.folder), report)
     if job.cluster.log_root is not None:
         _check_writable(f"log_root={job.cluster.log_root}", Path(spec.logs), report)
-    if _is_local(spec.target):
+    if any(Path(spec.target).is_relative_to(place) for place in LOCAL):
         report.warnings.append(f"{key}={spec.target}: nodes seldom share that folder, but must see it")
     _check_python(job, report)
 
@@ -182,11 +183,11 @@ def _check_memory(job: StageJob, config: PretrainConfig, vocab_size: int, report
     spec, cluster = job.spec, job.cluster
     gpu = spec.gpus_per_node > 0
     need = estimate_memory(config, vocab_size, spec.ranks, gpu)
-    given = cluster.gpu_memory_gb * 1e9 if gpu and cluster.gpu_memory_gb else None
-    what = f"gpu_memory_gb={cluster.gpu_memory_gb:g}" if given and cluster.gpu_memory_gb else ""
-    if not gpu:
-        whole = partitions.node_memory(spec)
-        given, what = (whole / spec.tasks_per_node, "its share of a node") if whole else (None, "")
+    given, what = None, ""
+    if gpu and cluster.gpu_memory_gb:
+        given, what = cluster.gpu_memory_gb * 1e9, f"gpu_memory_gb={cluster.gpu_memory_gb:g}"
+    elif not gpu and (whole := partitions.node_memory(spec)):
+        given, what = whole / spec.tasks_per_node, "its share of a node"
     report.facts.append(f"memory of a rank, estimated: {need}" + (f", of {gb(given)}" if given else ""))
     if given is None or need.total <= given:
         return
@@ -203,9 +204,9 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
         paths = matches(name)
         if not paths:
             report.problems.append(f"input: there is no file, folder or match for {name}")
-        for one in paths:
-            _check_readable(f"input={one}", one, report)
-            files = one.rglob("*") if one.is_dir() else [one]
+        for path in paths:
+            _check_readable(f"input={path}", path, report)
+            files = path.rglob("*") if path.is_dir() else [path]
             size += sum(file.stat().st_size for file in files if file.is_file())
     if config.tokenizer is not None and not promises.hold(config.tokenizer):
         _check_readable(f"tokenizer={config.tokenizer}", Path(config.tokenizer), report)
@@ -228,7 +229,7 @@ def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) 
         except (OSError, ValueError):
             record = None
         wanted = (data.text_field, data.label_field)
-        if not isinstance(record, dict) or (lacking := [one for one in wanted if one not in record]):
+        if not isinstance(record, dict) or (lacking := [needed for needed in wanted if needed not in record]):
             lack = f"no field {lacking[0]!r}" if isinstance(record, dict) else "no JSON object"
             report.problems.append(
                 f"{key}={name}: its first line has {lack}; each line is an object with the fields "
@@ -316,10 +317,6 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def _is_local(path: str) -> bool:
-    return any(Path(path).is_relative_to(place) for place in LOCAL)
-
-
 def _check_python(job: StageJob, report: Report) -> None:
     """An absolute path is looked for here, unless it is inside a container."""
     cluster, spec = job.cluster, job.spec
@@ -383,9 +380,8 @@ def _check_not_queued(jobs: Sequence[StageJob], report: Report) -> None:
 def _try_sbatch(spec: JobSpec, exclude: Sequence[str], report: Report, *, waits: bool) -> None:
     """Slurm's own judgement, and when it would start the job, unless that `waits` for another one."""
     options = [f"--exclude={','.join(exclude)}"] if exclude else []
-    done = slurm.ask(
-        "sbatch", "--test-only", *options, text=render(spec), check=False, env=slurm.own_environment()
-    )
+    command, env = ("sbatch", "--test-only", *options), slurm.own_environment()
+    done = slurm.ask(*command, text=render(spec), check=False, env=env)
     said = slurm.complaint(done)
     if done.returncode:
         report.problems.append(f"sbatch would refuse the job: {said.removeprefix('allocation failure: ')}")
