@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(
         assert result.returncode == 2
         last = result.stderr.strip().splitlines()
         message = next(line for line in last if "cannot write the checkpoint" in line)
-        assert "step-0000006: No space left on device; the ones before it are whole" in message
+        assert "step-0000006: No space left on device; earlier checkpoints are intact" in message
         assert "Traceback" not in result.stderr
         assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == [source.name]
         open_checkpoint(disk / "run").verify()

@@ -289,11 +289,11 @@ def test_a_bad_step_is_skipped_said_and_counted(
     [
         (
             [0],
-            "step 1: the gradient was not finite; nothing is saved, start again with a ",
+            "step 1: the gradient was not finite; nothing is saved: start again with a ",
         ),
         (
             range(6, 16),
-            "step 16: the gradient was not finite, 10 times in a row; go on from the checkpoint of step 15",
+            "step 16: the gradient was not finite, 10 times in a row; resume from the checkpoint of step 15",
         ),
     ],
 )

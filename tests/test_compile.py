@@ -221,7 +221,7 @@ def test_graphs_want_gradients_out_of_the_way() -> None:
     assert tokens(1, 4) == 2 * 48
     assert tokens(1, 1, micro_batch=8) == 8 * 48
     for given in ({"micro_batch": 2}, {"micro_tokens": 1000}):
-        with pytest.raises(UserError, match="zero_stage=1 wants each rank's part of a step in one"):
+        with pytest.raises(UserError, match="zero_stage=1 needs each rank's part of a step in one"):
             tokens(1, 1, **given)
 
 

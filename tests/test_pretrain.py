@@ -239,7 +239,7 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     process = start(tiny_data, whole, mixed, **changes)
     printed = process.communicate()[0]
     assert process.returncode == 0, printed
-    assert "5 steps of 16 tokens at most before" in printed
+    assert "before that, 5 steps of at most 16 tokens" in printed
     assert "4 samples a step until 100 tokens are done" in printed
     # Samples of 5 to 16 tokens, so two to five steps of 4 make 100, and the rest has 8.
     assert open_checkpoint(whole).samples_consumed in range(10 * 8 - 5 * 4, 10 * 8 - 2 * 4 + 1)

@@ -1,4 +1,4 @@
-"""The tokenizer of a data set or a model: one interface for SentencePiece models and WordPiece vocabularies.
+"""Finds and loads the tokenizer of a data set or a model, a SentencePiece model or a WordPiece vocabulary.
 
     tokenizer = load_tokenizer(find_tokenizer("runs/quickstart/data"))
     tokenizer.encode([tokenizer.normalize("The apple is red.")])     # [[1012, 2411, 12, 874, 7]]
@@ -17,9 +17,9 @@ from bertscale.tokenizer.base import SENTENCE_PIECE_NAME, TOKENIZER_NAMES, VOCAB
 
 
 def find_tokenizer(folder: str | Path) -> Path:
-    """The tokenizer's file in the folder of a data set, a checkpoint or a model; there may be none yet.
+    """The path of the tokenizer in the folder of a data set, a checkpoint or a model; it may not exist yet.
 
-    tokenizer.model goes before tokenizer.json, which beside it is its Hugging Face form. A published model
+    tokenizer.model comes before tokenizer.json, which beside it is its Hugging Face form. A published model
     may have its vocab.txt alone.
     """
     folder = Path(folder)
@@ -30,9 +30,9 @@ def find_tokenizer(folder: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path, lowercase: bool | None = None) -> Tokenizer:
-    """The tokenizer of a SentencePiece model, a WordPiece tokenizer.json or a WordPiece vocab.txt.
+    """Loads the tokenizer of a SentencePiece model, a WordPiece tokenizer.json or a WordPiece vocab.txt.
 
-    `lowercase` is for WordPiece: whether text is put in lower case; by itself as tokenizer.json says, or if
+    `lowercase` is for WordPiece: whether text is put in lower case; by default as tokenizer.json says, or if
     no piece of vocab.txt has a capital letter.
 
     Raises UserError if `path` is missing, is none of the three, or lacks a special piece.
@@ -42,7 +42,7 @@ def load_tokenizer(path: str | Path, lowercase: bool | None = None) -> Tokenizer
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
-    # The libraries load when they are needed: reading shards needs neither.
+    # The libraries are imported only when needed: reading shards needs neither.
     if path.suffix in (".txt", ".json"):
         from bertscale.tokenizer import wordpiece
 
