@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what its config says, and what it is silent about."""
+"""Whether a run may resume from a checkpoint: what its config says, and what it is silent about."""
 
 from __future__ import annotations
 

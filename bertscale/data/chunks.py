@@ -97,20 +97,18 @@ class BlockSamples:
         self.stream_start = np.concatenate(starts)
         self.document_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
 
-    def _read_sentences(
-        self, dataset: Dataset, where: list[tuple[int, int, int]], offsets: list[Ints]
-    ) -> None:
+    def _read_sentences(self, data: Dataset, where: list[tuple[int, int, int]], offsets: list[Ints]) -> None:
         """Sets `sentence_start` and `document_sentence`; divides sentences that are too long for a sample."""
         sentences, documents, number = [], [], 0
         for (shard, row, stop), edges in zip(where, offsets, strict=True):
-            bounds = dataset.shards[shard].sentence_offsets[row : stop + 1].astype(np.int64)  # [rows + 1]
-            lengths = dataset.shards[shard].sentence_lengths[bounds[0] : bounds[-1]].astype(np.int64)
+            bounds = data.shards[shard].sentence_offsets[row : stop + 1].astype(np.int64)  # [rows + 1]
+            lengths = data.shards[shard].sentence_lengths[bounds[0] : bounds[-1]].astype(np.int64)
             bounds -= bounds[0]
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
             # Sizes are checked at open, digests only on request: what contradicts itself is found here.
             document_ends = ends.take(bounds, mode="clip")  # a damaged offset may point anywhere
             if not lengths.all() or not np.array_equal(document_ends, edges - edges[0]):
-                raise _damaged(dataset.shards[shard])
+                raise _damaged(data.shards[shard])
             if lengths.max() > self.budget:
                 lengths, first = _even_parts(lengths, self.budget)
                 bounds = first[bounds]

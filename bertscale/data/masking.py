@@ -197,7 +197,7 @@ def mask_tokens(
     # Of each chosen token [P]: its sample, position and index, and `fate`, the number that decides whether it
     # becomes [MASK], a random piece, or stays.
     if rules.unit == "token":
-        sample, position, fate = _draw_at_rate(lengths, low, high, rules, seed)
+        sample, position, fate = _draw_rate(lengths, low, high, rules, seed)
         index = token_start[sample] + position
         # Special tokens are drawn like others and then left out: so no draw depends on what the tokens are.
         inside = ~rules.special[tokens[index]]
@@ -205,7 +205,7 @@ def mask_tokens(
     else:
         words = _find_words(tokens, token_start, rules)
         if rules.unit == "word":
-            sample, number, _ = _draw_at_rate(words.count, low, high, rules, seed)
+            sample, number, _ = _draw_rate(words.count, low, high, rules, seed)
             number += words.first[sample]
             inside = ~words.special[number]
             sample, number = sample[inside], number[inside]  # [chosen words]
@@ -302,9 +302,7 @@ def _draw(counts: Ints, low: Ints, high: Ints, seed: int) -> tuple[Words, Ints, 
     return numbers, sample, first_counter
 
 
-def _draw_at_rate(
-    counts: Ints, low: Ints, high: Ints, rules: MaskRules, seed: int
-) -> tuple[Ints, Ints, Words]:
+def _draw_rate(counts: Ints, low: Ints, high: Ints, rules: MaskRules, seed: int) -> tuple[Ints, Ints, Words]:
     """Draws each of `counts` [S] tokens or words of the samples with the probability `mask_rate`.
 
     Returns of those drawn, in order, the sample, the number in it, and the random number that drew them.
@@ -406,8 +404,6 @@ def _priority_limits(count: Ints, rules: MaskRules) -> Ints:
     # Spans at random leave a word out with the probability exp(-spans * mean length / words): solved for the
     # spans that leave out 1 - rate.
     spans = -math.log1p(-rate) / (sum(rules.longer_below) / 2**32) * count  # [S]
-    fraction = (spans + 5 * np.sqrt(spans) + 8) / np.maximum(
-        count, 1
-    )  # of the words, which begin a span each
+    fraction = (spans + 5 * np.sqrt(spans) + 8) / np.maximum(count, 1)  # of the words, a span each
     limits: Ints = (2.0**32 * np.minimum(fraction, 1)).astype(np.int64)
     return limits

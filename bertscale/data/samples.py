@@ -175,6 +175,7 @@ def check_batch(
 
 def _pairs(window: BlockSamples, index: Ints, samples: Ints, seed: int, *, other_documents: bool) -> Segments:
     """Segments A and B of the chunks `index` [S], cut to the budget as published; arrays are [S] or [odd].
+
     A chunk is divided between two of its sentences, A before and B behind. With an odd number the two change
     places (sop), or B comes from another document and begins with any of its sentences (nsp).
     """

@@ -33,9 +33,7 @@ class TiedDecoder(nn.Module):
         super().__init__()
         self.layers = layers
         here = rows // layers.degree  # V
-        self.real = max(
-            0, min(vocab_size - layers.rank * here, here)
-        )  # rows here that are pieces, not padding
+        self.real = max(0, min(vocab_size - layers.rank * here, here))  # rows here that are pieces
         self.weight: nn.Parameter
         self.bias = nn.Parameter(torch.empty(here))
 
@@ -95,9 +93,7 @@ class _Predict(torch.autograd.Function):
             right = right + (layers.correct(logits, targets[rows]) & valid[rows]).sum()
             if uniforms is not None:
                 drawn[rows] = layers.sample(logits, uniforms[rows])
-            losses, gradient = layers.cross_entropy(
-                logits, targets[rows]
-            )  # [p], [p, V] in the logits' memory
+            losses, gradient = layers.cross_entropy(logits, targets[rows])  # [p], [p, V]
             loss = loss + (losses * valid[rows]).sum()
             if not learns:
                 continue

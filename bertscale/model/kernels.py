@@ -224,6 +224,7 @@ def _band(length: int, half: int, like: Tensor) -> Tensor:
 
 def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, dropout: float, half: int) -> Tensor:
     """Attention by blocks of `half` queries and the keys of three blocks: 3 x [B, L, D] -> [B, L, D].
+
     A window reaches no further than the next block on each side, so scores are [B N, half, 3 half] instead of
     [B, L, L].
     """
@@ -255,9 +256,7 @@ def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, dropout: float, ha
     weights = torch.softmax(scores, dim=-1)  # [B N, half, 3 half]
     if dropout:
         weights = F.dropout(weights, dropout)
-    attended = torch.bmm(weights, near_value).view(
-        batch, blocks * half, size
-    )  # [B N, half, D] -> [B, N half, D]
+    attended = torch.bmm(weights, near_value).view(batch, blocks * half, size)  # [B, N half, D]
     return attended[:, :length]
 
 

@@ -120,6 +120,7 @@ class Exchange:
         load = [0] * len(layout.fragments)
         owners = []
         for parameter, amounts in zip(layout.parameters, held, strict=True):
+            # What the owner holds already need not travel; among equals the work is spread.
             fit = [rank for rank, amount in enumerate(amounts) if amount == max(amounts)]
             owner = min(fit, key=lambda rank: load[rank])
             owners.append(owner)
@@ -141,6 +142,7 @@ class Exchange:
         for number, parts in shares.items():
             parameter = layout.parameters[number]
             dim = parameter.dim or 0
+            # Tensor-parallel shares side by side; one that is whole on each rank is there once.
             whole = torch.cat([part.view(parameter.share) for part in parts], dim)
             changed = change(parameter.name, whole).chunk(parameter.shares, dim)
             for part, values in zip(parts, changed, strict=True):

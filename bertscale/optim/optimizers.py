@@ -117,7 +117,7 @@ class WholeOptimizer(torch.optim.Optimizer):
             squares_of.append(squares)
         sizes = [squares.shape[1] for squares in squares_of]
         together = torch.cat(squares_of, dim=1)  # [lists, parameters of all tensors]
-        layout = self.layouts[tensors[0]]
+        layout = self.layouts[tensors[0]]  # all of them have one group
         if len(layout.fragments) > 1:
             dist.all_reduce(together, group=layout.group)
         return [squares.sqrt() for squares in torch.split(together, sizes, dim=1)]
@@ -187,6 +187,7 @@ class StableAdamW(WholeOptimizer):
         norms = self.norms(tensors, [ratios])
         for tensor, change, (norm,) in zip(tensors, changes, norms, strict=True):
             change.add_(tensor, alpha=group["weight_decay"])
+            # RMS over the whole parameter, not over this rank's fragment of it.
             self.scale(tensor, change, 1 / (norm / self.sizes[tensor].sqrt()).clamp(min=1.0))
             tensor.addcmul_(change, applied, value=-group["lr"])
 

@@ -101,7 +101,7 @@ def save_checkpoint(
             entry.update(tensor_rank=ranks.tensor_rank, data_rank=ranks.data_rank)
 
         failure = _attempt(write)
-    reports: list[Any] = ranks.gather((failure, entry))
+    reports: list[Any] = ranks.gather((failure, entry))  # of every rank, on every rank
     failure = next((text for text, _ in reports if text), None)
     if failure is None and ranks.rank == 0:
         whole = {"format": FORMAT, "has_moments": True, **table, "files": [file for _, file in reports]}
@@ -124,7 +124,7 @@ def _attempt(work: Callable[[], object]) -> str | None:
 
 def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:
     """Writes the table into `partial` and gives the folder its final name. Raises OSError."""
-    write_json(partial / TABLE, table, flush=False)
+    write_json(partial / TABLE, table, flush=False)  # `put_in_place` flushes the whole folder
     put_in_place(partial, final)
 
 
@@ -169,9 +169,8 @@ class Checkpoint:
         if dim is not None:
             share[dim] //= degree
         shares = []
-        for rank in range(
-            degree
-        ):  # tensor-parallel; each share is put together from its data ranks' fragments
+        # The share of each tensor rank from the fragments of its data ranks, then the whole from the shares.
+        for rank in range(degree):
             flat = torch.empty(torch.Size(share).numel())
             filled = 0
             for file in self.table["files"]:

@@ -47,6 +47,7 @@ def set_clipping(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float)
     applied and 0 if not, float32, 0-dim.
     """
     applied = norm.isfinite().float()
+    # 1e-6 as in torch's clip_grad_norm_, so that both give the same numbers.
     optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]
     return applied

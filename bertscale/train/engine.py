@@ -46,6 +46,8 @@ class Engine:
         self.vocab_size = vocab_size
         self.norm, self.step_applied = torch.zeros(()), torch.ones(())
 
+        # Called inside of DeepSpeed's zero.Init, which under stage 3 shards each weight once it is made: no
+        # rank ever holds the whole model.
         def make_model() -> nn.Module:
             recompute = config.train.activation_checkpointing
             layers = ranks.layers(config.parallel.sequence)
@@ -87,11 +89,12 @@ class Engine:
         zero, ends = self.zero, self.zero.at_end_of_step()
         if ends and not zero.clips:
             self.norm = whole_norm(zero.gradients(), self.ranks, sharded=self.stage > 0)
+            # The gradients are reduced and not yet used; the factor goes into the fused update itself.
             largest = self.config.optimizer.gradient_clipping
             self.step_applied = set_clipping(self.optimizer, self.norm, largest)
         zero.step(learning_rate)
         if ends and zero.clips:
-            applied = float(zero.engine.was_step_applied())
+            applied = float(zero.engine.was_step_applied())  # where DeepSpeed clips, it has waited already
             self.step_applied = torch.full((), applied, device=self.ranks.device)
 
     def gradient_norm(self) -> float:
@@ -99,7 +102,7 @@ class Engine:
         return float(self.zero.engine.get_global_grad_norm() if self.zero.clips else self.norm)
 
     def num_parameters(self) -> int:
-        """Number of parameters of the whole model, one value each."""
+        """Number of trainable values of the whole model."""
         return sum(torch.Size(self._global_shape(name)).numel() for name in self.parameters)
 
     # ---------------------------------------------------------------------------------------- state
@@ -133,6 +136,7 @@ class Engine:
                         f"optimizer.name={self.config.optimizer.name} needs; resume with optimizer.name=muon"
                     )
         self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
+        # Skipped steps did not change the moments, so they do not count in the bias correction.
         for state in self.optimizer.state.values():
             state["step"].fill_(checkpoint.step - checkpoint.skipped_steps)
 

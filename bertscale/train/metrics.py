@@ -50,6 +50,7 @@ class Rate:
             self.tokens, self.pairs, self.local_pairs, self.masked
         )
         seconds = time.perf_counter() - self.began
+        # Means over the tokens: a sample of L tokens has L * L pairs, so long samples count for more.
         flops = tokens * model_flops_per_token(
             self.model, self.vocab_size, pairs / tokens, masked / tokens, local / tokens
         )
@@ -88,6 +89,7 @@ class LossAccumulator:
 
     def add(self, sums: LossSums, counts: Counts, step_applied: Tensor) -> None:
         """Adds a step: this rank's sums, their divisors, and `Engine.step_applied`. Does not wait."""
+        # where, not a product: the sums of a skipped step may be NaN, and 0 times NaN is NaN.
         self.sums += torch.where(step_applied > 0, torch.stack(sums), 0.0)
         self.unread.append((counts, step_applied))
 
@@ -95,7 +97,7 @@ class LossAccumulator:
         """Brings `skipped` and `in_a_row` up to date. Waits for the device."""
         if not self.unread:
             return
-        flags = torch.stack([applied for _, applied in self.unread]).tolist()
+        flags = torch.stack([applied for _, applied in self.unread]).tolist()  # one copy for all steps
         for (counts, _), applied in zip(self.unread, flags, strict=True):
             if applied:
                 self.counts = Counts(*map(operator.add, self.counts, counts))

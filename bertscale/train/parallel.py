@@ -122,9 +122,11 @@ def start_ranks(tensor: int, device: torch.device, timeout: timedelta = timedelt
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # Both backends: numbers of the host go over gloo, so that no rank waits for its GPU to send them.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
     if tensor == 1:
+        # Local: else every rank would have to take part in making the group of each other one.
         alone = dist.new_group([rank], use_local_synchronization=True)
         return Ranks(rank, world, tensor, device, dist.group.WORLD, alone)
     from bertscale.model.tensor_parallel import make_groups

@@ -102,7 +102,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
         ranks.say(line)
-    last = False  # whether this step is the last of the budget
+    last = False  # whether this step is the last of the budget; all ranks must find the same
 
     with Progress("pretrain", schedule.steps, "steps", start=start, hidden=not first) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):

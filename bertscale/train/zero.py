@@ -38,9 +38,7 @@ from bertscale.train.parallel import ModelParallelUnit, Ranks, tensor_parallel_d
 # It warns of optimizers that it does not know; ours are tested under each of its stages.
 deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS += [StableAdamW, Lamb, Muon]
 
-BUCKET = (
-    40_000_000  # gradients of one all-reduce: megatron-core's minimum; DeepSpeed's default is a whole BERT
-)
+BUCKET = 40_000_000  # gradients of one all-reduce: megatron-core's minimum; DeepSpeed's is a whole BERT
 
 
 class Address(NamedTuple):
@@ -205,9 +203,8 @@ class Zero:
                 elif parameter._hp_mapping is None:  # another data rank's
                     continue
                 else:  # the groups are cut into equal parts over the data ranks
-                    inside = (
-                        parameter._hp_mapping.hp_fragment_address
-                    )  # hp: float32, lp: what is computed with
+                    # hp: high precision, float32; lp: low precision, which the model computes in.
+                    inside = parameter._hp_mapping.hp_fragment_address
                     start = parameter._hp_mapping.lp_fragment_address.start
                     address = Address(tensor, inside.start, start, inside.numel)
                 if address.length:
