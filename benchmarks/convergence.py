@@ -154,7 +154,7 @@ def compare(options: argparse.Namespace) -> None:
     steps = max(1, min(HELDOUT, epoch(loader)) // CHUNK)
     heldout = [batch for step in range(steps) for batch in loader.step(step)]
     packed = samples.model_copy(update={"kind": "packed"})
-    mean = make_loader(corpora, packed, "train", 1, 1).mixture.tokens_a_sample()[0][1]
+    mean = make_loader(corpora, packed, "train", 1, 1).mixture.mean_sample_tokens()[0][1]
     found: dict[str, dict[str, Any]] = {}
     for first in range(0, len(runs), len(cores)):
         group = runs[first : first + len(cores)]

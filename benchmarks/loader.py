@@ -184,7 +184,7 @@ class Samples(TorchDataset[dict[str, Any]]):
         begin = segments.start - self.loader.shard_start[shard]
         columns = (shard, begin, begin + segments.length, segments.kind)
         found = list(zip(*(column.tolist() for column in columns), strict=True))
-        edges = np.searchsorted(segments.row, np.arange(len(numbers) + 1)).tolist()
+        edges = np.searchsorted(segments.sample, np.arange(len(numbers) + 1)).tolist()
         self.rows = [found[a:b] for a, b in pairwise(edges)]
         self.first = number
 

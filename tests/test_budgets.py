@@ -159,4 +159,4 @@ def test_another_optimizer_goes_on_where_its_moments_are_there(runs: dict[str, A
     assert [runs[f"change-{number}"][0] for number in (9, 10)] == [75, 75]
     message = runs["change-11"][0]
     assert "has no exp_avg_sq of encoder.layers.0" in message
-    assert "optimizer.name=lamb needs; go on with muon" in message
+    assert "optimizer.name=lamb needs; resume with optimizer.name=muon" in message

@@ -1,4 +1,4 @@
-"""Checkpoints: any topology goes on from any other's, damage is named, a full disk loses nothing."""
+"""Checkpoints: any topology resumes from any other's, damage is named, a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_reading_runs_no_code_and_needs_no_deepspeed(checkpoint: Path) -> None:
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(
     tiny_data: Path, tmp_path: Path, runs: dict[str, tuple[Path, list[float]]]
 ) -> None:
-    """A run goes on from step 3 on a file system with room for one checkpoint and a half."""
+    """A run resumes from step 3 on a file system with room for one checkpoint and a half."""
     disk = tmp_path / "disk"
     disk.mkdir()
     source = checkpoints(runs["dense"][0])[0]
@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(
         assert result.returncode == 2
         last = result.stderr.strip().splitlines()
         message = next(line for line in last if "cannot write the checkpoint" in line)
-        assert "step-0000006: No space left on device; the ones before it are whole" in message
+        assert "step-0000006: No space left on device; earlier checkpoints are intact" in message
         assert "Traceback" not in result.stderr
         assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == [source.name]
         open_checkpoint(disk / "run").verify()

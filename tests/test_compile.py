@@ -86,7 +86,7 @@ def test_layers_are_traced_once_for_all_lengths(name: str, monkeypatch: pytest.M
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     found += losses_and_gradients(model, batches[4:])
-    assert counters["stats"]["unique_graphs"] == graphs, "other lengths were traced anew"
+    assert counters["stats"]["unique_graphs"] == graphs, "other lengths were traced again"
     assert len({len(batch.tokens) for batch in batches}) > 4
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -221,7 +221,7 @@ def test_graphs_want_gradients_out_of_the_way() -> None:
     assert tokens(1, 4) == 2 * 48
     assert tokens(1, 1, micro_batch=8) == 8 * 48
     for given in ({"micro_batch": 2}, {"micro_tokens": 1000}):
-        with pytest.raises(UserError, match="zero_stage=1 wants each rank's part of a step in one"):
+        with pytest.raises(UserError, match="zero_stage=1 needs each rank's part of a step in one"):
             tokens(1, 1, **given)
 
 

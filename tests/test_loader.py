@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from bertscale.config import SamplesConfig, UserError
 from bertscale.data import index
 from bertscale.data.batch_phases import batch_of
-from bertscale.data.loader import Loader, deal
+from bertscale.data.loader import Loader, balance
 from bertscale.data.masking import mask_rules, mask_tokens, target_capacity
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import LengthPhase, Mixture
@@ -312,7 +312,7 @@ def test_batches_that_grow_are_the_same_for_any_ranks_and_after_any_stop(
         "micro_tokens": micro_tokens,
     }
 
-    (_, short), (_, middle), _ = make_loader(dataset, **settings).mixture.tokens_a_sample()
+    (_, short), (_, middle), _ = make_loader(dataset, **settings).mixture.mean_sample_tokens()
     until = 8 * 2.5 * short, 8 * 3 * short + 16 * (2 * short + 2.5 * middle)  # tokens, in mid-step
 
     def growing(rank: int = 0, world: int = 1) -> Loader:
@@ -386,19 +386,19 @@ def test_a_budget_of_tokens_is_kept_and_filled_and_changes_no_batch(dataset: Dat
     st.integers(128, 5000),
     st.sampled_from([1, 2, 3]),
 )
-def test_samples_are_dealt_within_the_budget(sizes: list[int], budget: int, world: int) -> None:
+def test_micro_batches_stay_within_the_budget(sizes: list[int], budget: int, world: int) -> None:
     sizes = sizes * world  # a batch that the ranks share
-    bins = deal(np.array(sizes), budget, world)
-    sums = np.bincount(bins, sizes)
+    micro_batch = balance(np.array(sizes), budget, world)
+    sums = np.bincount(micro_batch, sizes)
     assert sums.max() <= budget
-    assert np.bincount(bins).min() > 0  # none is empty
-    assert len(np.bincount(bins)) % world == 0
+    assert np.bincount(micro_batch).min() > 0  # none is empty
+    assert len(np.bincount(micro_batch)) % world == 0
 
 
 def test_many_samples_of_mixed_lengths_fill_their_budget() -> None:
     sizes = np.random.default_rng(0).integers(5, 129, 4096)
     for world, number in ((1, 68), (8, 72)):  # their tokens would fill 66.96
-        sums = np.bincount(deal(sizes, 4096, world), sizes)
+        sums = np.bincount(balance(sizes, 4096, world), sizes)
         assert len(sums) == number
         assert sums.mean() >= (0.98 if world == 1 else 0.93) * 4096
         assert sums.max() - sums.min() <= 16

@@ -54,8 +54,8 @@ def test_each_corpus_is_numbered_without_gap_or_repetition(
 ) -> None:
     quotas = Quotas(weights)
     numbers = np.arange(first_period * PERIOD, (first_period + 4) * PERIOD)
-    corpus, own = quotas.share_out(numbers, seed)
-    begun = np.array([quotas.taken(first_period * PERIOD), quotas.taken((first_period + 4) * PERIOD)])
+    corpus, own = quotas.assign(numbers, seed)
+    begun = np.array([quotas.counts(first_period * PERIOD), quotas.counts((first_period + 4) * PERIOD)])
     for number in range(len(weights)):
         mine = own[corpus == number]
         np.testing.assert_array_equal(np.sort(mine), np.arange(*begun[:, number]))
@@ -70,23 +70,23 @@ def test_each_corpus_is_numbered_without_gap_or_repetition(
 
 @given(WEIGHTS)
 def test_the_weights_are_kept_to_a_millionth(weights: list[float]) -> None:
-    taken = Quotas(weights).taken(PERIOD**2)
+    taken = Quotas(weights).counts(PERIOD**2)
     assert taken.sum() == PERIOD**2
     share = np.array(weights) / sum(weights)
     assert np.abs(taken / PERIOD**2 - share).max() <= len(weights) / PERIOD**2
     assert taken.min() >= 1
     for samples in (1, 1000, 10**7, 10**12):
-        assert abs(int(Quotas(weights).taken(samples).sum()) - samples) <= len(weights)
+        assert abs(int(Quotas(weights).counts(samples).sum()) - samples) <= len(weights)
 
 
-def test_a_sample_is_shared_out_by_its_number_alone() -> None:
+def test_the_corpus_of_a_sample_depends_on_its_number_alone() -> None:
     quotas = Quotas([5, 2, 1])
     numbers = np.arange(5000)
-    corpus, own = quotas.share_out(numbers, 3)
+    corpus, own = quotas.assign(numbers, 3)
     some = np.random.default_rng(0).permutation(numbers)[:100]
-    for found, whole in zip(quotas.share_out(some, 3), (corpus, own), strict=True):
+    for found, whole in zip(quotas.assign(some, 3), (corpus, own), strict=True):
         np.testing.assert_array_equal(found, whole[some])
-    other, _ = quotas.share_out(numbers, 4)
+    other, _ = quotas.assign(numbers, 4)
     assert (other != corpus).any()
 
 
@@ -94,7 +94,7 @@ def test_tokens_come_from_the_corpora_by_weight(tmp_path: Path) -> None:
     datasets = [make_dataset(tmp_path / "a", 40), make_dataset(tmp_path / "b", 10)]
     mixture = mix(datasets, [3, 1])
     segments = mixture.segments(mixture.phases[0], np.arange(4 * PERIOD))
-    assert (np.diff(segments.row) >= 0).all()
+    assert (np.diff(segments.sample) >= 0).all()
     second = segments.start >= 40 * 15
     assert second.sum() == PERIOD
     assert segments.start.max() < 50 * 15
@@ -137,10 +137,10 @@ def test_batches_and_lengths_grow_together(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "a", 40)
     mixture = mix([dataset], [1], warmup=[[3, 8], [2, 16]])
     # Documents of 15 tokens and [CLS], [SEP]: three samples of at most 8, two of 16, one of 32.
-    lengths = mixture.tokens_a_sample()
+    lengths = mixture.mean_sample_tokens()
     assert [step for step, _ in lengths] == [0, 3, 5]
     np.testing.assert_allclose([mean for _, mean in lengths], [15 / 3 + 2, 15 / 2 + 2, 17], rtol=0.01)
-    assert mixture.tokens_a_sample() == lengths
+    assert mixture.mean_sample_tokens() == lengths
     mixture = mix([dataset], [1], warmup=[[3, 8], [2, 16]], batch_warmup=[(27, 2), (120, 4)])
     # 7 tokens a sample: two steps of 2 are 28 tokens; of 4, one is 28, then two of some 38 each.
     sizes = [2, 2, 4, 4, 4, 8, 8, 8]
@@ -148,7 +148,7 @@ def test_batches_and_lengths_grow_together(tmp_path: Path) -> None:
     assert [mixture.batch(step)[0] for step in range(9)] == np.cumsum([0, *sizes]).tolist()
     assert [mixture.end_of(step) for step in range(6)] == [2, 2, 3, 5, 5, FOREVER]
     assert [phase.first_sample for phase in mixture.phases] == [0, 8, 16]
-    assert mixture.tokens_a_sample() == lengths  # whatever the batches
+    assert mixture.mean_sample_tokens() == lengths  # whatever the batches
     np.testing.assert_allclose(mixture.epochs(2), [4 / 120])
     np.testing.assert_allclose(mixture.epochs(4), [8 / 120 + 4 / 80])
     np.testing.assert_allclose(mixture.epochs(7), [8 / 120 + 8 / 80 + 16 / 40])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertscale.data.order import Order, Stretch, permute, round_keys
+from bertscale.data.order import Order, WindowSamples, permute, round_keys
 
 ORDERS = st.tuples(
     st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),  # samples of each block
@@ -23,18 +23,18 @@ def keys(seed: int = 0, epoch: int = 0) -> np.ndarray:
     return round_keys(seed, 0, epoch)
 
 
-def locations(order: Order, stretches: list[Stretch], size: int) -> np.ndarray:
+def locations(order: Order, parts: list[WindowSamples], size: int) -> np.ndarray:
     """(epoch, window, block, sample in it) of each of `size` samples."""
     found = np.full((size, 4), -1)
-    for stretch in stretches:
-        ends = np.cumsum(order.samples_per_block[stretch.blocks])
-        block = np.searchsorted(ends, stretch.places, side="right")
-        inside = stretch.places - (ends - order.samples_per_block[stretch.blocks])[block]
-        assert (found[stretch.rows] == -1).all()
-        found[stretch.rows, 0] = stretch.epoch
-        found[stretch.rows, 1] = stretch.window
-        found[stretch.rows, 2] = stretch.blocks[block]
-        found[stretch.rows, 3] = inside
+    for part in parts:
+        ends = np.cumsum(order.samples_per_block[part.blocks])
+        block = np.searchsorted(ends, part.indices, side="right")
+        inside = part.indices - (ends - order.samples_per_block[part.blocks])[block]
+        assert (found[part.asked] == -1).all()
+        found[part.asked, 0] = part.epoch
+        found[part.asked, 1] = part.window
+        found[part.asked, 2] = part.blocks[block]
+        found[part.asked, 3] = inside
     assert (found >= 0).all()
     return found
 

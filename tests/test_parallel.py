@@ -58,7 +58,7 @@ def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 
 
 def test_losses_are_the_recorded_ones(figures: dict[tuple[int, int, int], Any]) -> None:
-    """A change that moves them says why in CHANGELOG.md and records them anew."""
+    """A change that moves them says why in CHANGELOG.md and records them again."""
     golden = json.loads((Path(__file__).parent / "golden" / "tiny-losses.json").read_text())
     dense = torch.tensor(figures[1, 1, 0], dtype=torch.float64)
     torch.testing.assert_close(dense, torch.tensor(golden, dtype=torch.float64), rtol=1e-4, atol=0)

@@ -211,7 +211,7 @@ def test_packed_samples_train_without_pairs(tiny_data: Path, tmp_path: Path, sta
     assert sorted(figures) == list(range(1, 7))
     assert figures[6][0] < figures[1][0]
     assert "held-out MLM loss" in printed
-    assert "packed samples of 48 tokens at most" in printed
+    assert "packed samples of at most 48 tokens" in printed
     written = (run / "metrics.jsonl").read_text() + (run / "result.json").read_text() + printed
     assert "nsp" not in written.lower()
     entry = read_metrics(run)[-1]
@@ -239,7 +239,7 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     process = start(tiny_data, whole, mixed, **changes)
     printed = process.communicate()[0]
     assert process.returncode == 0, printed
-    assert "5 steps of 16 tokens at most before" in printed
+    assert "before that, 5 steps of at most 16 tokens" in printed
     assert "4 samples a step until 100 tokens are done" in printed
     # Samples of 5 to 16 tokens, so two to five steps of 4 make 100, and the rest has 8.
     assert open_checkpoint(whole).samples_consumed in range(10 * 8 - 5 * 4, 10 * 8 - 2 * 4 + 1)

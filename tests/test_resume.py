@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what its config says, and what it is silent about."""
+"""Whether a run may resume from a checkpoint: what its config says, and what it is silent about."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ def test_what_leaves_them_as_they_were_is_not(section: str, change: dict[str, An
 
 def test_other_places_in_the_data_are_refused(tiny_data: Path) -> None:
     config = pretrain_config(tiny_data, "run")
-    with pytest.raises(UserError, match="has taken 20 samples in 3 steps, this config takes 24"):
+    with pytest.raises(UserError, match="consumed 20 samples in 3 steps, this config consumes 24"):
         check(config, config.model_dump(mode="json"), tiny_data, consumed=20)

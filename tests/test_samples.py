@@ -161,11 +161,11 @@ def test_every_token_is_used_once_an_epoch(
             )
             assert segments.label is None
             assert not segments.kind.any()
-            sizes = np.bincount(segments.row, segments.length + 2, n)
+            sizes = np.bincount(segments.sample, segments.length + 2, n)
             assert sizes.max() <= max_length
             if kind == "document":
                 assert ranges == reference_chunks(shards, max_length - 2, fill=False)
-                assert segments.row.tolist() == list(range(n))
+                assert segments.sample.tolist() == list(range(n))
             else:  # all but the last of a block are full, up to a cut inside [SEP] [CLS] at either end
                 assert (sizes < max_length - 4).sum() <= len(sampler.index.shard)
 
@@ -212,7 +212,7 @@ def test_next_sentence_pairs_are_labelled_right(
         segments = segments_of(sampler, numbers)
         assert segments.label is not None
         np.testing.assert_array_equal(segments.label, numbers % 2)
-        np.testing.assert_array_equal(segments.row, np.repeat(np.arange(len(numbers)), 2))
+        np.testing.assert_array_equal(segments.sample, np.repeat(np.arange(len(numbers)), 2))
         np.testing.assert_array_equal(segments.kind, np.tile([0, 1], len(numbers)))
         assert segments.length.min() >= 1
         owner = owners(shards, segments.start)
@@ -220,14 +220,14 @@ def test_next_sentence_pairs_are_labelled_right(
         a, b = owner[::2], owner[1::2]
         np.testing.assert_array_equal(a != b, segments.label == 1)
         assert (segments.length[::2] + segments.length[1::2]).max() <= max_length - 3
-        for stretch in sampler.order.find(numbers):  # partners are of one window, so that reads stay there
+        for part in sampler.order.find(numbers):  # partners are of one window, so that reads stay there
             documents = set()
-            for block in stretch.blocks.tolist():
+            for block in part.blocks.tolist():
                 rows = sampler.index.row[block] + np.arange(sampler.index.rows[block])
                 before = sum(len(sizes) for sizes in shards[: sampler.index.shard[block]])
                 documents |= set((before + rows).tolist())
-            assert set(b[stretch.rows].tolist()) <= documents
-            assert set(a[stretch.rows].tolist()) <= documents
+            assert set(b[part.asked].tolist()) <= documents
+            assert set(a[part.asked].tolist()) <= documents
 
 
 @settings(deadline=None, max_examples=60)
@@ -300,12 +300,12 @@ def test_a_sample_depends_on_its_number_alone(tmp_path: Path, kind: str) -> None
     shuffled = np.random.default_rng(0).permutation(numbers)
     for some in (shuffled[:200], shuffled[200:201]):
         found = segments_of(sampler, some)
-        expected = [np.flatnonzero(together.row == number) for number in some]
+        expected = [np.flatnonzero(together.sample == number) for number in some]
         rows = np.concatenate(expected)
         np.testing.assert_array_equal(found.start, together.start[rows])
         np.testing.assert_array_equal(found.length, together.length[rows])
         np.testing.assert_array_equal(found.kind, together.kind[rows])
-        np.testing.assert_array_equal(found.row, np.repeat(np.arange(len(some)), list(map(len, expected))))
+        np.testing.assert_array_equal(found.sample, np.repeat(np.arange(len(some)), list(map(len, expected))))
         if together.label is not None:
             np.testing.assert_array_equal(found.label, together.label[some])
 

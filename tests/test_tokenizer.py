@@ -14,7 +14,7 @@ import sentencepiece
 
 from bertscale.config import UserError
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, normalize
-from bertscale.tokenizer.base import normalize_with_places
+from bertscale.tokenizer.base import normalize_with_offsets
 from data_prep.train_tokenizer import train_tokenizer
 
 SENTENCES = [
@@ -100,7 +100,7 @@ def test_normalize(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_places_of_normalised_characters(text: str, spans: str, form: Forms) -> None:
-    clean, places = normalize_with_places(text, form)
+    clean, places = normalize_with_offsets(text, form)
     assert clean == normalize(text, form)
     expected = spans.split("|") if "|" in spans else spans.split()
     assert [text[begin:end] for begin, end in places] == expected

@@ -87,7 +87,7 @@ def test_random_lines(vocabulary: Path) -> None:
 
 
 def test_memory_is_bounded(vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bertscale.tokenizer.wordpiece.MEMORY", 10_000)
+    monkeypatch.setattr("bertscale.tokenizer.wordpiece.CACHE_BYTES", 10_000)
     tokenizer = load_tokenizer(vocabulary)
     assert isinstance(tokenizer, WordPieceTokenizer)
     lines = [f"a{number} the man" for number in range(200)]

@@ -23,7 +23,7 @@ def read_strange_layouts() -> list[Any]:
     from bertscale.train.parallel import start_ranks
     from bertscale.train.zero import Zero
 
-    tensors, places, ranks = Zero._tensors, Zero._places, start_ranks(1, local_device())
+    tensors, places, ranks = Zero._tensors, Zero._addresses, start_ranks(1, local_device())
 
     def lost(zero: Any) -> Any:  # the first rank's part of a parameter
         found = places(zero)
@@ -45,7 +45,7 @@ def read_strange_layouts() -> list[Any]:
     for stage in (1, 2, 3):
         config = pretrain_config("d", "r", parallel={"zero_stage": stage})
         for change in (lost, shorter, further, twice, renamed):
-            Zero._places = places if change is twice else change  # type: ignore[assignment,method-assign]
+            Zero._addresses = places if change is twice else change  # type: ignore[assignment,method-assign]
             Zero._tensors = twice if change is twice else tensors  # type: ignore[assignment,method-assign]
             try:
                 Engine(config, 330, ranks, torch.float32)
@@ -147,7 +147,7 @@ def gradients(cases: list[list[Any]]) -> list[Any]:
             engine.backward(loss, last=batch is mine[-1])
         whole = {name: torch.zeros(parameter.numel()) for name, parameter in engine.parameters.items()}
         for name, part in engine.zero.gradients():
-            start = engine.zero.places[name].start
+            start = engine.zero.addresses[name].start
             whole[name][start : start + part.numel()] += part.detach().float().flatten()
         parts = ranks.gather({name: value.tolist() for name, value in whole.items()})
         if stage == 0:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bertscale.bench.machine import processor
 from bertscale.config import ModelConfig, PretrainConfig, UserError
 from bertscale.convert.hf_names import hugging_face_config, to_hugging_face
-from bertscale.data.loader import deal
+from bertscale.data.loader import balance
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.optim.groups import parameter_groups
@@ -102,7 +102,7 @@ class RandomBatches:
         sizes = shared.integers(shortest, longest + 1, train.global_batch)
         sizes[0] = longest
         if train.micro_tokens:
-            bins = deal(sizes, train.micro_tokens, ranks.data)
+            bins = balance(sizes, train.micro_tokens, ranks.data)
             parts = [sizes[bins == number] for number in range(ranks.data_rank, bins.max() + 1, ranks.data)]
         else:
             own = np.sort(sizes.reshape(ranks.data, -1)[ranks.data_rank])

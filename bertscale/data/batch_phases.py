@@ -1,7 +1,7 @@
 """How many samples each step has: `train.batch_warmup`, then `train.global_batch`.
 
-Tokens are turned into samples by the mean length of a sample, a fact of the data alone: which samples a step
-takes, and when a run ends, depend on the step's number only.
+Numbers of tokens become numbers of samples by the mean length of a sample, a fact of the data alone: which
+samples a step consumes, and when a run ends, depend on the step's number only.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def batch_phases(
 ) -> list[BatchPhase]:
     """The phases of `train.batch_warmup` and, at the end, that of `global_batch`.
 
-    `lengths` are first steps, from 0 up, and the mean tokens of a sample from there on; a phase in which
-    that changes becomes two. A phase of the warm-up ends with the first step that has brought the run to its
-    number of tokens, which may be less than one step away from the phase's begin: each has one step at least.
+    `warmup` holds pairs (tokens until which, samples of a step); `lengths` pairs (first step, from 0 up; mean
+    tokens of a sample from there on). A batch size during which the mean changes becomes two phases. A phase
+    of the warm-up ends with the first step that brings the run to its number of tokens, which may be less
+    than one step away from the phase's begin: each has one step at least.
     """
     phases = []
     step, sample, token = 0, 0, 0.0
@@ -60,7 +61,7 @@ def tokens_until(step: int, phases: Sequence[BatchPhase]) -> float:
 
 def steps_until(tokens: float, phases: Sequence[BatchPhase]) -> int:
     """Steps, at least one, until `tokens` tokens are reached."""
-    phase = next((s for s in reversed(phases) if s.first_token < tokens), phases[0])
+    phase = next((phase for phase in reversed(phases) if phase.first_token < tokens), phases[0])
     left = (tokens - phase.first_token) / (phase.size * phase.sample_tokens)
     return max(1, phase.first_step + math.ceil(left))
 

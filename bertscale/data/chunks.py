@@ -1,15 +1,21 @@
 """The samples of a few blocks of documents: where chunks of sentences, or packed bins, begin and end.
 
-Nothing here is random. Kinds with a `form` of their own: `pairs` (samples.kind nsp and sop) are runs of
-sentences that reach the budget or end with their document, `document` are runs that stay within it,
-`packed` are bins of exactly max_length tokens cut from documents laid end to end.
+Nothing here is random. A form is a way to cut documents into samples: `pairs` (samples.kind nsp and sop) are
+chunks of sentences that reach the budget or end with their document, `document` are chunks that stay within
+it, `packed` are bins of exactly max_length tokens, cut from documents laid end to end.
 
-    table = Table(dataset, index, blocks=np.arange(64), form="pairs", max_length=128)
-    first, last = table.unit_start[table.chunk_first], table.unit_start[table.chunk_last]
+    cut = BlockSamples(dataset, index, blocks=np.arange(64), form="pairs", max_length=128)
+    first, end = cut.sentence_start[cut.chunk_first], cut.sentence_start[cut.chunk_end]
 
-Tokens are numbered through the table's blocks, from 0; `locate` gives their numbers in the data set.
-A unit is a sentence; one longer than a sample holds is cut into several, as even as can be.
-U: units, D: documents with text, B: blocks, n: samples.
+Tokens are numbered through the given blocks, from 0; `locate` gives their numbers in the data set. A sentence
+that is longer than a sample holds is divided as evenly as can be, and each part counts as a sentence.
+
+    block     a run of whole documents of one shard, about 2**19 tokens: what is read from the disk at once
+    chunk     consecutive sentences of one document that make one sample
+    bin       `budget` positions of the packed stream that make one sample
+    budget    tokens of a sample without its [CLS] and [SEP]
+
+U: sentences, D: documents with text, B: blocks, n: samples.
 """
 
 from __future__ import annotations
@@ -31,43 +37,44 @@ SPECIALS = {"pairs": 3, "document": 2, "packed": 2}  # [CLS] and [SEP]s of a sam
 
 
 class Blocks(NamedTuple):
-    """Runs of whole documents of about equal size, [B] each."""
+    """Blocks of about equal size, [B] each: rows `row` .. `row` + `rows` - 1 of a shard, a document each."""
 
     shard: Ints
     row: Ints  # first row of the shard
     rows: Ints
 
 
-class Table:
-    """What is in some blocks of `dataset`; `num_samples` of them, block after block.
+class BlockSamples:
+    """The samples that some blocks of `dataset` make; `num_samples` of them, block after block.
 
-    For pairs and documents: `unit_start` [U + 1] (first token), `document_unit` [D + 1] (first unit),
-    `chunk_first` and `chunk_last` [n] (first unit, and the one behind the last). For packed samples:
-    `document_start` [D + 1] and `stream_start` [D], the document's place in the stream that is cut.
+    For pairs and documents: `sentence_start` [U + 1] (first token), `document_sentence` [D + 1] (first
+    sentence), `chunk_first` and `chunk_end` [n] (first sentence, and one behind the last). For packed
+    samples: `document_start` [D + 1] (first token) and `stream_start` [D], where the document begins in the
+    stream that is cut into bins. Raises UserError for a shard whose columns contradict each other.
     """
 
     def __init__(self, dataset: Dataset, index: Blocks, blocks: Ints, form: Form, max_length: int) -> None:
         self.budget = max_length - SPECIALS[form]
-        starts = np.cumsum([0, *(shard.entry.tokens for shard in dataset.shards)])
+        shard_start = np.cumsum([0, *(shard.entry.tokens for shard in dataset.shards)])  # [shards + 1]
         where = [(index.shard[b], index.row[b], index.row[b] + index.rows[b]) for b in blocks.tolist()]
-        texts = [_offsets(dataset.shards[shard], row, stop) for shard, row, stop in where]
-        sizes = np.array([offsets[-1] - offsets[0] for offsets in texts], np.int64)
+        offsets = [_offsets(dataset.shards[shard], row, stop) for shard, row, stop in where]
+        sizes = np.array([edges[-1] - edges[0] for edges in offsets], np.int64)  # [B] tokens
         self.block_start = np.cumsum(sizes) - sizes  # [B] first token of each block
-        first = [starts[shard] + offsets[0] for (shard, _, _), offsets in zip(where, texts, strict=True)]
-        self.shift = np.array(first, np.int64) - self.block_start  # to the number in the data set
-        lengths = [np.diff(offsets) for offsets in texts]
-        lengths = [found[found > 0] for found in lengths]
+        first = [shard_start[shard] + edges[0] for (shard, _, _), edges in zip(where, offsets, strict=True)]
+        self.shift = np.array(first, np.int64) - self.block_start  # [B] to the number in the data set
+        lengths = [np.diff(edges) for edges in offsets]
+        lengths = [tokens[tokens > 0] for tokens in lengths]  # a row without text is no document here
         self.num_documents = sum(map(len, lengths))
-        self.documents_per_block = np.array([len(found) for found in lengths])
-        self.one_token_documents = np.array([int((found == 1).sum()) for found in lengths])
+        self.documents_per_block = np.array([len(tokens) for tokens in lengths])  # [B]
+        self.one_token_documents = np.array([int((tokens == 1).sum()) for tokens in lengths])  # [B]
         if form == "packed":
             self._pack(lengths)
         else:
-            self._read_units(dataset, where, texts)
+            self._read_sentences(dataset, where, offsets)
             self._cut(form)
 
     def locate(self, token: Ints) -> Ints:
-        """Numbers of tokens in the data set."""
+        """Numbers in the data set of tokens [N], which are given by their numbers in these blocks."""
         return token + self.shift[np.searchsorted(self.block_start, token, side="right") - 1]
 
     @property
@@ -75,67 +82,76 @@ class Table:
         return int(self.samples_per_block.sum())
 
     def _pack(self, lengths: list[Ints]) -> None:
-        """Each document but a block's last is followed by the two places of [SEP] [CLS]; a block's stream
-        begins at a bin's edge."""
-        bins, parts = 0, []
-        counts = []
-        for found in lengths:
-            inner = np.cumsum(found) - found + 2 * np.arange(len(found))
-            parts.append(bins * self.budget + inner)
-            counts.append(-(-int(inner[-1] + found[-1]) // self.budget) if len(found) else 0)
+        """Lays documents end to end, with two positions for [SEP] [CLS] after each but a block's last.
+
+        The stream of a block begins at the edge of a bin, so that its samples depend on no other block: a
+        block costs at most one bin that is not full.
+        """
+        bins, starts, counts = 0, [], []
+        for tokens in lengths:  # [D of the block]
+            within_block = np.cumsum(tokens) - tokens + 2 * np.arange(len(tokens))
+            starts.append(bins * self.budget + within_block)
+            counts.append(-(-int(within_block[-1] + tokens[-1]) // self.budget) if len(tokens) else 0)
             bins += counts[-1]
-        self.samples_per_block = np.array(counts, np.int64)
-        self.stream_start = np.concatenate(parts)
+        self.samples_per_block = np.array(counts, np.int64)  # [B]
+        self.stream_start = np.concatenate(starts)
         self.document_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
 
-    def _read_units(self, dataset: Dataset, where: list[tuple[int, int, int]], texts: list[Ints]) -> None:
-        units, documents, number = [], [], 0
-        for (shard, row, stop), offsets in zip(where, texts, strict=True):
-            bounds = dataset.shards[shard].sentence_offsets[row : stop + 1].astype(np.int64)
-            lengths = dataset.shards[shard].sentence_lengths[bounds[0] : bounds[-1]].astype(np.int64)
+    def _read_sentences(self, data: Dataset, where: list[tuple[int, int, int]], offsets: list[Ints]) -> None:
+        """Sets `sentence_start` and `document_sentence`; divides sentences that are too long for a sample."""
+        sentences, documents, number = [], [], 0
+        for (shard, row, stop), edges in zip(where, offsets, strict=True):
+            bounds = data.shards[shard].sentence_offsets[row : stop + 1].astype(np.int64)  # [rows + 1]
+            lengths = data.shards[shard].sentence_lengths[bounds[0] : bounds[-1]].astype(np.int64)
             bounds -= bounds[0]
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-            found = ends.take(bounds, mode="clip")  # a damaged offset may point anywhere
-            if not lengths.all() or not np.array_equal(found, offsets - offsets[0]):
-                raise _damaged(dataset.shards[shard])
+            # Sizes are checked at open, digests only on request: what contradicts itself is found here.
+            document_ends = ends.take(bounds, mode="clip")  # a damaged offset may point anywhere
+            if not lengths.all() or not np.array_equal(document_ends, edges - edges[0]):
+                raise _damaged(data.shards[shard])
             if lengths.max() > self.budget:
                 lengths, first = _even_parts(lengths, self.budget)
                 bounds = first[bounds]
-            units.append(lengths.astype(np.int32))
+            sentences.append(lengths.astype(np.int32))  # half the memory while the blocks are collected
             documents.append(bounds[:-1][np.diff(bounds) > 0] + number)
             number += len(lengths)
-        self.document_unit = np.concatenate([*documents, np.array([number])])
-        self.unit_start = np.zeros(number + 1, np.int64)
-        np.cumsum(np.concatenate(units), out=self.unit_start[1:])
+        self.document_sentence = np.concatenate([*documents, np.array([number])])
+        self.sentence_start = np.zeros(number + 1, np.int64)
+        np.cumsum(np.concatenate(sentences), out=self.sentence_start[1:])
 
     def _cut(self, form: Form) -> None:
-        """Cuts each document from its start, one chunk of every unfinished document in a turn."""
-        start, firsts, lasts = self.unit_start, [], []
-        here, stop = self.document_unit[:-1], self.document_unit[1:]
+        """Cuts each document into chunks from its start.
+
+        Where a chunk ends depends on where it began, so a document is cut one chunk after another; but each
+        pass cuts one chunk of every unfinished document at once, so that numpy is called as often as the
+        longest document has chunks.
+        """
+        start, firsts, ends = self.sentence_start, [], []
+        here, stop = self.document_sentence[:-1], self.document_sentence[1:]  # [unfinished documents]
         while len(here):
-            if form == "pairs":  # the unit that fills the budget belongs to it
-                last = np.searchsorted(start, start[here] + self.budget)
+            if form == "pairs":  # the sentence that fills the budget belongs to the chunk
+                end = np.searchsorted(start, start[here] + self.budget)
             else:
-                last = np.searchsorted(start, start[here] + self.budget, side="right") - 1
-            last = np.minimum(last, stop)
+                end = np.searchsorted(start, start[here] + self.budget, side="right") - 1
+            end = np.minimum(end, stop)
             firsts.append(here)
-            lasts.append(last)
-            more = last < stop
-            here, stop = last[more], stop[more]
-        first = np.concatenate([np.zeros(0, np.int64), *firsts])
-        last = np.concatenate([np.zeros(0, np.int64), *lasts])
-        order = np.argsort(first)
-        first, last = first[order], last[order]
+            ends.append(end)
+            unfinished = end < stop
+            here, stop = end[unfinished], stop[unfinished]
+        first = np.concatenate([np.zeros(0, np.int64), *firsts])  # [n], by pass
+        end = np.concatenate([np.zeros(0, np.int64), *ends])
+        by_place = np.argsort(first)
+        first, end = first[by_place], end[by_place]  # [n], by document
         if form == "pairs":  # a single token cannot be two segments
-            enough = start[last] - start[first] >= 2
-            first, last = first[enough], last[enough]
-        self.chunk_first, self.chunk_last = first, last
-        ends = np.searchsorted(start[first], np.append(self.block_start[1:], start[-1]))
-        self.samples_per_block = np.diff(ends, prepend=0)
+            enough = start[end] - start[first] >= 2
+            first, end = first[enough], end[enough]
+        self.chunk_first, self.chunk_end = first, end
+        block_end = np.append(self.block_start[1:], start[-1])  # [B]
+        self.samples_per_block = np.diff(np.searchsorted(start[first], block_end), prepend=0)  # [B]
 
 
 def read_ahead(dataset: Dataset, index: Blocks, blocks: Ints) -> None:
-    """Asks the system to read the blocks' pages meanwhile; where it cannot, nothing is lost."""
+    """Asks the system to read the blocks' pages in the background; where it cannot, nothing is lost."""
     for b in blocks.tolist():
         shard = dataset.shards[index.shard[b]]
         rows = slice(index.row[b], index.row[b] + index.rows[b] + 1)
@@ -144,23 +160,27 @@ def read_ahead(dataset: Dataset, index: Blocks, blocks: Ints) -> None:
             (shard.sentence_lengths, shard.sentence_offsets[rows]),
         ):
             first = values.ctypes.data + int(offsets[0]) * values.itemsize
-            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE  # madvise refuses an address inside a page
             size = first + int(offsets[-1] - offsets[0]) * values.itemsize - page
             _libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
 
 
 def _even_parts(lengths: Ints, budget: int) -> tuple[Ints, Ints]:
-    """Lengths of the parts of at most `budget`, and the first part of each, with their number behind."""
-    parts = -(-lengths // budget)
-    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(parts)])
-    size, rest = np.divmod(lengths, parts)
-    place = np.arange(first[-1]) - np.repeat(first[:-1], parts)
-    return np.repeat(size, parts) + (place < np.repeat(rest, parts)), first
+    """Divides sentences of `lengths` [n] into parts of at most `budget` tokens, as even as can be.
+
+    Returns the lengths of the parts, and [n + 1] the first part of each sentence, with their number behind:
+    (7, 3) at a budget of 4 gives (4, 3, 3) and (0, 2, 3).
+    """
+    parts = -(-lengths // budget)  # [n]
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(parts)])  # [n + 1]
+    size, longer = np.divmod(lengths, parts)  # [n] the first `longer` parts have one token more
+    number = np.arange(first[-1]) - np.repeat(first[:-1], parts)  # of the part in its sentence
+    return np.repeat(size, parts) + (number < np.repeat(longer, parts)), first
 
 
 def _offsets(shard: Shard, row: int, stop: int) -> Ints:
     """First token of each document of a block, in the shard, and the one behind its last."""
-    offsets = shard.token_offsets[row : stop + 1].astype(np.int64)
+    offsets = shard.token_offsets[row : stop + 1].astype(np.int64)  # [rows + 1]
     if offsets[0] < 0 or offsets[-1] > len(shard.tokens) or (np.diff(offsets) < 0).any():
         raise _damaged(shard)
     return offsets

@@ -1,8 +1,8 @@
 """The block index of a data set: blocks of whole documents and the number of samples in each.
 
-A block holds about 2**19 tokens, 1 MiB: a disk reads it at one go. The samples of a form and length are
-counted once, by all ranks together, and kept beside the shards in DATA/.index (in memory alone where that
-cannot be written), so that a run starts and resumes at once and holds 20 bytes for 2**19 tokens.
+A block holds about 2**19 tokens, 1 MiB: one read of a disk. The samples of a form (see `chunks`) and length
+are counted once, by all ranks together, and kept beside the shards in DATA/.index (in memory alone where that
+cannot be written), so that a run starts and resumes at once and holds 24 bytes for 2**19 tokens.
 
     index = load_index(dataset, "pairs", max_length=128)
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from bertscale.config import UserError
-from bertscale.data.chunks import Blocks, Form, Table
+from bertscale.data.chunks import Blocks, BlockSamples, Form
 from bertscale.data.masking import Ints
 from bertscale.data.shards import Dataset
 from bertscale.files import write_bytes
@@ -29,8 +29,8 @@ from bertscale.progress import Progress
 BLOCK_TOKENS = 2**19
 FOLDER = ".index"
 FORMAT = b"bertscale blocks 1\n"
-SOME = 8  # blocks that are counted together
-SLOW = 256  # blocks of a rank from which on counting shows its progress
+BLOCKS_AT_ONCE = 8  # counted together: enough to forget numpy's cost of a call, few enough for the memory
+SHOWS_PROGRESS = 256  # blocks of a rank from which on counting shows its progress
 
 
 class Peers(Protocol):
@@ -45,7 +45,7 @@ class Peers(Protocol):
 
 
 class BlockIndex(NamedTuple):
-    """Blocks in the order of the data set, int32 [B] each."""
+    """Blocks in the order of the data set, int32 [B] each; the first three columns are those of `Blocks`."""
 
     shard: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]  # first row of the shard
@@ -56,31 +56,33 @@ class BlockIndex(NamedTuple):
 
 
 def load_index(dataset: Dataset, form: Form, max_length: int, peers: Peers | None = None) -> BlockIndex:
-    """The index as it was kept, or counted anew where it is not there or is not of these shards.
+    """Reads the index of a form and length, or counts it where there is none of these very shards.
 
-    `peers`: the ranks of a job, all of which must call; each counts its share.
+    `peers`: the ranks of a job, all of which must call; each counts every `world`-th block. Raises UserError,
+    on all ranks, for a damaged shard.
     """
     digest = dataset.manifest_digest
     name = f"{dataset.split}-{form}-{max_length}-{BLOCK_TOKENS}-{digest}"
     path = dataset.folder / FOLDER / name
     rank, world = (peers.rank, peers.world) if peers else (0, 1)
-    found = _read(path, dataset) if rank == 0 else None
-    found = peers.broadcast(found) if peers else found
-    if found is not None:
-        return found
+    # The first rank decides for all: on a slow shared file system some might see the file, and others count.
+    stored = _read(path, dataset) if rank == 0 else None
+    stored = peers.broadcast(stored) if peers else stored
+    if stored is not None:
+        return stored
     blocks = cut_blocks(dataset)
     mine: npt.NDArray[np.int64] | UserError
     try:
         mine = _count(dataset, blocks, form, max_length, np.arange(rank, len(blocks.shard), world), rank)
     except UserError as error:  # told to all ranks, which would wait for this one
         mine = error
-    shares = peers.gather(mine) if peers else [mine]
-    for share in shares:
-        if isinstance(share, UserError):
-            raise share
-    counts = np.empty((3, len(blocks.shard)), np.int64)
-    for one, share in enumerate(shares):
-        counts[:, one::world] = share
+    by_rank = peers.gather(mine) if peers else [mine]
+    for result in by_rank:
+        if isinstance(result, UserError):
+            raise result
+    counts = np.empty((3, len(blocks.shard)), np.int64)  # [3, B]
+    for peer, result in enumerate(by_rank):
+        counts[:, peer::world] = result
     index = BlockIndex(*(column.astype(np.int32) for column in (*blocks, *counts)))
     if rank == 0:
         with contextlib.suppress(OSError):  # a folder that is read-only, or full: counted again next time
@@ -91,16 +93,18 @@ def load_index(dataset: Dataset, form: Form, max_length: int, peers: Peers | Non
 
 
 def cut_blocks(dataset: Dataset) -> Blocks:
-    """Each shard cut, between documents, at the multiples of an even share of about BLOCK_TOKENS; a block
-    has at least one token."""
+    """Cuts each shard, between documents, into blocks of about BLOCK_TOKENS tokens, at least one each.
+
+    A document that is longer than a block makes one alone, so a shard may have fewer blocks than planned.
+    """
     shards, firsts, sizes = [], [], []
     for number, shard in enumerate(dataset.shards):
         tokens = len(shard.tokens)
         offsets = shard.token_offsets
         count = max(1, round(tokens / BLOCK_TOKENS))
-        edges = np.searchsorted(offsets[:-1], np.arange(count) * tokens // count)  # first rows
-        edges[0] = 0
-        edges = np.append(np.unique(edges), len(offsets) - 1)
+        edges = np.searchsorted(offsets[:-1], np.arange(count) * tokens // count)  # [count] first rows
+        edges[0] = 0  # rows without text at the shard's begin belong to its first block
+        edges = np.append(np.unique(edges), len(offsets) - 1)  # [blocks + 1]
         full = np.flatnonzero(np.diff(offsets[edges]) > 0)
         shards.append(np.full(len(full), number))
         firsts.append(edges[full])
@@ -114,20 +118,18 @@ def _count(
 ) -> npt.NDArray[np.int64]:
     """Samples, documents and documents of one token in the blocks `mine`, [3, len(mine)]."""
     parts = [np.zeros((3, 0), np.int64)]
-    hidden = rank > 0 or len(mine) < SLOW
+    hidden = rank > 0 or len(mine) < SHOWS_PROGRESS
     with Progress(f"counting samples in {dataset.folder}", len(mine), "blocks", hidden=hidden) as progress:
-        for begin in range(0, len(mine), SOME):
-            some = mine[begin : begin + SOME]
-            table = Table(dataset, blocks, some, form, max_length)
-            parts.append(
-                np.stack([table.samples_per_block, table.documents_per_block, table.one_token_documents])
-            )
-            progress.advance(len(some))
+        for begin in range(0, len(mine), BLOCKS_AT_ONCE):
+            few = mine[begin : begin + BLOCKS_AT_ONCE]
+            cut = BlockSamples(dataset, blocks, few, form, max_length)
+            parts.append(np.stack([cut.samples_per_block, cut.documents_per_block, cut.one_token_documents]))
+            progress.advance(len(few))
     return np.concatenate(parts, axis=1)
 
 
 def _read(path: Path, dataset: Dataset) -> BlockIndex | None:
-    """The kept index; None where there is none, or one that is damaged."""
+    """The stored index; None where there is none, or one that is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -135,5 +137,5 @@ def _read(path: Path, dataset: Dataset) -> BlockIndex | None:
     head, digest, body = content[: len(FORMAT)], content[len(FORMAT) :][:16], content[len(FORMAT) + 16 :]
     if head != FORMAT or digest != xxhash.xxh3_128_digest(body) or len(body) % 24:
         return None
-    index = BlockIndex(*np.frombuffer(body, np.int32).reshape(6, -1))
+    index = BlockIndex(*np.frombuffer(body, np.int32).reshape(6, -1))  # [6, B]
     return index if index.shard.max(initial=-1) < len(dataset.shards) else None

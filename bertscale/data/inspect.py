@@ -22,7 +22,7 @@ from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BAR = 40  # characters of the longest bar of a histogram
-SLICE = 2**22  # tokens counted at once
+TOKENS_AT_ONCE = 2**22  # counted together: `bincount` makes an int64 copy of them
 SHOWN = {"nsp": 4, "packed": 2}  # samples of each kind
 MAX_LENGTH = 128
 
@@ -31,7 +31,10 @@ _byte_piece = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def inspect(folder: str | Path, console: Console | None = None) -> None:
-    """Prints all of it; raises UserError for a folder that is none, is incomplete or damaged."""
+    """Prints what the prepared `folder` holds, and samples of it.
+
+    Reads every byte. Raises UserError for a folder that is no data set, is incomplete or damaged.
+    """
     console = console or Console(highlight=False)
     datasets = [open_dataset(folder, split) for split in ("train", "validation")]
     tokenizer = load_tokenizer(datasets[0].tokenizer_path)
@@ -67,17 +70,17 @@ def _what_was_read(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
         f"sha256 {tokenizer.sha256[:12]}..."
     )
     table = [("split", "documents", "sentences", "tokens", "text bytes", "tokens per byte")]
-    for split, some in [*counters.get("splits", {}).items(), ("all", counters)]:
-        if some:
-            rate = f"{some['tokens'] / some['text_bytes']:.4f}" if some["text_bytes"] else ""
+    for split, sums in [*counters.get("splits", {}).items(), ("all", counters)]:
+        if sums:
+            rate = f"{sums['tokens'] / sums['text_bytes']:.4f}" if sums["text_bytes"] else ""
             names = ("documents", "sentences", "tokens", "text_bytes")
-            table.append((split, *(f"{some[name]:,}" for name in names), rate))
+            table.append((split, *(f"{sums[name]:,}" for name in names), rate))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         yield "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))
     yield f"records read: {counters.get('records', 0):,}"
     if cut := counters.get("cut", 0):
-        yield f"{cut:,} of them go on from the one before: a document too long to be one was cut"
+        yield f"{cut:,} of them continue the record before: their document was too long and was cut"
     for word in ("bad", "dropped"):
         for reason, count in counters.get(word, {}).items():
             yield f"{count:>12,} {word}: {reason}"
@@ -100,12 +103,13 @@ class _Measures:
             shard.verify()
             self.documents = _add(self.documents, np.bincount(np.diff(shard.token_offsets)))
             self.sentences = _add(self.sentences, np.bincount(shard.sentence_lengths))
-            for begin in range(0, len(shard.tokens), SLICE):
-                some = shard.tokens[begin : begin + SLICE]
-                self.pieces += np.bincount(some, minlength=len(self.pieces))
+            for begin in range(0, len(shard.tokens), TOKENS_AT_ONCE):
+                tokens = shard.tokens[begin : begin + TOKENS_AT_ONCE]
+                self.pieces += np.bincount(tokens, minlength=len(self.pieces))
             progress.advance(shard.entry.bytes)
 
     def lines(self) -> Iterator[str]:
+        """The lines to print of the split."""
         for what, counts in (("documents", self.documents), ("sentences", self.sentences)):
             yield f"{self.dataset.split} {what}, lengths in tokens"
             yield _percentiles(counts)
@@ -121,9 +125,9 @@ class _Measures:
         )
 
 
-def _add(one: Counts, other: Counts) -> Counts:
+def _add(first: Counts, second: Counts) -> Counts:
     """The sum of two counts by length, as long as the longer."""
-    longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
+    longer, shorter = (first, second) if len(first) >= len(second) else (second, first)
     longer = longer.astype(np.int64)
     longer[: len(shorter)] += shorter
     return longer
@@ -141,15 +145,15 @@ def _percentiles(counts: Counts) -> str:
 
 
 def _histogram(counts: Counts) -> Iterator[str]:
-    """A line for each power of two: 0, 1, 2 to 3, 4 to 7, ..."""
+    """A line for each power of two that some have: lengths 0, 1, 2 to 3, 4 to 7, ..."""
     edges = [0, 1]
     while edges[-1] < len(counts):
         edges.append(2 * edges[-1])
     sums = np.add.reduceat(np.append(counts, np.zeros(edges[-1] - len(counts) + 1, np.int64)), edges)
-    kept = [(begin, end, n) for begin, end, n in zip(edges, edges[1:], sums.tolist(), strict=False) if n]
-    most = max((n for _, _, n in kept), default=1)
-    width = max((len(f"{end - 1:,}") for _, end, _ in kept), default=1)
-    for begin, end, n in kept:
+    ranges = [(begin, end, n) for begin, end, n in zip(edges, edges[1:], sums.tolist(), strict=False) if n]
+    most = max((n for _, _, n in ranges), default=1)
+    width = max((len(f"{end - 1:,}") for _, end, _ in ranges), default=1)
+    for begin, end, n in ranges:
         name = f"{begin:>{width},} to {end - 1:>{width},}"
         yield f"  {name} {n:>12,} {'#' * max(1, round(BAR * n / most))}"
 
@@ -177,14 +181,14 @@ def samples(dataset: Dataset, tokenizer: Tokenizer, kind: str, count: int) -> It
         text = Text()
         if label is not None:
             text.append("B is of another document: " if label[number] else "B follows A: ", "bold")
-        for place in range(begin, begin + length):
-            _append(text, tokenizer, tokens[place], targets.get(place))
+        for index in range(begin, begin + length):
+            _append(text, tokenizer, tokens[index], targets.get(index))
         begin += length
         yield text
 
 
 def _append(text: Text, tokenizer: Tokenizer, token: int, target: int | None) -> None:
-    """Adds a token, and what the model is to find in its place."""
+    """Appends a token to `text`, and with it the id that the model is to predict there."""
     piece, space = _spelt(tokenizer, token)
     if target is None:
         special = token in tokenizer.special_ids

@@ -5,11 +5,12 @@
     for step, micro_batches in loader.iterate(start_step=0, stop_step=1000): ...
 
 Global step k holds the samples k * global_batch .. (k + 1) * global_batch - 1 of the mixture (others where
-batches grow, see `schedule.batch_of`), whatever the number of ranks: to resume is to begin at another step.
+batches grow, see `batch_phases`), whatever the number of ranks: to resume is to begin at another step.
 Batches are made ahead by one background thread, many samples at a time, whatever the size of a step.
 
 K: steps, S: samples of all of them, Q: sequences ([CLS] ... [SEP]; a packed sample has several), T: tokens,
-P: masked positions, N: segments, M: micro-batches.
+P: masked positions, N: segments, M: micro-batches. Index: in the tokens of a step or micro-batch; position:
+in a sequence, as the model counts it.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from bertscale.data.samples import Segments, check_batch, spread
 from bertscale.tokenizer import Tokenizer
 
 AHEAD = 4  # steps made ahead
-SLAB = 2**17  # tokens made together: enough to forget numpy's cost of a call, few enough for the caches
+TOKENS_AT_ONCE = 2**17  # made together: enough to forget numpy's cost of a call, few enough for the caches
 
 
 class Loader:
-    """This data-parallel rank's share of every global step; `rank` and `world` count those ranks only.
+    """This data-parallel rank's part of every global step; `rank` and `world` count those ranks only.
 
     A micro-batch has `micro_batch` samples, or with `micro_tokens` as many as stay within so many tokens:
-    then the samples of a step are dealt out to as few micro-batches as will do, the same number of them on
-    each rank. `masks`: whether tokens are masked at all; `draws`: whether a generator draws ids for them.
+    then the samples of a step go to as few micro-batches as can hold them, the same number of them on each
+    rank (`balance`). `masks`: whether tokens are masked at all; `draws`: whether a generator draws ids.
     `static_targets`: P is the same for all micro-batches of a phase (`target_capacity`), or, for rare
     chance, twice that.
     `data_wait` is the time in seconds that callers of `iterate` have waited for a batch.
@@ -95,7 +96,7 @@ class Loader:
         one micro-batch, with segments of 6, 2 and 2 tokens, the second sample holding two of them:
 
             tokens            C a b c d e f S   C g h S C i j S      C: [CLS], S: [SEP]
-            segments.row      0                 1       1            the sample of each segment
+            segments.sample   0                 1       1            the sample of each segment
             extents           8                 4       4            tokens of each with [CLS] and [SEP]
             ends              8                 12      16
             sizes             8                 8                    tokens of each sample
@@ -105,9 +106,9 @@ class Loader:
         # Which samples, and in which order.
         samples, segments = self._samples_of(phase, first, last)  # [K, S / K], [N]
         extents = segments.length + 1 + (segments.kind == 0)  # [N]: [SEP], and [CLS] if a sequence begins
-        sizes = np.bincount(segments.row, extents, samples.size).astype(np.int64)  # [S]
-        orders, counts = zip(*map(self._deal, sizes.reshape(samples.shape)), strict=True)  # of each step
-        order = np.concatenate([own + samples.shape[1] * k for k, own in enumerate(orders)])  # [S]
+        sizes = np.bincount(segments.sample, extents, samples.size).astype(np.int64)  # [S]
+        orders, counts = zip(*map(self._assign, sizes.reshape(samples.shape)), strict=True)  # of each step
+        order = np.concatenate([of_step + samples.shape[1] * k for k, of_step in enumerate(orders)])  # [S]
         samples, sizes, segments = samples.ravel()[order], sizes[order], _reorder(segments, order)
 
         # Their tokens, end to end.
@@ -125,34 +126,34 @@ class Loader:
             types = np.repeat(segments.kind, extents)
 
         # What is predicted of them.
-        places, targets = np.zeros(0, np.int64), np.zeros(0, np.int64)  # [P] into tokens
+        indices, targets = np.zeros(0, np.int64), np.zeros(0, np.int64)  # [P] into tokens
         if self.masks:
-            tokens, places, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
-        uniforms = draw_uniforms(places, sizes, samples, self.seed) if self.draws else None  # [P]
+            tokens, indices, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
+        uniforms = draw_uniforms(indices, sizes, samples, self.seed) if self.draws else None  # [P]
 
         # Where micro-batches begin: M of them in all steps, and M + 1 edges of each kind.
-        row_edges = np.cumsum([0, *(count for step in counts for count in step)])  # [M + 1] in samples
-        token_edges = np.concatenate([[0], np.cumsum(sizes)])[row_edges]  # [M + 1] in tokens
+        sample_edges = np.cumsum([0, *(count for step in counts for count in step)])  # [M + 1] in samples
+        token_edges = np.concatenate([[0], np.cumsum(sizes)])[sample_edges]  # [M + 1] in tokens
         sequence_edges = np.searchsorted(sequence_start, token_edges)  # [M + 1] in sequences
-        target_edges = np.searchsorted(places, token_edges)  # [M + 1] in predicted positions
+        target_edges = np.searchsorted(indices, token_edges)  # [M + 1] in predicted positions
         num_targets = np.diff(target_edges)  # [M]
-        places -= np.repeat(token_edges[:-1], num_targets)  # now they count from their micro-batch's begin
+        indices -= np.repeat(token_edges[:-1], num_targets)  # now they count from their micro-batch's begin
         if self.static_targets:
             most = self.micro_tokens or self.micro_batch * phase.max_length
             capacity = target_capacity(most, self.rules)
             room = capacity * np.maximum(1, -(-num_targets // capacity))  # [M]
             target_edges = np.cumsum([0, *room])
             filled = spread(target_edges[:-1], num_targets)  # [P] where the real ones stand
-            places, targets = _fill_up(places, filled, room, 0), _fill_up(targets, filled, room, -1)
+            indices, targets = _fill_up(indices, filled, room, 0), _fill_up(targets, filled, room, -1)
             uniforms = None if uniforms is None else _fill_up(uniforms, filled, room, 0.5)
 
         # Views of the arrays, as tensors, for each micro-batch.
         lengths, label = sequence_length.tolist(), segments.label
-        flat = [torch.from_numpy(values) for values in (tokens, types, positions, places, targets)]
+        flat = [torch.from_numpy(values) for values in (tokens, types, positions, indices, targets)]
         labels = None if label is None else torch.from_numpy(label)
         drawn = None if uniforms is None else torch.from_numpy(uniforms)
-        edges = (row_edges, token_edges, sequence_edges, target_edges)
-        slices = zip(*([slice(*pair) for pair in pairwise(each.tolist())] for each in edges), strict=True)
+        edges = (sample_edges, token_edges, sequence_edges, target_edges)
+        slices = zip(*([slice(*pair) for pair in pairwise(kind.tolist())] for kind in edges), strict=True)
         batches = [
             MicroBatch(
                 tokens=flat[0][token],
@@ -162,52 +163,59 @@ class Loader:
                 target_positions=flat[3][target],
                 targets=flat[4][target],
                 num_targets=real,
-                next_sentence_label=None if labels is None else labels[row],
+                next_sentence_label=None if labels is None else labels[sample],
                 uniforms=None if drawn is None else drawn[target],
             )
-            for (row, token, sequence, target), real in zip(slices, num_targets.tolist(), strict=True)
+            for (sample, token, sequence, target), real in zip(slices, num_targets.tolist(), strict=True)
         ]
-        left = iter(batches)
-        return [list(islice(left, len(step))) for step in counts]
+        remaining = iter(batches)
+        return [list(islice(remaining, len(step))) for step in counts]
 
     def _samples_of(self, phase: LengthPhase, first: int, last: int) -> tuple[Ints, Segments]:
         """This rank's samples of the steps `first` .. `last` - 1, [K, S / K], and their segments [N].
 
-        With a budget of tokens each rank looks at the whole batch, to know how all of it is dealt out.
+        With a budget of tokens each rank looks at the lengths of the whole batch: which sample goes to which
+        rank depends on all of them.
         """
         begin, size = self.mixture.batch(first)
-        share, rank = (size, 0) if self.micro_tokens else (size // self.world, self.rank)
+        per_rank, rank = (size, 0) if self.micro_tokens else (size // self.world, self.rank)
         steps = np.arange(last - first)[:, None]  # [K, 1]
-        samples = begin + steps * size + rank * share + np.arange(share)  # [K, share]
+        samples = begin + steps * size + rank * per_rank + np.arange(per_rank)  # [K, S / K]
         return samples, self.mixture.segments(phase, samples.ravel())
 
-    def _deal(self, sizes: Ints) -> tuple[Ints, list[int]]:
-        """Which samples of a step, of these sizes in tokens, are this rank's, micro-batch by micro-batch,
-        and how many each of those has. Equal lengths sit together: attention takes them as one batch."""
+    def _assign(self, sizes: Ints) -> tuple[Ints, list[int]]:
+        """Which samples of a step, of these sizes in tokens [S / K], are this rank's, micro-batch by
+        micro-batch, and how many each of those has. Equal lengths stand side by side: attention computes
+        them as one batch."""
         if not self.micro_tokens:
             return np.argsort(sizes, kind="stable"), [self.micro_batch] * (len(sizes) // self.micro_batch)
-        bins = deal(sizes, self.micro_tokens, self.world)
-        own = np.flatnonzero(bins % self.world == self.rank)
-        turn = bins[own] // self.world
-        return own[np.lexsort((sizes[own], turn))], np.bincount(turn).tolist()
+        micro_batch = balance(sizes, self.micro_tokens, self.world)  # [S / K], of all ranks
+        mine = np.flatnonzero(micro_batch % self.world == self.rank)
+        number = micro_batch[mine] // self.world  # counted on this rank
+        return mine[np.lexsort((sizes[mine], number))], np.bincount(number).tolist()
 
-    def _read(self, segments: Segments, places: Ints, size: int) -> Ints:
-        """The tokens of the segments [N], each from its place on, in an array of `size`, else undefined."""
+    def _read(self, segments: Segments, begins: Ints, size: int) -> Ints:
+        """The tokens of the segments [N], each from its index of `begins` [N] on, in an array of `size`.
+
+        What no segment fills ([CLS], [SEP]) is undefined. Reads each shard in one call: the numpy view of a
+        shard is on a memory map, and a call costs more than the tokens of a segment.
+        """
         tokens = np.empty(size, np.int64)
-        shard = np.searchsorted(self.shard_start, segments.start, side="right") - 1
+        shard = np.searchsorted(self.shard_start, segments.start, side="right") - 1  # [N]
         order = np.argsort(shard, kind="stable")
-        shard, length = shard[order], segments.length[order]
-        source = spread(segments.start[order] - self.shard_start[shard], length)
-        target = spread(places[order], length)
-        edges = np.flatnonzero(np.diff(shard, prepend=-1))  # first segment of each shard
+        shard, length = shard[order], segments.length[order]  # [N] by shard
+        source = spread(segments.start[order] - self.shard_start[shard], length)  # [sum of length] in a shard
+        target = spread(begins[order], length)  # [sum of length] in `tokens`
+        edges = np.flatnonzero(np.diff(shard, prepend=-1))  # [shards here] the first segment of each
         token_edges = np.append((np.cumsum(length) - length)[edges], len(source)).tolist()
         for number, begin, end in zip(shard[edges].tolist(), token_edges, token_edges[1:], strict=False):
+            # clip: a damaged shard must not end the process; its digest tells.
             tokens[target[begin:end]] = self.shard_tokens[number].take(source[begin:end], mode="clip")
         return tokens
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
-        """(k, step(k)) for k = start_step .. stop_step - 1, made ahead in a background thread, in
-        pinned memory where CUDA is there. An error of the thread is raised here; leaving the loop,
+        """Yields (k, step(k)) for k = start_step .. stop_step - 1, made ahead in a background thread, in
+        pinned memory where there is CUDA. An error of the thread is raised here; leaving the loop,
         by `break` or by an exception, ends the thread."""
         ready: queue.Queue[tuple[int, list[MicroBatch]] | BaseException] = queue.Queue(AHEAD)
         stop = threading.Event()
@@ -221,8 +229,8 @@ class Loader:
                 step = start_step
                 while step < stop_step:
                     phase = self.mixture.phase_of(step)
-                    share = self.mixture.batch(step)[1] // self.world
-                    end = step + max(1, SLAB // (share * phase.max_length))
+                    per_rank = self.mixture.batch(step)[1] // self.world  # samples
+                    end = step + max(1, TOKENS_AT_ONCE // (per_rank * phase.max_length))
                     for batches in self.steps(phase, step, min(end, self.mixture.end_of(step), stop_step)):
                         if device is not None:
                             batches = [batch.pin_memory() for batch in batches]
@@ -250,39 +258,39 @@ class Loader:
             thread.join()
 
 
-def deal(sizes: Ints, budget: int, world: int) -> Ints:
-    """The micro-batch of each sample, none above `budget` tokens, a multiple of `world` in all.
+def balance(sizes: Ints, budget: int, world: int) -> Ints:
+    """The micro-batch [S] of samples of these sizes [S] in tokens: none above `budget`, a multiple of `world`
+    in all, as few as can be.
 
-    Samples are dealt out from the longest to the shortest, to and fro, so that the sums are about even.
+    From the longest to the shortest sample, one to each micro-batch, and back in reverse: 4 of them get
+    0 1 2 3, 3 2 1 0, 0 1 2 3, ..., so that their sums differ by a few tokens.
     """
     order = np.argsort(-sizes, kind="stable")
-    turn = np.arange(len(sizes))
     number = world * -(-int(sizes.sum()) // (budget * world))
     while True:
-        hand, place = np.divmod(turn, number)
-        bins = np.empty(len(sizes), np.int64)
-        bins[order] = np.where(hand & 1, number - 1 - place, place)
-        if np.bincount(bins, sizes).max() <= budget:
-            return bins
+        round_, column = np.divmod(np.arange(len(sizes)), number)
+        micro_batch = np.empty(len(sizes), np.int64)
+        micro_batch[order] = np.where(round_ & 1, number - 1 - column, column)
+        if np.bincount(micro_batch, sizes).max() <= budget:
+            return micro_batch
         number += world
 
 
-def _fill_up(values: npt.NDArray[Any], places: Ints, room: Ints, fill: float) -> npt.NDArray[Any]:
-    """`values` [P] at `places` [P] of an array as long as all the `room`, and `fill` elsewhere."""
+def _fill_up(values: npt.NDArray[Any], indices: Ints, room: Ints, fill: float) -> npt.NDArray[Any]:
+    """Puts `values` [P] at `indices` [P] of an array as long as all the `room` [M], and `fill` elsewhere."""
     filled = np.full(int(room.sum()), fill, values.dtype)
-    filled[places] = values
+    filled[indices] = values
     return filled
 
 
 def _reorder(segments: Segments, order: Ints) -> Segments:
-    """The segments of the samples `order`, in that order."""
-    count = np.bincount(segments.row)
+    """The segments of the samples `order` [S], in that order."""
+    count = np.bincount(segments.sample)  # [S]
     if (count == count[0]).all():  # the same number of segments in each sample
-        each = int(count[0])
-        index = (order[:, None] * each + np.arange(each)).ravel()
+        index = (order[:, None] * count[0] + np.arange(count[0])).ravel()  # [N]
     else:
         first = np.cumsum(count) - count
-        index = spread(first[order], count[order])
-    row = np.repeat(np.arange(len(order)), count[order])
+        index = spread(first[order], count[order])  # [N]
+    sample = np.repeat(np.arange(len(order)), count[order])  # [N]
     label = None if segments.label is None else segments.label[order]
-    return Segments(segments.start[index], segments.length[index], segments.kind[index], row, label)
+    return Segments(segments.start[index], segments.length[index], segments.kind[index], sample, label)

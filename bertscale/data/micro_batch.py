@@ -1,4 +1,4 @@
-"""A micro-batch: what one forward pass of one rank takes, made by the loader and read by the model."""
+"""A micro-batch: the input of one forward pass of one rank, made by the loader and read by the model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ class MicroBatch(NamedTuple):
     target_positions: Tensor  # int64 [P], ascending, into tokens; P may be 0
     targets: Tensor  # int64 [P], the original ids there; -1 where nothing is predicted
     num_targets: int  # of the P; those behind them only fill up: position 0, id -1
-    next_sentence_label: Tensor | None = (
-        None  # int64 [S], 0: B continues A, 1: B is random, or swapped with A
-    )
+    # int64 [S]: 0: B continues A, 1: B is random, or swapped with A; None without pairs
+    next_sentence_label: Tensor | None = None
     uniforms: Tensor | None = None  # float64 [P], random in (0, 1), by which a generator draws ids
 
     def to(self, device: torch.device | str) -> MicroBatch:

@@ -76,15 +76,15 @@ def write_shard(
     the work.
     """
     rows = list(documents)
-    sentences = [sentence for _, some in rows for sentence in some]
+    sentences = [sentence for _, document in rows for sentence in document]
     return write_columns(
         path,
         split,
         documents=np.array([number for number, _ in rows], np.uint64),
         tokens=np.array([i for sentence in sentences for i in sentence], np.dtype(dtype)),
-        token_offsets=_offsets([sum(map(len, some)) for _, some in rows]),
+        token_offsets=_offsets([sum(map(len, document)) for _, document in rows]),
         sentence_lengths=np.array([len(sentence) for sentence in sentences], np.uint32),
-        sentence_offsets=_offsets([len(some) for _, some in rows]),
+        sentence_offsets=_offsets([len(document) for _, document in rows]),
     )
 
 
@@ -98,9 +98,9 @@ def write_columns(
     sentence_lengths: npt.NDArray[np.uint32],
     sentence_offsets: npt.NDArray[np.int32],
 ) -> ShardEntry:
-    """Writes a shard of these columns (as in `Shard`) without a copy of them.
+    """Writes a shard of these columns (as in `Shard`) without a copy of them; returns its manifest entry.
 
-    It appears under its name only when it is whole and on the disk.
+    It appears under its name only when it is whole and on the disk. Raises OSError.
     """
     path = Path(path)
     columns = [
@@ -133,7 +133,10 @@ def write_manifest(
     counters: dict[str, Any],
     shards: Sequence[ShardEntry],
 ) -> dict[str, Any]:
-    """Makes `folder` a data set; call it last, when every shard lies under its name."""
+    """Writes manifest.json, which makes `folder` a data set, and returns its content.
+
+    Call it last, when every shard lies under its name and the tokenizer's file is there.
+    """
     manifest = {
         "format_version": FORMAT_VERSION,
         "tokenizer": find_tokenizer(folder).name,
@@ -153,8 +156,9 @@ def write_manifest(
 class Shard:
     """One shard on a memory map, as flat numpy views (nothing is copied, nothing is read yet).
 
-    Row i owns tokens[token_offsets[i] : token_offsets[i + 1]] and
-    sentence_lengths[sentence_offsets[i] : sentence_offsets[i + 1]].
+    Row i, a document, has tokens[token_offsets[i] : token_offsets[i + 1]] and
+    sentence_lengths[sentence_offsets[i] : sentence_offsets[i + 1]]. Views, because they cost 200 ns a row:
+    pyarrow's `slice` costs 4,130 and `as_py` 2,630.
     """
 
     tokens: Ids  # [tokens]
@@ -173,7 +177,7 @@ class Shard:
         if size != entry.bytes:
             raise UserError(
                 f"the shard {self.path} has {size:,} bytes instead of {entry.bytes:,}: "
-                f"it was cut short or replaced; {_REMEDY}"
+                f"it was truncated or replaced; {_REMEDY}"
             )
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
@@ -181,18 +185,21 @@ class Shard:
             if reader.num_record_batches != 1 or batch.schema not in map(_schema, (np.uint16, np.uint32)):
                 raise pa.ArrowInvalid("unknown columns")
             tokens, lengths, documents = batch.columns
-            found = (batch.num_rows, len(lengths.values), len(tokens.values))
+            sizes = (batch.num_rows, len(lengths.values), len(tokens.values))
         except (pa.ArrowException, ValueError, IndexError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the shard {self.path} is damaged ({reason}); {_REMEDY}") from error
-        if found != (entry.rows, entry.sentences, entry.tokens):
-            raise UserError(f"the shard {self.path} does not hold the rows that its manifest says; {_REMEDY}")
+        if sizes != (entry.rows, entry.sentences, entry.tokens):
+            raise UserError(f"the shard {self.path} has other rows than its manifest says; {_REMEDY}")
         self.tokens, self.token_offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
         self.sentence_lengths, self.sentence_offsets = lengths.values.to_numpy(), lengths.offsets.to_numpy()
         self.documents = documents.to_numpy()
 
     def verify(self) -> None:
-        """Reads the whole file; raises UserError if one bit of it changed since it was written."""
+        """Reads the whole file; raises UserError if one bit of it changed since it was written.
+
+        Arrow itself sees a file that was truncated, but no flipped bit.
+        """
         digest = file_digest(self.path)
         if digest != self.entry.digest:
             raise UserError(
@@ -219,7 +226,7 @@ def open_dataset(folder: str | Path, split: Split = "train", verify: bool = Fals
     has `tokens` [tokens] and `token_offsets` [rows + 1] as numpy views of the file (see `Shard`). `verify`
     also reads every byte and compares digests.
 
-    Raises UserError that names what is missing, cut, changed or does not belong together, and what to do.
+    Raises UserError that names what is missing, truncated, changed or does not belong together, and what to do.
 
         shard = open_dataset("runs/quickstart/data", "validation").shards[0]
     """
@@ -230,10 +237,10 @@ def open_dataset(folder: str | Path, split: Split = "train", verify: bool = Fals
     tokenizer = find_tokenizer(folder)
     if not tokenizer.is_file():
         raise UserError(f"the tokenizer {tokenizer} is missing; {_REMEDY}")
-    found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    if found != manifest["tokenizer_sha256"]:
+    sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    if sha256 != manifest["tokenizer_sha256"]:
         raise UserError(
-            f"the tokenizer {tokenizer} (sha256 {found[:12]}...) is not the one that made the shards "
+            f"the tokenizer {tokenizer} (sha256 {sha256[:12]}...) is not the one that made the shards "
             f"(sha256 {manifest['tokenizer_sha256'][:12]}...); put that file back "
             "or run `bertscale prep` again"
         )
@@ -273,7 +280,8 @@ _REMEDY = "run `bertscale prep` again: it makes what is missing or changed"
 
 
 class _DigestingFile:
-    """A file that Arrow writes to and that keeps the digest and the number of bytes."""
+    """A file that Arrow writes to and that keeps the digest and the number of bytes: reading the shard again
+    for them would double the work of the disk."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.hash, self.closed = file, 0, xxhash.xxh3_128(), False

@@ -2,6 +2,7 @@
 
 The model asks a `Layers` object for every layer that may be sharded and never asks for a rank.
 `Layers` is the dense set; `tensor_parallel.TensorParallelLayers` overrides each method with megatron-core's.
+A share is what one tensor-parallel rank holds of a layer, a vocabulary or the tokens.
 
 Dimensions: T tokens, P masked positions, V vocabulary on this rank (all of it when dense).
 """
@@ -17,7 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from bertscale.model.kernels import cross_entropy, place_of, running_sums
+from bertscale.model.kernels import cross_entropy, first_above, running_sums
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -27,14 +28,14 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` whose values wait for `model.initial_value` (no random draw when it is made)."""
+    """`nn.Embedding` without first values, which `model.initial_value` gives."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose values wait for `model.initial_value`."""
+    """`nn.Linear` without first values, which `model.initial_value` gives."""
 
     def reset_parameters(self) -> None:
         pass
@@ -44,27 +45,28 @@ class Layers:
     """The dense set of layers."""
 
     degree = 1  # ranks that share a layer
-    rank = 0  # this rank's place among them
-    token_multiple = 1  # of the tokens in a forward pass
+    rank = 0  # this rank's number among them
+    token_multiple = 1  # the tokens of a forward pass are padded to a multiple of it
 
     def column(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-        """[.., inputs] -> [.., outputs / degree]: each rank holds a share of the output features."""
+        """A dense layer, [.., inputs] -> [.., outputs / degree]: each rank has a share of the outputs."""
         return Linear(inputs, outputs, bias)
 
     def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-        """[.., inputs / degree] -> [.., outputs]: each rank holds a share of the input features."""
+        """A dense layer, [.., inputs / degree] -> [.., outputs]: each rank has a share of the inputs."""
         return Linear(inputs, outputs, bias)
 
     def norm(self, width: int, eps: float, bias: bool = True) -> nn.Module:
-        """LayerNorm of hidden states, between the layers that are shared out."""
+        """LayerNorm of hidden states, between the layers that are sharded."""
         return nn.LayerNorm(width, eps, bias=bias)
 
     def word_embedding(self, vocab_size: int, width: int) -> nn.Module:
-        """Ids [T] -> [T, width]: each rank holds a share of the rows."""
+        """An embedding, ids [T] -> [T, width]: each rank has a share of the rows (pieces)."""
         return Embedding(vocab_size, width)
 
     def copy_to_tensor_parallel(self, hidden: Tensor) -> Tensor:
-        """Hidden states for a projection whose outputs are shared out: the ranks' gradients are summed."""
+        """Hidden states for a projection whose outputs are sharded: the backward pass sums the ranks'
+        gradients, each of which is of its own outputs."""
         return hidden
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +77,7 @@ class Layers:
     def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Whether each of the targets [P] has the highest logit (ties count), bool [P].
 
-        By the maximum, which a CPU finds 17 times as fast as its place.
+        By the maximum, which a CPU finds 17 times as fast as its index.
         """
         return logits.gather(1, targets[:, None])[:, 0] >= logits.amax(dim=-1)
 
@@ -83,26 +85,26 @@ class Layers:
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """An id for each position, int64 [P], drawn from the softmax of its logits [P, V].
 
-        By the inverse of the cumulated softmax at `uniforms` [P], float64, at least 0 and below 1.
+        By the inverse of the cumulative softmax at `uniforms` [P], float64, at least 0 and below 1.
         """
         highest, sums = running_sums(logits)
-        return place_of(logits, highest, sums, uniforms * sums[:, -1])
+        return first_above(logits, highest, sums, uniforms * sums[:, -1])
 
     def seed(self, shared: int, own: int) -> None:
-        """Starts the random draws anew: from `shared`, equal on all ranks of a layer, those that they share,
-        from `own`, which differs, those inside `sharded_random`."""
+        """Seeds the random draws: with `own`, which differs on the ranks of a layer, those inside
+        `sharded_random`; with `shared`, which is equal on them, all others."""
         torch.manual_seed(shared)
 
     def sharded_random(self) -> AbstractContextManager[None]:
-        """Random draws inside are this rank's own; outside, all ranks of a layer draw the same."""
+        """A context in which random draws are this rank's own; outside, all ranks of a layer draw alike."""
         return nullcontext()
 
     def residual_random(self) -> AbstractContextManager[None]:
-        """For dropout of hidden states between layers: draws are shared unless the tokens are shared out."""
+        """The context of dropout between layers: all ranks draw the same unless the tokens are sharded."""
         return nullcontext()
 
     def scatter(self, hidden: Tensor) -> Tensor:
-        """[T, H], on every rank -> what this rank holds of it between layers: all, or a share of tokens."""
+        """Hidden states [T, H] -> what this rank holds of them between layers: all, or a share of tokens."""
         return hidden
 
     def gather(self, hidden: Tensor) -> Tensor:
@@ -110,7 +112,8 @@ class Layers:
         return hidden
 
     def checkpoint(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """`function(*inputs)`, computed once more in the backward pass instead of kept (Chen et al., 2016).
+        """Returns `function(*inputs)` and recomputes it in the backward pass, so that nothing inside is kept
+        (Chen et al., 2016).
 
         Random draws are repeated, both those that all ranks share and this rank's own.
         """
@@ -122,7 +125,7 @@ def checkpoint_of(
     inputs: tuple[Any, ...],
     again: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
-    """torch's activation checkpoint; the recomputation runs inside `again()`."""
+    """Activation checkpointing by torch; the recomputation runs inside the context `again()`."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     recomputing = False

@@ -9,13 +9,14 @@ Each preset is numerically equal to its transformers class from the same weights
 | modern        | ModernBertForMaskedLM      | first | rotary, local layers | GELU, gated  | decoder |
 
 (Devlin et al., 2019; Shoeybi et al., 2019; Warner et al., 2024.) With a generator, for replaced-token
-detection (ELECTRA: Clark et al., 2020), `bert` is ElectraForPreTraining and ElectraForMaskedLM. Names are
-the same in all three, so that one table tells which parameters tensor-parallel ranks share out.
+detection (ELECTRA: Clark et al., 2020), `bert` is ElectraForPreTraining and ElectraForMaskedLM. Parameters
+have the same names in all three, so that one table says which of them tensor parallel shards.
 
 Samples are laid end to end without padding. Dimensions:
     T tokens of the micro-batch   S samples   P masked positions   L tokens of one sample
     H hidden size   A attention heads on this rank   D head size   V vocabulary on this rank
     G groups of feed-forward features on this rank   I features of a group
+A position is a token's in its sequence, but target_positions are indices in the micro-batch's tokens.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ GRAPH_SIZES = 16  # numbers of tokens at most that CUDA graphs are recorded for
 
 
 class Embeddings(nn.Module):
+    """Ids [T] -> hidden states [T, H], by word and, without rotary positions, token type and position."""
+
     def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers) -> None:
         super().__init__()
         width = config.hidden_size
@@ -63,7 +66,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """With its norm and its residual connection; `number` is the layer's, from 0."""
+    """Self-attention with its norm and its residual connection; `number` is the layer's, from 0."""
 
     def __init__(self, config: ModelConfig, layers: Layers, number: int, recompute: bool) -> None:
         super().__init__()
@@ -73,7 +76,7 @@ class Attention(nn.Module):
         self.dense = layers.row(config.hidden_size, config.hidden_size, config.biases)
         self.norm_after = not config.pre_norm
         self.LayerNorm: nn.Module
-        if config.pre_norm and config.embedding_norm and number == 0:  # the embeddings have just had theirs
+        if config.pre_norm and config.embedding_norm and number == 0:  # the embeddings are normed just before
             self.LayerNorm = nn.Identity()
         else:
             self.LayerNorm = layers.norm(config.hidden_size, config.layer_norm_eps, config.biases)
@@ -98,13 +101,14 @@ class Attention(nn.Module):
         return normed
 
     def attend(self, projected: Tensor, packing: Packing) -> Tensor:
+        """Attention without its projections, which `recompute` repeats: [T, A, 3, D] -> [T, A, D]."""
         with self.layers.sharded_random():  # each rank has other heads
             dropout = self.probs_dropout if self.training else 0.0
             return attend(projected, packing, dropout, self.half_window)
 
 
 class FeedForward(nn.Module):
-    """With its norm and its residual connection. Gated: GeGLU (Shazeer, 2020)."""
+    """Two dense layers with a norm and a residual connection. Gated: GeGLU (Shazeer, 2020)."""
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
@@ -120,10 +124,10 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         inputs = hidden if self.norm_after else self.LayerNorm(hidden)
-        inside = self.intermediate(inputs)
+        inside = self.intermediate(inputs)  # [T, H] -> [T, features here], or gated twice as many
         if self.gated:
             value, gate = inside.view(inside.shape[0], self.groups, 2, -1).unbind(2)  # -> 2 x [T, G, I]
-            inside = (F.gelu(value) * gate).flatten(1)
+            inside = (F.gelu(value) * gate).flatten(1)  # [T, G, I] -> [T, G I]
             with self.layers.sharded_random():  # each rank has other features
                 inside = self.dropout(inside)
             gated: Tensor = hidden + self.dense(inside)
@@ -136,14 +140,15 @@ class FeedForward(nn.Module):
 
 
 def feed_forward_groups(config: ModelConfig) -> int:
-    """Groups of features that the gated feed-forward part can be shared out by."""
+    """Groups of features that the gated feed-forward part can be sharded by."""
     return math.gcd(config.num_attention_heads, config.intermediate_size)
 
 
 def fused_rows(name: str, config: ModelConfig) -> tuple[int, int]:
-    """(groups, matrices) that lie in one weight or bias `name`, its rows in the order group, matrix, feature.
+    """Returns (groups, matrices) of the weight or bias `name`, whose rows are ordered group, matrix, feature.
 
-    So a share of rows is a share of each of the matrices, for any number of ranks that divides the groups:
+    One product computes all of them, and a share of the rows is a share of each of the matrices, for any
+    number of tensor-parallel ranks that divides the groups:
 
     | parameter                       | groups                | matrices          |
     | ------------------------------- | --------------------- | ----------------- |
@@ -175,6 +180,8 @@ def join_fused(name: str, value: Tensor, config: ModelConfig) -> Tensor:
 
 
 class Layer(nn.Module):
+    """One layer of the encoder, [T, H] -> [T, H]: attention, then feed-forward."""
+
     def __init__(self, config: ModelConfig, layers: Layers, number: int, recompute: bool) -> None:
         super().__init__()
         self.attention = Attention(config, layers, number, recompute)
@@ -188,8 +195,8 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """Tokens laid end to end -> hidden states, and with `pooler` a vector for each sample.
 
-    `recompute`: `none`, `selective` (attention) or `full` (layers): what the backward pass computes anew.
-    With `width` it has no embeddings of its own and is given some of that width in each pass.
+    `recompute`: what the backward pass computes again: `none`, `selective` (attention) or `full` (layers).
+    With `width` it has no embeddings: each pass is given those of another encoder, `width` features wide.
     """
 
     def __init__(
@@ -225,21 +232,25 @@ class Encoder(nn.Module):
         lengths: Sequence[int],
         embeddings: Embeddings | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Ids [T] each and S lengths -> hidden states [T, H], pooled first tokens [S, H] or None."""
+        """Ids [T] each and S lengths -> hidden states [T, H], pooled first tokens [S, H] or None.
+
+        `embeddings`: those of another encoder, where this one has none.
+        """
         embed = self.embeddings if embeddings is None else embeddings
         count, samples, longest = len(tokens), len(lengths), max(lengths)
-        if extra := -count % self.token_multiple:  # more samples, whose results nobody uses
+        # Tokens for a multiple of ranks, or a size with a recorded graph: samples whose results nobody uses.
+        if extra := -count % self.token_multiple:
             tokens, token_types, positions = (
                 F.pad(ids, (0, extra)) for ids in (tokens, token_types, positions)
             )
-            rest = extra % longest
+            rest = extra % longest  # none longer than the longest: positions and shapes stay in bounds
             lengths = [*lengths, *[longest] * (extra // longest), *[rest] * (rest > 0)]
         packing = Packing.of(lengths, tokens.device, few_shapes=self.graphs)
         rotaries = self.rotations(positions)
         embedded = embed(tokens, token_types, positions)
         hidden = self.parallel.scatter(embedded if self.projection is None else self.projection(embedded))
         if self.graphs:
-            # What the graphs of the last pass hold is free.
+            # Tensors of the last pass lie in the graphs' memory and may be overwritten from here on.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         for number, layer in enumerate(self.layers):
             rotary = rotaries[self.config.is_local(number)] if rotaries else None
@@ -258,13 +269,13 @@ class Encoder(nn.Module):
         return hidden, torch.tanh(self.pooler(first))
 
     def compile_layers(self, *, fused: bool, graph_tokens: int | None = None) -> None:
-        """Has torch.compile make kernels of each layer; names of parameters stay.
+        """Compiles each layer by torch.compile; parameters keep their names.
 
         Layers of one shape share a compiled graph, for any number of tokens. `fused`: attention is one
-        variable-length kernel, unless it has dropout; elsewhere it stays eager, since its code goes over the
-        runs of equal samples, which are others in each batch. `graph_tokens`, the most that a pass is given:
-        on CUDA the kernels of a layer are recorded and replayed as graphs, for each of at most `GRAPH_SIZES`
-        numbers of tokens, to which a pass is filled up.
+        variable-length kernel, unless it has dropout; elsewhere it stays eager, since its code loops over the
+        runs of samples of equal length, which are others in each batch. `graph_tokens`, the most tokens of a
+        pass: on CUDA the kernels of a layer are recorded and replayed as graphs, for at most `GRAPH_SIZES`
+        numbers of tokens, to which each pass is padded.
         """
         how: dict[str, Any] = {"dynamic": True}
         if graph_tokens:
@@ -278,7 +289,7 @@ class Encoder(nn.Module):
             layer.compile(**how)
 
     def rotations(self, positions: Tensor) -> tuple[Rotation, Rotation] | None:
-        """How global and local layers turn the tokens at `positions` [T]; None without rotary positions."""
+        """Rotary angles of global and of local layers at `positions` [T]; None without rotary positions."""
         if not self.config.rotary:
             return None
         size = self.config.hidden_size // self.config.num_attention_heads
@@ -301,23 +312,22 @@ class Predictions(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, uniforms: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From hidden states [P, H] the sum of the losses of targets [P] and the number of right ones; with
-        `uniforms` an id for each of them [P], drawn from the prediction, else the originals."""
+        """Predicts the targets [P] from hidden states [P, H]; arguments and results are `TiedDecoder`'s."""
         predicted: tuple[Tensor, Tensor, Tensor] = self.decoder(self.transform(hidden), targets, uniforms)
         return predicted
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[P, H] -> [P, V]."""
+        """Logits of all positions: [P, H] -> [P, V]."""
         return self.decoder.logits(self.transform(hidden))
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """[P, H] -> [P, width], what the word embeddings are held against."""
+        """The vectors that are multiplied with the word embeddings: [P, H] -> [P, width]."""
         transformed: Tensor = self.LayerNorm(F.gelu(self.dense(hidden)))
         return transformed
 
 
 class Detector(nn.Module):
-    """Hidden states -> a logit for each token: was it replaced? (Clark et al., 2020)"""
+    """Hidden states [T, H] -> a logit for each token [T]: was it replaced? (Clark et al., 2020)"""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -332,9 +342,10 @@ class Detector(nn.Module):
 def replace(
     tokens: Tensor, target_positions: Tensor, targets: Tensor, sampled: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [T] with ids `sampled` [P] at the masked positions; which of them were replaced, bool [T].
+    """Puts ids `sampled` [P] at the masked positions of `tokens` [T].
 
-    An id that equals the original, `targets` [P], is the original; where that is -1, nothing is replaced.
+    Returns the tokens [T] and which of them were replaced, bool [T]. A drawn id that equals the original,
+    `targets` [P], replaces nothing; where that is -1, the token stays.
     """
     valid = targets >= 0
     sampled = torch.where(valid, sampled, tokens[target_positions])
@@ -363,7 +374,7 @@ class PretrainingModel(nn.Module):
     """Encoder with the masked-language head and, where the config has it, that of sentence pairs.
 
     With a generator the masked-language head is the generator's, a smaller encoder on the same embeddings,
-    and the encoder finds out which of the tokens that it drew are not the original ones (Clark et al., 2020).
+    and the encoder detects which of the tokens that it drew are not the original ones (Clark et al., 2020).
     `vocab_size` is the tokenizer's; the word embedding has `padded_vocab_size` rows.
     """
 
@@ -386,11 +397,11 @@ class PretrainingModel(nn.Module):
         self.detector = Detector(config) if small else None
 
     def forward(self, batch: MicroBatch) -> LossSums:
-        """Sums of the losses over the micro-batch.
+        """Sums of the losses over the micro-batch, float32 scalars.
 
         Without labels, or without that head, a sample may hold several sequences, each with a length of
         its own; the pairs' sums are 0. So are those of replaced tokens without a generator, which draws an
-        id for each mlm position by `uniforms` [P].
+        id for each masked position by `uniforms` [P].
         The projection to the vocabulary runs on the P masked positions only.
         """
         tokens, target_positions, targets = batch.tokens, batch.target_positions, batch.targets
@@ -418,12 +429,12 @@ class PretrainingModel(nn.Module):
     def relate(
         self, pooled: Tensor | None, next_sentence_label: Tensor | None, nothing: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """From pooled first tokens [S, H] sums of the pairs' losses and right ones, or `nothing`, a zero."""
+        """Sums of the pairs' losses and right answers, from pooled first tokens [S, H]; `nothing` is a 0."""
         if self.seq_relationship is None:
             return nothing, nothing
         assert pooled is not None
         if next_sentence_label is None:
-            # Zero, but of every weight: the sharded optimizers wait for the gradients of all of them.
+            # Zero, but with every weight in it: ZeRO waits for the gradients of all of them.
             return 0.0 * self.seq_relationship(pooled[:1]).float().sum(), nothing
         relation = self.seq_relationship(pooled).float()  # [S, 2]
         loss = F.cross_entropy(relation, next_sentence_label, reduction="sum")
@@ -455,7 +466,7 @@ class ClassificationModel(nn.Module):
     def features(
         self, tokens: Tensor, token_types: Tensor, positions: Tensor, lengths: Sequence[int]
     ) -> Tensor:
-        """Ids [T] each and S lengths -> one vector a sample [S, H], before it is standardised."""
+        """Ids [T] each and S lengths -> one vector a sample [S, H], not yet standardised."""
         hidden, pooled = self.encoder(tokens, token_types, positions, lengths)
         if self.pooling == "first":
             assert pooled is not None
@@ -464,7 +475,7 @@ class ClassificationModel(nn.Module):
         return torch.stack([part.mean(dim=0) for part in torch.split(hidden, list(lengths))])
 
     def classify(self, features: Tensor) -> Tensor:
-        """[S, H] -> logits, float32 [S, classes]."""
+        """Vectors [S, H] -> logits, float32 [S, classes]."""
         if self.pooling == "mean":
             features = self.standardize(features.float())
         logits: Tensor = self.classifier(self.dropout(features))
@@ -472,7 +483,7 @@ class ClassificationModel(nn.Module):
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_size: int, seed: int) -> Tensor:
-    """The whole first value (float32, CPU) of the parameter `name` of global `shape`.
+    """The whole first value (float32, on the CPU) of the parameter `name` of global `shape`.
 
     With r = initializer_range, m = matrix_initializer_range or else r, l layers:
 
@@ -488,7 +499,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     | other matrices                | normal(0, m) | normal(0, m)            | cut normal(0, m)        |
     | padded rows of the vocabulary | 0, and they stay 0 (all presets)                                 |
 
-    The generator's are drawn likewise; its embeddings are the encoder's. Cut: at initializer_cutoff_factor
+    Those of a generator are drawn alike; its embeddings are the encoder's. Cut: at initializer_cutoff_factor
     deviations. Sources: Devlin et al., 2019, who drew matrices truncated at two deviations, where
     transformers' Bert draws them untruncated, as here; Shoeybi et al., 2019, and megatron-core, scaled by
     the 2 l residual branches; Warner et al., 2024, as in transformers' ModernBertPreTrainedModel. It depends
@@ -520,7 +531,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
 
 
 def attended_pairs(length: int, half_window: int | None) -> int:
-    """(query, key) pairs of a sample of `length` tokens; within a window, where it is local."""
+    """Number of (query, key) pairs of a sample of `length` tokens, in a window where attention is local."""
     if half_window is None or length <= half_window:
         return length * length
     return length * (2 * half_window + 1) - half_window * (half_window + 1)
@@ -533,10 +544,11 @@ def model_flops_per_token(
     masked: float,
     attended_locally: float | None = None,
 ) -> float:
-    """Model FLOPs of one training step for one real token (forward and backward, nothing recomputed).
+    """Model FLOPs of one training step for one real token (forward and backward, nothing recomputed), as of
+    Chowdhery et al., 2022 ("PaLM"), appendix B, with this model's own products.
 
     `attended` is the mean number of tokens that a token attends to in a global layer, `attended_locally`
-    in a local one (without it the window, or `attended` where that is less), `masked` the share of
+    in a local one (without it the window, or `attended` where that is less), `masked` the fraction of
     predicted tokens. With l layers, of which g are global, h wide, and the k matrices h x i of the
     feed-forward part (2, or 3 where it is gated):
 
@@ -558,7 +570,7 @@ def model_flops_per_token(
 
 
 def layer_flops(config: ModelConfig, attended: float, attended_locally: float) -> float:
-    """Those of all layers; see `model_flops_per_token`."""
+    """FLOPs of all layers for one token; see `model_flops_per_token`."""
     width, depth = config.hidden_size, config.num_hidden_layers
     local = sum(config.is_local(number) for number in range(depth))
     matrices = 3 if config.gated else 2

@@ -1,10 +1,11 @@
 """megatron-core's tensor-parallel layers behind the seam of `layers`, and the groups of their ranks.
 
-Tensor-parallel ranks see identical batches and hold shares of each layer (Shoeybi et al., 2019). The only
-module that imports megatron-core, and with it torch's compiler: two seconds of a core in each rank, which
-`parallel` spares those that share nothing.
+Tensor-parallel ranks see identical batches and hold shares of each layer (Shoeybi et al., 2019). This is the
+only module that imports megatron-core, and with it torch's compiler: two seconds of a core in each rank, from
+which `parallel` saves those that share no layer.
 
-Dimensions: P masked positions, V vocabulary on this rank, T tokens.
+Dimensions: P masked positions, V vocabulary on this rank, R ranks that share a layer, T tokens, t = T / R of
+them on this rank. The methods are documented in `layers`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bertscale.model.kernels import place_of, running_sums
+from bertscale.model.kernels import first_above, running_sums
 from bertscale.model.layers import Layers, checkpoint_of
 
 with warnings.catch_warnings():  # it warns of each optional package that is not installed
@@ -35,7 +36,10 @@ with warnings.catch_warnings():  # it warns of each optional package that is not
 
 
 def make_groups(degree: int) -> tuple[Any, Any]:
-    """(data-parallel group, tensor-parallel group) of this rank, where each layer has `degree` ranks."""
+    """Makes the (data-parallel group, tensor-parallel group) of this rank, with `degree` ranks to a layer.
+
+    Every rank must call it, as for any new process group.
+    """
     parallel_state.initialize_model_parallel(degree, create_gloo_process_groups=False)
     return parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group()
 
@@ -46,7 +50,11 @@ def leave_groups() -> None:
 
 
 class TensorParallelLayers(Layers):
-    """megatron-core's layers under the names of the seam, and the two streams of random numbers."""
+    """megatron-core's layers under the names of the seam, and the two streams of random numbers.
+
+    Ranks draw alike where they hold the same hidden states, and differently inside their shares. torch has
+    one generator for a device: `sharded_random` swaps its state (megatron-core's tracker: on CUDA alone).
+    """
 
     def __init__(self, degree: int, rank: int, device: torch.device) -> None:
         self.degree, self.rank, self.device = degree, rank, device
@@ -84,34 +92,40 @@ class TensorParallelLayers(Layers):
 
     @torch.enable_grad()
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        share = logits.float().detach().requires_grad_()
-        losses = vocab_parallel_cross_entropy(share, targets)
+        share = logits.float().detach().requires_grad_()  # [P, V]
+        losses = vocab_parallel_cross_entropy(share, targets)  # [P]; two all-reduces of [P]
         (gradient,) = torch.autograd.grad(losses.sum(), share)
         return losses.detach(), gradient.to(logits.dtype)
 
     def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
-        rows = logits.shape[-1]
-        here = targets - self.rank * rows  # [P], the target's column on this rank
-        is_here = (here >= 0) & (here < rows)
-        wanted = logits.gather(1, here.clamp(0, rows - 1)[:, None])[:, 0].float()
+        width = logits.shape[-1]
+        column = targets - self.rank * width  # [P], the target's on this rank
+        is_here = (column >= 0) & (column < width)
+        wanted = logits.gather(1, column.clamp(0, width - 1)[:, None])[:, 0].float()
         wanted = wanted.masked_fill(~is_here, -torch.inf)
-        both = torch.stack([logits.amax(dim=-1).float(), wanted])  # [2, P]
-        dist.all_reduce(both, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-        return both[1] >= both[0]
+        # One collective for two questions: the highest logit, and the target's, which one rank alone knows.
+        highest_and_wanted = torch.stack([logits.amax(dim=-1).float(), wanted])  # [2, P]
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_reduce(highest_and_wanted, dist.ReduceOp.MAX, group=group)
+        return highest_and_wanted[1] >= highest_and_wanted[0]
 
     @torch.no_grad()
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        highest, sums = running_sums(logits)
-        own = torch.stack([highest.double(), sums[:, -1]])  # [2, P]
-        all_highest, totals = _all_gather(own).view(self.degree, 2, -1).unbind(1)  # 2 x [degree, P]
-        scale = (all_highest - all_highest.amax(dim=0)).exp()
-        ends = (totals * scale).cumsum(dim=0)  # of the ranks' shares of the whole sum
-        thresholds = uniforms * ends[-1]
-        here = (ends <= thresholds).sum(dim=0) == self.rank  # the share where the sum passes the threshold
+        # The inverse of the cumulative softmax in two steps: which rank's share of the vocabulary the
+        # threshold lies in, which all ranks compute from [2, P] of each; then the id, on that rank.
+        highest, sums = running_sums(logits)  # [P], [P, K]
+        of_share = torch.stack([highest.double(), sums[:, -1]])  # [2, P]
+        all_highest, totals = _all_gather(of_share).view(self.degree, 2, -1).unbind(1)  # 2 x [R, P]
+        scale = (
+            all_highest - all_highest.amax(dim=0)
+        ).exp()  # each rank has summed below a maximum of its own
+        ends = (totals * scale).cumsum(dim=0)  # [R, P] where the ranks' shares of the whole sum end
+        thresholds = uniforms * ends[-1]  # [P]
+        here = (ends <= thresholds).sum(dim=0) == self.rank  # [P] whether this share holds the threshold
         begin = ends[self.rank - 1] if self.rank else torch.zeros_like(thresholds)
         within = torch.where(here, (thresholds - begin) / scale[self.rank], 0.0)
-        ids = place_of(logits, highest, sums, within) + self.rank * logits.shape[1]
-        ids = torch.where(here, ids, 0)
+        ids = first_above(logits, highest, sums, within) + self.rank * logits.shape[1]
+        ids = torch.where(here, ids, 0)  # so that the sum over the ranks is the one id that was found
         dist.all_reduce(ids, group=parallel_state.get_tensor_model_parallel_group())
         return ids
 
@@ -127,7 +141,7 @@ class TensorParallelLayers(Layers):
             generator.set_state(shared)
 
     def checkpoint(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        at_start = self._own_state  # the other stream, torch's own, is put back by torch
+        at_start = self._own_state  # the other stream, torch's generator, is restored by torch
 
         @contextmanager
         def again() -> Iterator[None]:
@@ -151,8 +165,8 @@ class TensorParallelLayers(Layers):
 
 
 class SequenceParallelLayers(TensorParallelLayers):
-    """Between the layers that are shared out, each rank holds a share of the tokens: norms, dropout and
-    residuals are not done by all ranks alike, and their activations are kept once (Korthikanti et al., 2022).
+    """Sequence parallel (Korthikanti et al., 2022): between the sharded layers each rank holds a share of the
+    tokens, so that norms, dropout and residuals are computed, and their activations kept, by one rank each.
 
     The columns' input is gathered, the rows' output summed and scattered: together the traffic of the
     all-reduce that they replace. Weights that every rank holds whole see a share of the tokens only; their
@@ -193,7 +207,7 @@ class SequenceParallelLayers(TensorParallelLayers):
 
 
 def _all_gather(share: Tensor) -> Tensor:
-    """[T / degree, ..] -> [T, ..]."""
+    """All ranks' shares [t, ..] as one tensor [T, ..], in the order of ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
     whole = share.new_empty(len(share) * group.size(), *share.shape[1:])
     dist.all_gather_into_tensor(whole, share.contiguous(), group=group)
@@ -201,7 +215,7 @@ def _all_gather(share: Tensor) -> Tensor:
 
 
 def _reduce_scatter(partial: Tensor) -> Tensor:
-    """Summands [T, ..] of each rank -> this rank's share [T / degree, ..] of the sum."""
+    """Sums the ranks' [T, ..] and returns this rank's share [t, ..] of the sum."""
     group = parallel_state.get_tensor_model_parallel_group()
     share = partial.new_empty(len(partial) // group.size(), *partial.shape[1:])
     dist.reduce_scatter_tensor(share, partial.contiguous(), group=group)
@@ -209,13 +223,14 @@ def _reduce_scatter(partial: Tensor) -> Tensor:
 
 
 def _own_share(whole: Tensor) -> Tensor:
+    """This rank's share [t, ..] of [T, ..], a view."""
     group = parallel_state.get_tensor_model_parallel_group()
     share: Tensor = whole.chunk(group.size())[group.rank()]
     return share
 
 
 class _Scatter(torch.autograd.Function):
-    """What all ranks hold alike -> shares of the tokens."""
+    """Shares [t, ..] of what all ranks hold alike [T, ..]; their gradients are gathered."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor) -> Tensor:
@@ -227,7 +242,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Shares of the tokens -> all of them, for what all ranks then do alike."""
+    """All tokens [T, ..] of the ranks' shares [t, ..], for what all ranks then compute alike."""
 
     @staticmethod
     def forward(ctx: Any, share: Tensor) -> Tensor:
@@ -239,6 +254,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
+    """Shares [t, ..] of the sum of the ranks' [T, ..]."""
+
     @staticmethod
     def forward(ctx: Any, partial: Tensor) -> Tensor:
         return _reduce_scatter(partial)
@@ -249,7 +266,11 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 class _GatherThenLinear(torch.autograd.Function):
-    """Keeps this rank's share of the input and gathers it anew in the backward pass."""
+    """A linear layer on the gathered tokens, [t, H] -> [T, outputs / R].
+
+    Keeps this rank's share of the input and gathers it again in the backward pass: a collective more for
+    activations that are R times smaller.
+    """
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -260,13 +281,13 @@ class _GatherThenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         share, weight = ctx.saved_tensors
-        of_input = _reduce_scatter(grad @ weight)
+        of_input = _reduce_scatter(grad @ weight)  # [T, H] -> [t, H]
         of_weight = grad.t() @ _all_gather(share)
         return of_input, of_weight, grad.sum(dim=0) if ctx.has_bias else None
 
 
 class _Column(ColumnParallelLinear):  # type: ignore[misc]
-    """Without the second value (a bias left to add) of its result."""
+    """megatron-core's layer without the second value of its result, a bias that is left to add."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = super().forward(inputs)[0]
@@ -274,7 +295,7 @@ class _Column(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class _Row(RowParallelLinear):  # type: ignore[misc]
-    """Without the second value (a bias left to add) of its result."""
+    """megatron-core's layer without the second value of its result, a bias that is left to add."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = super().forward(inputs)[0]
@@ -282,7 +303,7 @@ class _Row(RowParallelLinear):  # type: ignore[misc]
 
 
 class _TokenColumn(_Column):
-    """From a share of the tokens to a share of the features of all tokens."""
+    """A column layer from a share of the tokens to a share of the features of all tokens."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = _GatherThenLinear.apply(inputs, self.weight, self.bias)  # type: ignore[no-untyped-call]
@@ -290,7 +311,7 @@ class _TokenColumn(_Column):
 
 
 class _TokenRow(_Row):
-    """From a share of the features of all tokens to a share of the tokens."""
+    """A row layer from a share of the features of all tokens to a share of the tokens."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = _ReduceScatter.apply(nn.functional.linear(inputs, self.weight))  # type: ignore[no-untyped-call]
@@ -306,7 +327,7 @@ class _TokenNorm(nn.LayerNorm):
 
 
 def _summed(parameter: Tensor) -> Tensor:
-    """The parameter itself, whose gradients the ranks of a layer add up."""
+    """The parameter itself; its gradient is summed over the ranks of a layer, which see different tokens."""
     same: Tensor = copy_to_tensor_model_parallel_region(parameter)
     return same
 

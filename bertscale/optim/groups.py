@@ -21,16 +21,16 @@ def decays(name: str) -> bool:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether the parameter is a matrix of a layer, which Muon takes: no embedding, norm, bias or head."""
+    """Whether the parameter is a matrix of a layer, which Muon updates: no embedding, norm, bias or head."""
     return ".layers." in name and decays(name)
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, matrices: bool = False
 ) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay, or three: with `matrices` those are the first.
+    """Two parameter groups, with and without weight decay, or three: with `matrices` those are the first.
 
-    Empty groups are left out.
+    Empty groups are left out. Each carries the keys that `WholeOptimizer` reads.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for kind in ((True, True), (False, True), (False, False)):
@@ -59,7 +59,7 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, sizes: ModelConfig, dtype: torch.dtype
 ) -> torch.optim.Optimizer:
-    """The optimizer of the config; all but AdamW need `lay_out` before their first step.
+    """Makes the optimizer of the config; all but AdamW need `lay_out` before their first step.
 
     `dtype` is that of the run's matrix products, in which Muon iterates.
     """

@@ -1,10 +1,12 @@
 """StableAdamW, LAMB and Muon, exact where the parameters lie in fragments on many ranks.
 
 They need what a fragment cannot tell: the norm of a whole parameter, or the whole matrix. A `Layout` says
-what lies where in a tensor. Sums of squares of all its parameters go over the ranks in one collective;
-fragments of matrices travel to one rank each, are orthogonalised there, and travel back.
+what lies where in a tensor. Sums of squares of all its parameters are summed over the ranks in one
+collective; fragments of matrices travel to one rank each, are orthogonalised there, and travel back.
 
 All keep their moments under AdamW's names: exp_avg is the mean of the gradients, exp_avg_sq of their squares.
+A tensor holds fragments of several parameters; a part is some of its values, which a CPU updates together.
+The numbers of `parameters` are their indices in the tensor's layout.
 """
 
 from __future__ import annotations
@@ -24,19 +26,21 @@ from bertscale.optim.layout import Exchange, Layout
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
-PART = 2**15  # values that a CPU updates at a time: all that a step needs of them stays in the cache
-ROW = 512  # values whose squares a CPU sums in float32
+PART = 2**15  # values that a CPU updates at a time: all that an update needs of them stays in the cache
+ROW = 512  # values whose squares a CPU sums in float32: few enough that rounding does not add up
 
 
 class WholeOptimizer(torch.optim.Optimizer):
-    """What the three have in common: layouts, moments, and sums over whole parameters.
+    """The base of the three: layouts, moments, and sums over whole parameters.
 
     `lay_out` is called for each tensor that is to be updated, once DeepSpeed has made them. Groups carry
     `lr`, set before each step, `weight_decay`, `decays`, whether their kind of weights does, and
-    `matrices`, whether they are orthogonalised. A step uses gradients up: it may leave its change in them.
+    `matrices`, whether they are orthogonalised. A step overwrites gradients: it may leave its change in them,
+    which saves a tensor of the same size.
 
     `grad_scale` and `found_inf`, float32 0-dim, are those of torch's fused optimizers: gradients are divided
-    by the one, and where the other is 1, they are not finite and nothing changes. The host never reads them.
+    by `grad_scale`, and where `found_inf` is 1, they are not finite and nothing changes. The host never reads
+    them, so that it does not wait for the device.
     """
 
     grad_scale: Tensor | None = None
@@ -50,7 +54,7 @@ class WholeOptimizer(torch.optim.Optimizer):
         self.sizes: dict[Tensor, Tensor] = {}  # values of each parameter, float64
 
     def lay_out(self, tensor: Tensor, layout: Layout) -> None:
-        """Says what lies in `tensor`."""
+        """Registers the layout of `tensor`, one of those that are updated."""
         fragments = [i for i, fragment in enumerate(layout.mine) if layout.counts(fragment, layout.rank)]
         numbers = torch.tensor([layout.mine[i].parameter for i in fragments], device=tensor.device)
         self.layouts[tensor] = layout
@@ -62,7 +66,7 @@ class WholeOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all tensors of `param_groups` that have a gradient."""
-        if not self.layouts:  # DeepSpeed tries a step while it is set up
+        if not self.layouts:  # DeepSpeed makes a trial step during its set-up
             return
         for group in self.param_groups:
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
@@ -71,19 +75,21 @@ class WholeOptimizer(torch.optim.Optimizer):
             applied = torch.ones((), device=tensors[0].device)
             if self.found_inf is not None and self.grad_scale is not None:
                 applied = 1 - self.found_inf
-                for tensor in tensors:  # what is left out becomes zero
+                # In a skipped step they become 0, by nan_to_num, for 0 times NaN is NaN.
+                for tensor in tensors:
                     gradient_of(tensor).mul_(applied / self.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
             for tensor in tensors:
                 first_moments(self.state[tensor], tensor, second=not group["matrices"])
             self.update(group, tensors, applied)
 
     def update(self, group: dict[str, Any], tensors: list[Tensor], applied: Tensor) -> None:
-        """Where `applied`, float32 0-dim, is 0, gradients are, and nothing is to change; else it is 1."""
+        """Updates the tensors of a group. `applied`, float32 0-dim, is 1, or 0 for a step that is skipped:
+        then gradients are 0 and nothing may change."""
         raise NotImplementedError
 
     def advance(self, tensor: Tensor, applied: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Takes the gradient into both moments. Gives weight, gradient, and the moments without their bias
-        towards zero, some values at a time; the gradient is the caller's to overwrite."""
+        """Updates both moments by the gradient. Yields weight, gradient, and the moments without their bias
+        towards zero, one part at a time; the caller may overwrite the gradient."""
         state, gradient = self.state[tensor], gradient_of(tensor)
         beta1, beta2 = self.config.beta1, self.config.beta2
         state["step"] += applied
@@ -98,9 +104,9 @@ class WholeOptimizer(torch.optim.Optimizer):
     def norms(self, tensors: list[Tensor], values: Sequence[list[Tensor]]) -> list[Tensor]:
         """Norms of whole parameters, float64, for each list in `values` of tensors laid out as `tensors`.
 
-        For each tensor a matrix [lists, parameters]; one collective for all.
+        Returns for each tensor a matrix [lists, parameters]. One collective for all of them.
         """
-        found = []
+        squares_of = []
         for number, tensor in enumerate(tensors):
             layout, (fragments, numbers) = self.layouts[tensor], self.counted[tensor]
             squares = tensor.new_zeros(len(values), len(layout.parameters), dtype=torch.float64)
@@ -108,48 +114,49 @@ class WholeOptimizer(torch.optim.Optimizer):
                 views = layout.views(part[number])
                 if fragments:
                     squares[row, numbers] = sums_of_squares([views[i] for i in fragments])
-            found.append(squares)
-        sizes = [part.shape[1] for part in found]
-        together = torch.cat(found, dim=1)
-        layout = self.layouts[tensors[0]]
+            squares_of.append(squares)
+        sizes = [squares.shape[1] for squares in squares_of]
+        together = torch.cat(squares_of, dim=1)  # [lists, parameters of all tensors]
+        layout = self.layouts[tensors[0]]  # all of them have one group
         if len(layout.fragments) > 1:
             dist.all_reduce(together, group=layout.group)
-        return [part.sqrt() for part in torch.split(together, sizes, dim=1)]
+        return [squares.sqrt() for squares in torch.split(together, sizes, dim=1)]
 
     def scale(self, tensor: Tensor, values: Tensor, factors: Tensor) -> None:
         """Multiplies each parameter's part of `values`, laid out as `tensor`, by its factor [parameters]."""
         layout = self.layouts[tensor]
         if layout.mine:
-            own = factors.to(values.dtype).unbind()
-            torch._foreach_mul_(layout.views(values), [own[fragment.parameter] for fragment in layout.mine])
+            factor_of = factors.to(values.dtype).unbind()
+            torch._foreach_mul_(layout.views(values), [factor_of[f.parameter] for f in layout.mine])
 
 
 def gradient_of(tensor: Tensor) -> Tensor:
+    """The gradient of a tensor that has one."""
     assert tensor.grad is not None
     return tensor.grad
 
 
 def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Flat views of the same values of each; on a GPU of all of them, on a CPU of PART at a time."""
+    """Flat views of the same values of each tensor: on a GPU all of them, on a CPU PART at a time."""
     flat = [tensor.view(-1) for tensor in tensors]
     size = len(flat[0]) if flat[0].is_cuda else PART
     return zip(*(torch.split(values, max(1, size)) for values in flat), strict=True)
 
 
 def sums_of_squares(views: Sequence[Tensor]) -> Tensor:
-    """Of each flat view, float64 [views]."""
+    """Sums of the squares of each flat view, float64 [views]."""
     if views[0].is_cuda:
         return torch.stack(torch._foreach_norm(list(views), 2, torch.float64)).square()
-    found = []
+    sums = []
     for view in views:  # 25 times as fast as in float64 throughout
         whole = len(view) // ROW * ROW
         rows = torch.linalg.vector_norm(view[:whole].view(-1, ROW), dim=1).double().square().sum()
-        found.append(rows + view[whole:].double().square().sum())
-    return torch.stack(found)
+        sums.append(rows + view[whole:].double().square().sum())
+    return torch.stack(sums)
 
 
 def first_moments(state: dict[str, Any], tensor: Tensor, *, second: bool) -> None:
-    """Gives a tensor that has no state yet the one of step 0, as AdamW would have it."""
+    """Gives a tensor that has no state yet that of step 0, under the names and types of torch's AdamW."""
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         state["exp_avg"] = torch.zeros_like(tensor)
@@ -169,9 +176,10 @@ class StableAdamW(WholeOptimizer):
         eps = self.config.eps
         changes, ratios = [], []
         for tensor in tensors:
-            ratios.append(torch.empty_like(tensor))
+            ratios.append(torch.empty_like(tensor))  # g / max(sqrt(v), eps)
             parts = zip(self.advance(tensor, applied), in_parts(ratios[-1]), strict=True)
             for (_, gradient, mean, square), (ratio,) in parts:
+                # The update overwrites the gradient: one tensor more, for the ratios, is enough.
                 root = square.sqrt_()
                 torch.div(gradient, root.clamp(min=eps), out=ratio)
                 torch.div(mean, root.add_(eps), out=gradient)
@@ -179,6 +187,7 @@ class StableAdamW(WholeOptimizer):
         norms = self.norms(tensors, [ratios])
         for tensor, change, (norm,) in zip(tensors, changes, norms, strict=True):
             change.add_(tensor, alpha=group["weight_decay"])
+            # RMS over the whole parameter, not over this rank's fragment of it.
             self.scale(tensor, change, 1 / (norm / self.sizes[tensor].sqrt()).clamp(min=1.0))
             tensor.addcmul_(change, applied, value=-group["lr"])
 
@@ -188,7 +197,7 @@ class Lamb(WholeOptimizer):
 
     The rate of a parameter is multiplied by phi(|w|) / |u|, u the update with the decay in it, and by 1 where
     either norm is zero. phi keeps |w| within `weight_norm_bounds` if they are given and is the identity if
-    not. As in the authors' code, biases and LayerNorms, which do not decay, take no such ratio.
+    not. As in the authors' code, biases and LayerNorms, which do not decay, have no such ratio.
     """
 
     def update(self, group: dict[str, Any], tensors: list[Tensor], applied: Tensor) -> None:
@@ -214,10 +223,10 @@ class Muon(WholeOptimizer):
     The update is the matrix nearest to Nesterov's momentum that has all singular values near one, times
     0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's, so that one learning rate and decay fit
     both (Liu et al., 2025, "Muon is scalable for LLM training"). The query, key and value projection is three
-    matrices, and the gated one of the feed-forward part two, each orthogonalised by itself, as they would be
-    if they were not laid side by side.
+    matrices, and the gated one of the feed-forward part two, each orthogonalised alone, as they would be if
+    they were not fused.
 
-    `split` and `join` take a parameter (name, values) to its matrices [count, rows, columns] and back;
+    `split` and `join` turn a parameter (name, values) into its matrices [count, rows, columns] and back;
     `dtype` is that of the iteration.
     """
 
@@ -257,9 +266,10 @@ class Muon(WholeOptimizer):
             )
             return
         for tensor, gradient, state in zip(tensors, gradients, states, strict=True):
+            # `applied` is a factor of each change: with 0 nothing changes, and the host need not know.
             state["step"] += applied
             state["exp_avg"].lerp_(gradient, (1 - config.momentum) * applied)
-            change = gradient.lerp(state["exp_avg"], config.momentum)
+            change = gradient.lerp(state["exp_avg"], config.momentum)  # Nesterov's momentum
             if tensor not in self.exchanges:
                 self.exchanges[tensor] = Exchange(self.layouts[tensor])
             self.exchanges[tensor].change_whole(change.view(-1), self.orthogonal)
@@ -267,21 +277,22 @@ class Muon(WholeOptimizer):
 
     def orthogonal(self, name: str, momentum: Tensor) -> Tensor:
         """The update of the whole parameter `name` from its momentum, both [rows, columns]."""
-        matrices = self.split(name, momentum)
+        matrices = self.split(name, momentum)  # [rows, columns] -> [count, rows, columns]
         size = 0.2 * max(matrices.shape[-2:]) ** 0.5
         return self.join(name, orthogonalize(matrices, self.dtype).to(momentum.dtype) * size)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """[count, rows, columns] -> the like, in `dtype`, with singular values of about 0.7 to 1.2.
+    """Matrices [count, rows, columns] with singular values of about 0.7 to 1.2, in `dtype`.
 
-    Newton-Schulz, five times x <- a x + (b x xᵀ + c (x xᵀ)²) x, on the smaller side's Gram matrix.
+    Newton-Schulz (Jordan et al., 2024), five times x <- a x + (b x xᵀ + c (x xᵀ)²) x.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x = matrices.mT if tall else matrices  # the Gram matrix is then of the smaller side, and cheap
+    # The iteration converges from singular values below 1; the norm of a matrix is at least the largest one.
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
+        gram = x @ x.mT  # [count, smaller, smaller]
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

@@ -1,6 +1,7 @@
-"""What every tokenizer is: its interface, the normal form of text, words, and places in the given text.
+"""The interface of tokenizers, the normal form of text, what a word is, and offsets in the given text.
 
-The kinds are in `sentence_piece` and `wordpiece`; `load` makes one of a file.
+The kinds are in `sentence_piece` and `wordpiece`; `load` makes one of a file. A piece is always an entry of
+the vocabulary, an id its number; an offset counts characters of the text that was given.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def normalize(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> str:
 class Tokenizer(ABC):
     """What training, fine-tuning and prep know of a tokenizer; made by `load_tokenizer`."""
 
-    file_name: ClassVar[str]  # under which it lies in a folder
+    file_name: ClassVar[str]  # in the folder of a data set or model
 
     path: Path  # where it was read
     content: bytes  # of the one file that holds it
@@ -63,11 +64,11 @@ class Tokenizer(ABC):
     cls_id: int
     sep_id: int
     mask_id: int
-    form: Literal["NFC", "NFKC"] | None = None  # Unicode's, that `normalize` gives; None: rules of its own
+    form: Literal["NFC", "NFKC"] | None = None  # Unicode's, that `normalize` gives; None: WordPiece's rules
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file that `save` writes."""
+        """The digest (hex) of the file that `save` writes."""
         return hashlib.sha256(self.content).hexdigest()
 
     @cached_property
@@ -76,9 +77,9 @@ class Tokenizer(ABC):
 
     @cached_property
     def starts_word(self) -> npt.NDArray[np.bool_]:
-        """Whether each piece begins a word, bool [vocab]: for masks of whole words.
+        """Whether each piece begins a word, bool [vocabulary]: for masks of whole words.
 
-        Words are what BERT's are, whatever the tokenizer: runs of letters or digits, each punctuation mark,
+        Words are those of BERT, whatever the tokenizer: runs of letters or digits, each punctuation mark,
         each piece of Han characters or Kana. Special pieces begin one too.
         """
         return np.array([self._starts_word(i) for i in range(self.vocab_size)]) | np.isin(
@@ -93,19 +94,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Its kind, size and rules, for people."""
+        """The tokenizer's kind, size and rules, for people."""
 
     @abstractmethod
     def normalize(self, text: str) -> str:
-        """`text` as `encode` wants it."""
+        """The normal form of `text`, which `encode` needs."""
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[Ids]:
-        """Ids of each text, without [CLS] and [SEP]. Normalise first."""
+        """Encodes each text, which must be normalised, into its ids, without [CLS] and [SEP]."""
 
     @abstractmethod
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
-        """Ids of each text and where each piece came from in it; normalises by itself.
+        """Normalises and encodes each text: its ids, and the span of the given text that each piece is of.
 
         Spans leave out the space before a word. The bytes of one character all have its span; a piece that
         is nothing but a space has an empty one.
@@ -131,7 +132,7 @@ class Tokenizer(ABC):
     def _starts_word(self, piece_id: int) -> bool: ...
 
     def agreement(self, folder: str | Path, texts: Sequence[str]) -> float:
-        """Share of `texts` for which this tokenizer and the one exported to `folder` give the same ids."""
+        """Fraction of `texts` for which this tokenizer and the one exported to `folder` give the same ids."""
         from tokenizers import Tokenizer as Fast
 
         fast = Fast.from_file(str(Path(folder) / "tokenizer.json"))
@@ -151,7 +152,7 @@ def begins_like_a_word(text: str) -> bool:
 
 
 def is_punctuation(character: str) -> bool:
-    """As BERT has it: Unicode's punctuation, and every other ASCII character that is no letter or digit."""
+    """Whether BERT's rules call it so: Unicode's punctuation, and all of ASCII but letters and digits."""
     if character.isascii():
         return character.isprintable() and not character.isalnum() and character not in ("", " ")
     return unicodedata.category(character)[0] == "P"
@@ -160,44 +161,47 @@ def is_punctuation(character: str) -> bool:
 # ------------------------------------------------------------------------------------------- offsets
 
 
-def normalize_with_places(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str, Spans]:
-    """`normalize(text, form)`, and of each of its characters where it came from in `text`."""
+def normalize_with_offsets(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str, Spans]:
+    """`normalize(text, form)`, and for each of its characters the span of `text` that it comes from."""
     clean = normalize(text, form)
     if clean == text:
         return clean, [(i, i + 1) for i in range(len(text))]
-    kept = [(c, i) for i, c in enumerate(text) if not _find_dropped.match(c)]
+    # The steps of `normalize`, character by character. Unicode's form has no offsets: so the text is cut into
+    # runs of characters that have no influence on each other, and each run is normalised alone.
+    remaining = [(c, i) for i, c in enumerate(text) if not _find_dropped.match(c)]
     characters: list[tuple[str, int, int]] = []
     start = 0
-    for end in range(1, len(kept) + 1):
-        if end < len(kept) and _joins("".join(c for c, _ in kept[start:end]), kept[end][0], form):
+    for end in range(1, len(remaining) + 1):
+        run = "".join(c for c, _ in remaining[start:end])
+        if end < len(remaining) and _joins(run, remaining[end][0], form):
             continue
-        # All that comes of characters which normalise together comes from all of them.
-        run = "".join(c for c, _ in kept[start:end])
-        characters += [(c, kept[start][1], kept[end - 1][1] + 1) for c in unicodedata.normalize(form, run)]
+        # Every character of the normalised run gets the span of the whole run.
+        begin, stop = remaining[start][1], remaining[end - 1][1] + 1
+        characters += [(c, begin, stop) for c in unicodedata.normalize(form, run)]
         start = end
     result: list[str] = []
-    places: Spans = []
+    spans: Spans = []
     for character, begin, end in characters:
         if not _find_spaces.match(character):
             result.append(character)
-            places.append((begin, end))
-        elif result and result[-1] == " ":
-            places[-1] = (places[-1][0], end)
-        elif result:
+            spans.append((begin, end))
+        elif result and result[-1] == " ":  # one space for several
+            spans[-1] = (spans[-1][0], end)
+        elif result:  # none at the begin
             result.append(" ")
-            places.append((begin, end))
+            spans.append((begin, end))
     if result and result[-1] == " ":
         result.pop()
-        places.pop()
+        spans.pop()
     assert "".join(result) == clean
-    return clean, places
+    return clean, spans
 
 
 def _joins(before: str, character: str, form: Literal["NFC", "NFKC"]) -> bool:
     """Whether the normal form of `character` depends on the characters `before` it, or theirs on it."""
-    if character < "\u0300":
+    if character < "\u0300":  # the first combining character
         return False
-    own = unicodedata.normalize(form, character)
-    if unicodedata.combining(own[0]):
+    alone = unicodedata.normalize(form, character)
+    if unicodedata.combining(alone[0]):
         return True
-    return unicodedata.normalize(form, before + character) != unicodedata.normalize(form, before) + own
+    return unicodedata.normalize(form, before + character) != unicodedata.normalize(form, before) + alone

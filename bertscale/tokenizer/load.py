@@ -1,4 +1,4 @@
-"""The tokenizer of a data set or a model: one interface for SentencePiece models and WordPiece vocabularies.
+"""Finds and loads the tokenizer of a data set or a model, a SentencePiece model or a WordPiece vocabulary.
 
     tokenizer = load_tokenizer("runs/quickstart/data")
     tokenizer.encode([tokenizer.normalize("The apple is red.")])     # [[1012, 2411, 12, 874, 7]]
@@ -18,9 +18,9 @@ from bertscale.tokenizer.base import SENTENCE_PIECE_NAME, TOKENIZER_NAMES, VOCAB
 
 
 def find_tokenizer(folder: str | Path) -> Path:
-    """The tokenizer's file in the folder of a data set, a checkpoint or a model; there may be none yet.
+    """The path of the tokenizer in the folder of a data set, a checkpoint or a model; it may not exist yet.
 
-    A run's is that of its newest checkpoint. tokenizer.model goes before tokenizer.json, which beside it is
+    A run's is that of its newest checkpoint. tokenizer.model comes before tokenizer.json, which beside it is
     its Hugging Face form. A published model may have its vocab.txt alone.
     """
     folder = Path(folder)
@@ -50,7 +50,7 @@ def load_tokenizer(path: str | Path, lowercase: bool | None = None) -> Tokenizer
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
-    # The libraries load when they are needed: reading shards needs neither.
+    # The libraries are imported only when needed: reading shards needs neither.
     if path.suffix in (".txt", ".json"):
         from bertscale.tokenizer import wordpiece
 

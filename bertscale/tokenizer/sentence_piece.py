@@ -33,7 +33,7 @@ from bertscale.tokenizer.base import (
     Tokenizer,
     begins_like_a_word,
     normalize,
-    normalize_with_places,
+    normalize_with_offsets,
 )
 
 SPACE = "▁"
@@ -43,7 +43,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePi
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Made by `load_tokenizer`; pieces that follow a space begin with "▁"."""
+    """A SentencePiece tokenizer, made by `load_tokenizer`; pieces that follow a space begin with "▁"."""
 
     file_name = SENTENCE_PIECE_NAME
 
@@ -61,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             self._special_id(name) for name in (PAD, UNK, CLS, SEP, MASK)
         )
-        # What the model's own rule makes of a character that has another form in NFKC alone.
+        # The model does not name its normal form: a circled 1 becomes "1" in NFKC and stays in NFC.
         compatible = self._model.normalize("\u2460").strip(SPACE) == "1"
         self.form: Literal["NFC", "NFKC"] = "NFKC" if compatible else "NFC"
 
@@ -79,22 +79,22 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
         results = []
         for text in texts:
-            clean, places = normalize_with_places(text, self.form)
-            found = self._model.encode(clean, return_type="offset_mapping")
+            clean, sources = normalize_with_offsets(text, self.form)
+            encoded = self._model.encode(clean, return_type="offset_mapping")
             spans: Spans = []
             # From the end: of the bytes of a character, only the last has the character's span.
             begin, end = len(clean), len(clean)
-            for piece, span in zip(reversed(found["pieces"]), reversed(found["offsets"]), strict=True):
+            for piece, span in zip(reversed(encoded["pieces"]), reversed(encoded["offsets"]), strict=True):
                 if span[0] < span[1] or piece == SPACE:
                     begin, end = span
                 if piece.startswith(SPACE) and clean[begin:end].startswith(" "):
                     begin += 1
                 if begin < end:
-                    spans.append((places[begin][0], places[end - 1][1]))
+                    spans.append((sources[begin][0], sources[end - 1][1]))
                 else:
-                    place = places[begin][0] if begin < len(places) else len(text)
-                    spans.append((place, place))
-            results.append((found["ids"], spans[::-1]))
+                    offset = sources[begin][0] if begin < len(sources) else len(text)
+                    spans.append((offset, offset))
+            results.append((encoded["ids"], spans[::-1]))
         return results
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -137,7 +137,10 @@ class SentencePieceTokenizer(Tokenizer):
     # ---------------------------------------------------------------------------------- Hugging Face
 
     def export_hugging_face(self, folder: str | Path, max_length: int) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which AutoTokenizer loads."""
+        """Writes tokenizer.json and tokenizer_config.json, which AutoTokenizer loads.
+
+        Raises UserError for a SentencePiece model of words, or with the space after a word.
+        """
         from tokenizers import AddedToken, decoders, processors
         from tokenizers import Tokenizer as Fast
 
@@ -244,13 +247,13 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """The pairs that may be joined, those of the best pieces first, as BPE of `tokenizers` wants them.
+    """The pairs that may be joined, those of the best pieces first, as BPE of `tokenizers` needs them.
 
     SentencePiece joins any two neighbours that together are a piece, the piece with the highest score first.
     """
     scores = {p.piece: p.score for p in proto.pieces if p.type in (_NORMAL, _USER_DEFINED)}
     merges = []
-    for piece in sorted(scores, key=scores.__getitem__, reverse=True):  # stable: the order of ids
+    for piece in sorted(scores, key=scores.__getitem__, reverse=True):  # stable: equal scores by id
         for cut in range(1, len(piece)):
             if piece[:cut] in scores and piece[cut:] in scores:
                 merges.append((piece[:cut], piece[cut:]))
@@ -258,5 +261,5 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def _spell(characters: str) -> str:
-    """A Python character class as the same characters themselves, for the other regular expressions."""
+    """The characters of a Python character class, unescaped, for the regular expressions of `tokenizers`."""
     return re.sub(r"\\x(..)|\\u(....)", lambda m: chr(int(m[1] or m[2], 16)), characters)

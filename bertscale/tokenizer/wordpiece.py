@@ -4,7 +4,7 @@
     tokenizer.save("runs/data")                     # tokenizer.json: vocabulary and rules in one file
 
 The rules (clean text, lower case, spaces around Han characters and punctuation, the longest match first) are
-those of HF `tokenizers`, which knows them as BertNormalizer, BertPreTokenizer and WordPiece.
+those of Hugging Face `tokenizers`, named BertNormalizer, BertPreTokenizer and WordPiece there.
 
 WordPiece: Devlin et al., "BERT", 2018, https://arxiv.org/abs/1810.04805
 """
@@ -39,8 +39,8 @@ from bertscale.tokenizer.base import (
 
 CONFIG_NAME = "tokenizer_config.json"
 CONTINUES = "##"  # before a piece that does not begin a word
-MEMORY = 64 * 2**20  # bytes, about, for words whose ids are known
-WORD_BYTES = 250  # a known word takes about so many, beside its characters
+CACHE_BYTES = 64 * 2**20  # for words whose ids are known, about
+WORD_BYTES = 250  # of a known word, about, beside its characters
 
 _surrogates = re.compile("[\ud800-\udfff]")
 _named = re.compile(r"\[.*\]|<.*>", re.DOTALL)  # pieces that no text can write
@@ -51,12 +51,12 @@ _find_words = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+").findall
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Made by `load_tokenizer`; pieces that continue a word begin with "##"."""
+    """A WordPiece tokenizer, made by `load_tokenizer`; pieces that continue a word begin with "##"."""
 
     file_name = WORD_PIECE_NAME
 
     def __init__(self, path: Path, content: bytes) -> None:
-        """`content`: of a tokenizer.json. Raises UserError if it is not one of BERT's kind."""
+        """Reads `content`, that of a tokenizer.json; raises UserError if it is not one of BERT's kind."""
         # No threads: prep runs one process for each core already, and threads of a process that was forked
         # would hang.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -99,25 +99,23 @@ class WordPieceTokenizer(Tokenizer):
         if new := set(chain.from_iterable(lines)).difference(known):
             self._learn(list(new))
         ids = [list(chain.from_iterable(map(known.__getitem__, line))) for line in lines]
-        if self._known_bytes > MEMORY:
+        if self._known_bytes > CACHE_BYTES:  # the frequent words are back after a few lines
             self._known, self._known_bytes = {}, 0
         return ids
 
     def _learn(self, words: list[str]) -> None:
-        for word, found in zip(
-            words, self._fast.encode_batch_fast(words, add_special_tokens=False), strict=True
-        ):
-            self._known[word] = tuple(found.ids)
+        encoded = self._fast.encode_batch_fast(words, add_special_tokens=False)
+        for word, encoding in zip(words, encoded, strict=True):
+            self._known[word] = tuple(encoding.ids)
             self._known_bytes += WORD_BYTES + 12 * len(word)
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
         results = []
         for text in texts:
-            clean = (
-                text if text.isascii() else _surrogates.sub("\x00", text)
-            )  # dropped, but it holds the place
-            found = self._fast.encode(clean, add_special_tokens=False)
-            results.append((found.ids, found.offsets))
+            # BERT's rules drop a null character, which until then keeps the offsets behind it right.
+            clean = text if text.isascii() else _surrogates.sub("\x00", text)
+            encoding = self._fast.encode(clean, add_special_tokens=False)
+            results.append((encoding.ids, encoding.offsets))
         return results
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -163,7 +161,7 @@ class WordPieceTokenizer(Tokenizer):
 
 
 def load(path: Path, content: bytes, lowercase: bool | None) -> WordPieceTokenizer:
-    """The tokenizer of a tokenizer.json or a vocab.txt; see `load_tokenizer`."""
+    """Makes the tokenizer of a tokenizer.json or a vocab.txt; see `load_tokenizer`."""
     if path.suffix != ".json":
         return WordPieceTokenizer(path, from_vocabulary(path, content, lowercase, _settings_beside(path)))
     if lowercase is not None:
@@ -232,7 +230,7 @@ def from_vocabulary(
 
 
 def _tokenizer_json(pieces: list[str], lowercase: bool, strip_accents: bool | None = None) -> bytes:
-    """The same bytes for the same vocabulary and rules, whatever the version of `tokenizers`."""
+    """The content of a tokenizer.json, the same bytes whatever the version of `tokenizers`."""
     if strip_accents is None:
         # A vocabulary in lower case that has letters with accents was made without taking them off.
         accents = any(p != unicodedata.normalize("NFD", p) for p in pieces if not _named.fullmatch(p))
@@ -245,9 +243,9 @@ def _tokenizer_json(pieces: list[str], lowercase: bool, strip_accents: bool | No
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": place, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+            {"id": piece_id, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
             | {"normalized": False, "special": True}
-            for name, place in sorted(special.items(), key=lambda item: item[1])
+            for name, piece_id in sorted(special.items(), key=lambda item: item[1])
         ],
         "normalizer": {
             "type": "BertNormalizer",
@@ -291,10 +289,10 @@ def _parse(path: Path, content: bytes) -> Any:
 def _check(path: Path, parts: Any) -> None:
     """Raises UserError unless `parts` are those of a BERT tokenizer."""
     kinds = ("BertNormalizer", "BertPreTokenizer", "WordPiece")
-    found: list[Any] = []
+    types: list[Any] = []
     if isinstance(parts, dict):
-        found = [(parts.get(name) or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
-    if tuple(found) != kinds:
+        types = [(parts.get(name) or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
+    if tuple(types) != kinds:
         raise UserError(
             f"{path} is not the tokenizer of a BERT (a WordPiece model with BERT's rules); where it is the "
             "Hugging Face form of a SentencePiece model, put that model beside it as tokenizer.model"
@@ -305,8 +303,8 @@ def _check(path: Path, parts: Any) -> None:
     rules = parts["normalizer"]
     if not (rules["clean_text"] and rules["handle_chinese_chars"]):
         raise UserError(
-            f"the tokenizer {path} does not clean text or does not cut at Chinese characters, which this "
-            "version needs"
+            f"the tokenizer {path} does not clean text or does not make words of Chinese characters, which "
+            "this version needs"
         )
     for token in parts.get("added_tokens", []):
         if not token["special"]:

@@ -1,4 +1,4 @@
-"""What a person wants to know before a long run: the model, the data, the ranks."""
+"""The first lines of a run: the model, the data, the ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def banner(
     start: int,
     schedule: TrainingSchedule,
 ) -> list[str]:
-    """What a person wants to know before a long run, in a few lines."""
+    """The first lines of a run. `precision` and its `reason` in words; `peak`: FLOP/s of all ranks; `start`:
+    steps that an earlier attempt has done."""
     sizes = config.model
     lines = [
         f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}; "
@@ -31,7 +32,7 @@ def banner(
         *data_lines(config, data, loader, start, schedule),
         f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
         f"ZeRO-{config.parallel.zero_stage}, on {describe(ranks.device)} each; "
-        f"{show_count(peak)} FLOP/s at most together",
+        f"{show_count(peak)} FLOP/s peak of all ranks",
         f"watch     tensorboard --logdir {config.run}/{TENSORBOARD}",
     ]
     if start:
@@ -42,31 +43,31 @@ def banner(
 def data_lines(
     config: PretrainConfig, data: list[Dataset], loader: Loader, start: int, schedule: TrainingSchedule
 ) -> list[str]:
-    """Size of each corpus, how often it will be gone through, and what of it makes no sample."""
+    """Lines on each corpus: its size, the epochs to come, and documents that make no sample."""
     mixture, kind = loader.mixture, config.samples.kind
     name = {"nsp": "NSP pairs", "sop": "SOP pairs", "document": "samples", "packed": "packed samples"}[kind]
-    before, behind = mixture.epochs(start), mixture.epochs(schedule.steps or start)
+    before, at_end = mixture.epochs(start), mixture.epochs(schedule.steps or start)
     lines = []
-    for number, (one, sampler) in enumerate(zip(data, mixture.phases[-1].samplers, strict=True)):
-        share = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
+    for number, (corpus, sampler) in enumerate(zip(data, mixture.phases[-1].samplers, strict=True)):
+        fraction = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
         lines.append(
-            f"{'' if number else 'data':<10}{show_count(one.num_tokens)} tokens, {one.num_documents:,} "
-            f"documents, {sampler.num_samples:,} {name} of {config.samples.max_length} tokens at most; "
-            + (f"{behind[number] - before[number]:.1f} epochs" if schedule.steps else schedule.text)
+            f"{'' if number else 'data':<10}{show_count(corpus.num_tokens)} tokens, {corpus.num_documents:,} "
+            f"documents, {sampler.num_samples:,} {name} of at most {config.samples.max_length} tokens; "
+            + (f"{at_end[number] - before[number]:.1f} epochs" if schedule.steps else schedule.text)
             + " to go"
-            + (f"; {one.folder}, {share:.1%} of the samples" if len(data) > 1 else "")
+            + (f"; {corpus.folder}, {fraction:.1%} of the samples" if len(data) > 1 else "")
         )
         if sampler.left_out:
-            lines.append(f"{'':<10}{sampler.left_out:,} documents of one token make no pair")
+            lines.append(f"{'':<10}{sampler.left_out:,} documents of a single token make no pair")
     for steps, length in config.samples.warmup:
-        lines.append(f"{'':<10}{steps:,} steps of {length} tokens at most before")
+        lines.append(f"{'':<10}before that, {steps:,} steps of at most {length} tokens")
     for tokens, size in config.train.batch_warmup:
         lines.append(f"{'':<10}{size:,} samples a step until {show_count(tokens)} tokens are done")
     return lines
 
 
 def epochs(config: PretrainConfig, loader: Loader, done: int) -> dict[str, float]:
-    """How often the data, or each of several corpora, has been gone through after `done` steps."""
+    """Epochs of the data, or of each of several corpora, after `done` steps, by their name in the metrics."""
     passed = loader.mixture.epochs(done)
     if len(passed) == 1:
         return {"data/epochs": passed[0]}

@@ -48,7 +48,8 @@ from bertscale.train.parallel import Ranks
 class StateFragment:
     """This rank's part of one parameter: views of the float32 tensors that the optimizer updates.
 
-    `start` counts from the beginning of the tensor rank's flattened share; the views are 1-D.
+    `start` is an index in the tensor rank's flattened share; `states` has 1-D views of equal length, by the
+    names of `STATES`.
     """
 
     name: str
@@ -60,15 +61,16 @@ class StateFragment:
 
 
 def shard_name(tensor_rank: int, data_rank: int) -> str:
+    """The name of the file that a rank writes."""
     return f"shard-t{tensor_rank:02d}-d{data_rank:02d}.safetensors"
 
 
 def write_shard(folder: Path, name: str, fragments: Iterable[StateFragment]) -> dict[str, Any]:
     """Writes one rank's fragments and returns the file's entry in the table. Raises OSError."""
-    kept = [fragment for fragment in fragments if fragment.states["weight"].numel()]
+    full = [fragment for fragment in fragments if fragment.states["weight"].numel()]
     tensors = {
         f"{state}:{fragment.name}": value.detach().cpu().contiguous()
-        for fragment in kept
+        for fragment in full
         for state, value in fragment.states.items()
     }
     path = folder / name
@@ -78,7 +80,8 @@ def write_shard(folder: Path, name: str, fragments: Iterable[StateFragment]) -> 
         "name": name,
         "bytes": path.stat().st_size,
         "digest": file_digest(path),
-        "pieces": {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in kept},
+        # The format's word for fragments: name -> [start, length].
+        "pieces": {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in full},
     }
 
 
@@ -87,8 +90,8 @@ def save_checkpoint(
 ) -> None:
     """Writes the checkpoint `final`, all ranks together, each its `fragments`; `table` is the first rank's.
 
-    Whatever fails on a rank, all of them learn of it before the folder gets its name: then it is removed, and
-    each of them raises UserError.
+    If the disk fails one rank, all of them learn of it before the folder gets its name: then it is removed,
+    and each of them raises UserError. No rank leaves early: the others would hang in the next collective.
     """
     partial = partial_folder(final)
     failure: str | None = None
@@ -104,7 +107,7 @@ def save_checkpoint(
             entry.update(tensor_rank=ranks.tensor_rank, data_rank=ranks.data_rank)
 
         failure = _attempt(write)
-    reports: list[Any] = ranks.gather((failure, entry))
+    reports: list[Any] = ranks.gather((failure, entry))  # of every rank, on every rank
     failure = next((text for text, _ in reports if text), None)
     if failure is None and ranks.rank == 0:
         whole = {"format": FORMAT, "has_moments": True, **table, "files": [file for _, file in reports]}
@@ -113,11 +116,11 @@ def save_checkpoint(
     if failure:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write the checkpoint {final}: {failure}; the ones before it are whole")
+        raise UserError(f"cannot write the checkpoint {final}: {failure}; earlier checkpoints are intact")
 
 
 def _attempt(work: Callable[[], object]) -> str | None:
-    """Does the work; an operating system's refusal comes back in words, so that all ranks can agree."""
+    """Does the work; returns an operating system's error in words, so that all ranks can agree on it."""
     try:
         work()
     except OSError as error:
@@ -152,7 +155,7 @@ class Checkpoint:
         self.vocab_size: int = table["vocab_size"]
         self.step: int = table["step"]
         self.samples_consumed: int = table["samples_consumed"]
-        self.skipped_steps: int = table.get("skipped_steps", 0)  # of them, those that changed nothing
+        self.skipped_steps: int = table.get("skipped_steps", 0)  # of the steps, those that changed nothing
         self.elapsed_seconds: float = table.get("elapsed_seconds", 0.0)  # of training
         self.parameters: dict[str, dict[str, Any]] = table["parameters"]
         self._open: dict[str, Any] = {}
@@ -163,7 +166,7 @@ class Checkpoint:
         return bool(self.table["has_moments"])
 
     def tensor(self, name: str, state: str = "weight") -> Tensor:
-        """The whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
+        """Assembles a whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
 
         Raises KeyError for an unknown parameter or a state that its optimizer does not keep, UserError for a
         damaged file.
@@ -177,6 +180,7 @@ class Checkpoint:
         if dim is not None:
             share[dim] //= degree
         shares = []
+        # The share of each tensor rank from the fragments of its data ranks, then the whole from the shares.
         for rank in range(degree):
             flat = torch.empty(torch.Size(share).numel())
             for file in self.table["files"]:
@@ -199,7 +203,8 @@ class Checkpoint:
         return file_digest(self.folder / TABLE)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compares every `parts`-th file's digest with the table; raises UserError that names the file."""
+        """Compares digests with the table, of the files `part`, `part` + `parts`, ...; raises UserError that
+        names the damaged file."""
         for file in self.table["files"][part::parts]:
             if file_digest(self.folder / file["name"]) != file["digest"]:
                 raise UserError(
@@ -227,22 +232,22 @@ class Checkpoint:
 def prune(run: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints of a run. Raises OSError."""
     for folder in checkpoints(run)[:-keep]:
-        (folder / TABLE).unlink()  # first: one that is half removed is no checkpoint
+        (folder / TABLE).unlink()  # first: without it a half removed folder is no checkpoint
         shutil.rmtree(folder)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Opens a checkpoint folder, or the newest checkpoint of a run folder.
 
-    Raises UserError where there is none, it was never committed, or a file is missing or cut short.
+    Raises UserError where there is none, it was never committed, or a file is missing or truncated.
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint {folder}: no such folder")
     if (folder / CHECKPOINTS).is_dir():
-        found = checkpoints(folder)
-        if not found:
+        finished = checkpoints(folder)
+        if not finished:
             raise UserError(f"the run {folder} has no finished checkpoint yet")
-        return open_checkpoint(found[-1])
+        return open_checkpoint(finished[-1])
     table = read_table(folder)
     for file in table["files"]:
         path = folder / file["name"]
@@ -254,22 +259,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file, readable by whom the umask lets. Raises OSError."""
+    """Writes a safetensors file with the permissions that the umask gives. Raises OSError."""
     try:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:  # it wraps the operating system's errors
-        found = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(found.group(1)) if found else errno.EIO, str(error), str(path)) from error
+        match = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(match.group(1)) if match else errno.EIO, str(error), str(path)) from error
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors makes it the owner's alone
+    path.chmod(0o666 & ~umask)  # safetensors lets the owner alone read it
 
 
 def write_whole(
     folder: Path, table: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path
 ) -> None:
-    """Writes full weights (no moments) as a checkpoint of one rank into `folder`, the table last; used for
-    imported weights. Raises OSError."""
+    """Writes whole imported weights (no moments) as the checkpoint of one rank into `folder`, the table
+    last. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     load_tokenizer(tokenizer).save(folder)
     shapes: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What differs between devices, in one place: which one, its number format, its peak."""
+"""The device of a rank: which one, its number format, its peak."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from bertscale.config import UserError
 
 PEAK_SECONDS = 0.33  # that `measured_peak` takes
-# Words of a device's name, in the order in which they are looked for -> FLOP/s; see `data_sheet_peak`.
+# Part of a device's name -> FLOP/s; the first that fits counts. See `data_sheet_peak`.
 DATA_SHEET_PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -43,7 +43,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype, reason in words) for `auto`, `bfloat16` or `float32`."""
+    """Returns (dtype, reason in words) for `auto`, `bfloat16` or `float32`; raises UserError for others."""
     if wanted == "float32":
         return torch.float32, "as configured"
     if wanted == "bfloat16":
@@ -67,14 +67,14 @@ def describe(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished all kernels that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's on a known GPU, else `measured_peak`, once."""
+    """FLOP/s that MFU is relative to: the data sheet's on a known GPU, else `measured_peak`, once."""
     return data_sheet_peak(device, dtype) or measured_peak(device, dtype)
 
 
@@ -92,8 +92,8 @@ def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best FLOP/s of square matrix products in a third of a second, two at least: of 2,048 with this
-    process's threads, or of 8,192 on a GPU, which takes some of them to come up to its clock."""
+    """The best FLOP/s of square matrix products in a third of a second, two at least: 2,048 wide with this
+    process's threads, or 8,192 on a GPU, which needs some of them to reach its clock rate."""
     size = 2048 if device.type == "cpu" else 8192
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)

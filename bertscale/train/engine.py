@@ -1,4 +1,4 @@
-"""The model and optimizer of a run, sharded by DeepSpeed; the way in and out of each rank's part."""
+"""The model and optimizer of a run, sharded by DeepSpeed, and how each rank's part is read and written."""
 
 from __future__ import annotations
 
@@ -22,28 +22,33 @@ from bertscale.train.zero import Zero
 
 
 def _graph_tokens(config: PretrainConfig, ranks: Ranks) -> int | None:
-    """Tokens of a micro-batch at most, where its layers are replayed as CUDA graphs."""
+    """The most tokens of a micro-batch, where layers are replayed as CUDA graphs; None elsewhere."""
     train, stage = config.train, config.parallel.zero_stage
     if train.compile != "graphs":
         return None
     if stage != 2 and train.micro_samples != train.global_batch // ranks.data:
         raise UserError(
-            f"train.compile=graphs with parallel.zero_stage={stage} wants each rank's part of a step in one "
-            "micro-batch, for between two of them gradients stay where the graphs write: take "
-            "parallel.zero_stage=2, or train.micro_batch as large as that part"
+            f"train.compile=graphs with parallel.zero_stage={stage} needs each rank's part of a step in one "
+            "micro-batch, because a second one would overwrite the gradients of the first; set "
+            "parallel.zero_stage=2, or train.micro_batch to the size of that part"
         )
     return train.micro_tokens or train.micro_batch * config.samples.max_length
 
 
 class Engine:
-    """The sharded model and optimizer, and the way in and out of their state."""
+    """The sharded model and optimizer; `start` or `resume` fills their state, `fragments` gives it out.
+
+    `norm` and `step_applied`, float32 0-dim, are those of the last step.
+    """
 
     def __init__(self, config: PretrainConfig, vocab_size: int, ranks: Ranks, dtype: torch.dtype) -> None:
-        """Builds the model shard by shard; weights are undefined until `start` or `resume`."""
+        """Builds the model, each rank its own part; weights are undefined until `start` or `resume`."""
         self.config, self.ranks, self.stage = config, ranks, config.parallel.zero_stage
         self.vocab_size = vocab_size
         self.norm, self.step_applied = torch.zeros(()), torch.ones(())
 
+        # Called inside of DeepSpeed's zero.Init, which under stage 3 shards each weight once it is made: no
+        # rank ever holds the whole model.
         def make_model() -> nn.Module:
             recompute = config.train.activation_checkpointing
             layers = ranks.layers(config.parallel.sequence)
@@ -66,12 +71,12 @@ class Engine:
     # ------------------------------------------------------------------------------------- training
 
     def __call__(self, batch: MicroBatch) -> LossSums:
-        """The forward pass of a micro-batch on the device."""
+        """Runs the forward pass of a micro-batch that is on the device."""
         sums: LossSums = self.zero.engine(batch)
         return sums
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradients of `loss`, which the caller has divided by all that it must be divided by.
+        """Adds the gradients of `loss`, which nothing here scales (see `train_step`).
 
         `last`: of the micro-batches of this global step.
         """
@@ -85,11 +90,12 @@ class Engine:
         zero, ends = self.zero, self.zero.at_end_of_step()
         if ends and not zero.clips:
             self.norm = whole_norm(zero.gradients(), self.ranks, sharded=self.stage > 0)
+            # The gradients are reduced and not yet used; the factor goes into the fused update itself.
             largest = self.config.optimizer.gradient_clipping
             self.step_applied = set_clipping(self.optimizer, self.norm, largest)
         zero.step(learning_rate)
         if ends and zero.clips:
-            applied = float(zero.engine.was_step_applied())
+            applied = float(zero.engine.was_step_applied())  # where DeepSpeed clips, it has waited already
             self.step_applied = torch.full((), applied, device=self.ranks.device)
 
     def gradient_norm(self) -> float:
@@ -97,13 +103,13 @@ class Engine:
         return float(self.zero.engine.get_global_grad_norm() if self.zero.clips else self.norm)
 
     def num_parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Number of trainable values of the whole model."""
         return sum(torch.Size(self._global_shape(name)).numel() for name in self.parameters)
 
     # ---------------------------------------------------------------------------------------- state
 
     def start(self, seed: int) -> None:
-        """First weights: `model.initial_value` of each parameter."""
+        """Gives every parameter its first value, `model.initial_value`."""
 
         def first_value(name: str, state: str) -> Tensor:
             return initial_value(name, self._global_shape(name), self.config.model, self.vocab_size, seed)
@@ -111,7 +117,10 @@ class Engine:
         self._fill(first_value, ("weight",))
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Weights, moments and step of a checkpoint of any topology."""
+        """Takes over weights, moments and step of a checkpoint of any topology.
+
+        Raises UserError where it is of another model, or lacks a moment that the optimizer needs.
+        """
         missing = set(self.parameters) ^ set(checkpoint.parameters)
         if missing:
             raise UserError(f"the checkpoint {checkpoint.folder} is of another model: {min(missing)} differs")
@@ -125,19 +134,20 @@ class Engine:
                 if state not in entry.get("states", STATES):
                     raise UserError(
                         f"the checkpoint {checkpoint.folder} has no {state} of {name}, which "
-                        f"optimizer.name={self.config.optimizer.name} needs; go on with muon"
+                        f"optimizer.name={self.config.optimizer.name} needs; resume with optimizer.name=muon"
                     )
         self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
+        # Skipped steps did not change the moments, so they do not count in the bias correction.
         for state in self.optimizer.state.values():
             state["step"].fill_(checkpoint.step - checkpoint.skipped_steps)
 
     def fragments(self) -> list[StateFragment]:
-        """This rank's part of the state, as views: what is written into them is trained on."""
+        """This rank's part of the state, as views: training continues from what is written into them."""
         states = self.optimizer.state
-        for tensor, names in self.zero.tensors:  # moments come to life at the first step; they are needed now
+        for tensor, names in self.zero.tensors:  # torch makes moments at the first step; they are needed now
             first_moments(states[tensor], tensor, second="exp_avg_sq" in self._states(names[0]))
         fragments = []
-        for name, (tensor, offset, start, length) in self.zero.places.items():
+        for name, (tensor, offset, start, length) in self.zero.addresses.items():
             values = {"weight": tensor.data, **states[tensor]}
             views = {key: values[key].view(-1).narrow(0, offset, length) for key in self._states(name)}
             fragments.append(StateFragment(name, start, views))
@@ -154,7 +164,7 @@ class Engine:
         ]
 
     def table(self) -> dict[str, Any]:
-        """What a checkpoint's table says of the model and of its fragments."""
+        """The entries of a checkpoint's table about the model, the topology and the parameters."""
         return {
             "model": self.config.model.model_dump(),
             "vocab_size": self.vocab_size,
@@ -171,14 +181,19 @@ class Engine:
         }
 
     def _states(self, name: str) -> tuple[str, ...]:
-        """What the optimizer keeps of the parameter, its weight included."""
+        """The states that the optimizer keeps of the parameter, its weight included."""
         muon = self.config.optimizer.name == "muon" and is_matrix(name)
         return STATES[:2] if muon else STATES
 
     def _fill(self, read: Callable[[str, str], Tensor], states: tuple[str, ...]) -> None:
+        """Copies this rank's part of `read(name, state)`, a whole tensor, into each of the states.
+
+        One whole tensor at a time, on the CPU: the memory of a rank holds no more than its largest parameter.
+        """
         fragments = {fragment.name: fragment for fragment in self.fragments()}
         for name, parameter in self.parameters.items():
             for state in states:
+                # Before stage 3 the model's own weights lie whole beside the optimizer's float32 fragments.
                 whole_too = state == "weight" and self.stage < 3
                 if state not in self._states(name) or not (whole_too or name in fragments):
                     continue
@@ -192,22 +207,23 @@ class Engine:
         self.zero.refresh_weights()
 
     def _lay_out(self, optimizer: WholeOptimizer) -> None:
-        """Tells the optimizer what lies where, and whom it shares the tensors with."""
+        """Tells the optimizer what lies where in its tensors, and which ranks hold the other parts."""
         ranks, tensors = self.ranks, self.zero.tensors
         mine = [
             [
                 Fragment(index, start, offset, length)
                 for index, name in enumerate(names)
-                if name in self.zero.places
-                for _, offset, start, length in [self.zero.places[name]]
+                if name in self.zero.addresses
+                for _, offset, start, length in [self.zero.addresses[name]]
             ]
             for _, names in tensors
         ]
-        # Without ZeRO the data ranks hold the same; tensor ranks are neighbours.
+        # Without ZeRO the data ranks hold the same, and each replica sums over its tensor ranks, which have
+        # neighbouring numbers; with it the parts are on all ranks.
         first = ranks.rank - ranks.tensor_rank
         members = range(ranks.world) if self.stage else range(first, first + ranks.tensor)
         group = None if self.stage else ranks.tensor_group
-        everyone = ranks.gather(mine) if isinstance(optimizer, Muon) else None
+        everyone = ranks.gather(mine) if isinstance(optimizer, Muon) else None  # whose matrices travel
         for number, (tensor, names) in enumerate(tensors):
             parameters = []
             for name in names:
@@ -225,6 +241,7 @@ class Engine:
             optimizer.lay_out(tensor, layout)
 
     def _global_shape(self, name: str) -> list[int]:
+        """The shape of the whole parameter, all tensor-parallel shares together."""
         shape, dim = self.zero.share_shape(name), tensor_parallel_dimension(name)
         if dim is not None:
             shape[dim] *= self.ranks.tensor

@@ -1,4 +1,4 @@
-"""A sign of life: the first rank tells the supervisor (launcher.watch) that the run moves.
+"""A sign of life: the first rank tells the supervisor (launcher.watch) that the run does not hang.
 
 beat(step)    # after every step, at every held-out batch, before and after a checkpoint
 """

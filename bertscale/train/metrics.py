@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard events, metrics.jsonl, tokens/s, MFU, data wait.
+"""The figures of a run: TensorBoard events, metrics.jsonl, tokens/s, MFU, the wait for data.
 
 tensorboard --logdir RUN/tensorboard
 """
@@ -24,7 +24,7 @@ from bertscale.train.parallel import Ranks
 
 
 class Rate:
-    """Counts real tokens between two log points, the time they took, and the FLOPs they stand for."""
+    """Counts the tokens between two log points, their seconds, and the FLOPs that they need."""
 
     def __init__(self, model: ModelConfig, vocab_size: int, peak: float) -> None:
         self.model, self.vocab_size, self.peak = model, vocab_size, peak  # peak: FLOP/s of all devices
@@ -32,12 +32,12 @@ class Rate:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a new stretch; time before it (a checkpoint, a held-out loss) does not count."""
+        """Begins a new interval; time before it (a checkpoint, a held-out loss) does not count."""
         self.tokens, self.pairs, self.local_pairs, self.masked = 0, 0, 0, 0
         self.began = time.perf_counter()
 
     def add(self, lengths: Sequence[int], masked: int) -> None:
-        """One micro-batch of this rank: its sample lengths and its number of predicted tokens."""
+        """Adds one micro-batch of this rank: its sequence lengths and its number of predicted tokens."""
         self.tokens += sum(lengths)
         self.pairs += sum(length * length for length in lengths)
         half = self.model.half_window
@@ -45,11 +45,12 @@ class Rate:
         self.masked += masked
 
     def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
-        """Rates of the stretch over all ranks; one that warms up is left out of `overall`."""
+        """Rates of the interval over all ranks; one that warms up is left out of `overall`."""
         tokens, pairs, local, masked = ranks.sum_over_data(
             self.tokens, self.pairs, self.local_pairs, self.masked
         )
         seconds = time.perf_counter() - self.began
+        # Means over the tokens: a sample of L tokens has L * L pairs, so long samples count for more.
         flops = tokens * model_flops_per_token(
             self.model, self.vocab_size, pairs / tokens, masked / tokens, local / tokens
         )
@@ -64,7 +65,7 @@ class Rate:
         }
 
     def overall(self) -> dict[str, float]:
-        """Rates of all stretches together."""
+        """Rates of all intervals together."""
         seconds = max(self.all_seconds, 1e-9)
         return {
             "tokens_per_second": self.all_tokens / seconds,
@@ -75,9 +76,9 @@ class Rate:
 class LossAccumulator:
     """Sums of the losses of the steps since the last log point, left on the device until then.
 
-    A step that was skipped, for its gradient was not finite, has no part in them. `skipped` counts such steps
-    of the whole run, `newly_skipped` those between the last two calls of `close`, `in_a_row` those that the
-    last steps were.
+    A step that was skipped, because its gradient was not finite, is not among them. `skipped` counts such
+    steps of the whole run, `newly_skipped` those between the last two calls of `close`, `in_a_row` those
+    since the last step that was applied.
     """
 
     def __init__(self, device: torch.device, skipped: int) -> None:
@@ -87,7 +88,8 @@ class LossAccumulator:
         self.skipped_at_close = skipped
 
     def add(self, sums: LossSums, counts: Counts, step_applied: Tensor) -> None:
-        """Adds a step: this rank's sums, what they are to be divided by, and `Engine.step_applied`."""
+        """Adds a step: this rank's sums, their divisors, and `Engine.step_applied`. Does not wait."""
+        # where, not a product: the sums of a skipped step may be NaN, and 0 times NaN is NaN.
         self.sums += torch.where(step_applied > 0, torch.stack(sums), 0.0)
         self.unread.append((counts, step_applied))
 
@@ -95,7 +97,7 @@ class LossAccumulator:
         """Brings `skipped` and `in_a_row` up to date. Waits for the device."""
         if not self.unread:
             return
-        flags = torch.stack([applied for _, applied in self.unread]).tolist()
+        flags = torch.stack([applied for _, applied in self.unread]).tolist()  # one copy for all steps
         for (counts, _), applied in zip(self.unread, flags, strict=True):
             if applied:
                 self.counts = Counts(*map(operator.add, self.counts, counts))
@@ -106,7 +108,8 @@ class LossAccumulator:
         self.unread.clear()
 
     def close(self) -> tuple[Tensor, Counts]:
-        """The sums and the counts since the last call, and starts again from zero. Waits for the device."""
+        """Returns the sums and the counts since the last call, and starts again from zero. Waits for the
+        device."""
         self.read()
         self.newly_skipped, self.skipped_at_close = self.skipped - self.skipped_at_close, self.skipped
         sums, counts = self.sums, self.counts
@@ -125,12 +128,12 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / METRICS
-        kept = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
-        write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        valid = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
+        write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
         self.events = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step + 1)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """`step`: optimizer steps done; keys such as `train/mlm_loss` become TensorBoard's tags."""
+        """Writes the figures after `step` steps; keys such as `train/mlm_loss` become TensorBoard's tags."""
         append_line(self.path, {"step": step, **figures})
         for key, value in figures.items():
             self.events.add_scalar(key, value, step)
@@ -140,7 +143,7 @@ class MetricsWriter:
         self.events.close()
 
 
-SECOND = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
+BY_ACCURACY = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
 
 
 def brief(figures: dict[str, float]) -> dict[str, str]:
@@ -150,7 +153,7 @@ def brief(figures: dict[str, float]) -> dict[str, str]:
         **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
         **{
             f"{kind.upper()} accuracy": f"{figures[f'train/{kind}_accuracy']:.0%}"
-            for kind in SECOND
+            for kind in BY_ACCURACY
             if f"train/{kind}_accuracy" in figures
         },
         **({"recall": f"{figures['train/rtd_recall']:.0%}"} if "train/rtd_recall" in figures else {}),
@@ -160,11 +163,11 @@ def brief(figures: dict[str, float]) -> dict[str, str]:
 
 
 def heldout_brief(figures: dict[str, float]) -> str:
-    """`MLM loss 6.1234, NSP accuracy 51.2%`"""
+    """The held-out figures in words, such as `MLM loss 6.1234, NSP accuracy 51.2%`."""
     words = []
     if "heldout/mlm_loss" in figures:
         words.append(f"MLM loss {figures['heldout/mlm_loss']:.4f}")
-    for kind in SECOND:
+    for kind in BY_ACCURACY:
         if f"heldout/{kind}_accuracy" in figures:
             words.append(f"{kind.upper()} accuracy {figures[f'heldout/{kind}_accuracy']:.1%}")
     if "heldout/rtd_recall" in figures:
@@ -173,7 +176,7 @@ def heldout_brief(figures: dict[str, float]) -> str:
 
 
 def result(run: Path) -> dict[str, float]:
-    """First and last losses of the run, from its journal."""
+    """The first and the last losses of the run, from its metrics.jsonl."""
     entries = read_metrics(run)
     trained = [entry for entry in entries if "train/loss" in entry]
     heldout = [entry for entry in entries if "heldout/loss" in entry]
@@ -183,7 +186,7 @@ def result(run: Path) -> dict[str, float]:
         "last_loss": trained[-1]["train/loss"],
         **{
             f"heldout_{figure}": heldout[-1][f"heldout/{figure}"]
-            for figure in ("mlm_loss", "mlm_accuracy", *(f"{kind}_accuracy" for kind in SECOND))
+            for figure in ("mlm_loss", "mlm_accuracy", *(f"{kind}_accuracy" for kind in BY_ACCURACY))
             if f"heldout/{figure}" in heldout[-1]
         },
     }

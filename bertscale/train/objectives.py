@@ -1,4 +1,4 @@
-"""The loss that is trained, a weighted sum of those of the objectives; the mean losses that are reported.
+"""The training loss, a weighted sum of those of the objectives, and the mean losses that are reported.
 
     loss = mlm * L_mlm + pairs * L_pairs + rtd * L_rtd
 
@@ -20,7 +20,7 @@ Number = TypeVar("Number", float, Tensor)
 
 
 class Counts(NamedTuple):
-    """What the sums of a global batch, or of several, are divided by: its predictions on all data ranks."""
+    """The divisors of the sums of a global batch, or of several: its predictions on all data ranks."""
 
     masked: float  # masked tokens that are predicted
     samples: float
@@ -28,7 +28,7 @@ class Counts(NamedTuple):
 
 
 def training_loss(objectives: ObjectivesConfig, sums: Sequence[Number], counts: Counts) -> Number:
-    """The loss, of the type of the sums, which begin with those of the losses, as `LossSums` do.
+    """The loss, of the type of the `sums`, which begin with those of the losses, as `LossSums` do.
 
     An objective without predictions adds 0.
     """

@@ -1,8 +1,8 @@
-"""Ranks, their process groups, and which parameters are shared out.
+"""Ranks, their process groups, and which parameters tensor parallel shards.
 
 Tensor-parallel ranks see identical batches and hold shares of each layer (Shoeybi et al., 2019);
 data-parallel ranks see disjoint batches. Ranks are numbered tensor-parallel first: rank =
-data_rank * tensor + tensor_rank, so that the ranks that share a layer sit on one node.
+data_rank * tensor + tensor_rank, so that the ranks that share a layer are on one node.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from bertscale.config import UserError
 from bertscale.model.layers import Layers, derive_seed
 
-# The dimension of a parameter that is shared out; what is not named here is whole on every rank.
+# The dimension of a parameter that is sharded; what is not named here is whole on every rank.
 TENSOR_PARALLEL_DIMENSIONS = (
     (r"word_embeddings\.weight$", 0),
     (r"attention\.query_key_value\.(weight|bias)$", 0),
@@ -32,19 +32,19 @@ TENSOR_PARALLEL_DIMENSIONS = (
 
 
 def tensor_parallel_dimension(name: str) -> int | None:
-    """The dimension of the parameter `name` that tensor-parallel ranks share out; None: it is whole."""
+    """The dimension of the parameter `name` that tensor parallel shards; None: it is whole on each rank."""
     return next((dim for pattern, dim in TENSOR_PARALLEL_DIMENSIONS if re.search(pattern, name)), None)
 
 
 def take_share(full: Tensor, name: str, degree: int, rank: int) -> Tensor:
-    """The part of the whole parameter `full` that tensor rank `rank` of `degree` holds."""
+    """The share of the whole parameter `full` that tensor rank `rank` of `degree` holds."""
     dim = tensor_parallel_dimension(name)
     return full if dim is None or degree == 1 else full.chunk(degree, dim)[rank]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is. `world` = `tensor` x `data`."""
+    """The rank of this process and its groups; `world` = `tensor` x `data`."""
 
     rank: int
     world: int
@@ -67,7 +67,7 @@ class Ranks:
         return self.rank // self.tensor
 
     def layers(self, sequence: bool = False) -> Layers:
-        """What the model is to be built of; `sequence`: ranks that share layers share out tokens as well."""
+        """The layers to build the model of; `sequence`: tokens between layers are sharded as well."""
         if self.tensor == 1:
             return Layers()
         from bertscale.model.tensor_parallel import SequenceParallelLayers, TensorParallelLayers
@@ -76,32 +76,33 @@ class Ranks:
         return kind(self.tensor, self.tensor_rank, self.device)
 
     def sum(self, *values: float) -> list[float]:
-        """Sums host-side numbers over all ranks (float64; on gloo, so that no GPU is waited for)."""
+        """Sums numbers of the host over all ranks, in float64; on gloo, so that no rank waits for its GPU."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total)
         return [float(value) for value in total]
 
     def sum_over_data(self, *values: float) -> list[float]:
-        """Sums host-side numbers over the data ranks. Tensor-parallel peers see the same samples: they count
-        as one, with their mean."""
+        """Sums numbers of the host over the data ranks. Tensor-parallel peers, which see the same samples,
+        count as one, with their mean."""
         return [total / self.tensor for total in self.sum(*values)]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """Returns rank 0's `value` on every rank."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in the order of ranks, on every rank."""
+        """Returns every rank's `value`, in the order of ranks, on every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
+        """Waits until all ranks are here."""
         self.sum(0.0)
 
     def say(self, line: str) -> None:
@@ -121,9 +122,11 @@ def start_ranks(tensor: int, device: torch.device, timeout: timedelta = timedelt
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # Both backends: numbers of the host go over gloo, so that no rank waits for its GPU to send them.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
     if tensor == 1:
+        # Local: else every rank would have to take part in making the group of each other one.
         alone = dist.new_group([rank], use_local_synchronization=True)
         return Ranks(rank, world, tensor, device, dist.group.WORLD, alone)
     from bertscale.model.tensor_parallel import make_groups
@@ -132,7 +135,7 @@ def start_ranks(tensor: int, device: torch.device, timeout: timedelta = timedelt
 
 
 def leave_subgroups(ranks: Ranks) -> None:
-    """After it `start_ranks` may share out layers to another number of ranks."""
+    """Leaves the groups of tensor parallel, so that `start_ranks` may be called with another `tensor`."""
     if ranks.tensor > 1:
         from bertscale.model.tensor_parallel import leave_groups
 
@@ -146,7 +149,7 @@ def stop_ranks() -> None:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed calls an `mpu`: the ranks that share layers, under the names that it asks for."""
+    """The ranks that share layers, as DeepSpeed asks for them of an `mpu` (model parallel unit)."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -175,6 +178,6 @@ class ModelParallelUnit:
 
 
 def seed_dropout(layers: Layers, seed: int, step: int, micro_step: int, ranks: Ranks) -> None:
-    """Dropout as a function of (seed, step, data rank), so that a resumed run draws the same."""
+    """Seeds dropout by (seed, step, micro-batch, data rank), so that a resumed run draws the same."""
     shared = derive_seed("dropout", seed, step, micro_step, ranks.data_rank)
     layers.seed(shared, derive_seed("sharded dropout", shared, ranks.tensor_rank))

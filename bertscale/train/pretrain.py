@@ -1,7 +1,7 @@
 """Token shards -> checkpoints: the training loop, one process of it for each rank.
 
 bertscale pretrain configs/pretrain/quickstart.yaml            # starts the ranks of this machine
-torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or be one of somebody else's
+torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or is one rank of torchrun, srun, ...
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from bertscale.train.resume import check_same_run, newest_sound
 from bertscale.train.schedule import Clock, TrainingSchedule
 from bertscale.train.step import train_step
 
-MOST_SKIPPED = 10  # steps in a row whose gradient may be not finite
+MOST_SKIPPED = 10  # steps in a row: with so many gradients that are not finite the run ends
 
 
 def pretrain(config: PretrainConfig) -> int:
-    """Runs this rank of the job to its end; returns 0, or STOPPED_AND_SAVED when a signal came.
+    """Runs this rank of the job to its end; returns 0, or STOPPED_AND_SAVED when a signal stopped it.
 
-    Raises UserError for what the person can mend: data, config and checkpoint that do not fit
+    Raises UserError for what the user can correct: data, config and checkpoint that do not fit
     together, a full disk.
     """
     check_run_folder(Path(config.run))
@@ -81,7 +81,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     if checkpoint is not None:
         check_same_run(checkpoint, config, data, schedule)
         if schedule.over(checkpoint.step, checkpoint.elapsed_seconds):
-            ranks.say(f"already pretrained: {checkpoint.folder} is the last of {schedule.text}")
+            ranks.say(f"already pretrained: {checkpoint.folder} is the end of {schedule.text}")
             return 0
     start = saved = sound = done = checkpoint.step if checkpoint else 0
     engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
@@ -90,7 +90,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     else:
         engine.start(config.train.seed)
 
-    # What is told of it.
+    # What is reported of it.
     peak = ranks.sum(peak_flops(ranks.device, dtype))[0]
     rate = Rate(config.model, tokenizer.vocab_size, peak)
     losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
@@ -102,11 +102,11 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
         ranks.say(line)
-    last = False  # whether this step is the last of the budget
+    last = False  # whether this step is the last of the budget; all ranks must find the same
 
     with Progress("pretrain", schedule.steps, "steps", start=start, hidden=not first) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
-            # All that ranks must agree on, in one collective; the run's clock is the mean of theirs.
+            # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
             masked, tokens, stopping, *times = ranks.sum_over_data(
                 sum(batch.num_targets for batch in micro_batches),
                 sum(len(batch.tokens) for batch in micro_batches),
@@ -174,7 +174,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------- the pieces
+# ---------------------------------------------------------------------------------------- its parts
 
 
 class StopSignal:
@@ -191,10 +191,10 @@ class StopSignal:
 
 @contextmanager
 def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Makes the run folder and keeps a second job from training in it meanwhile.
+    """Makes the run folder and keeps a second job from training in it at the same time.
 
-    A Slurm job takes the lock from an attempt of its own that still holds it on a node that was lost:
-    that one can make no step, since each takes all ranks.
+    A Slurm job takes over the lock of an earlier attempt of its own that still holds it on a node that was
+    lost: that one can make no step, since a step needs all ranks. Raises UserError where another job trains.
     """
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -243,7 +243,7 @@ def evaluate(engine: Engine, loader: Loader, samples: int, done: int) -> dict[st
 
 
 def skipped(losses: LossAccumulator, done: int, saved: int, sound: int) -> str:
-    """What to say at step `done` of the steps that were skipped since the last log point.
+    """The line to print at step `done` about the steps that were skipped since the last log point.
 
     `saved` and `sound` are the steps of the newest checkpoint, and of the newest before this row of skipped
     steps. Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
@@ -270,9 +270,10 @@ def save(
     elapsed: float,
     losses: LossAccumulator,
 ) -> None:
-    """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes those that are too many.
+    """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes the oldest ones.
 
     While steps are skipped in a row none is deleted: the ones before may be the last from which a run learns.
+    Raises UserError, on all ranks, where it cannot be written.
     """
     config = engine.config
     losses.read()

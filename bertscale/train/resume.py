@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run resumes from, and whether it may."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from bertscale.train.schedule import TrainingSchedule
 
 
 def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
-    """The newest checkpoint whose digests are right; each damaged one is named and passed over."""
-    found = ranks.broadcast([str(folder) for folder in checkpoints(run)])
-    for folder in reversed(found):
+    """The newest checkpoint whose digests are right, or None; names each damaged one and skips it.
+
+    Raises UserError where all are damaged. All ranks must call: each verifies its part of the files.
+    """
+    folders = ranks.broadcast([str(folder) for folder in checkpoints(run)])
+    for folder in reversed(folders):
         failure: str | None = None
         try:
             checkpoint = open_checkpoint(Path(folder))
@@ -27,15 +30,15 @@ def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
         if not failures:
             return checkpoint
         ranks.say(f"{failures[0]} (trying the one before it)")
-    if found:
-        raise UserError(f"every checkpoint of {run} is damaged; remove {run} to begin anew")
+    if folders:
+        raise UserError(f"every checkpoint of {run} is damaged; remove {run} to start again")
     return None
 
 
 def check_same_run(
     checkpoint: Checkpoint, config: PretrainConfig, data: list[Dataset], schedule: TrainingSchedule
 ) -> None:
-    """Refuses to go on with other data or with settings that would change what the steps before meant."""
+    """Raises UserError where the data is another, or a setting that gives the steps so far their meaning."""
     if checkpoint.table["data_digest"] != data_digest(data, config.corpora):
         raise UserError(
             f"{', '.join(corpus.path for corpus in config.corpora)} is not the data that "
@@ -43,7 +46,7 @@ def check_same_run(
             "another run folder"
         )
     before, now = checkpoint.table["config"], config.model_dump(mode="json")
-    # An older one lacks newer keys.
+    # The config of an older version lacks newer keys.
     before = {**before, "model": checkpoint.model.model_dump(mode="json")}
     before["train"] = {"batch_warmup": [], **before["train"]}
     before["objectives"] = ObjectivesConfig.model_validate(before.get("objectives", {})).model_dump()
@@ -63,6 +66,6 @@ def check_same_run(
     expected = schedule.batch(checkpoint.step)[0]
     if checkpoint.samples_consumed != expected:
         raise UserError(
-            f"{checkpoint.folder} has taken {checkpoint.samples_consumed:,} samples in {checkpoint.step:,} "
-            f"steps, this config takes {expected:,} (train.batch_warmup); choose another run folder"
+            f"{checkpoint.folder} consumed {checkpoint.samples_consumed:,} samples in {checkpoint.step:,} "
+            f"steps, this config consumes {expected:,} (train.batch_warmup); choose another run folder"
         )

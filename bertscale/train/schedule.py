@@ -1,7 +1,7 @@
 """The learning rate of each step, and when a run ends.
 
-A budget is given in steps, tokens or hours. The learning rate follows the share of it that is spent, in the
-budget's own unit, so that one function serves all three.
+A budget is given in steps, tokens or hours. The learning rate follows the fraction of it that is spent, in
+whichever of the three, so that one function serves all.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from bertscale.data.batch_phases import BatchPhase, batch_of, steps_until, token
 
 
 def learning_rate(begin: float, end: float, total: float, config: OptimizerConfig) -> float:
-    """Learning rate of the step that takes the budget from `begin` to `end` of `total`, in one unit.
+    """Learning rate of the step that spends the budget from `begin` to `end` of `total`, all in steps, all
+    in tokens or all in seconds.
 
-    In steps, step k of n is (k, k + 1, n). Up in a line over `warmup_fraction`, then by `schedule`:
+    In steps, step k of n is (k, k + 1, n). It rises linearly over `warmup_fraction`, then follows `schedule`:
 
-    | schedule | share of the highest at a share t of the way down                              |
+    | schedule | fraction of the highest rate at a fraction t of the way down                   |
     | -------- | -------------------------------------------------------------------------------- |
     | linear   | 1 - t (Devlin et al., 2019)                                                    |
     | cosine   | (1 + cos(pi t)) / 2 (Loshchilov and Hutter, 2017, without restarts)            |
@@ -35,21 +36,21 @@ def learning_rate(begin: float, end: float, total: float, config: OptimizerConfi
         top = max(warmup, total - round(total * config.decay_fraction))
     t = min(max(begin - top, 0) / max(1, total - top), 1.0)
     if config.schedule == "linear":
-        share = 1 - t
+        fraction = 1 - t
     elif config.schedule == "cosine":
-        share = (1 + math.cos(math.pi * t)) / 2
+        fraction = (1 + math.cos(math.pi * t)) / 2
     else:
-        share = 1 - math.sqrt(t)
-    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * share)
+        fraction = 1 - math.sqrt(t)
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * fraction)
 
 
 class TrainingSchedule:
     """The batch and the learning rate of each step of a run, and when it ends.
 
     A budget in hours follows the clock of the ranks (Izsak et al., 2021, "How to train BERT with an
-    academic budget"): the same run made twice takes other rates at other steps, so that its results are not
+    academic budget"): the same run made twice has other rates at some steps, so that its results are not
     repeated bit for bit. Time before the loop (loading, compiling) does not count, nor do steps that a crash
-    undid; held-out losses and checkpoints do, but the last ones come on top. `steps` is then None.
+    undid; held-out losses and checkpoints do, except the last ones. `steps` is then None.
     `phases` are the mixture's batch phases.
     """
 
@@ -71,7 +72,7 @@ class TrainingSchedule:
         return batch_of(step, self.phases)
 
     def learning_rate(self, step: int, elapsed: float) -> float:
-        """Of `step`, which begins when `elapsed` seconds of training are over."""
+        """The learning rate of `step`, which begins after `elapsed` seconds of training."""
         if self.seconds is not None:
             return learning_rate(elapsed, elapsed, self.seconds, self.optimizer)
         if self.schedule_steps is not None:
@@ -93,13 +94,14 @@ class Clock:
         self.step_began = self.step_seconds = 0.0
 
     def elapsed(self) -> float:
+        """Seconds of training until now."""
         return time.monotonic() - self.began
 
     def step(self) -> tuple[float, float]:
-        """Begins a step; when that is, and when it is likely to be over."""
+        """Begins a step; returns the seconds when it begins and when it is likely to end."""
         self.step_began = self.elapsed()
         return self.step_began, self.step_began + self.step_seconds
 
     def stepped(self) -> None:
-        """Ends the step; what follows (a held-out loss, a checkpoint) is no part of it."""
+        """Ends the step; what follows (a held-out loss, a checkpoint) does not belong to it."""
         self.step_seconds = self.elapsed() - self.step_began

@@ -24,10 +24,10 @@ def train_step(
 ) -> LossSums:
     """Trains a global step: forward and backward passes of this rank's micro-batches, update of the weights.
 
-    `counts` are those of the whole global batch; `step`, its number, is what dropout's draws depend on.
-    `ended` is called with "forward", "backward" or "optimizer" where such a part of a micro-batch has ended.
-    Returns this rank's sums over all micro-batches, without a graph. The host does not wait for the device,
-    but for what DeepSpeed waits for (`Engine.deepspeed_clips`).
+    `counts` are those of the whole global batch; `step`, its number, seeds dropout. `ended` is called with
+    "forward", "backward" or "optimizer" when that part of a micro-batch has ended. Returns this rank's sums
+    over all micro-batches, without a graph. The host does not wait for the device, except where DeepSpeed
+    clips (`Zero.clips`).
     """
     config, ranks = engine.config, engine.ranks
     totals = torch.zeros(len(LossSums._fields), device=ranks.device)

@@ -2,8 +2,11 @@
 
 ZeRO (Rajbhandari et al., 2020) shards the optimizer states (stage 1), gradients (2) and weights (3) over the
 ranks of a data-parallel group. Tensor-parallel shares are made before, by `parallel`; the mpu tells DeepSpeed
-of them. It offers no way into its shards that fits checkpoints of any topology, so this file reads from its
-attributes where they lie, and `Zero.check` refuses a version in which these mean something else.
+of them. It has no interface to its fragments that fits checkpoints of any topology, so this file reads from
+its attributes where they lie, and `Zero.check` refuses a version in which these mean something else.
+
+Tensor: here a float32 tensor that the optimizer updates, flat under ZeRO, of one parameter group. Share: what
+a tensor-parallel rank holds of a parameter. Fragment: what this rank holds of the share.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ with warnings.catch_warnings():
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It calls torch by names that torch renames; one line for each call would drown the log.
 warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.")
-# Its shared-memory all-reduce for CPUs wants a compiler and a minute at the first start; gloo does without.
+# Its shared-memory all-reduce for CPUs needs a compiler and a minute at the first start; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 from bertscale.config import PretrainConfig, UserError  # noqa: E402
@@ -35,12 +38,12 @@ from bertscale.train.parallel import ModelParallelUnit, Ranks, tensor_parallel_d
 # It warns of optimizers that it does not know; ours are tested under each of its stages.
 deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS += [StableAdamW, Lamb, Muon]
 
-BUCKET = 40_000_000  # gradients that travel together: megatron-core's least; DeepSpeed's is a whole BERT
+BUCKET = 40_000_000  # gradients of one all-reduce: megatron-core's minimum; DeepSpeed's is a whole BERT
 
 
-class Place(NamedTuple):
-    """Where this rank's part of a parameter lies: `length` values from `offset` on of a flat float32 tensor,
-    which are those from `start` on of the tensor rank's flattened share."""
+class Address(NamedTuple):
+    """Where this rank's fragment of a parameter lies: `length` values from `offset` on of a flat float32
+    tensor, which are those from `start` on of the tensor rank's flattened share."""
 
     tensor: Tensor
     offset: int
@@ -49,7 +52,11 @@ class Place(NamedTuple):
 
 
 class Zero:
-    """A model and its optimizer in DeepSpeed's hands. `clips`: whether DeepSpeed clips the gradients."""
+    """A model and its optimizer, wrapped by DeepSpeed. `clips`: whether DeepSpeed clips the gradients.
+
+    `tensors`: those that the optimizer updates, with the names of their parameters; `addresses`: where this
+    rank's fragments lie in them. Raises UserError where DeepSpeed's attributes are not what this file knows.
+    """
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class Zero:
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     ) -> None:
         self.ranks, self.stage = ranks, config.parallel.zero_stage
-        # Those two paths of DeepSpeed's leave nobody else the time to clip.
+        # On those two paths DeepSpeed gives no access to the gradients between reducing and using them.
         self.clips = self.stage == 3 or (self.stage == 0 and dtype == torch.bfloat16)
         settings = self._settings(config, dtype)
         mpu = ModelParallelUnit(ranks)
@@ -74,7 +81,7 @@ class Zero:
         ):
             model = make_model()
         for name, parameter in model.named_parameters():
-            # Without the mark DeepSpeed counts the share of one rank alone into the gradient norm.
+            # Without the mark the gradient norm has the share of one rank alone: silently wrong.
             parameter.tensor_model_parallel = tensor_parallel_dimension(name) is not None  # type: ignore[attr-defined]
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -85,12 +92,12 @@ class Zero:
         )
         self.wrapper: Any = self.engine.optimizer  # DeepSpeed's, around torch's
         self.optimizer: torch.optim.Optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
-        self.optimizer.state.clear()  # without ZeRO it has made one step under bfloat16, on no gradient
+        self.optimizer.state.clear()  # without ZeRO, under bfloat16, set-up has made a step on zero gradients
         self.parameters: dict[str, Any] = dict(model.named_parameters())
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         try:
             self.tensors = self._tensors()
-            self.places = self._places()
+            self.addresses = self._addresses()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise unknown_layout(f"{type(error).__name__}: {error}") from error
         self.check()
@@ -108,7 +115,7 @@ class Zero:
             "zero_optimization": {
                 "stage": self.stage,
                 "compute_grad_norm": self.clips or self.stage == 0,
-                # The backward pass goes on while gradients travel, some of them at a time.
+                # The backward pass continues while gradients travel, one bucket at a time.
                 "overlap_comm": self.stage > 0 and ranks.data > 1,
                 "reduce_bucket_size": BUCKET,
             },
@@ -138,10 +145,10 @@ class Zero:
             yield from ((name, gradient_of(parameter)) for name, parameter in self.parameters.items())
             return
         for group, gradients in self.wrapper.averaged_gradients.items():
-            # Behind the parameters' there may be one of zeros, which fills up the last rank's part.
+            # Behind the parameters' gradients there may be one of zeros, which pads the last rank's part.
             for parameter, gradient in zip(self.wrapper.params_in_partition[group], gradients, strict=False):
                 name = self.names[id(parameter)]
-                if gradient.numel() != self.places[name].length:
+                if gradient.numel() != self.addresses[name].length:
                     raise unknown_layout(f"the gradient of {name} has {gradient.numel():,} values")
                 yield name, gradient
 
@@ -153,17 +160,20 @@ class Zero:
         return list(parameter.ds_shape if self.stage == 3 else parameter.shape)
 
     def refresh_weights(self) -> None:
-        """Copies the float32 tensors, which somebody has written into, to the weights that ZeRO-3 trains."""
+        """Copies the float32 tensors, after they were written into, to the weights that ZeRO-3 computes with.
+
+        Under stages 0 to 2 those are the model's parameters, which `Engine` fills itself.
+        """
         if self.stage == 3:
             self.wrapper._partition_all_parameters()
             for group in range(len(self.wrapper.fp32_partitioned_groups_flat)):
                 self.wrapper._reassign_or_swap_out_partitioned_parameters(group)
 
     def _tensors(self) -> list[tuple[Tensor, list[str]]]:
-        """The float32 tensors that the optimizer updates, and what lies in each, on whichever data rank.
+        """The float32 tensors that the optimizer updates, each with its parameters on whichever data rank.
 
-        ZeRO lays groups of parameters flat and keeps a part of them; without it they stay what they are,
-        under bfloat16 beside float32 copies.
+        ZeRO flattens groups of parameters and keeps a part of each group on a rank; without it parameters
+        stay as they are, under bfloat16 beside float32 copies.
         """
         wrapper = self.wrapper
         groups: Iterable[tuple[Tensor, Iterable[Tensor]]]
@@ -178,34 +188,39 @@ class Zero:
             groups = ((p, [p]) for p in self.parameters.values())
         return [(tensor, [self.names[id(parameter)] for parameter in group]) for tensor, group in groups]
 
-    def _places(self) -> dict[str, Place]:
-        """Where this rank's part of each parameter lies, if it has one."""
-        places = {}
+    def _addresses(self) -> dict[str, Address]:
+        """Where this rank's fragment of each parameter lies, if it has one."""
+        addresses = {}
         for tensor, names in self.tensors:
             for name in names:
                 parameter = self.parameters[name]
                 if self.stage == 3:  # each is cut into equal parts over the data ranks, the last one padded
                     _, offset, size = self.wrapper.grad_position[self.wrapper.get_param_id(parameter)]
                     start = size * self.ranks.data_rank
-                    place = Place(tensor, offset, start, max(0, min(size, parameter.ds_numel - start)))
+                    address = Address(tensor, offset, start, max(0, min(size, parameter.ds_numel - start)))
                 elif self.stage == 0:
-                    place = Place(tensor, 0, 0, tensor.numel())
+                    address = Address(tensor, 0, 0, tensor.numel())
                 elif parameter._hp_mapping is None:  # another data rank's
                     continue
                 else:  # the groups are cut into equal parts over the data ranks
-                    address = parameter._hp_mapping.hp_fragment_address  # hp: float32, lp: what trains
+                    # hp: high precision, float32; lp: low precision, which the model computes in.
+                    inside = parameter._hp_mapping.hp_fragment_address
                     start = parameter._hp_mapping.lp_fragment_address.start
-                    place = Place(tensor, address.start, start, address.numel)
-                if place.length:
-                    places[name] = place
-        return places
+                    address = Address(tensor, inside.start, start, inside.numel)
+                if address.length:
+                    addresses[name] = address
+        return addresses
 
     def check(self) -> None:
-        """Raises UserError, on all ranks alike, where the places cannot be what `_places` takes them for."""
+        """Raises UserError, on all ranks alike, where the fragments cannot be what `_addresses` says.
+
+        Every parameter must be in one tensor, every fragment inside of its tensor, and the fragments of all
+        ranks together must have as many values as the parameter. One collective.
+        """
         names = sorted(name for _, inside in self.tensors for name in inside)
-        others = names != sorted(self.parameters)  # a name is missing, or stands there twice
-        outside = sum(p.offset < 0 or p.offset + p.length > p.tensor.numel() for p in self.places.values())
-        lengths = [self.places[name].length if name in self.places else 0 for name in self.parameters]
+        others = names != sorted(self.parameters)  # a name is missing, or there twice
+        outside = sum(a.offset < 0 or a.offset + a.length > a.tensor.numel() for a in self.addresses.values())
+        lengths = [self.addresses[name].length if name in self.addresses else 0 for name in self.parameters]
         *totals, all_others, all_outside = self.ranks.sum(*lengths, others, outside)
         if all_others:
             raise unknown_layout("its tensors hold other parameters than the model")
@@ -219,7 +234,7 @@ class Zero:
 
 
 def unknown_layout(what: str) -> UserError:
-    """What is raised where DeepSpeed is not as this file knows it."""
+    """The error to raise where DeepSpeed is not as this file knows it."""
     return UserError(
         f"DeepSpeed {deepspeed.__version__} lays out its tensors in a way that bertscale does not know "
         f"({what}); install a version that pyproject.toml names"
