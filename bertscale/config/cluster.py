@@ -18,9 +18,7 @@ class ClusterConfig(Section):
     constraint: str | None = Field(None, description="Node features that a job needs, such as a GPU's name.")
     sbatch: list[str] = Field([], description="Further sbatch options, each as --name=value.")
     srun: list[str] = Field([], description="Further srun options, such as those of a container plug-in.")
-    gpus_per_node: int = Field(
-        0, ge=0, description="Number of GPUs of a node; one rank runs on each of them."
-    )
+    gpus_per_node: int = Field(0, ge=0, description="Number of GPUs of a node, one rank on each.")
     tasks_per_node: int = Field(1, ge=1, description="Number of ranks on a node without GPUs.")
     cpus_per_task: int = Field(1, ge=1, description="Number of CPU cores of one rank.")
     memory_per_node: str | None = Field(
@@ -46,12 +44,8 @@ class ClusterConfig(Section):
     )
     log_root: str | None = Field(None, description="Folder for logs; by default the job's own folder.")
     node_check: bool = Field(True, description="Check each node before ranks start on it.")
-    check_seconds: float = Field(
-        120, gt=0, description="Seconds for the node check; a node without an answer is left out."
-    )
-    min_free_memory_gb: float = Field(
-        1, ge=0, description="A node with less free memory, in GB, is left out."
-    )
+    check_seconds: float = Field(120, gt=0, description="Seconds after which a silent node is left out.")
+    min_free_memory_gb: float = Field(1, ge=0, description="A node with less free memory (GB) is left out.")
     min_free_disk_gb: float = Field(
         1, ge=0, description="A node with less free space, in GB, in its temporary folder is left out."
     )
@@ -99,9 +93,7 @@ class PipelineStage(Section):
     set: list[str] = Field([], description="Overrides of the stage's config, each as key=value.")
     cluster: str | None = Field(None, description="Cluster file of this job; by default the pipeline's.")
     nodes: int = Field(1, ge=1, description="Number of nodes.")
-    array: int = Field(
-        0, ge=0, description="Number of tasks of a prep array; 0 for one job without an array."
-    )
+    array: int = Field(0, ge=0, description="Tasks of a prep array; 0 for a single job.")
     spares: int = Field(0, ge=0, description="Number of spare nodes, which replace nodes that fail.")
     time: str | None = Field(None, description="Time limit of this job, in quotes.")
 
@@ -114,8 +106,7 @@ class PipelineStage(Section):
     def _check(self) -> PipelineStage:
         given = [name for name in ("prep", "pretrain", "convert", "finetune") if getattr(self, name)]
         if len(given) != 1:
-            names = " and ".join(given) or "none"
-            raise ValueError(f"a stage is exactly one of prep, pretrain, convert and finetune, not {names}")
+            raise ValueError(f"a stage is one of prep, pretrain, convert and finetune, not {given or 'none'}")
         return self
 
 

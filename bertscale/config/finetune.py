@@ -29,8 +29,7 @@ class ClassifierConfig(Section):
     """Which weights are trained, and which vector of a sample the classifier reads."""
 
     pooling: Literal["first", "mean"] = Field(
-        "first",
-        description="Vector of a sample: the pooled first token, as in BERT, or the mean of all tokens.",
+        "first", description="Vector of a sample: the pooled first token, as BERT, or the mean of all."
     )
     freeze_encoder: bool = Field(
         False, description="Train only the classifier, on the features of the unchanged encoder."
@@ -48,9 +47,7 @@ class FinetuneOptimizer(Section):
         None, gt=0, description="Highest learning rate from random weights; by default learning_rate."
     )
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
-    weight_decay: float = Field(
-        0.01, ge=0, description="Decoupled weight decay; not on biases and LayerNorms."
-    )
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay, decoupled; not on biases and norms.")
 
 
 class FinetuneTraining(Section):
@@ -69,9 +66,7 @@ class FinetuneTraining(Section):
     @classmethod
     def _check_seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(
-                f"{seeds} names a seed twice, which would make the spread look too small; give each seed once"
-            )
+            raise ValueError(f"{seeds} names a seed twice; give each seed once, for an honest spread")
         return seeds
 
 
@@ -100,12 +95,12 @@ class FinetuneConfig(Section):
     encoder: str = Field(description="Checkpoint folder, run folder or Hugging Face folder.")
     output: str = Field(description="Folder for the classifier, its metrics and predictions.")
     data: ExamplesConfig = Field(description="The labelled text.")
-    samples: EncodingConfig = Field(default_factory=lambda: EncodingConfig(), description="The samples.")
-    model: ClassifierConfig = Field(default_factory=lambda: ClassifierConfig(), description="The classifier.")
+    samples: EncodingConfig = Field(EncodingConfig(), description="The samples.")
+    model: ClassifierConfig = Field(ClassifierConfig(), description="The classifier.")
     optimizer: FinetuneOptimizer = Field(
-        default_factory=lambda: FinetuneOptimizer(), description="The optimizer and its learning rate."
+        FinetuneOptimizer(), description="The optimizer and its learning rate."
     )
-    train: FinetuneTraining = Field(default_factory=lambda: FinetuneTraining(), description="The runs.")
+    train: FinetuneTraining = Field(FinetuneTraining(), description="The runs.")
 
     def check_length(self, longest: int) -> None:
         """Raises UserError where examples are longer than the `longest` tokens that the encoder takes."""

@@ -50,8 +50,7 @@ class ModelConfig(Section):
     """
 
     preset: Literal["bert", "megatron-bert", "modern"] = Field(
-        "bert",
-        description="Architecture: that of BertForPreTraining, MegatronBertForPreTraining or ModernBert.",
+        "bert", description="Architecture: BertForPreTraining, MegatronBertForPreTraining or ModernBert."
     )
     num_hidden_layers: int = Field(12, ge=1, description="Number of layers.")
     hidden_size: int = Field(768, ge=1, description="Width of the hidden states.")
@@ -62,10 +61,7 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(512, ge=1, description="Longest sequence, in tokens.")
     type_vocab_size: int = Field(2, ge=1, description="Number of segment types; not for modern.")
     hidden_dropout_prob: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description="Dropout of hidden states; for modern of embeddings and feed-forward, 0 by default.",
+        0.1, ge=0, lt=1, description="Dropout of hidden states; modern: embeddings, feed-forward; default 0."
     )
     attention_probs_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="Dropout of attention; for modern of its output as well, 0 by default."
@@ -75,32 +71,22 @@ class ModelConfig(Section):
     )
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     matrix_initializer_range: float | None = Field(
-        None,
-        gt=0,
-        description="Standard deviation of initial matrices, not embeddings; by default initializer_range.",
+        None, gt=0, description="Standard deviation of non-embedding matrices; default initializer_range."
     )
     initializer_cutoff_factor: float = Field(
-        2.0,
-        gt=0,
-        description="Initial weights are cut off at this many standard deviations; only for modern.",
+        2.0, gt=0, description="Initial weights are cut off at this many deviations; only for modern."
     )
     global_attn_every_n_layers: int = Field(
-        3,
-        ge=1,
-        description="Every n-th layer, from the first on, attends to the whole sample; only for modern.",
+        3, ge=1, description="Every n-th layer, and the first, sees the whole sample; only for modern."
     )
     local_attention: int = Field(
         128, ge=2, description="Window of the other layers in tokens, half to each side; only for modern."
     )
     global_rope_theta: float = Field(
-        160_000.0,
-        gt=1,
-        description="Base of the rotary positions of layers with whole-sample attention; only for modern.",
+        160_000.0, gt=1, description="Rotary base of layers that see the whole sample; only for modern."
     )
     local_rope_theta: float = Field(
-        10_000.0,
-        gt=1,
-        description="Base of the rotary positions of layers with a window; only for modern.",
+        10_000.0, gt=1, description="Rotary base of the other layers; only for modern."
     )
     sentence_head: bool = Field(
         True, description="Add a pooler and a head for sentence pairs; for modern false by default."
@@ -140,9 +126,7 @@ class ModelConfig(Section):
                 f"heads of odd size {size}; rotary positions need an even size"
             )
         if self.rotary and self.local_attention % 2:
-            raise ValueError(
-                f"local_attention={self.local_attention} is odd; take an even number, half of it to each side"
-            )
+            raise ValueError(f"local_attention={self.local_attention} is odd; take an even number")
         if self.generator_size is not None:
             heads, inside = self.num_attention_heads, self.intermediate_size
             fit = [n for n in range(1, heads + 1) if inside * n % heads == 0]
@@ -157,7 +141,7 @@ class ModelConfig(Section):
 
     @property
     def pre_norm(self) -> bool:
-        """Tells whether norms precede each part of a layer and follow the last; else they follow each part."""
+        """Tells whether norms precede each part of a layer and follow the last, or follow each part."""
         return ARCHITECTURES[self.preset].pre_norm
 
     @property

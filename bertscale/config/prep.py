@@ -78,26 +78,18 @@ class PrepConfig(Section):
         "blank_line", description="What ends a document in a .txt file: a blank line, or the end of the file."
     )
     language: str = Field(
-        "en",
-        description="Language of the text (ISO 639-1), for finding sentences; `lines`: each line is one.",
+        "en", description="Language (ISO 639-1), for finding sentences; lines: each line is one."
     )
     normalization: Literal["nfc", "nfkc"] = Field("nfc", description="Unicode normalisation form.")
-    min_characters: int = Field(
-        1, ge=1, description="Documents with fewer characters are dropped and counted."
-    )
-    max_characters: int | None = Field(
-        None, ge=1, description="Documents with more characters are dropped and counted; by default none."
-    )
+    min_characters: int = Field(1, ge=1, description="Shorter documents are dropped and counted.")
+    max_characters: int | None = Field(None, ge=1, description="Longer documents are dropped and counted.")
     min_letters: float = Field(
         0, ge=0, le=1, description="Documents with a smaller share of letters are dropped and counted."
     )
     scripts: list[str] = Field(
-        [],
-        description="Scripts such as latin, han or cyrillic; documents mostly in other scripts are dropped.",
+        [], description="Scripts, such as latin or han; documents mostly in others are dropped."
     )
-    deduplicate: bool = Field(
-        True, description="Keep only the first of several documents with the same text."
-    )
+    deduplicate: bool = Field(True, description="Keep only one of the documents with the same text.")
     tokenizer: str | None = Field(
         None,
         description="An existing SentencePiece model, or the vocab.txt of a WordPiece tokenizer; by default "
@@ -108,28 +100,19 @@ class PrepConfig(Section):
         description="Whether a WordPiece tokenizer lowers case and strips accents; by default if no piece of "
         "its vocabulary has a capital letter.",
     )
-    train_tokenizer: TokenizerTraining = Field(
-        default_factory=lambda: TokenizerTraining(), description="How a tokenizer is trained."
-    )
+    train_tokenizer: TokenizerTraining = Field(TokenizerTraining(), description="How a tokenizer is trained.")
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of documents held out, chosen by a hash of their text."
     )
     split_bytes: int = Field(
-        128 * 2**20,
-        ge=1000,
-        description="Approximate bytes of a work unit, the input that one process reads at a time.",
+        128 * 2**20, ge=1000, description="Approximate bytes of a work unit, the work of one process."
     )
     shard_bytes: int = Field(128 * 2**20, ge=1000, description="Approximate bytes of tokens in a shard.")
     max_bad_fraction: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="Largest share of unreadable records; above it the command fails at its end.",
+        0.01, ge=0, le=1, description="Largest share of unreadable records; above it the command fails."
     )
     workers: int = Field(0, ge=0, description="Number of worker processes; 0 starts one for each core.")
-    seed: int = Field(
-        0, ge=0, description="Seed of the order of documents and of the sample that trains the tokenizer."
-    )
+    seed: int = Field(0, ge=0, description="Seed of the order of documents and of the tokenizer's sample.")
 
     @field_validator("language")
     @classmethod

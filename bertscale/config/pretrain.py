@@ -42,11 +42,9 @@ class SamplesConfig(Section):
         "token", description="Unit that is masked as a whole: a token, a word, or a span of words."
     )
     mask_rate: float = Field(0.15, gt=0, lt=1, description="Share of tokens chosen for prediction.")
-    mask_token_rate: float = Field(
-        0.8, ge=0, le=1, description="Share of the chosen tokens that become [MASK]."
-    )
+    mask_token_rate: float = Field(0.8, ge=0, le=1, description="Share of those that become [MASK].")
     random_token_rate: float = Field(
-        0.1, ge=0, le=1, description="Share of the chosen tokens that become a random piece; the rest stay."
+        0.1, ge=0, le=1, description="Share of those that become a random piece; the rest stay."
     )
     span_p: float = Field(
         0.2, gt=0, le=1, description="Parameter p of the geometric distribution of span lengths."
@@ -82,9 +80,7 @@ class ObjectivesConfig(Section):
     )
     pairs: float = Field(1.0, ge=0, description="Weight of sentence pairs, if samples.kind is nsp or sop.")
     rtd: float = Field(
-        50.0,
-        ge=0,
-        description="Weight of replaced-token detection, if model.generator_size makes a generator.",
+        50.0, ge=0, description="Weight of replaced-token detection, if there is model.generator_size."
     )
 
 
@@ -92,8 +88,7 @@ class OptimizerConfig(Section):
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "stable-adamw", "lamb", "muon"] = Field(
-        "adamw",
-        description="Algorithm; muon updates the matrices of the layers, and AdamW the other weights.",
+        "adamw", description="Algorithm; muon updates the layers' matrices, AdamW the other weights."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate, reached after warm-up.")
     schedule: Literal["linear", "cosine", "wsd"] = Field(
@@ -113,12 +108,8 @@ class OptimizerConfig(Section):
     weight_norm_bounds: tuple[float, float] | None = Field(
         None, description="Bounds [low, high] of the weight norm in the trust ratio; only for lamb."
     )
-    weight_decay: float = Field(
-        0.01, ge=0, description="Decoupled weight decay; not on biases and LayerNorms."
-    )
-    gradient_clipping: float = Field(
-        1.0, gt=0, description="Largest norm of the whole gradient; a larger gradient is scaled down to it."
-    )
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay, decoupled; not on biases and norms.")
+    gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
@@ -131,9 +122,7 @@ class OptimizerConfig(Section):
             if not present and value != type(self).model_fields[key].default:
                 raise ValueError(f"{key}={value!r} is only for {home}; leave it out")
         if self.weight_norm_bounds and not 0 <= self.weight_norm_bounds[0] < self.weight_norm_bounds[1]:
-            raise ValueError(
-                f"weight_norm_bounds={self.weight_norm_bounds}: the first must be smaller than the second"
-            )
+            raise ValueError(f"weight_norm_bounds={self.weight_norm_bounds}: the first must be smaller")
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} "
@@ -143,10 +132,7 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length of a run, its batches, and how often it logs, evaluates and saves.
-
-    The budget is exactly one of `steps`, `tokens` and `hours`.
-    """
+    """Length and batches of a run. Its budget is exactly one of `steps`, `tokens` and `hours`."""
 
     steps: int | None = Field(None, ge=1, description="Budget in training steps.")
     tokens: float | None = Field(None, ge=1, description="Budget in tokens, special tokens included.")
@@ -164,14 +150,11 @@ class TrainConfig(Section):
     )
     micro_batch: int = Field(32, ge=1, description="Number of samples in one forward pass of one rank.")
     micro_tokens: int | None = Field(
-        None,
-        ge=8,
-        description="Largest number of tokens in one forward pass of one rank, instead of micro_batch.",
+        None, ge=8, description="Most tokens in one forward pass of one rank, in place of micro_batch."
     )
     seed: int = Field(0, ge=0, description="Seed of initial weights, order, masks and dropout.")
     precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto",
-        description="Precision; auto takes bfloat16 where the device multiplies it natively, else float32.",
+        "auto", description="Precision; auto: bfloat16 where the device has it natively, else float32."
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
@@ -188,14 +171,10 @@ class TrainConfig(Section):
         description="Pad the predicted positions of a micro-batch to a fixed number, with no effect on the "
         "loss; auto: on GPUs, if the number of tokens is fixed too.",
     )
-    log_every: int = Field(10, ge=1, description="Training steps between two log points.")
-    eval_every: int = Field(
-        500, ge=1, description="Training steps between two held-out losses; the last step has one too."
-    )
+    log_every: int = Field(10, ge=1, description="Steps between two log points.")
+    eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
     eval_samples: int = Field(1024, ge=1, description="Number of samples of a held-out loss.")
-    save_every: int = Field(
-        500, ge=1, description="Training steps between two checkpoints; the last step writes one too."
-    )
+    save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
 
     @property
@@ -213,9 +192,7 @@ class TrainConfig(Section):
                 "set the others to null"
             )
         if self.schedule_steps is not None and self.steps is None:
-            raise ValueError(
-                f"schedule_steps={self.schedule_steps} needs a budget in steps; set steps or leave it out"
-            )
+            raise ValueError(f"schedule_steps={self.schedule_steps} needs a budget in steps (train.steps)")
         if self.schedule_steps is not None and self.steps and self.schedule_steps < self.steps:
             raise ValueError(f"schedule_steps={self.schedule_steps} is less than steps={self.steps}")
         until = 0.0
@@ -231,18 +208,12 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How a run is distributed over ranks."""
 
-    tensor: int = Field(
-        1, ge=1, description="Tensor-parallel size: the number of ranks that share each layer."
-    )
+    tensor: int = Field(1, ge=1, description="Tensor-parallel size: ranks that share each layer.")
     sequence: bool = Field(
-        False,
-        description="Sequence parallel: those ranks also shard the tokens between layers, to save memory.",
+        False, description="Sequence parallel: these ranks also shard tokens between layers, saving memory."
     )
     zero_stage: int = Field(
-        1,
-        ge=0,
-        le=3,
-        description="ZeRO stage: 0 shards nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
+        1, ge=0, le=3, description="ZeRO stage; 1 shards optimizer states, 2 also gradients, 3 also weights."
     )
     ranks: int = Field(
         0, ge=0, description="Number of local ranks; 0: one for each GPU, on a CPU the tensor-parallel size."
@@ -285,19 +256,13 @@ class PretrainConfig(Section):
     data: str | list[Corpus] = Field(
         description="Output folder of `bertscale prep`, or several to mix: [{path: A, weight: 0.7}, ...]."
     )
-    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The encoder.")
-    samples: SamplesConfig = Field(default_factory=lambda: SamplesConfig(), description="The samples.")
-    objectives: ObjectivesConfig = Field(
-        default_factory=lambda: ObjectivesConfig(), description="The training objectives."
-    )
-    optimizer: OptimizerConfig = Field(
-        default_factory=lambda: OptimizerConfig(), description="The optimizer and its learning rate."
-    )
+    model: ModelConfig = Field(ModelConfig(), description="The encoder.")
+    samples: SamplesConfig = Field(SamplesConfig(), description="The samples.")
+    objectives: ObjectivesConfig = Field(ObjectivesConfig(), description="The training objectives.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer and its learning rate.")
     train: TrainConfig = Field(description="Length and batches of the run.")
-    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="The ranks.")
-    launch: LaunchConfig = Field(
-        default_factory=lambda: LaunchConfig(), description="Restarts of failed ranks."
-    )
+    parallel: ParallelConfig = Field(ParallelConfig(), description="The ranks.")
+    launch: LaunchConfig = Field(LaunchConfig(), description="Restarts of failed ranks.")
 
     @property
     def corpora(self) -> list[Corpus]:
