@@ -206,7 +206,7 @@ def measure(
     """
     device, vocab_size = ranks.device, PUBLISHED_VOCAB[config.model.preset]
     watch = Stopwatch(device)
-    batches = RandomBatches(config, vocab_size, ranks).made
+    batches = RandomBatches(config, vocab_size, ranks).steps
     inputs: Sequence[Sequence[Any]] = batches
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step: Step
