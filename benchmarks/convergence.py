@@ -19,7 +19,7 @@ Then all weights come into the native model in float32, and the same held-out do
 go through it: samples of one document each, 15 % masked, whatever the rate in training. `unigram` is the
 loss of the training text's token frequencies.
 
-What is finished stays in --output and is not run again; a run that broke off goes on there.
+What is finished stays in --output and is not run again; a run that broke off resumes there.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def compare(
     rounds: int,
     profile: bool,
 ) -> dict[str, Any]:
-    """Rates of all sides, in turns, for about so many seconds: one step each on one batch is a round.
+    """Rates of all sides, in turns, for about that many seconds: one step each on one batch is a round.
 
     Two rounds at least; the warm-up before is of a quarter of a batch.
     """
