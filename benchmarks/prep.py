@@ -237,7 +237,7 @@ def plain_loop(tokenizer: Tokenizer, texts: list[str], folder: Path) -> Callable
         for text in texts:
             document = []
             for sentence in re.split(r"(?<=[.!?])\s+", text):
-                ids = [one for word in words(sentence) for one in pieces(word)]
+                ids = [piece for word in words(sentence) for piece in pieces(word)]
                 document.append(ids)
                 total += len(ids)
             instances.append(document)

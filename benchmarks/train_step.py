@@ -104,13 +104,13 @@ def main() -> int:
     for name, sizes, kind, length, batch, goals, share in SMOKE if options.smoke else CASES:
         config = configure(data, sizes, kind, length, batch, options.dropout)
         seconds = 60 * options.minutes * share
-        found = compare(
+        measured = compare(
             config, data, ranks, dtype, seconds, options.rounds, options.profile and kind == "nsp"
         )
-        ours, of_peak = found["ours"], found["flops"] / peak
+        ours, of_peak = measured["ours"], measured["flops"] / peak
         text = f"{name:<26}{ours:>9,.0f}{of_peak:>9.0%}"
         for peer, goal in zip(PEERS, goals, strict=True):
-            theirs, ratio = found[peer]
+            theirs, ratio = measured[peer]
             text += f"{theirs:>16,.0f}{ratio:>7.2f}{goal:>6}"
             results.append(
                 {
@@ -120,24 +120,24 @@ def main() -> int:
                     "unit": "tokens/s",
                     "ratio": round(ratio, 3),
                     "goal": goal,
-                    "rounds": found["rounds"],
-                    "mean_length": round(found["length"], 1),
+                    "rounds": measured["rounds"],
+                    "mean_length": round(measured["length"], 1),
                 }
             )
-        print(f"{text}   {found['rounds']} rounds, {found['length']:.0f} tokens a sample", flush=True)
+        print(f"{text}   {measured['rounds']} rounds, {measured['length']:.0f} tokens a sample", flush=True)
         results.append(
             {
                 "case": f"{name}, of the measured peak",
-                "ours": found["flops"],
+                "ours": measured["flops"],
                 "peer": peak,
                 "unit": "FLOP/s",
                 "ratio": round(of_peak, 3),
                 "goal": 0.35 if name.startswith("BERT-base") else None,
             }
         )
-        if found["profile"] and (name.startswith("BERT-base") or options.smoke):
-            show_profile(found["profile"])
-            results[-1]["profile"] = found["profile"][:SHOWN]
+        if measured["profile"] and (name.startswith("BERT-base") or options.smoke):
+            show_profile(measured["profile"])
+            results[-1]["profile"] = measured["profile"][:SHOWN]
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
     return 0

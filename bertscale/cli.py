@@ -342,6 +342,7 @@ def ask(name: str, arguments: list[str]) -> int:
     return answer(name, arguments)
 
 
+BENCH_CONFIG = "configs/pretrain/quickstart.yaml"  # by default
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prep": ("raw text -> tokenizer and token shards", prep),
     "inspect": ("what a prepared folder holds: counts, lengths, digests, samples", inspect),
@@ -365,9 +366,6 @@ def _overview() -> str:
     lines = ["usage: bertscale COMMAND ...", "", "From raw text to a fine-tuned BERT-family model.", ""]
     lines += [f"  {name:<12}{sentence}" for name, (sentence, _) in COMMANDS.items()]
     return "\n".join([*lines, "", "bertscale COMMAND --help tells more, with every key of its config."])
-
-
-BENCH_CONFIG = "configs/pretrain/quickstart.yaml"
 
 
 # -------------------------------------------------------------------------------- checks before a start
