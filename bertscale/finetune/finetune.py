@@ -322,11 +322,9 @@ def freeze(
     model.encoder.requires_grad_(False).eval()
     features = torch.empty(len(samples), model.config.hidden_size, device=device)
     for batch in all_batches(samples, 128):
-        on_device = batch.to(device)
+        inputs = batch.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            values = model.features(
-                on_device.tokens, on_device.token_types, on_device.positions, on_device.lengths
-            )
+            values = model.features(inputs.tokens, inputs.token_types, inputs.positions, inputs.lengths)
         features[batch.rows] = values.float()
     return features
 
