@@ -19,7 +19,7 @@ Then all weights come into the native model in float32, and the same held-out do
 go through it: samples of one document each, 15 % masked, whatever the rate in training. `unigram` is the
 loss of the training text's token frequencies.
 
-What is finished stays in --output and is not run again; a run that broke off goes on there.
+What is finished stays in --output and is not run again; a run that broke off resumes there.
 """
 
 from __future__ import annotations
@@ -155,18 +155,18 @@ def compare(options: argparse.Namespace) -> None:
     heldout = [batch for step in range(steps) for batch in loader.step(step)]
     packed = samples.model_copy(update={"kind": "packed"})
     mean = make_loader(corpora, packed, "train", 1, 1).mixture.mean_sample_tokens()[0][1]
-    found: dict[str, dict[str, Any]] = {}
+    best: dict[str, dict[str, Any]] = {}  # by name, of the learning rate with the lowest loss
     for first in range(0, len(runs), len(cores)):
         group = runs[first : first + len(cores)]
         train_together(group, cores)
         for run in group:
             trainer = run.name.endswith("trainer")
             figures = measured(run, heldout, options.batch * (LENGTH if trainer else mean), options.minutes)
-            best = found.get(run.name, figures)
-            found[run.name] = min(best, figures, key=lambda one: one["heldout_mlm_loss"])
-    results = report(found, unigram(train, heldout), options.size)
+            candidates = best.get(run.name, figures), figures
+            best[run.name] = min(candidates, key=lambda figures: figures["heldout_mlm_loss"])
+    results = report(best, unigram(train, heldout), options.size)
     if options.json:
-        write_json(options.json, {"machine": machine, "results": results, "contestants": found})
+        write_json(options.json, {"machine": machine, "results": results, "contestants": best})
 
 
 def begun(name: str, rate: float, options: argparse.Namespace, corpora: list[Corpus], facts: str) -> Run:
@@ -254,13 +254,13 @@ def measured(run: Run, heldout: list[MicroBatch], step_tokens: float, minutes: f
         }
         write_json(path, figures)
         print(f"{run.name} {run.rate:g}: {steps:,} steps, held-out MLM loss {loss:.4f}", flush=True)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    kept_figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return kept_figures
 
 
 @torch.no_grad()
 def heldout_loss(weights: Path, heldout: list[MicroBatch]) -> tuple[float, float]:
-    """Mean loss and accuracy at the masked positions, in float32, of whosever weights."""
+    """Returns mean loss and accuracy at the masked positions, in float32, of our or their weights."""
     model = load_model(weights)
     loss = right = 0.0
     for b in heldout:
@@ -271,7 +271,7 @@ def heldout_loss(weights: Path, heldout: list[MicroBatch]) -> tuple[float, float
 
 
 def unigram(train: list[Dataset], heldout: list[MicroBatch]) -> float:
-    """Loss of the training text's token frequencies at the same masked positions."""
+    """Returns the loss of the training text's token frequencies at the same masked positions."""
     vocab_size = load_tokenizer(train[0].tokenizer_path).vocab_size
     counts = np.ones(vocab_size)
     for shard in (shard for data in train for shard in data.shards):
@@ -279,19 +279,19 @@ def unigram(train: list[Dataset], heldout: list[MicroBatch]) -> float:
     return float(-np.log(counts / counts.sum())[torch.cat([batch.targets for batch in heldout])].mean())
 
 
-def report(found: dict[str, dict[str, Any]], plain: float, size: str) -> list[dict[str, Any]]:
+def report(by_name: dict[str, dict[str, Any]], plain: float, size: str) -> list[dict[str, Any]]:
     """Prints the table; returns the comparisons: theirs over ours, of the losses."""
     print(f"\n{'':<24}{'rate':>8}{'steps':>8}{'tokens':>12}{'tokens/s':>10}{'held-out loss':>15}{'right':>8}")
     results = []
-    for name, figures in found.items():
+    for name, figures in by_name.items():
         preset, side = name.split("-")
         rate, steps, tokens, speed, loss, accuracy = figures.values()
         print(
             f"{preset:<8}{SIDES[side]:<16}{rate:>8g}{steps:>8,}{tokens:>12,}{speed:>10,}{loss:>15.4f}"
             f"{accuracy:>8.1%}"
         )
-        if side != "trainer" and f"{preset}-trainer" in found:
-            peer = found[f"{preset}-trainer"]["heldout_mlm_loss"]
+        if side != "trainer" and f"{preset}-trainer" in by_name:
+            peer = by_name[f"{preset}-trainer"]["heldout_mlm_loss"]
             figures_of_case = {"ours": round(loss, 4), "peer": round(peer, 4), "ratio": round(peer / loss, 4)}
             case = {"case": f"{preset} {size}, {SIDES[side]}", "unit": "nats of held-out loss", "goal": 1.0}
             results.append(case | figures_of_case)

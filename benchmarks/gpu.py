@@ -141,7 +141,7 @@ def main() -> int:
             left_out.append(f"{name}: {side} is left out, {options.minutes:g} minutes are over")
             continue
         try:
-            found = measure(configure(case, options), ranks, dtype, side, options)
+            measured = measure(configure(case, options), ranks, dtype, side, options)
         except Exception as error:  # the other rows are still worth the machine's time
             if not isinstance(error, UserError | torch.cuda.OutOfMemoryError):
                 traceback.print_exc()
@@ -150,10 +150,10 @@ def main() -> int:
         finally:
             tidy(device)
         if side == "ours":
-            ours[name] = found
-        ratio = ours[name].tokens / found.tokens if side != "ours" and name in ours else None
-        show(name, side, found, sheet, peak, ratio)
-        rows += results_of(name, side, found, ours.get(name), sheet, peak, goal)
+            ours[name] = measured
+        ratio = ours[name].tokens / measured.tokens if side != "ours" and name in ours else None
+        show(name, side, measured, sheet, peak, ratio)
+        rows += results_of(name, side, measured, ours.get(name), sheet, peak, goal)
         write(options.json, facts, left_out, rows)  # a run that is cut short has written what it knows
     write(options.json, facts, left_out, rows)
     for line in left_out:
@@ -206,7 +206,7 @@ def measure(
     """
     device, vocab_size = ranks.device, PUBLISHED_VOCAB[config.model.preset]
     watch = Stopwatch(device)
-    batches = RandomBatches(config, vocab_size, ranks).made
+    batches = RandomBatches(config, vocab_size, ranks).steps
     inputs: Sequence[Sequence[Any]] = batches
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step: Step
@@ -267,7 +267,7 @@ def tidy(device: torch.device) -> None:
 def results_of(
     name: str,
     side: str,
-    found: Figures,
+    measured: Figures,
     ours: Figures | None,
     sheet: float | None,
     peak: float,
@@ -275,23 +275,23 @@ def results_of(
 ) -> list[dict[str, Any]]:
     """Rows for the JSON: of ours the shares of the peaks, of a peer the ratio of tokens/s."""
     facts = {
-        "peak_memory_bytes": found.memory,
-        "seconds_of_parts": found.parts,
-        "warmup_seconds": found.warmup,
+        "peak_memory_bytes": measured.memory,
+        "seconds_of_parts": measured.parts,
+        "warmup_seconds": measured.warmup,
     }
     if side == "ours":
         limits = {"the data sheet's peak": sheet, "the measured peak": peak}
         return [
             {
                 "case": f"{name}, of {limit}",
-                "ours": found.flops,
+                "ours": measured.flops,
                 "peer": value,
                 "unit": "FLOP/s",
-                "ratio": round(found.flops / value, 4),
+                "ratio": round(measured.flops / value, 4),
                 "goal": goal if value == sheet else None,
-                "tokens_per_second": found.tokens,
+                "tokens_per_second": measured.tokens,
                 **facts,
-                "kernels": found.kernels[:SHOWN],
+                "kernels": measured.kernels[:SHOWN],
             }
             for limit, value in limits.items()
             if value
@@ -300,35 +300,37 @@ def results_of(
         {
             "case": f"{name}, against {side}",
             "ours": ours.tokens if ours else None,
-            "peer": found.tokens,
+            "peer": measured.tokens,
             "unit": "tokens/s",
-            "ratio": round(ours.tokens / found.tokens, 3) if ours else None,
+            "ratio": round(ours.tokens / measured.tokens, 3) if ours else None,
             "goal": None,
-            "peer_flops": found.flops,
+            "peer_flops": measured.flops,
             **facts,
         }
     ]
 
 
-def show(name: str, side: str, found: Figures, sheet: float | None, peak: float, ratio: float | None) -> None:
-    of_sheet = f"{found.flops / sheet:.1%}" if sheet else "-"
+def show(
+    name: str, side: str, result: Figures, sheet: float | None, peak: float, ratio: float | None
+) -> None:
+    of_sheet = f"{result.flops / sheet:.1%}" if sheet else "-"
     print(
-        f"{name:<20}{side:<24}{found.tokens:>12,.0f}{found.flops / 1e12:>10,.2f}{of_sheet:>10}"
-        f"{found.flops / peak:>9.1%}{found.memory / 2**30:>7,.1f} GiB{f'{ratio:.2f}' if ratio else '':>8}"
-        f"{found.warmup:>7,.0f} s",
+        f"{name:<20}{side:<24}{result.tokens:>12,.0f}{result.flops / 1e12:>10,.2f}{of_sheet:>10}"
+        f"{result.flops / peak:>9.1%}{result.memory / 2**30:>7,.1f} GiB{f'{ratio:.2f}' if ratio else '':>8}"
+        f"{result.warmup:>7,.0f} s",
         flush=True,
     )
 
 
-def show_kernels(name: str, found: Figures) -> None:
-    whole = sum(seconds for _, seconds in found.kernels)
-    step = sum(found.parts.values())
-    times = ", ".join(f"{part} {seconds / step:.0%}" for part, seconds in found.parts.items() if seconds)
+def show_kernels(name: str, measured: Figures) -> None:
+    whole = sum(seconds for _, seconds in measured.kernels)
+    step = sum(measured.parts.values())
+    times = ", ".join(f"{part} {seconds / step:.0%}" for part, seconds in measured.parts.items() if seconds)
     print(
         f"\n{name}: a step takes {step * 1e3:,.1f} ms ({times}); "
         f"our kernels of one step, {whole * 1e3:,.1f} ms:"
     )
-    for kernel, seconds in found.kernels[:SHOWN]:
+    for kernel, seconds in measured.kernels[:SHOWN]:
         print(f"  {seconds / whole:>6.1%} {seconds * 1e3:>9.2f} ms  {kernel[:110]}")
 
 

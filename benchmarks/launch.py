@@ -150,12 +150,12 @@ def check(lines: list[dict[str, Any]], nodes: int, tasks: int, rank: str) -> Non
 def wait_for(out: Path, lines: int) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 120
     while True:
-        found = out.read_text().splitlines() if out.exists() else []
-        if len(found) == lines:
-            return [json.loads(line) for line in found]
+        lines_written = out.read_text().splitlines() if out.exists() else []
+        if len(lines_written) == lines:
+            return [json.loads(line) for line in lines_written]
         if time.monotonic() > deadline:
             logs = "\n".join(log.read_text() for log in out.with_suffix(".job").rglob("*.out"))
-            raise SystemExit(f"{len(found)} of {lines} ranks have written\n{logs}")
+            raise SystemExit(f"{len(lines_written)} of {lines} ranks have written\n{logs}")
         time.sleep(0.01)
 
 

@@ -183,9 +183,9 @@ class Samples(TorchDataset[dict[str, Any]]):
         shard = np.searchsorted(self.loader.shard_start, segments.start, side="right") - 1
         begin = segments.start - self.loader.shard_start[shard]
         columns = (shard, begin, begin + segments.length, segments.kind)
-        found = list(zip(*(column.tolist() for column in columns), strict=True))
+        segment_rows = list(zip(*(column.tolist() for column in columns), strict=True))
         edges = np.searchsorted(segments.sample, np.arange(len(numbers) + 1)).tolist()
-        self.rows = [found[a:b] for a, b in pairwise(edges)]
+        self.rows = [segment_rows[a:b] for a, b in pairwise(edges)]
         self.first = number
 
 
@@ -215,23 +215,23 @@ def start(dataset: Dataset, kind: str, step: int) -> tuple[float, float]:
 
 
 def quickstart_data() -> Path:
-    """The quickstart's data; without it, the same made in runs/benchmark."""
-    found = Path("runs/quickstart/data")
-    if (found / "manifest.json").is_file():
-        return found
-    made = Path("runs/benchmark")
+    """Returns the quickstart's data; without it, the same data made in runs/benchmark."""
+    existing = Path("runs/quickstart/data")
+    if (existing / "manifest.json").is_file():
+        return existing
+    folder = Path("runs/benchmark")
     for command in (
-        ["data_prep.docstrings", str(made)],
+        ["data_prep.docstrings", str(folder)],
         [
             "bertscale",
             "prep",
             "configs/prep/quickstart.yaml",
-            f"input=[{made}/corpus]",
-            f"output={made}/data",
+            f"input=[{folder}/corpus]",
+            f"output={folder}/data",
         ],
     ):
         subprocess.run([sys.executable, "-m", *command], check=True)
-    return made / "data"
+    return folder / "data"
 
 
 if __name__ == "__main__":

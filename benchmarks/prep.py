@@ -218,7 +218,7 @@ def plain_loop(tokenizer: Tokenizer, texts: list[str], folder: Path) -> Callable
         return "".join(characters).split()
 
     def pieces(word: str) -> list[int]:
-        found, start = [], 0
+        ids, start = [], 0
         while start < len(word):
             end = len(word)
             while start < end:
@@ -228,16 +228,16 @@ def plain_loop(tokenizer: Tokenizer, texts: list[str], folder: Path) -> Callable
                 end -= 1
             if start == end:
                 return [tokenizer.unk_id]
-            found.append(vocabulary[piece])
+            ids.append(vocabulary[piece])
             start = end
-        return found
+        return ids
 
     def run() -> int:
         total, instances = 0, []
         for text in texts:
             document = []
             for sentence in re.split(r"(?<=[.!?])\s+", text):
-                ids = [one for word in words(sentence) for one in pieces(word)]
+                ids = [piece for word in words(sentence) for piece in pieces(word)]
                 document.append(ids)
                 total += len(ids)
             instances.append(document)
@@ -303,13 +303,13 @@ def result(
 
 
 def quickstart_corpus() -> Path:
-    """The quickstart's corpus; without it, the same made in runs/benchmark."""
-    found = Path("runs/quickstart/corpus")
-    if any(found.glob("*.jsonl")):
-        return found
-    made = Path("runs/benchmark")
-    subprocess.run([sys.executable, "-m", "data_prep.docstrings", str(made)], check=True)
-    return made / "corpus"
+    """Returns the quickstart's corpus; without it, the same corpus made in runs/benchmark."""
+    existing = Path("runs/quickstart/corpus")
+    if any(existing.glob("*.jsonl")):
+        return existing
+    folder = Path("runs/benchmark")
+    subprocess.run([sys.executable, "-m", "data_prep.docstrings", str(folder)], check=True)
+    return folder / "corpus"
 
 
 if __name__ == "__main__":

@@ -104,13 +104,13 @@ def main() -> int:
     for name, sizes, kind, length, batch, goals, share in SMOKE if options.smoke else CASES:
         config = configure(data, sizes, kind, length, batch, options.dropout)
         seconds = 60 * options.minutes * share
-        found = compare(
+        measured = compare(
             config, data, ranks, dtype, seconds, options.rounds, options.profile and kind == "nsp"
         )
-        ours, of_peak = found["ours"], found["flops"] / peak
+        ours, of_peak = measured["ours"], measured["flops"] / peak
         text = f"{name:<26}{ours:>9,.0f}{of_peak:>9.0%}"
         for peer, goal in zip(PEERS, goals, strict=True):
-            theirs, ratio = found[peer]
+            theirs, ratio = measured[peer]
             text += f"{theirs:>16,.0f}{ratio:>7.2f}{goal:>6}"
             results.append(
                 {
@@ -120,24 +120,24 @@ def main() -> int:
                     "unit": "tokens/s",
                     "ratio": round(ratio, 3),
                     "goal": goal,
-                    "rounds": found["rounds"],
-                    "mean_length": round(found["length"], 1),
+                    "rounds": measured["rounds"],
+                    "mean_length": round(measured["length"], 1),
                 }
             )
-        print(f"{text}   {found['rounds']} rounds, {found['length']:.0f} tokens a sample", flush=True)
+        print(f"{text}   {measured['rounds']} rounds, {measured['length']:.0f} tokens a sample", flush=True)
         results.append(
             {
                 "case": f"{name}, of the measured peak",
-                "ours": found["flops"],
+                "ours": measured["flops"],
                 "peer": peak,
                 "unit": "FLOP/s",
                 "ratio": round(of_peak, 3),
                 "goal": 0.35 if name.startswith("BERT-base") else None,
             }
         )
-        if found["profile"] and (name.startswith("BERT-base") or options.smoke):
-            show_profile(found["profile"])
-            results[-1]["profile"] = found["profile"][:SHOWN]
+        if measured["profile"] and (name.startswith("BERT-base") or options.smoke):
+            show_profile(measured["profile"])
+            results[-1]["profile"] = measured["profile"][:SHOWN]
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
     return 0
@@ -172,9 +172,9 @@ def compare(
     rounds: int,
     profile: bool,
 ) -> dict[str, Any]:
-    """Rates of all sides, in turns, for about so many seconds: one step each on one batch is a round.
+    """Measures all sides in turns, for about `seconds`: one step each on one batch is a round.
 
-    Two rounds at least; the warm-up before is of a quarter of a batch.
+    It takes at least two rounds, after a warm-up on a quarter of a batch.
     """
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     vocab_size = max(VOCAB, tokenizer.vocab_size)
@@ -192,7 +192,7 @@ def compare(
         "megatron-core": megatron_step(config, vocab_size, ranks.device, dtype, watch),
     }
     rate = Rate(config.model, vocab_size, peak=1.0)
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    by_side: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     samples = tokens = 0
     began = time.perf_counter()
     for number in range(-1, rounds):
@@ -205,18 +205,21 @@ def compare(
             rate.add(micro_batch.lengths, micro_batch.num_targets)
             figures = rate.close(ranks)
             if number >= 0:
-                found[side].append(figures)
+                by_side[side].append(figures)
         if number < 0:
             began = time.perf_counter()
             continue
         samples, tokens = samples + batch, tokens + len(micro_batch.tokens)
-        gone = time.perf_counter() - began
-        if number >= 1 and gone + gone / (number + 1) > seconds:
+        elapsed = time.perf_counter() - began
+        if number >= 1 and elapsed + elapsed / (number + 1) > seconds:
             break
-    rates = {side: [figures["speed/tokens_per_second"] for figures in of] for side, of in found.items()}
+    rates = {
+        side: [figures["speed/tokens_per_second"] for figures in rounds_of]
+        for side, rounds_of in by_side.items()
+    }
     result: dict[str, Any] = {
         "ours": statistics.median(rates["ours"]),
-        "flops": statistics.median(figures["speed/mfu"] for figures in found["ours"]),
+        "flops": statistics.median(figures["speed/mfu"] for figures in by_side["ours"]),
         "rounds": len(rates["ours"]),
         "length": tokens / samples,
         "profile": profile_of(sides["ours"], micro_batch, ranks) if profile else None,
@@ -228,10 +231,10 @@ def compare(
 
 
 def profile_of(step: Step, batch: MicroBatch, ranks: Ranks) -> list[tuple[str, float]]:
-    """(operator, its own share of the step), the largest first."""
-    found = top_operators(profiled(lambda: step([batch]), ranks.device), ranks.device)
-    whole = sum(seconds for _, seconds in found)
-    return [(name, seconds / whole) for name, seconds in found]
+    """Lists (operator, its own share of the step), the largest first."""
+    operators = top_operators(profiled(lambda: step([batch]), ranks.device), ranks.device)
+    whole = sum(seconds for _, seconds in operators)
+    return [(name, seconds / whole) for name, seconds in operators]
 
 
 def show_profile(rows: Sequence[tuple[str, float]]) -> None:
@@ -323,23 +326,23 @@ class OneStream:
 
 
 def quickstart_data() -> Path:
-    """The quickstart's data; without it, the same made in runs/benchmark."""
-    found = Path("runs/quickstart/data")
-    if (found / "manifest.json").is_file():
-        return found
-    made = Path("runs/benchmark")
+    """Returns the quickstart's data; without it, the same data made in runs/benchmark."""
+    existing = Path("runs/quickstart/data")
+    if (existing / "manifest.json").is_file():
+        return existing
+    folder = Path("runs/benchmark")
     for command in (
-        ["data_prep.docstrings", str(made)],
+        ["data_prep.docstrings", str(folder)],
         [
             "bertscale",
             "prep",
             "configs/prep/quickstart.yaml",
-            f"input=[{made}/corpus]",
-            f"output={made}/data",
+            f"input=[{folder}/corpus]",
+            f"output={folder}/data",
         ],
     ):
         subprocess.run([sys.executable, "-m", *command], check=True)
-    return made / "data"
+    return folder / "data"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""The `bertscale` command: reads the command line, checks what can be checked, and calls the stage.
+"""The `bertscale` command: reads the command line, checks the arguments and the config, starts the work.
 
 bertscale prep|pretrain|convert|finetune|bench|quickstart --help
 
-Nothing heavy is imported before a stage begins, so that help and mistakes answer at once.
-Exit codes: bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
+No large library is imported before the work begins, so that help texts and error messages come at once.
+Exit codes are those of bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import shlex
 import sys
 import tempfile
@@ -19,15 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bertscale.console import complain, disk_full, make_parser
+from bertscale.console import complain, full_disk_in_one_line, make_parser
 from bertscale.errors import INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from bertscale.config import PretrainConfig
+    from launcher.ranks import Rank
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command of `arguments` (sys.argv without one) and returns its exit code."""
+    """Runs the command in `arguments` (default: those of this process) and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -48,25 +48,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     _, command = COMMANDS[name]
     try:
-        return command(rest)
+        with full_disk_in_one_line():
+            return command(rest)
     except UserError as error:
         return complain(name, str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return complain(name, disk_full(error))
     except KeyboardInterrupt:
-        print(f"\nbertscale {name}: interrupted; the same command begins again", file=sys.stderr)
+        print(f"\nbertscale {name}: interrupted; run the same command again", file=sys.stderr)
         return INTERRUPTED
 
 
-# ----------------------------------------------------------------------------------------- the stages
+# ----------------------------------------------------------------------------------------- the commands
 
 
 def prep(arguments: list[str]) -> int:
     """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
+    from bertscale.checks import array_task, verify_digests
     from bertscale.config import PrepConfig, UserError, load_config
-    from bertscale.start import prep_share, verify
 
     if any(argument.partition("=")[0] == "--inspect" for argument in arguments):
         raise UserError("--inspect is now a command of its own: bertscale inspect FOLDER")
@@ -74,7 +71,7 @@ def prep(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     config = load_config(PrepConfig, options.config, options.overrides)
     if options.verify:
-        verify(config.output)
+        verify_digests(config.output)
         return 0
     if options.task_count is not None and options.task_count < 1:
         parser.error(f"--task-count must be 1 or more, not {options.task_count}")
@@ -86,10 +83,10 @@ def prep(arguments: list[str]) -> int:
         from data_prep.build import prep_finish
 
         prep_finish(config, options.task_count)
-    elif share := prep_share(options.task_index, options.task_count):
-        from data_prep.build import prep_share as build_share
+    elif task := array_task(options.task_index, options.task_count):
+        from data_prep.build import prep_share
 
-        build_share(config, *share)
+        prep_share(config, *task)
     else:
         from data_prep.build import prep as build
 
@@ -102,31 +99,33 @@ def _prep_parser() -> argparse.ArgumentParser:
 
     parser = make_parser(
         "prep",
-        "Turns raw text into a tokenizer and Arrow token shards. To share the work among several hosts: "
-        "--tokenizer-only once, then --task-index 0, 1, ... at the same time, then --finish once; the "
-        "bytes are the same.",
+        "Turns raw text into a tokenizer and Arrow token shards. To use several hosts, run --tokenizer-only "
+        "once, then --task-index 0, 1, ... at the same time, then --finish once; the output is the same, "
+        "byte for byte.",
         PrepConfig,
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument(
         "--verify",
         action="store_true",
-        help="Only compare an existing output with the sizes and digests of its manifest.",
+        help="Only compare the files of an existing output with the sizes and digests in its manifest.",
     )
     part.add_argument(
-        "--tokenizer-only", action="store_true", help="Stop when the plan and the tokenizer are made."
+        "--tokenizer-only",
+        action="store_true",
+        help="Stop when the plan and the tokenizer are written.",
     )
     part.add_argument(
         "--task-index",
         metavar="I",
         type=int,
-        help="Build only the work units whose number %% N is I; in a Slurm array by default its index.",
+        help="Build only the work units whose number modulo N is I (default: the index in the Slurm array).",
     )
     part.add_argument(
-        "--finish", action="store_true", help="Check that every work unit is built, and finish."
+        "--finish", action="store_true", help="Check that every work unit is built, and write the shards."
     )
     parser.add_argument(
-        "--task-count", metavar="N", type=int, help="Number of tasks; in a Slurm array by default its size."
+        "--task-count", metavar="N", type=int, help="Number of tasks (default: the size of the Slurm array)."
     )
     return parser
 
@@ -136,7 +135,7 @@ def inspect(arguments: list[str]) -> int:
     parser = make_parser(
         "inspect",
         "Shows what a prepared folder holds: counts, lengths of documents and sentences, and samples as the "
-        "model will see them. Compares every shard with its digest on the way.",
+        "model will see them. Compares every shard with its digest as well.",
     )
     parser.add_argument("folder", metavar="FOLDER", help="An output folder of `bertscale prep`.")
     options = parser.parse_args(arguments)
@@ -150,24 +149,23 @@ def inspect(arguments: list[str]) -> int:
 def pretrain(arguments: list[str]) -> int:
     """bertscale pretrain CONFIG [key=value ...] [--verify]"""
     from bertscale.config import PretrainConfig
-    from bertscale.start import train
     from launcher import ranks
 
     parser = make_parser(
         "pretrain",
-        "Trains an encoder on token shards, from its newest whole checkpoint where there is one. Starts "
-        "its ranks on this machine by itself; under torchrun or srun each process is one rank. Ctrl-C "
-        f"finishes the step, saves and exits with {STOPPED_AND_SAVED}: the same command goes on.",
+        "Trains an encoder on token shards; resumes from the newest complete checkpoint if there is one. "
+        "Starts the ranks of this machine; under torchrun or srun each process is one rank. Ctrl-C "
+        "finishes the training step, saves a checkpoint and exits with "
+        f"{STOPPED_AND_SAVED}: the same command resumes.",
         PretrainConfig,
     )
     parser.add_argument(
-        "--verify", action="store_true", help="Compare the shards with their digests before the start."
+        "--verify", action="store_true", help="Compare the shards with their digests before training starts."
     )
     options = parser.parse_intermixed_args(arguments)
     rank = ranks.from_environment()
     if rank is not None:
-        verify, world = options.verify and rank.rank == 0, rank.world_size
-        return ranks.run_as_rank(lambda: train(_checked(options.config, options.overrides, world, verify)[0]))
+        return ranks.run_as_rank(partial(_train, options, rank))
 
     from bertscale.run_folder import LOGS, check_run_folder
     from launcher.supervise import Limits, run_here
@@ -185,20 +183,30 @@ def pretrain(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "bertscale", *again]
     code = run_here(command, count, run / LOGS, limits, run)
     if code == STOPPED_AND_SAVED:
-        print(f"stopped and saved; to go on: {shlex.join(['bertscale', *again])}", file=sys.stderr)
+        print(f"stopped and saved; to resume: {shlex.join(['bertscale', *again])}", file=sys.stderr)
     return code
+
+
+def _train(options: argparse.Namespace, rank: Rank) -> int:
+    verify = options.verify and rank.rank == 0
+    config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
+
+    from bertscale.train.pretrain import pretrain as train_as_rank
+
+    with full_disk_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
+        return train_as_rank(config)
 
 
 def bench(arguments: list[str]) -> int:
     """bertscale bench [CONFIG] [key=value ...] [--random] [--against transformers] [--json FILE]"""
+    from bertscale.checks import check_comparison
     from bertscale.config import UserError
-    from bertscale.start import check_comparison
     from launcher import ranks
 
     options = _bench_parser().parse_intermixed_args(arguments)
     for name in ("steps", "rounds"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: it takes one at least")
+            raise UserError(f"--{name} must be 1 or more, not {getattr(options, name)}")
     if "=" in options.config and not Path(options.config).exists():  # an override; CONFIG was left out
         options.overrides.insert(0, options.config)
         options.config = BENCH_CONFIG
@@ -228,9 +236,9 @@ def _bench_parser() -> argparse.ArgumentParser:
 
     parser = make_parser(
         "bench",
-        "Measures what this machine makes of a pretraining config: real tokens/s, the share of the peak that "
-        "they are, where the time of a step goes, memory. It trains on the ranks that `bertscale pretrain` "
-        "would start, writes no checkpoint and leaves no folder.",
+        "Measures how fast this machine trains a pretraining config: real tokens/s, MFU (the share of the "
+        "peak FLOP/s), the time of each part of a step, memory. It trains on the ranks that `bertscale "
+        "pretrain` would start, writes no checkpoint and leaves no folder.",
         PretrainConfig,
         default=BENCH_CONFIG,
     )
@@ -245,14 +253,14 @@ def _bench_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--random",
         action="store_true",
-        help="Train on random ids of samples.max_length tokens at most instead of the config's data.",
+        help="Train on random token ids instead of data, in samples of at most samples.max_length tokens.",
     )
     parser.add_argument(
         "--against",
         choices=["transformers"],
-        help="Run the same batches, padded, through transformers' class of the same weights too, in turns.",
+        help="Also train the class of transformers, on the same batches and from the same weights, in turns.",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="Write the results to this file as well.")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="Also write the results to this file.")
     return parser
 
 
@@ -268,8 +276,8 @@ def convert(arguments: list[str]) -> int:
     """bertscale convert SOURCE OUTPUT [--no-show] [--replace]"""
     parser = make_parser(
         "convert",
-        "Turns a checkpoint into a Hugging Face folder, or a Hugging Face folder into a checkpoint; "
-        "which of the two is found from what SOURCE is.",
+        "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
+        "of SOURCE decides which.",
     )
     parser.add_argument("source", type=Path, help="A run folder, a checkpoint or a Hugging Face folder.")
     parser.add_argument("output", type=Path, help="The folder to write.")
@@ -277,7 +285,7 @@ def convert(arguments: list[str]) -> int:
         "--show",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Let the converted model fill a few masks.",
+        help="Show what the converted model predicts for a few masked words.",
     )
     parser.add_argument(
         "--replace",
@@ -296,7 +304,7 @@ def finetune(arguments: list[str]) -> int:
     """bertscale finetune CONFIG [key=value ...]"""
     from bertscale.config import FinetuneConfig, load_config
 
-    parser = make_parser("finetune", "Trains a classifier on a pretrained encoder.", FinetuneConfig)
+    parser = make_parser("finetune", "Fine-tunes a pretrained encoder as a classifier.", FinetuneConfig)
     options = parser.parse_intermixed_args(arguments)
     config = load_config(FinetuneConfig, options.config, options.overrides)
 
@@ -310,11 +318,14 @@ def quickstart(arguments: list[str]) -> int:
     """bertscale quickstart [--run FOLDER]"""
     parser = make_parser(
         "quickstart",
-        "Runs every stage on the documentation of the Python packages of this machine: text, shards, "
-        "pretraining, Hugging Face folder, classifier. What is finished and whole is used again.",
+        "Runs every stage on the documentation of this machine's Python packages: text, shards, pretraining, "
+        "Hugging Face folder, classifier. Output that is already complete is reused.",
     )
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/quickstart"), help="Folder for all output (%(default)s)."
+        "--run",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="Folder for all output (%(default)s).",
     )
     options = parser.parse_args(arguments)
 
@@ -338,6 +349,7 @@ def ask(name: str, arguments: list[str]) -> int:
     return answer(name, arguments)
 
 
+BENCH_CONFIG = "configs/pretrain/quickstart.yaml"  # by default
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prep": ("raw text -> tokenizer and token shards", prep),
     "inspect": ("what a prepared folder holds: counts, lengths, digests, samples", inspect),
@@ -349,12 +361,12 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "status": ("what is queued or running, how far, how fast, and why it waits", partial(ask, "status")),
     "logs": ("what a job's ranks have written", partial(ask, "logs")),
     "cancel": ("ends a job for good", partial(ask, "cancel")),
-    "resume": ("queues a stopped job again", partial(ask, "resume")),
-    "quickstart": ("all of these, small, on text that every machine has", quickstart),
+    "resume": ("queues a stopped job again, to continue its work", partial(ask, "resume")),
+    "quickstart": ("every stage in a row, small, on text that every machine has", quickstart),
 }
 
 
-# -------------------------------------------------------------------------------------- help and words
+# -------------------------------------------------------------------------------------- help
 
 
 def _overview() -> str:
@@ -363,19 +375,16 @@ def _overview() -> str:
     return "\n".join([*lines, "", "bertscale COMMAND --help tells more, with every key of its config."])
 
 
-BENCH_CONFIG = "configs/pretrain/quickstart.yaml"
-
-
 # -------------------------------------------------------------------------------- checks before a start
 
 
 def _checked(
     path: str, overrides: list[str], world_size: int | None, verify: bool, data: bool = True
 ) -> tuple[PretrainConfig, int]:
-    """The config and the number of ranks, after every check that needs no torch.
+    """Returns the config and the number of ranks, after every check that needs no torch.
 
-    `world_size` is the number of ranks where they are running, None where they are yet to be started;
-    `data`: whether the shards are looked at.
+    `world_size` is the number of running ranks, None where they are not yet started. The shards are opened
+    if `data`, and compared with their digests if `verify`.
     """
     from bertscale.config import PretrainConfig, UserError, load_config
     from bertscale.data.samples import check_batches
@@ -386,7 +395,7 @@ def _checked(
     count = world_size or config.parallel.ranks or count_gpus() or config.parallel.tensor
     if count % config.parallel.tensor:
         raise UserError(
-            f"{count} rank{'s' if count > 1 else ''} cannot be shared out by "
+            f"{count} rank{'s' if count > 1 else ''} cannot be grouped by "
             f"parallel.tensor={config.parallel.tensor}: the number of ranks (parallel.ranks, or one for "
             "each GPU) must be a multiple of it"
         )

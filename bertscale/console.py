@@ -1,26 +1,29 @@
-"""Help and error messages of the command line."""
+"""Help texts and error messages of the command line."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from bertscale.errors import MISTAKE
+from bertscale.errors import MISTAKE, UserError
 
 if TYPE_CHECKING:
     from bertscale.config import Section
 
-# The first of them that a config has is shown in its help.
+# A help text shows the first of these keys that its config has.
 EXAMPLES = (("train.steps", "100"), ("train.epochs", "3"), ("workers", "4"))
 
 
 def make_parser(
     name: str, description: str, section: type[Section] | None = None, default: str | None = None
 ) -> argparse.ArgumentParser:
-    """The parser of one command; with `section`, of CONFIG and overrides, its keys listed in the help.
+    """Makes the parser of one command; with `section` it takes CONFIG and overrides, and its help lists keys.
 
     CONFIG may be left out where it has a `default`.
     """
@@ -38,13 +41,13 @@ def make_parser(
         if default is None:
             parser.add_argument("config", metavar="CONFIG", help="A YAML file.")
         else:
-            text = f"A YAML file; without it {default}."
+            text = f"A YAML file (default {default})."
             parser.add_argument("config", metavar="CONFIG", nargs="?", default=default, help=text)
         parser.add_argument(
             "overrides",
             metavar="key=value",
             nargs="*",
-            help=f"A value, read as YAML, that replaces the file's, such as {_example(rows)}.",
+            help=f"A value, read as YAML, that replaces the one in the file, such as {_example(rows)}.",
         )
         column = max(len(key) for key, _ in rows) + 4
         parser.epilog = "keys of CONFIG:\n" + "\n".join(
@@ -62,13 +65,19 @@ def _example(rows: list[tuple[str, str]]) -> str:
 
 
 def complain(name: str, message: str) -> int:
-    """A mistake of the person, in one line or several; returns the exit code."""
+    """Prints a mistake of the user, in one line or several; returns the exit code."""
     for line in message.splitlines():
         print(f"bertscale {name}: error: {line}", file=sys.stderr)
     return MISTAKE
 
 
-def disk_full(error: OSError) -> str:
-    """What to say where there is no space left."""
-    where = f" while writing {error.filename}" if error.filename else ""
-    return f"{error.strerror}{where}; free some space and run the same command again"
+@contextmanager
+def full_disk_in_one_line() -> Iterator[None]:
+    """Turns the OSError of a full disk or quota, which a user can mend, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        raise UserError(f"{error.strerror}{where}; free some space and run the same command again") from error

@@ -1,11 +1,11 @@
-"""The error that is shown to a person as one line, and the exit codes; the standard library alone.
+"""The error that a user sees as one line, and the exit codes.
 
-On a batch host there may be no pydantic.
+Standard library only: on a batch host there may be no pydantic.
 """
 
 
 class UserError(ValueError):
-    """A mistake that the person can mend: shown as one line without a traceback, exit code MISTAKE."""
+    """Reports a mistake that the user can mend: one line without a traceback, exit code MISTAKE."""
 
 
 FAULT = 1
@@ -23,7 +23,7 @@ EXIT_CODES = {
     MISTAKE: "a mistake that you can mend, in one line; never tried again",
     STOPPED_AND_SAVED: "stopped by a signal, and saved: the same command resumes",
     HUNG: "gave up: the ranks hang, again and again",
-    CRASH_LOOP: "gave up: restarts, or requeues, bring no new checkpoint; the one that stood still is named",
-    TOO_FEW_NODES: "too few sound nodes (in a Slurm job)",
+    CRASH_LOOP: "gave up: restarts, or requeues, bring no new checkpoint; the last one is named",
+    TOO_FEW_NODES: "too few healthy nodes (in a Slurm job)",
     INTERRUPTED: "interrupted: nothing to save, or killed by a second Ctrl-C",
 }

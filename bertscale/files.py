@@ -1,10 +1,10 @@
-"""Files and folders that appear whole or not at all, and digests of them.
+"""Writes files and folders that appear complete or not at all, and computes their digests.
 
     write_json(path, {"steps": 100})     # `path` is the old file or the new one, whatever happens meanwhile
     with whole_folder(final) as partial: # likewise
         write_json(partial / "facts.json", {})
 
-Only the standard library, but for the digest: a batch host may have nothing else.
+Standard library only, except for the digest: a batch host may have nothing else.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def whole_file(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to under a temporary name; at the end it is flushed to the disk and renamed to `path`.
+    """Opens a file under a temporary name; at the end it is flushed to the disk and renamed to `path`.
 
-    After an exception, `path` is what it was, and nothing else is left. Without `flush` that holds for a
-    process that is killed, not for a machine that loses power. Raises OSError.
+    After an exception `path` is what it was, and no other file is left. Without `flush` this holds when the
+    process is killed, but not when the machine loses power. Raises OSError.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -54,12 +54,12 @@ def write_json(path: Path, value: Any, *, flush: bool = True) -> None:
 
 
 def partial_folder(final: Path) -> Path:
-    """The temporary name of a folder that will be `final`."""
+    """Returns the temporary name of a folder that will be `final`."""
     return final.with_name(f".{final.name}.partial")
 
 
 def fresh_folder(final: Path) -> Path:
-    """An empty folder beside `final` under its temporary name. Raises OSError."""
+    """Makes an empty folder beside `final` under its temporary name. Raises OSError."""
     partial = partial_folder(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -74,7 +74,7 @@ def put_in_place(partial: Path, final: Path) -> None:
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        os.rename(final, old)  # not removed at its place: a kill would leave half of it under the final name
+        os.rename(final, old)  # not removed in place: a kill would leave half of it under the final name
     os.rename(partial, final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -107,8 +107,8 @@ def sync(path: Path) -> None:
 
 
 def file_digest(path: str | Path) -> str:
-    """xxh3-128 (hex) of a file's bytes."""
-    import xxhash  # here, for those that have only the standard library
+    """Returns the xxh3-128 digest (hex) of a file's bytes."""
+    import xxhash  # here, so that hosts with only the standard library can import this file
 
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then in a log.
+"""Shows the progress of long work: a bar on a terminal, a plain line every ten seconds in a log.
 
 with Progress("encode", total=120_000, unit="documents") as progress:
     progress.advance(512, loss="7.31")
@@ -15,14 +15,14 @@ LINE_SECONDS = 10.0  # between two plain lines in a log
 
 
 def show_duration(seconds: float) -> str:
-    """`75` -> "1:15", `4000` -> "1:06:40"."""
+    """Formats seconds: `75` -> "1:15", `4000` -> "1:06:40"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def show_count(number: float) -> str:
-    """`1234` -> "1,234", `2_500_000` -> "2.50 M"; small fractions keep two digits."""
+    """Formats a number: `1234` -> "1,234", `2_500_000` -> "2.50 M"; below 10 it keeps two digits."""
     if number >= 1e9:
         return f"{number / 1e9:.2f} G"
     if number >= 1e6:
@@ -67,7 +67,7 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[text]}"),
-                redirect_stderr=sys.stderr.isatty(),  # else warnings leave the log file for the screen
+                redirect_stderr=sys.stderr.isatty(),  # else warnings go to the screen, not the log file
             )
             self.bar.start()
             self.task = self.bar.add_task(self.label, total=self.total, completed=self.start, text="")

@@ -1,9 +1,9 @@
-"""The whole system once, small: the same commands a user types, on text that every machine has.
+"""Runs the whole system once, small: the commands that a user types, on text that every machine has.
 
 bertscale quickstart [--run runs/quickstart]
 
-Each stage is a process of its own and decides by itself what of its output is finished and whole, so
-that a second run, or one after a failure, goes on from there.
+Each stage is a process of its own, which finds out which of its output is already complete: a second run, or
+one after a failure, continues from there.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ PRETRAINING = Path("configs/pretrain/quickstart.yaml")
 
 
 def quickstart(run: Path, gpus: int) -> int:
-    """Runs every stage into `run` and writes `run/summary.json`; returns the first exit code but 0.
+    """Runs every stage into `run` and writes `run/summary.json`; returns the first exit code other than 0.
 
     `gpus` is the number of CUDA devices of this machine.
     """
     if not PRETRAINING.exists():
         raise UserError(f"there is no {PRETRAINING} here; run this in the folder that holds configs/")
     began = time.monotonic()
-    plan = stages(run, gpus)
+    all_stages = stages(run, gpus)
     seconds: dict[str, float] = {}
-    for number, (name, title, command) in enumerate(plan, 1):
-        print(f"\n=== {number} of {len(plan)}: {title}\n$ {shlex.join(command)}", flush=True)
+    for number, (name, title, command) in enumerate(all_stages, 1):
+        print(f"\n=== {number} of {len(all_stages)}: {title}\n$ {shlex.join(command)}", flush=True)
         stage_began = time.monotonic()
         code = _run(command)
         seconds[name] = round(time.monotonic() - stage_began, 1)
         if code:
             print(
-                f"\nstage {number} of {len(plan)} ({name}) ended with exit code {code}; what is finished "
-                "is kept, and the same command goes on from there",
+                f"\nstage {number} of {len(all_stages)} ({name}) ended with exit code {code}; what is "
+                "finished is kept, and the same command continues from there",
                 file=sys.stderr,
             )
             return code
@@ -59,7 +59,7 @@ def quickstart(run: Path, gpus: int) -> int:
 
 
 def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
-    """(name, title, command) of each stage; paths are overridden only where `run` is not the configs'."""
+    """Lists (name, title, command) of each stage; paths are overridden where `run` is not the configs'."""
     prep, pretrain, finetune = ([] for _ in range(3))
     if run != DEFAULT_RUN:
         prep = [f"input=[{run}/corpus]", f"output={run}/data"]
@@ -100,14 +100,14 @@ def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
 
 
 def _devices(gpus: int) -> list[str]:
-    """The config is for two ranks: one GPU takes tensor parallel 1, more than two are left alone."""
+    """Fits the config, which is for two ranks: one GPU takes tensor parallel 1, more than two stay unused."""
     if gpus == 1:
         return ["parallel.tensor=1"]
     return ["parallel.ranks=2"] if gpus > 2 else []
 
 
 def _run(command: list[str]) -> int:
-    """Runs a stage with this interpreter. Ctrl-C is the stage's to handle: it may have to save first."""
+    """Runs a stage with this interpreter. Ctrl-C is left to the stage: it may have to save first."""
     program = {"python": [], "bertscale": ["-m", "bertscale"]}[command[0]]
     interrupted = False
 
@@ -130,7 +130,7 @@ def _run(command: list[str]) -> int:
 
 
 def _summarize(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """What the stages wrote about themselves, in one dictionary; `seconds` are this run's."""
+    """Collects what the stages wrote about themselves; `seconds` are those of this run."""
     shards = _read(run / "data/manifest.json")["shards"]
     data = {key: sum(shard[key] for shard in shards) for key in ("tokens", "sentences", "bytes")}
     return {
@@ -154,7 +154,7 @@ def _read(path: Path) -> Any:
 
 
 def _show(summary: dict[str, Any]) -> str:
-    """The summary as aligned lines, then what to do next."""
+    """Formats the summary as aligned lines, then what to do next."""
     corpus, data, paths = summary["corpus"], summary["data"], summary["paths"]
     pretrain, finetune = summary["pretrain"], summary["finetune"]
     ours, random = finetune["pretrained"], finetune["random"]
@@ -165,7 +165,7 @@ def _show(summary: dict[str, Any]) -> str:
         "shards": f"{show_count(data['tokens'])} tokens, {data['sentences']:,} sentences, "
         f"{data['shards']} files",
         "model": f"{show_count(pretrain['parameters'])} parameters, {pretrain['precision']}",
-        "loss": f"{pretrain['first_loss']:.3f} at first, {pretrain['last_loss']:.3f} at last "
+        "loss": f"{pretrain['first_loss']:.3f} at first, {pretrain['last_loss']:.3f} at the end "
         f"({pretrain['steps']:,} steps); held-out MLM {pretrain['heldout_mlm_loss']:.3f}",
         "speed": f"{show_count(pretrain['tokens_per_second'])} tokens/s, MFU {100 * pretrain['mfu']:.1f} %",
         "accuracy": f"{ours['accuracy']:.3f} pretrained, {random['accuracy']:.3f} from random weights",
@@ -177,7 +177,7 @@ def _show(summary: dict[str, Any]) -> str:
     lines = ["", "=== summary", *(f"{name:<10} {text}" for name, text in rows.items()), ""]
     lines += [
         "the curves:      .venv/bin/tensorboard --logdir " + paths["pretrain"],
-        "what to try next: train longer, from where this stopped:",
+        "what to try next: train longer, from where this run stopped:",
         f"  .venv/bin/bertscale pretrain {paths['pretrain']}/{CONFIG} train.steps={2 * pretrain['steps']}",
     ]
     return "\n".join(lines)

@@ -113,12 +113,12 @@ def test_against_transformers(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--steps", "0"], "--steps 0: it takes one at least"),
+        (["--steps", "0"], "--steps must be 1 or more, not 0"),
         (["train.stops=3"], "unknown key train.stops; did you mean train.steps?"),
         (["--json", "/nowhere/a.json"], "--json /nowhere/a.json: there is no folder /nowhere"),
         (
             ["--against", "transformers", "parallel.ranks=2"],
-            "--against transformers compares on one rank, and this config starts 2; add parallel.tensor=1 "
+            "--against transformers compares on one rank, but this config starts 2; add parallel.tensor=1 "
             "parallel.ranks=1",
         ),
     ],

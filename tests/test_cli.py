@@ -102,7 +102,7 @@ def test_a_mistake_is_one_line(bertscale: Command, tmp_path: Path) -> None:
     [
         (["train.step=3"], "unknown key train.step; did you mean train.steps?"),
         (["parallel.tensor=3"], "parallel.tensor=3 does not divide model.num_attention_heads=4"),
-        (["parallel.tensor=2", "parallel.ranks=3"], "3 ranks cannot be shared out by parallel.tensor=2"),
+        (["parallel.tensor=2", "parallel.ranks=3"], "3 ranks cannot be grouped by parallel.tensor=2"),
         (["parallel.ranks=3"], "train.global_batch=8 is not a multiple of"),
         ([], "there is no data folder"),
         (["--verify", "train.steps=3"], "there is no data folder"),

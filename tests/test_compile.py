@@ -52,7 +52,7 @@ def model_of(config: PretrainConfig) -> PretrainingModel:
 
 
 def random_batches(config: PretrainConfig) -> list[MicroBatch]:
-    made = RandomBatches(config, 330, Ranks(0, 1, 1, torch.device("cpu"))).made
+    made = RandomBatches(config, 330, Ranks(0, 1, 1, torch.device("cpu"))).steps
     return [batch for step in made for batch in step]
 
 
@@ -249,7 +249,7 @@ def train_each(folder: str) -> list[Any]:
         engine = Engine(config, 330, ranks, torch.float32)
         engine.start(0)
         step = our_step(engine, Stopwatch(ranks.device))
-        losses = [float(step(batches)) for batches in RandomBatches(config, 330, ranks).made[:3]]
+        losses = [float(step(batches)) for batches in RandomBatches(config, 330, ranks).steps[:3]]
         results.append([*losses, *engine.parameters])
         leave_subgroups(ranks)
     return results

@@ -143,7 +143,7 @@ def test_a_base_that_is_none_is_refused(file: str, text: str, words: list[str], 
 
 
 def test_a_base_is_no_override(minimal: Path) -> None:
-    with pytest.raises(UserError, match=r"'base=x\.yaml': base stands in the config file"):
+    with pytest.raises(UserError, match=r"'base=x\.yaml': base belongs in the config file"):
         load_config(PretrainConfig, minimal, ["base=x.yaml"])
 
 
@@ -234,17 +234,20 @@ def test_configs_are_frozen(minimal: Path) -> None:
             "train.precision='float16': input should be 'auto', 'bfloat16' or 'float32'",
         ),
         ("model.hidden_size=100", "hidden_size=100 is not a multiple of num_attention_heads=12"),
-        ("model.local_attention=64", "local_attention=64 is a key of preset modern; preset bert has no use"),
+        (
+            "model.local_attention=64",
+            "local_attention=64 is a key of preset modern; preset bert does not use it",
+        ),
         (
             "model={preset: modern, type_vocab_size: 3}",
-            "type_vocab_size=3 is a key of preset bert and megatron-bert; preset modern has no use for it",
+            "type_vocab_size=3 is a key of preset bert and megatron-bert; preset modern does not use it",
         ),
         ("model={preset: modern, local_attention: 7}", "local_attention=7 is odd"),
         (
             "model={preset: modern}",
             "samples.kind=nsp makes sentence pairs, and model.preset=modern has no head",
         ),
-        ("model={preset: modern, hidden_size: 36}", "is a head of odd size, 3"),
+        ("model={preset: modern, hidden_size: 36}", "gives heads of odd size 3"),
         (
             "model.preset=roberta",
             "model.preset='roberta': input should be 'bert', 'megatron-bert' or 'modern'",
@@ -256,16 +259,16 @@ def test_configs_are_frozen(minimal: Path) -> None:
         ("train.schedule_steps=1", "schedule_steps=1 is less than steps="),
         ("train.tokens=1e9", "one of steps, tokens and hours is the budget, not steps=10 and tokens="),
         ("train.steps=null", "exactly one of steps, tokens and hours is the budget, not none"),
-        ("train={hours: 1, schedule_steps: 5}", "schedule_steps=5 goes with a budget in steps alone"),
-        ("train.batch_warmup=[[5, 4], [5, 8]]", "tokens must go up from stage to stage"),
+        ("train={hours: 1, schedule_steps: 5}", "schedule_steps=5 needs a budget in steps"),
+        ("train.batch_warmup=[[5, 4], [5, 8]]", "tokens must grow from pair to pair"),
         ("train.batch_warmup=[[5, 3]]", "a batch of train.batch_warmup=3 is odd"),
-        ("train.batch_warmup=[[5, 0]]", "0 samples are no batch"),
+        ("train.batch_warmup=[[5, 0]]", "a batch of 0 samples is empty"),
         ("optimizer.name=sgd", "input should be 'adamw', 'stable-adamw', 'lamb' or 'muon'"),
         ("optimizer.schedule=step", "input should be 'linear', 'cosine' or 'wsd'"),
-        ("optimizer.momentum=0.9", "momentum=0.9 is for name: muon alone"),
-        ("optimizer.weight_norm_bounds=[0, 10]", "weight_norm_bounds=(0.0, 10.0) is for name: lamb alone"),
-        ("optimizer={name: lamb, weight_norm_bounds: [9, 1]}", "the first is to be the smaller"),
-        ("optimizer.decay_fraction=0.5", "decay_fraction=0.5 is for schedule: wsd alone"),
+        ("optimizer.momentum=0.9", "momentum=0.9 is only for name: muon"),
+        ("optimizer.weight_norm_bounds=[0, 10]", "weight_norm_bounds=(0.0, 10.0) is only for name: lamb"),
+        ("optimizer={name: lamb, weight_norm_bounds: [9, 1]}", "the first must be smaller"),
+        ("optimizer.decay_fraction=0.5", "decay_fraction=0.5 is only for schedule: wsd"),
         ("optimizer={schedule: wsd, warmup_fraction: 0.9}", "add up to more than 1"),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_generator_and_its_discriminator_become_electra(
         save_file({**tensors, name: 1.5 * tensors[name]}, folder / "model.safetensors", {"format": "pt"})
         assert largest_difference(before, tmp_path / "hf") > 1e-3
         (folder / "model.safetensors").write_bytes(kept)
-    with pytest.raises(UserError, match="an electra that was trained here is read from its checkpoint"):
+    with pytest.raises(UserError, match="for an electra that was trained here, give its checkpoint"):
         open_weights(tmp_path / "hf")
 
     encoder = encoder_tensors(before)  # of fine-tuning
@@ -263,7 +263,7 @@ def test_what_transformers_has_no_electra_for_is_refused(
     with pytest.raises(UserError) as caught:
         convert(tmp_path / "native", tmp_path / "hf", show=False)
     assert f"is a {preset} with a generator (generator_size=1)" in str(caught.value)
-    assert "`bertscale finetune` takes the checkpoint itself" in str(caught.value)
+    assert "`bertscale finetune` reads the checkpoint itself" in str(caught.value)
     assert not (tmp_path / "hf").exists()
     assert encoder_tensors(open_checkpoint(tmp_path / "native"))
 
@@ -282,7 +282,7 @@ def test_a_masked_language_model_gets_a_sentence_head(
     convert(tmp_path / "masked", tmp_path / "back", show=False)
     said = capsys.readouterr().out
     assert "missing   encoder.pooler.weight, encoder.pooler.bias, seq_relationship.weight" in said
-    assert "given their first values" in said
+    assert "set to initial values" in said
     before, after = open_checkpoint(tmp_path / "native"), open_checkpoint(tmp_path / "back")
     assert set(before.parameters) == set(after.parameters)
     for name in before.parameters:
@@ -312,9 +312,9 @@ def test_names_of_the_oldest_exports_are_read(tiny_data: Path, tmp_path: Path) -
     [
         ({"mlp_bias": True}, "mlp_bias=True; this version converts bert and megatron-bert with gelu"),
         ({"hidden_activation": "silu"}, "modernbert with hidden_activation='gelu'"),
-        ({"layer_types": ["sliding_attention"] * 3}, "whose every n-th layer, the first one too"),
+        ({"layer_types": ["sliding_attention"] * 3}, "in which the first and then every n-th layer"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type='yarn'"),
-        ({"model_type": "electra"}, "of a model of type 'electra'"),
+        ({"model_type": "electra"}, "a model of type 'electra'"),
     ],
 )
 def test_a_modern_model_that_no_preset_equals_is_refused(

@@ -34,7 +34,7 @@ FLOORS = {
     "data_prep": ("data_prep.readers", "data_prep", "data_prep.demo"),
     "launcher": ("launcher", "launcher.nodes", "launcher.submit", "launcher.status"),
 }
-COMMAND_LINE = {f"bertscale.{name}" for name in ("cli", "console", "quickstart", "start", "__main__")}
+COMMAND_LINE = {f"bertscale.{name}" for name in ("checks", "cli", "console", "quickstart", "__main__")}
 # Modules that a person or a script starts; nothing imports them.
 DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.watch"}
 

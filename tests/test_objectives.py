@@ -300,28 +300,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_keeps_its_weights(
         ),
         (
             {"objectives": {"rtd": 0}, "model": {"generator_size": 0.5}},
-            "objectives.rtd=0 and model.generator_size=0.5: the generator is there for replaced tokens alone",
+            "objectives.rtd=0 and model.generator_size=0.5: the generator only makes replaced tokens",
         ),
         (
             {"objectives": {"mlm": 0, "pairs": 0}},
-            "nothing is learnt: objectives.mlm=0, objectives.pairs=0 with samples.kind=nsp, and no generator",
+            "nothing is trained: objectives.mlm=0, objectives.pairs=0 with samples.kind=nsp, and no"
+            " generator",
         ),
         (
             {"objectives": {"mlm": 0}, "samples": {"kind": "packed"}},
-            "nothing is learnt: objectives.mlm=0, objectives.pairs=1 with samples.kind=packed",
+            "nothing is trained: objectives.mlm=0, objectives.pairs=1 with samples.kind=packed",
         ),
         ({"objectives": {"mlm": -1}}, "greater than or equal to 0"),
         (
             {"model": {"generator_size": 0.3}},
-            "generator_size=0.3 of num_attention_heads=4 and intermediate_size=64 is no whole number; shares "
-            "that are: 0.25, 0.5, 0.75, 1",
+            "generator_size=0.3 of num_attention_heads=4 and intermediate_size=64 is not a whole number; "
+            "shares that are: 0.25, 0.5, 0.75, 1",
         ),
         (
             {"model": {"generator_size": 0.25, "intermediate_size": 66}},
-            "generator_size=0.25 of num_attention_heads=4 and intermediate_size=66 is no whole number; "
+            "generator_size=0.25 of num_attention_heads=4 and intermediate_size=66 is not a whole number; "
             "shares that are: 0.5, 1",
         ),
-        ({"model": {"generator_size": 0.05}}, "is no whole number; shares that are: 0.25"),
+        ({"model": {"generator_size": 0.05}}, "is not a whole number; shares that are: 0.25"),
         ({"model": {"generator_size": 1.5}}, "less than or equal to 1"),
         (
             {"model": {"generator_size": 0.5}, "parallel": {"tensor": 4}},

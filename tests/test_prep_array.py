@@ -230,7 +230,7 @@ def test_in_a_slurm_array(
     assert open_dataset(output, "train", verify=True).num_documents > 200
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
     assert run(config) == 2
-    assert "is 2 of 2 tasks: they are counted from 0 to 1" in capsys.readouterr().err
+    assert "is 2 of 2 tasks: they are numbered from 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

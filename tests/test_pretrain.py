@@ -145,7 +145,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     printed = process.communicate()[0]
     assert process.returncode == 75, printed
     assert "everything until there is saved" in printed
-    assert "to go on: bertscale pretrain" in printed
+    assert "to resume: bertscale pretrain" in printed
     step = open_checkpoint(run).step
     assert step == max(losses(run))
     again = start(tiny_data, run)

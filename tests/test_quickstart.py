@@ -49,8 +49,8 @@ def write(run: Path, name: str) -> list[str]:
 
 def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    plan = [(name, f"write {name}", write(tmp_path, name)) for name in FACTS]
-    monkeypatch.setattr(quickstart, "stages", lambda run, gpus: plan)
+    fake_stages = [(name, f"write {name}", write(tmp_path, name)) for name in FACTS]
+    monkeypatch.setattr(quickstart, "stages", lambda run, gpus: fake_stages)
     assert quickstart.quickstart(tmp_path, gpus=0) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["corpus"] == FACTS["collected.json"]
@@ -81,11 +81,11 @@ def test_a_failed_stage_is_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    plan = [
+    fake_stages = [
         ("one", "fail", ["python", "-c", "import sys; sys.exit(3)"]),
         ("two", "write", write(tmp_path, "collected.json")),
     ]
-    monkeypatch.setattr(quickstart, "stages", lambda run, gpus: plan)
+    monkeypatch.setattr(quickstart, "stages", lambda run, gpus: fake_stages)
     assert quickstart.quickstart(tmp_path, gpus=0) == 3
     assert "stage 1 of 2 (one) ended with exit code 3" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []

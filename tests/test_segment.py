@@ -235,14 +235,14 @@ def test_hostile_lines_end_soon(language: str, line: str) -> None:
     [("english", "en"), ("German", "de"), ("jp", "ja"), ("cn", "zh"), ("line", "lines"), ("franch", "fr")],
 )
 def test_an_unknown_language_is_refused_with_the_nearest_known(language: str, near: str) -> None:
-    with pytest.raises(UserError, match=f"language: '{language}'.*nearest known: .*{near}"):
+    with pytest.raises(UserError, match=f"language: '{language}'.*nearest known codes: .*{near}"):
         splitter(language)
-    with pytest.raises(UserError, match=f"language: '{language}'.*nearest known: .*{near}"):
+    with pytest.raises(UserError, match=f"language: '{language}'.*nearest known codes: .*{near}"):
         check_config(PrepConfig, {"input": ["x"], "output": "y", "language": language}, "c.yaml")
 
 
 def test_a_language_without_neighbours_is_refused_too() -> None:
-    with pytest.raises(UserError, match="language: 'qq' is no ISO 639-1 code"):
+    with pytest.raises(UserError, match="language: 'qq' is neither an ISO 639-1 code"):
         splitter("qq")
 
 

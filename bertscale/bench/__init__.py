@@ -1,1 +1,1 @@
-"""What this machine makes of a training config."""
+"""Measures how fast this machine trains a config."""

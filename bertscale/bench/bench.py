@@ -1,10 +1,10 @@
-"""What this machine makes of a training config: real tokens/s, MFU, where a step's time goes, memory.
+"""Measures a training config on this machine: real tokens/s, MFU, the time of a step's parts, memory.
 
 bertscale bench configs/pretrain/bert-base.yaml --random
 bertscale bench configs/pretrain/quickstart.yaml parallel.tensor=1 --against transformers
 
 The steps are those of `bertscale pretrain`, on the same ranks; nothing is written but the --json file.
-docs/speed.md tells how to read the table.
+docs/speed.md explains the table.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Batches = Iterator[tuple[int, list[MicroBatch]]]
 
 @dataclass(frozen=True)
 class Options:
-    """How long is measured, on what, against whom, and where the results go."""
+    """Says how long is measured, on what, against which peer, and where the results go."""
 
     steps: int = 5  # of a round
     rounds: int = 5  # measured, after one of warm-up
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass
 class Side:
-    """Figures of ours or of the peer, one a round."""
+    """Holds the figures of ours or of the peer, one for each round."""
 
     tokens: list[float] = field(default_factory=list)  # real tokens/s of all ranks
     flops: list[float] = field(default_factory=list)  # model FLOP/s of all ranks
@@ -81,9 +81,9 @@ class Side:
 
 
 def bench(config: PretrainConfig, options: Options) -> int:
-    """Measures as one rank, and shows the figures on the first; returns 0.
+    """Measures as one rank, and prints the figures on the first; returns 0.
 
-    Raises UserError for what the person can mend.
+    Raises UserError for what the user can mend.
     """
     ranks = start_ranks(config.parallel.tensor, local_device())
     try:
@@ -94,7 +94,7 @@ def bench(config: PretrainConfig, options: Options) -> int:
 
 
 def without_warmup(config: PretrainConfig) -> PretrainConfig:
-    """The config of the run's long last part: full length, whole batches."""
+    """Returns the config of the run's long last phase: samples of full length, full batches."""
     samples = config.samples.model_copy(update={"warmup": []})
     train = config.train.model_copy(update={"batch_warmup": []})
     return config.model_copy(update={"samples": samples, "train": train})
@@ -103,7 +103,7 @@ def without_warmup(config: PretrainConfig) -> PretrainConfig:
 def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
     device, first = ranks.device, ranks.rank == 0
     dtype, reason = choose_precision(config.train.precision, device)
-    ranks.barrier()  # all of them measure at the same time
+    ranks.barrier()  # all ranks measure at the same time
     peak = ranks.sum(measured_peak(device, dtype))[0]
     sheet = data_sheet_peak(device, dtype)
     sheet = sheet and sheet * ranks.world
@@ -146,9 +146,9 @@ def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
             done = _our_round(ours, step, batches, options.steps, rate, watch, ranks, progress)
             if their_step:
                 _their_round(theirs, their_step, done, config, rate, watch, ranks, progress)
-        talk = _communication(step, batches, watch, ranks)
+        collectives = _communication(step, batches, watch, ranks)
 
-    results = summarize(ours, theirs if options.against else None, peak, sheet, talk)
+    results = summarize(ours, theirs if options.against else None, peak, sheet, collectives)
     if first:
         print("\n".join(table(results, options.against, ranks)), flush=True)
     if first and options.json:
@@ -166,11 +166,11 @@ def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
 
 
 def write_results(path: Path, content: dict[str, Any]) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Writes the --json file; raises UserError where it cannot be written."""
     try:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write --json {path}: {error.strerror}") from error
 
 
 # ------------------------------------------------------------------------------------------------- rounds
@@ -209,7 +209,7 @@ def _their_round(
     ranks: Ranks,
     progress: Progress,
 ) -> None:
-    """Measures the peer on the micro-batches that ours has done; they are padded before the time runs."""
+    """Measures the peer on the micro-batches of our round; they are padded before the clock starts."""
     inputs = [[padded(batch, row_lengths(batch, config)) for batch in batches] for batches in done]
     _begin(rate, watch, ranks)
     for padded_batches, batches in zip(inputs, done, strict=True):
@@ -232,7 +232,7 @@ def _count(micro_batches: Sequence[MicroBatch], rate: Rate) -> None:
 
 
 def _end(side: Side, steps: int, loss: Tensor, rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:
-    """`loss` is that of the last step."""
+    """Adds the figures of a round to `side`; `loss` is that of its last step."""
     seconds = watch.seconds()  # waits for the device
     figures = rate.close(ranks)
     if not math.isfinite(loss):
@@ -245,7 +245,7 @@ def _end(side: Side, steps: int, loss: Tensor, rate: Rate, watch: Stopwatch, ran
 
 
 def _communication(step: Step, batches: Batches, watch: Stopwatch, ranks: Ranks) -> float | None:
-    """Seconds of the collectives of one step on the first rank, from the profiler; None where it saw none."""
+    """Returns the profiler's seconds of one step's collectives on the first rank; None if it saw none."""
     _, micro_batches = next(batches)
     if ranks.world == 1:
         return 0.0
@@ -260,10 +260,10 @@ def _communication(step: Step, batches: Batches, watch: Stopwatch, ranks: Ranks)
 
 
 def summarize(
-    ours: Side, theirs: Side | None, peak: float, sheet: float | None, talk: float | None
+    ours: Side, theirs: Side | None, peak: float, sheet: float | None, collectives: float | None
 ) -> list[dict[str, Any]]:
-    """Rows of the results: medians of the rounds, `spread` their lowest and highest; `ratio` is ours over the
-    peer, the larger the better. Peaks are of all ranks together."""
+    """Returns the rows of the results: medians of the rounds, in `spread` the lowest and highest. `ratio` is
+    ours over the peer, larger is better. Peaks are those of all ranks together."""
     rows = [_row("real tokens", "tokens/s", ours.tokens, theirs.tokens if theirs else None)]
     for name, limit in (("measured peak", peak), ("data sheet's peak", sheet)):
         if limit:
@@ -277,7 +277,7 @@ def summarize(
     for part in PARTS:
         of_theirs = [parts[part] for parts in theirs.parts] if theirs and part != "data wait" else None
         rows.append(_row(part, "s", [parts[part] for parts in ours.parts], of_theirs))
-    rows.append(_row("communication", "s", None if talk is None else [talk], None))
+    rows.append(_row("communication", "s", None if collectives is None else [collectives], None))
     of_theirs = [float(theirs.memory)] if theirs and theirs.memory else None
     rows.append(_row("peak memory", "bytes", [float(ours.memory or 0)], of_theirs))
     return rows
@@ -287,7 +287,7 @@ def _row(case: str, unit: str, ours: list[float] | None, theirs: list[float] | N
     mine = statistics.median(ours) if ours else None
     peer = statistics.median(theirs) if theirs else None
     ratio = None
-    if ours and theirs:  # of each round, since the speed of a machine drifts
+    if ours and theirs:  # a ratio for each round, since the speed of a machine drifts
         pairs = zip(ours, theirs, strict=True)
         ratio = statistics.median((a / b if unit == "tokens/s" else b / a) for a, b in pairs if a and b)
     spread = [min(ours), max(ours)] if ours else None
@@ -321,7 +321,7 @@ def _introduce(
 
 
 def _show_flops(value: float) -> str:
-    """`3.1e12` -> "3.10 T"."""
+    """Formats FLOP/s: `3.1e12` -> "3.10 T"."""
     return f"{value / 1e12:,.2f} T" if value >= 1e12 else f"{value / 1e9:,.1f} G"
 
 
@@ -330,8 +330,8 @@ def _show_seconds(value: float) -> str:
 
 
 def table(results: Sequence[dict[str, Any]], against: str | None, ranks: Ranks) -> list[str]:
-    """The results as aligned lines."""
-    found = {row["case"]: row for row in results}
+    """Formats the results as aligned lines."""
+    by_case = {row["case"]: row for row in results}
     lines = [f"{'':<28}{'median':>12}{'lowest':>12}{'highest':>12}"]
     if against:
         lines[0] += f"{against:>15}{'ratio':>8}"
@@ -345,33 +345,30 @@ def table(results: Sequence[dict[str, Any]], against: str | None, ranks: Ranks) 
             text += f"{'' if peer is None else shown(peer):>15}{ratio:>8}"
         lines.append((text + note).rstrip())
 
-    add("real tokens/s", found["real tokens"], show_count)
-    add("model FLOP/s", found["measured peak"], _show_flops)
+    add("real tokens/s", by_case["real tokens"], show_count)
+    add("model FLOP/s", by_case["measured peak"], _show_flops)
     for name in ("measured peak", "data sheet's peak"):
-        if name not in found:
+        if name not in by_case:
             lines.append(f"{'MFU of the ' + name:<28}{'-':>12}  none is known for this device")
             continue
-        row = found[name]
+        row = by_case[name]
         limit = row["peer"]
         shares = [row["ours"] / limit, *(value / limit for value in row["spread"])]
         text = f"{'MFU of the ' + name:<28}" + "".join(f"{share:>12.1%}" for share in shares)
         if against:
             text += f"{row['transformers_of_peak']:>15.1%}{'':>8}"
         lines.append(f"{text}  of {_show_flops(limit)}FLOP/s")
-    step = found["step"]
-
+    step = by_case["step"]
     add("time of a step", step, _show_seconds)
     for part in PARTS:
-        share = found[part]["ours"] / step["ours"]
+        share = by_case[part]["ours"] / step["ours"]
         name = "optimizer and clipping" if part == "optimizer" else part
-        add(f"  {name}", found[part], _show_seconds, f"  {share:.0%}")
-    row = found["communication"]
+        add(f"  {name}", by_case[part], _show_seconds, f"  {share:.0%}")
+    row = by_case["communication"]
     if ranks.world == 1:
         lines.append(f"{'  communication':<28}{'-':>12}  there is one rank")
     elif row["ours"] is None:
-        lines.append(
-            f"{'  communication':<28}{'-':>12}  cannot be told apart: the profiler saw no collective"
-        )
+        lines.append(f"{'  communication':<28}{'-':>12}  not known: the profiler saw no collective")
     else:
         share = row["ours"] / step["ours"]
         lines.append(
@@ -379,5 +376,5 @@ def table(results: Sequence[dict[str, Any]], against: str | None, ranks: Ranks) 
             "ranks included; of one step under the profiler"
         )
     kind = "allocated on the GPU" if ranks.device.type == "cuda" else "resident"
-    add(f"peak memory, {kind}"[:28], found["peak memory"], lambda value: f"{value / 2**30:.2f} GiB")
+    add(f"peak memory, {kind}"[:28], by_case["peak memory"], lambda value: f"{value / 2**30:.2f} GiB")
     return lines

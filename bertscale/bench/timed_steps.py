@@ -1,4 +1,4 @@
-"""Training steps to be timed: batches, our step and transformers' on the same samples, a step's parts.
+"""Times training steps: random batches, our step and transformers' on the same samples, a step's parts.
 
 For `bertscale bench` and benchmarks/; the training loop itself is in `pretrain`.
 
@@ -31,19 +31,19 @@ from bertscale.train.step import train_step
 
 PARTS = ("data wait", "forward", "backward", "optimizer")
 LEARNING_RATE = 1e-5  # low enough for any config's weights to stay finite without a warm-up
-# Pieces of the published vocabularies, where random ids stand in for a tokenizer's.
+# Number of pieces of the published vocabularies, for random ids where there is no tokenizer.
 PUBLISHED_VOCAB = {"bert": 30_522, "megatron-bert": 30_522, "modern": 50_368}
 MASK_ID, FIRST_ID = 4, 5  # of random ids
-MADE = 8  # steps of random batches, over and over
+RANDOM_STEPS = 8  # steps of random batches, which repeat
 
 Step = Callable[[Sequence[Any]], Tensor]  # micro-batches of one global step -> its mean loss, on the device
 
 
 class Stopwatch:
-    """Seconds of each part of the steps between `restart` and `seconds`.
+    """Measures the seconds of each part of the steps between `restart` and `seconds`.
 
-    On a CPU by its clock. On a GPU by events in the stream, so that the host runs ahead as it does in
-    training: a wait for data counts only as far as the device has run dry.
+    On a CPU it reads the clock. On a GPU it records events in the stream, so that the host runs ahead as it
+    does in training: a wait for data counts only while the device is idle.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,13 +58,13 @@ class Stopwatch:
         self.marks.append((part, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Of each part, in all steps together. Waits for the device."""
+        """Returns the seconds of each part, in all steps together. Waits for the device."""
         synchronize(self.device)
-        found = dict.fromkeys(PARTS, 0.0)
+        totals = dict.fromkeys(PARTS, 0.0)
         for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
-            gone = before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
-            found[part] += gone
-        return found
+            elapsed = before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
+            totals[part] += elapsed
+        return totals
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -78,21 +78,21 @@ class Stopwatch:
 
 
 class RandomBatches:
-    """Micro-batches of random ids, in the loader's place where there is no data.
+    """Makes micro-batches of random ids, in place of the loader where there is no data.
 
-    Samples of kind `packed` are one sequence of samples.max_length tokens each; of other kinds their lengths
-    are spread evenly between a quarter of that and all of it, which one in each step has. A few steps are
-    made at the start and given again and again, in pinned memory where CUDA is there.
+    Samples of kind `packed` are one sequence of samples.max_length tokens each. Lengths of other kinds are
+    spread evenly between a quarter of that and all of it, and one sample of each step has all of it. A few
+    steps are made at the start and repeated, in pinned memory if there is CUDA.
     """
 
     def __init__(self, config: PretrainConfig, vocab_size: int, ranks: Ranks) -> None:
         self.config, self.vocab_size, self.ranks = config, vocab_size, ranks
-        self.made = [self._step(number) for number in range(MADE)]
+        self.steps = [self._step(number) for number in range(RANDOM_STEPS)]
 
     def iterate(self, start: int, stop: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
-        """(k, micro-batches of step k) for k = start .. stop - 1, as the loader's."""
+        """Yields (k, micro-batches of step k) for k = start .. stop - 1, as the loader does."""
         for step in range(start, stop):
-            yield step, self.made[step % MADE]
+            yield step, self.steps[step % RANDOM_STEPS]
 
     def _step(self, number: int) -> list[MicroBatch]:
         train, samples, ranks = self.config.train, self.config.samples, self.ranks
@@ -105,9 +105,11 @@ class RandomBatches:
             bins = balance(sizes, train.micro_tokens, ranks.data)
             parts = [sizes[bins == number] for number in range(ranks.data_rank, bins.max() + 1, ranks.data)]
         else:
-            own = np.sort(sizes.reshape(ranks.data, -1)[ranks.data_rank])
-            parts = list(own.reshape(-1, train.micro_batch))
-        draw = np.random.default_rng([train.seed, number, ranks.data_rank])  # tensor ranks draw the same
+            of_this_rank = np.sort(sizes.reshape(ranks.data, -1)[ranks.data_rank])
+            parts = list(of_this_rank.reshape(-1, train.micro_batch))
+        draw = np.random.default_rng(
+            [train.seed, number, ranks.data_rank]
+        )  # the same draws on tensor-parallel peers
         batches = [self._batch(draw, np.sort(part)) for part in parts]
         return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches
 
@@ -137,7 +139,7 @@ class RandomBatches:
 
 
 def row_lengths(batch: MicroBatch, config: PretrainConfig) -> Sequence[int]:
-    """Lengths of the rows that a collator would make of the batch: those of its samples.
+    """Returns the lengths of the rows that a collator would make of the batch: those of its samples.
 
     The sequences of packed samples fill rows of samples.max_length tokens, one after another.
     """
@@ -153,15 +155,15 @@ def row_lengths(batch: MicroBatch, config: PretrainConfig) -> Sequence[int]:
 
 
 def padded(batch: MicroBatch, rows: Sequence[int]) -> dict[str, Tensor]:
-    """The batch as a collator hands it to transformers' classes, [R, L] each, labels -100 where nothing is
+    """Pads the batch as a collator does for transformers' classes: [R, L] each, labels -100 where nothing is
     predicted; `next_sentence_label` [R] where there are pairs."""
     labels = torch.full_like(batch.tokens, -100)
     real = slice(batch.num_targets)
     labels[batch.target_positions[real]] = batch.targets[real]
 
     def pad(flat: Tensor, fill: int) -> Tensor:  # [T] -> [R, L]
-        pieces = list(torch.split(flat, list(rows)))
-        return nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=fill)
+        sequences = list(torch.split(flat, list(rows)))
+        return nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=fill)
 
     values = {
         "input_ids": pad(batch.tokens, 0),
@@ -180,7 +182,7 @@ def padded(batch: MicroBatch, rows: Sequence[int]) -> dict[str, Tensor]:
 
 
 def our_step(engine: Engine, watch: Stopwatch) -> Step:
-    """A step as `bertscale pretrain` makes it, on micro-batches of this rank."""
+    """Returns a step as `bertscale pretrain` makes it, on micro-batches of this rank."""
 
     def step(micro_batches: Sequence[MicroBatch]) -> Tensor:
         masked, tokens = engine.ranks.sum_over_data(
@@ -196,9 +198,9 @@ def our_step(engine: Engine, watch: Stopwatch) -> Step:
 
 
 def transformers_model(config: PretrainConfig, vocab_size: int, device: torch.device) -> nn.Module:
-    """transformers' class of the preset with the first weights of ours, float32 on the device.
+    """Makes transformers' model of the preset with our initial weights, float32 on the device.
 
-    Without pairs it is the one without a head for them, which would want their labels. Raises UserError
+    Without pairs it is the class without a head for them, which would need their labels. Raises UserError
     where the package is missing.
     """
     try:
@@ -211,18 +213,18 @@ def transformers_model(config: PretrainConfig, vocab_size: int, device: torch.de
         model = model.model_copy(update={"sentence_head": False})
     values = hugging_face_config(model, vocab_size, pad_token_id=0)
     sizes = transformers.AutoConfig.for_model(**values)
-    with device:  # where its own first values take no time
+    with device:  # where its own initial values take no time
         theirs: nn.Module = getattr(transformers, values["architectures"][0])(sizes)
     parameters = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, value in first_weights(model, vocab_size, config.train.seed).items():
-            for each, part in to_hugging_face(name, value, model, vocab_size).items():
-                parameters[each].copy_(part)
+            for their_name, part in to_hugging_face(name, value, model, vocab_size).items():
+                parameters[their_name].copy_(part)
     return theirs
 
 
 def first_weights(model: ModelConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
-    """What `Engine.start` trains from: name -> whole float32 tensor on the CPU."""
+    """Returns the weights that `Engine.start` trains from: name -> whole float32 tensor on the CPU."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in PretrainingModel(model, vocab_size).named_parameters()}
     return {name: initial_value(name, shape, model, vocab_size, seed) for name, shape in shapes.items()}
@@ -235,9 +237,9 @@ def plain_step(
     device: torch.device,
     watch: Stopwatch,
 ) -> Step:
-    """A step of the plain loop that a peer is run in, on padded batches: fused AdamW, clipping as in ours.
+    """Returns a step of a plain loop for a peer, on padded batches: fused AdamW, clipping as in ours.
 
-    The weights and the optimizer's moments are of the model's own precision, as such loops hold them.
+    The weights and the optimizer's moments have the precision of the model, as usual in such loops.
     """
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -276,10 +278,10 @@ def transformers_step(
     *,
     compiled: bool = False,
 ) -> Step:
-    """A step of transformers' class in a plain loop, on what `padded` makes; `compiled` by torch.compile."""
+    """Returns a step of transformers' class in a plain loop, on what `padded` makes, perhaps compiled."""
     model = transformers_model(config, vocab_size, device).to(dtype)
     call = torch.compile(model) if compiled else model
-    token_types = not config.model.rotary  # which the class takes
+    token_types = not config.model.rotary  # the class of a rotary preset takes none
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         batch = {name: value for name, value in batch.items() if token_types or name != "token_type_ids"}
@@ -293,8 +295,8 @@ def transformers_step(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch had allocated on the GPU since `forget_peak`, or this process's largest
-    resident set."""
+    """Returns bytes: the most that torch had allocated on the GPU since `forget_peak`, or the largest
+    resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
@@ -306,7 +308,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def machine(device: torch.device, peak: float) -> dict[str, Any]:
-    """The facts of this machine that rates depend on; `peak` is its measured FLOP/s."""
+    """Describes this machine for the results; `peak` is its measured FLOP/s."""
     return {
         "processor": processor(),
         "device": describe(device),
@@ -319,7 +321,7 @@ def machine(device: torch.device, peak: float) -> dict[str, Any]:
 
 
 def profiled(run: Callable[[], object], device: torch.device) -> Any:
-    """torch's profiler after one `run`, which ends when the device has done it."""
+    """Returns torch's profiler after one `run`, which ends when the device has finished."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -330,18 +332,18 @@ def profiled(run: Callable[[], object], device: torch.device) -> Any:
 
 
 def top_operators(profiler: Any, device: torch.device) -> list[tuple[str, float]]:
-    """(name, seconds without what it calls), the longest first: of kernels on a GPU, else of operators."""
+    """Lists (name, seconds without what it calls), the longest first: kernels on a GPU, else operators."""
     if device.type == "cuda":
         kernels = [row for row in profiler.key_averages() if row.device_type.name == "CUDA"]
-        found = [(str(row.key), row.self_device_time_total / 1e6) for row in kernels]
+        rows = [(str(row.key), row.self_device_time_total / 1e6) for row in kernels]
     else:
-        found = [(str(row.key), row.self_cpu_time_total / 1e6) for row in profiler.key_averages()]
-    return sorted(found, key=lambda row: -row[1])
+        rows = [(str(row.key), row.self_cpu_time_total / 1e6) for row in profiler.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])
 
 
 def communication(profiler: Any) -> float:
-    """Seconds of this rank's collectives, waiting for the other ranks included: NCCL's kernels on the device,
-    gloo's operations from the call to their end."""
+    """Returns the seconds of this rank's collectives, with the wait for other ranks: NCCL's kernels on the
+    device, gloo's operations from the call to their end."""
     seconds = 0.0
     for event in profiler.events():
         of_nccl = event.device_type.name == "CUDA" and event.name.startswith("ncclDev")

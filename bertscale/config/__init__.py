@@ -1,4 +1,5 @@
-"""Every config section, declared once: defaults <- YAML <- `key=value`, checked before anything starts.
+"""Every section of a config, declared once. YAML and then `key=value` override the defaults; the whole is
+checked before anything starts.
 
 config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train.steps=100"])
 """

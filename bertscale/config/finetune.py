@@ -1,4 +1,4 @@
-"""Fine-tuning."""
+"""Sections of a fine-tuning config."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bertscale.errors import UserError
 
 
 class ExamplesConfig(Section):
-    """The labelled text."""
+    """Where the labelled text is."""
 
-    train: str = Field(description="Training examples, jsonl with a text and a label field.")
-    test: str = Field(description="Held-out examples, same form.")
+    train: str = Field(description="Training examples: jsonl with a text field and a label field.")
+    test: str = Field(description="Held-out examples, in the same form.")
     text_field: str = Field("text", description="Name of the text field.")
     label_field: str = Field("label", description="Name of the label field.")
 
@@ -26,50 +26,52 @@ class EncodingConfig(Section):
 
 
 class ClassifierConfig(Section):
-    """What of the encoder is trained, and what a sample is to the classifier."""
+    """Which weights are trained, and which vector of a sample the classifier reads."""
 
     pooling: Literal["first", "mean"] = Field(
-        "first", description="A sample's vector: the pooled first token, as BERT, or the mean of all tokens."
+        "first", description="Vector of a sample: the pooled first token, as BERT, or the mean of all."
     )
     freeze_encoder: bool = Field(
-        False, description="Trains the classifier alone, on the encoder's features as they are."
+        False, description="Train only the classifier, on the features of the unchanged encoder."
     )
     hidden_dropout_prob: float = Field(
-        0.1, ge=0, lt=1, description="Dropout of hidden states while fine-tuning; attention has none."
+        0.1, ge=0, lt=1, description="Dropout of hidden states during fine-tuning; attention has none."
     )
 
 
 class FinetuneOptimizer(Section):
-    """AdamW, and the course of its learning rate: a line up, a line down."""
+    """Settings of AdamW, whose learning rate rises linearly and then falls linearly."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate, reached after warm-up.")
     random_learning_rate: float | None = Field(
-        None, gt=0, description="Highest learning rate from random weights; without it the same."
+        None, gt=0, description="Highest learning rate from random weights; by default learning_rate."
     )
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps spent on warm-up.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay, decoupled; not on biases and norms.")
 
 
 class FinetuneTraining(Section):
-    """Length of a run, and how many of them."""
+    """Length and number of the runs."""
 
-    epochs: int = Field(10, ge=1, description="Passes over the training examples.")
-    global_batch: int = Field(32, ge=1, description="Examples in one optimizer step.")
-    seeds: list[int] = Field([0], min_length=1, description="One run for each; mean and spread are reported.")
+    epochs: int = Field(10, ge=1, description="Number of passes over the training examples.")
+    global_batch: int = Field(32, ge=1, description="Number of examples in one training step.")
+    seeds: list[int] = Field(
+        [0], min_length=1, description="Seeds, one run for each; mean and spread are reported."
+    )
     compare_random: bool = Field(
-        False, description="Also trains the same encoder from random weights, side by side."
+        False, description="Also train the same encoder from random weights, for comparison."
     )
 
     @field_validator("seeds")
     @classmethod
     def _check_seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{seeds} names a seed twice, which would feign a small spread")
+            raise ValueError(f"{seeds} names a seed twice; give each seed once, for an honest spread")
         return seeds
 
 
 class FinetuneConfig(Section):
-    """An encoder and labelled text -> a classifier."""
+    """Settings of a fine-tuning: an encoder and labelled text -> a classifier."""
 
     former_keys: ClassVar[dict[str, str]] = {
         "train": "data.train",
@@ -93,12 +95,12 @@ class FinetuneConfig(Section):
     encoder: str = Field(description="Checkpoint folder, run folder or Hugging Face folder.")
     output: str = Field(description="Folder for the classifier, its metrics and predictions.")
     data: ExamplesConfig = Field(description="The labelled text.")
-    samples: EncodingConfig = Field(default_factory=lambda: EncodingConfig(), description="The samples.")
-    model: ClassifierConfig = Field(default_factory=lambda: ClassifierConfig(), description="The classifier.")
+    samples: EncodingConfig = Field(EncodingConfig(), description="The samples.")
+    model: ClassifierConfig = Field(ClassifierConfig(), description="The classifier.")
     optimizer: FinetuneOptimizer = Field(
-        default_factory=lambda: FinetuneOptimizer(), description="The optimizer and its learning rate."
+        FinetuneOptimizer(), description="The optimizer and its learning rate."
     )
-    train: FinetuneTraining = Field(default_factory=lambda: FinetuneTraining(), description="The runs.")
+    train: FinetuneTraining = Field(FinetuneTraining(), description="The runs.")
 
     def check_length(self, longest: int) -> None:
         """Raises UserError where examples are longer than the `longest` tokens that the encoder takes."""

@@ -1,7 +1,7 @@
 """The shape of the encoder.
 
-What a preset is, its five properties tell, in one table, `ARCHITECTURES`: code asks for these, not for the
-preset's name, except where one class of transformers or one paper's recipe is meant.
+Five properties, in the table `ARCHITECTURES`, define a preset. Code asks for these, not for the name of the
+preset, except where it means one class of transformers or the recipe of one paper.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from pydantic import Field, model_validator
 
 from bertscale.config.section import Section
 
-POSITIONS = 1024  # whose logits exist at a time: enough for the matrix products to be at their fastest
-GPU_POSITIONS = 4096  # likewise on a GPU
-VOCAB_MULTIPLE = 128  # rows of the word embedding: a multiple that tensor parallel and tensor cores like
+# Positions whose logits exist at a time: enough for matrix products to run at their full speed.
+POSITIONS = 1024  # on a CPU
+GPU_POSITIONS = 4096
+VOCAB_MULTIPLE = 128  # rows of the word embedding: divisible for tensor parallel, and fast on tensor cores
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the word embedding; the rows past `vocab_size` are never predicted nor exported."""
+    """Returns the rows of the word embedding; those past `vocab_size` are never predicted nor exported."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Architecture(NamedTuple):
-    """What tells one preset from another; the properties of `ModelConfig` say what each means."""
+    """Holds what distinguishes a preset; the properties of `ModelConfig` say what each field means."""
 
     pre_norm: bool
     embedding_norm: bool
@@ -44,56 +45,58 @@ ARCHITECTURES = {
 class ModelConfig(Section):
     """Shape of the encoder; the names are those of Hugging Face's configs.
 
-    A key that the preset has no use for is refused unless it has its default; defaults that differ by
+    A key that the preset does not use is refused unless it has its default; defaults that differ by
     preset are in `PRESET_DEFAULTS`.
     """
 
     preset: Literal["bert", "megatron-bert", "modern"] = Field(
         "bert", description="Architecture: BertForPreTraining, MegatronBertForPreTraining or ModernBert."
     )
-    num_hidden_layers: int = Field(12, ge=1, description="Layers.")
-    hidden_size: int = Field(768, ge=1, description="Width of the residual stream.")
-    num_attention_heads: int = Field(12, ge=1, description="Attention heads.")
+    num_hidden_layers: int = Field(12, ge=1, description="Number of layers.")
+    hidden_size: int = Field(768, ge=1, description="Width of the hidden states.")
+    num_attention_heads: int = Field(12, ge=1, description="Number of attention heads.")
     intermediate_size: int = Field(
-        3072, ge=1, description="Width inside the feed-forward part; of each half where it is gated (modern)."
+        3072, ge=1, description="Width inside the feed-forward part; for modern, of each of its two halves."
     )
     max_position_embeddings: int = Field(512, ge=1, description="Longest sequence, in tokens.")
-    type_vocab_size: int = Field(2, ge=1, description="Segment types; not for modern.")
+    type_vocab_size: int = Field(2, ge=1, description="Number of segment types; not for modern.")
     hidden_dropout_prob: float = Field(
-        0.1, ge=0, lt=1, description="Dropout of hidden states; modern: of embeddings and feed-forward, 0."
+        0.1, ge=0, lt=1, description="Dropout of hidden states; modern: embeddings, feed-forward; default 0."
     )
     attention_probs_dropout_prob: float = Field(
-        0.1, ge=0, lt=1, description="Dropout of attention; modern: of its output as well, 0."
+        0.1, ge=0, lt=1, description="Dropout of attention; for modern of its output as well, 0 by default."
     )
     layer_norm_eps: float = Field(
-        1e-12, gt=0, description="Added to the variance by LayerNorm (norm_eps of modern: 1e-5)."
+        1e-12, gt=0, description="Added to the variance by LayerNorm; for modern 1e-5 by default."
     )
     initializer_range: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     matrix_initializer_range: float | None = Field(
-        None, gt=0, description="Likewise, of matrices that are no embeddings; without it the same."
+        None, gt=0, description="Standard deviation of non-embedding matrices; default initializer_range."
     )
     initializer_cutoff_factor: float = Field(
-        2.0, gt=0, description="Initial weights are cut off at so many deviations; modern alone."
+        2.0, gt=0, description="Initial weights are cut off at this many deviations; only for modern."
     )
     global_attn_every_n_layers: int = Field(
-        3, ge=1, description="Every so-manieth layer attends to the whole sample, the first one too; modern."
+        3, ge=1, description="Every n-th layer, and the first, sees the whole sample; only for modern."
     )
     local_attention: int = Field(
-        128, ge=2, description="Window of the other layers in tokens, half to each side; modern alone."
+        128, ge=2, description="Window of the other layers in tokens, half to each side; only for modern."
     )
     global_rope_theta: float = Field(
-        160_000.0, gt=1, description="Base of the rotary positions of global layers; modern alone."
+        160_000.0, gt=1, description="Rotary base of layers that see the whole sample; only for modern."
     )
-    local_rope_theta: float = Field(10_000.0, gt=1, description="Likewise, of local layers.")
+    local_rope_theta: float = Field(
+        10_000.0, gt=1, description="Rotary base of the other layers; only for modern."
+    )
     sentence_head: bool = Field(
-        True, description="A pooler and a head for an objective on sentence pairs; modern: false."
+        True, description="Add a pooler and a head for sentence pairs; for modern false by default."
     )
     generator_size: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Width of the generator of replaced-token detection as a share of the encoder's; without "
-        "it there is none.",
+        description="Width of the generator for replaced-token detection, as a share of the encoder's; by "
+        "default there is no generator.",
     )
 
     @model_validator(mode="before")
@@ -115,15 +118,15 @@ class ModelConfig(Section):
             if value != default:
                 home = "bert and megatron-bert" if self.rotary else "modern"
                 raise ValueError(
-                    f"{key}={value} is a key of preset {home}; preset {self.preset} has no use for it"
+                    f"{key}={value} is a key of preset {home}; preset {self.preset} does not use it"
                 )
         if self.rotary and (size := self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
-                f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} is a "
-                f"head of odd size, {size}; rotary positions take features in pairs"
+                f"hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads} gives "
+                f"heads of odd size {size}; rotary positions need an even size"
             )
         if self.rotary and self.local_attention % 2:
-            raise ValueError(f"local_attention={self.local_attention} is odd: half of it lies to each side")
+            raise ValueError(f"local_attention={self.local_attention} is odd; take an even number")
         if self.generator_size is not None:
             heads, inside = self.num_attention_heads, self.intermediate_size
             fit = [n for n in range(1, heads + 1) if inside * n % heads == 0]
@@ -131,45 +134,45 @@ class ModelConfig(Section):
             if self.generator_heads not in fit or rounding > 0.01:
                 raise ValueError(
                     f"generator_size={self.generator_size} of num_attention_heads={heads} and "
-                    f"intermediate_size={inside} is no whole number; shares that are: "
+                    f"intermediate_size={inside} is not a whole number; shares that are: "
                     f"{', '.join(f'{n / heads:.4g}' for n in fit)}"
                 )
         return self
 
     @property
     def pre_norm(self) -> bool:
-        """Whether norms come before each part of a layer and after the last layer; else after each part."""
+        """Tells whether norms precede each part of a layer and follow the last, or follow each part."""
         return ARCHITECTURES[self.preset].pre_norm
 
     @property
     def embedding_norm(self) -> bool:
-        """Whether the embeddings have a norm of their own."""
+        """Tells whether the embeddings have a norm of their own."""
         return ARCHITECTURES[self.preset].embedding_norm
 
     @property
     def biases(self) -> bool:
-        """Whether matrices and norms have biases; the decoder and the poolers always have one."""
+        """Tells whether matrices and norms have biases; the decoder and the poolers always have one."""
         return ARCHITECTURES[self.preset].biases
 
     @property
     def rotary(self) -> bool:
-        """Whether attention turns queries and keys by their positions, in some layers within a window; else
-        positions and token types are learnt embeddings."""
+        """Tells whether attention rotates queries and keys by position, in some layers within a window; else
+        positions and token types are learned embeddings."""
         return ARCHITECTURES[self.preset].rotary
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward part is gated (GeGLU), with dropout inside of it and not behind it."""
+        """Tells whether the feed-forward part is gated (GeGLU), with dropout inside it and not after it."""
         return ARCHITECTURES[self.preset].gated
 
     @property
     def generator_heads(self) -> int:
-        """Attention heads of the generator; 0 without one. They are as wide as the encoder's."""
+        """Counts the attention heads of the generator, 0 without one. They are as wide as the encoder's."""
         return round((self.generator_size or 0) * self.num_attention_heads)
 
     @property
     def generator(self) -> ModelConfig | None:
-        """The shape of the generator of replaced-token detection, which reads the encoder's embeddings."""
+        """Gives the shape of the generator, which reads the encoder's embeddings."""
         if self.generator_size is None:
             return None
         heads = self.generator_heads
@@ -182,12 +185,12 @@ class ModelConfig(Section):
 
     @property
     def half_window(self) -> int | None:
-        """Tokens to each side that a local layer attends to; None: there is no local layer."""
+        """Counts the tokens to each side that a local layer attends to; None without local layers."""
         local = self.rotary and self.num_hidden_layers > 1 and self.global_attn_every_n_layers > 1
         return self.local_attention // 2 if local else None
 
     def is_local(self, layer: int) -> bool:
-        """Whether layer number `layer`, from 0, attends to a window only."""
+        """Tells whether layer number `layer`, from 0, attends to a window only."""
         return self.half_window is not None and layer % self.global_attn_every_n_layers > 0
 
 
@@ -198,7 +201,7 @@ MODERN_KEYS = (
     "global_rope_theta",
     "local_rope_theta",
 )
-# What a preset has where a config is silent and the field's own default is another preset's.
+# Defaults of a preset that differ from the defaults of the fields.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "modern": {
         "hidden_dropout_prob": 0.0,

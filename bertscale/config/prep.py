@@ -1,4 +1,4 @@
-"""Data preparation."""
+"""Sections of a config of data preparation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LANGUAGE_NAMES = {  # what people write for some codes
 
 
 def check_language(language: str) -> str:
-    """`language`, an ISO 639-1 code also with a region or script (pt-BR), or `lines`.
+    """Returns `language`: an ISO 639-1 code, also with a region or script (pt-BR), or `lines`.
 
     Raises ValueError that names the nearest codes.
     """
@@ -37,10 +37,8 @@ def check_language(language: str) -> str:
             _LANGUAGE_NAMES.get(name, name)
             for name in difflib.get_close_matches(code, known, n=3, cutoff=0.6)
         ]
-        guess = f"; the nearest known: {', '.join(dict.fromkeys(near))}" if near else ""
-        raise ValueError(
-            f"{language!r} is no ISO 639-1 code of a language, such as en or zh, nor lines{guess}"
-        )
+        guess = f"; the nearest known codes: {', '.join(dict.fromkeys(near))}" if near else ""
+        raise ValueError(f"{language!r} is neither an ISO 639-1 code, such as en or zh, nor `lines`{guess}")
     return language
 
 
@@ -55,19 +53,19 @@ class TokenizerTraining(Section):
     model: Literal["unigram", "bpe"] = Field("unigram", description="Kind of SentencePiece model.")
     vocab_size: int = Field(32_768, ge=300, description="Number of pieces, special and byte pieces included.")
     sample_documents: int = Field(
-        200_000, ge=1, description="At most this many documents, drawn at random, train the tokenizer."
+        200_000, ge=1, description="Largest number of documents, drawn at random, that train the tokenizer."
     )
     character_coverage: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Share of the text's characters that get pieces, the rarest others are spelt in bytes; "
-        "by itself 0.9995, for text with Chinese or Japanese characters 0.9998.",
+        description="Share of the text's characters that get pieces; rarer ones are spelled in bytes. By "
+        "default 0.9995, for text with Chinese or Japanese characters 0.9998.",
     )
 
 
 class PrepConfig(Section):
-    """Raw text -> tokenizer and Arrow token shards."""
+    """Settings of a data preparation: raw text -> tokenizer and Arrow token shards."""
 
     input: list[str] = Field(
         min_length=1,
@@ -75,51 +73,45 @@ class PrepConfig(Section):
         "WikiExtractor output, each also as .gz, .bz2, .xz or .zst.",
     )
     output: str = Field(description="Folder for the tokenizer, the shards and manifest.json.")
-    text_field: str = Field("text", description="Name of the text's field or column.")
+    text_field: str = Field("text", description="Name of the field or column that holds the text.")
     documents: Literal["blank_line", "file"] = Field(
-        "blank_line", description="What ends a document of a .txt file: a blank line, or the file's end."
+        "blank_line", description="What ends a document in a .txt file: a blank line, or the end of the file."
     )
     language: str = Field(
-        "en", description="Language of the text (ISO 639-1), which sentences are split by; `lines`: by lines."
+        "en", description="Language (ISO 639-1), for finding sentences; lines: each line is one."
     )
-    normalization: Literal["nfc", "nfkc"] = Field("nfc", description="Unicode normalisation.")
+    normalization: Literal["nfc", "nfkc"] = Field("nfc", description="Unicode normalisation form.")
     min_characters: int = Field(1, ge=1, description="Shorter documents are dropped and counted.")
     max_characters: int | None = Field(None, ge=1, description="Longer documents are dropped and counted.")
     min_letters: float = Field(
         0, ge=0, le=1, description="Documents with a smaller share of letters are dropped and counted."
     )
     scripts: list[str] = Field(
-        [], description="Scripts such as latin, han or cyrillic; documents mostly in others are dropped."
+        [], description="Scripts, such as latin or han; documents mostly in others are dropped."
     )
-    deduplicate: bool = Field(True, description="Of documents with the same text only the first is kept.")
+    deduplicate: bool = Field(True, description="Keep only one of the documents with the same text.")
     tokenizer: str | None = Field(
         None,
-        description="An existing SentencePiece model, or the vocab.txt of a WordPiece tokenizer; without it "
+        description="An existing SentencePiece model, or the vocab.txt of a WordPiece tokenizer; by default "
         "one is trained on the input.",
     )
     lowercase: bool | None = Field(
         None,
-        description="Whether a WordPiece tokenizer lowers case and strips accents; by itself, if no piece of "
+        description="Whether a WordPiece tokenizer lowers case and strips accents; by default if no piece of "
         "its vocabulary has a capital letter.",
     )
-    train_tokenizer: TokenizerTraining = Field(
-        default_factory=lambda: TokenizerTraining(), description="How a tokenizer is trained."
-    )
+    train_tokenizer: TokenizerTraining = Field(TokenizerTraining(), description="How a tokenizer is trained.")
     validation_fraction: float = Field(
-        0.01, ge=0, lt=1, description="Share of documents, chosen by a hash of their text, held out."
+        0.01, ge=0, lt=1, description="Share of documents held out, chosen by a hash of their text."
     )
     split_bytes: int = Field(
-        128 * 2**20,
-        ge=1000,
-        description="Input is cut, between documents, about every so many bytes, one process at a time.",
+        128 * 2**20, ge=1000, description="Approximate bytes of a work unit, the work of one process."
     )
-    shard_bytes: int = Field(
-        128 * 2**20, ge=1000, description="A shard holds about so many bytes of tokens, of all the input."
-    )
+    shard_bytes: int = Field(128 * 2**20, ge=1000, description="Approximate bytes of tokens in a shard.")
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="The run fails at its end above this share of unreadable records."
+        0.01, ge=0, le=1, description="Largest share of unreadable records; above it the command fails."
     )
-    workers: int = Field(0, ge=0, description="Worker processes; 0 takes one for each core.")
+    workers: int = Field(0, ge=0, description="Number of worker processes; 0 starts one for each core.")
     seed: int = Field(0, ge=0, description="Seed of the order of documents and of the tokenizer's sample.")
 
     @field_validator("language")

@@ -1,4 +1,4 @@
-"""Pretraining: data, samples, objectives, optimizer, rhythm and ranks."""
+"""Sections of a pretraining config: data, samples, objectives, optimizer, length of the run, and ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Corpus(Section):
     """One of several data sets that are mixed."""
 
     path: str = Field(description="Output folder of `bertscale prep`.")
-    weight: float = Field(1.0, gt=0, description="Its share of the samples, relative to the others'.")
+    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other weights.")
 
 
-PAIRS = ("nsp", "sop")  # kinds of samples of two segments, which a second head tells apart
+PAIRS = ("nsp", "sop")  # kinds of samples of two segments; the sentence head classifies the pair
 
 
 class SamplesConfig(Section):
@@ -25,33 +25,35 @@ class SamplesConfig(Section):
 
     kind: Literal["nsp", "sop", "document", "packed"] = Field(
         "nsp",
-        description="What a sample is: nsp: two segments, half of them of different documents; sop: two "
-        "segments side by side, half of them swapped; document: consecutive sentences of one document; "
-        "packed: exactly max_length tokens, of as many documents as they hold.",
+        description="What a sample is. nsp: two segments, half of the time from different documents. sop: "
+        "two consecutive segments, half of the time swapped. document: consecutive sentences of one "
+        "document. packed: exactly max_length tokens, from as many documents as needed.",
     )
     max_length: int = Field(128, ge=8, description="Longest sample in tokens, [CLS] and [SEP] included.")
     warmup: list[tuple[int, int]] = Field(
         [],
-        description="Shorter samples at first: [[steps, max_length], ...], each for so many steps of "
+        description="Shorter samples at first: pairs [steps, max_length], each for that number of steps of "
         "train.global_batch samples.",
     )
     window_blocks: int = Field(
-        64, ge=1, description="Blocks of 2**19 tokens, drawn at random, inside which samples are shuffled."
+        64, ge=1, description="Number of random blocks of 2**19 tokens among which samples are shuffled."
     )
     mask_unit: Literal["token", "word", "span"] = Field(
-        "token", description="What is masked as a whole: tokens, words, or spans of words."
+        "token", description="Unit that is masked as a whole: a token, a word, or a span of words."
     )
     mask_rate: float = Field(0.15, gt=0, lt=1, description="Share of tokens chosen for prediction.")
-    mask_token_rate: float = Field(0.8, ge=0, le=1, description="Share of the chosen that become [MASK].")
+    mask_token_rate: float = Field(0.8, ge=0, le=1, description="Share of those that become [MASK].")
     random_token_rate: float = Field(
-        0.1, ge=0, le=1, description="Share of the chosen that become a random piece; the rest stay."
+        0.1, ge=0, le=1, description="Share of those that become a random piece; the rest stay."
     )
-    span_p: float = Field(0.2, gt=0, le=1, description="Of the geometric distribution of a span's words.")
+    span_p: float = Field(
+        0.2, gt=0, le=1, description="Parameter p of the geometric distribution of span lengths."
+    )
     span_max: int = Field(10, ge=1, description="Longest span in words.")
 
     @property
     def has_pairs(self) -> bool:
-        """Whether samples are two segments with a label."""
+        """Tells whether samples are two segments with a label."""
         return self.kind in PAIRS
 
     @model_validator(mode="after")
@@ -64,51 +66,49 @@ class SamplesConfig(Section):
         for steps, length in self.warmup:
             if steps < 1 or not 8 <= length <= self.max_length:
                 raise ValueError(
-                    f"warmup: [{steps}, {length}] is not at least one step of samples of 8 to "
+                    f"warmup: [{steps}, {length}] must be 1 or more steps of samples of 8 to "
                     f"max_length={self.max_length} tokens"
                 )
         return self
 
 
 class ObjectivesConfig(Section):
-    """What the losses of the objectives count for in the sum that is trained."""
+    """Weights of the objectives in the loss, which is their weighted sum."""
 
     mlm: float = Field(
-        1.0, ge=0, description="Weight of masked tokens; 0: nothing is masked, sentence pairs alone."
+        1.0, ge=0, description="Weight of masked tokens; 0 masks nothing, to train on sentence pairs only."
     )
-    pairs: float = Field(
-        1.0, ge=0, description="Weight of sentence pairs, where samples.kind, nsp or sop, has them."
-    )
+    pairs: float = Field(1.0, ge=0, description="Weight of sentence pairs, if samples.kind is nsp or sop.")
     rtd: float = Field(
-        50.0, ge=0, description="Weight of replaced tokens, where model.generator_size makes a generator."
+        50.0, ge=0, description="Weight of replaced-token detection, if there is model.generator_size."
     )
 
 
 class OptimizerConfig(Section):
-    """The optimizer and the course of its learning rate."""
+    """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "stable-adamw", "lamb", "muon"] = Field(
-        "adamw", description="Algorithm; muon takes the matrices of the layers, AdamW the rest."
+        "adamw", description="Algorithm; muon updates the layers' matrices, AdamW the other weights."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Highest learning rate, reached after warm-up.")
     schedule: Literal["linear", "cosine", "wsd"] = Field(
-        "linear", description="Way down: a line, half a cosine, or stable and then 1 - sqrt (wsd)."
+        "linear", description="Decay of the learning rate: linear, cosine, or wsd (stable, then 1 - sqrt)."
     )
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the schedule spent on warm-up.")
     decay_fraction: float = Field(
-        0.2, gt=0, le=1, description="Share of the schedule, at its end, on the way down; wsd alone."
+        0.2, gt=0, le=1, description="Share of the schedule, at its end, spent on the decay; only for wsd."
     )
     final_fraction: float = Field(
         0.0, ge=0, lt=1, description="Learning rate at the end of the schedule, as a share of the highest."
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(0.98, ge=0, lt=1, description="Decay of the second moment.")
-    eps: float = Field(1e-6, gt=0, description="Added to the denominator.")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of muon's first moment; muon alone.")
+    eps: float = Field(1e-6, gt=0, description="Added to the denominator of the update.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the first moment in muon; only for muon.")
     weight_norm_bounds: tuple[float, float] | None = Field(
-        None, description="The weight's norm in the trust ratio stays between these; lamb alone."
+        None, description="Bounds [low, high] of the weight norm in the trust ratio; only for lamb."
     )
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled; not on biases and LayerNorms.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay, decoupled; not on biases and norms.")
     gradient_clipping: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
 
     @model_validator(mode="after")
@@ -120,9 +120,9 @@ class OptimizerConfig(Section):
         ):
             value = getattr(self, key)
             if not present and value != type(self).model_fields[key].default:
-                raise ValueError(f"{key}={value!r} is for {home} alone")
+                raise ValueError(f"{key}={value!r} is only for {home}; leave it out")
         if self.weight_norm_bounds and not 0 <= self.weight_norm_bounds[0] < self.weight_norm_bounds[1]:
-            raise ValueError(f"weight_norm_bounds={self.weight_norm_bounds}: the first is to be the smaller")
+            raise ValueError(f"weight_norm_bounds={self.weight_norm_bounds}: the first must be smaller")
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} "
@@ -132,52 +132,54 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length and rhythm of a run. Its budget is one of `steps`, `tokens` and `hours`."""
+    """Length and batches of a run. Its budget is exactly one of `steps`, `tokens` and `hours`."""
 
-    steps: int | None = Field(None, ge=1, description="Budget in optimizer steps.")
-    tokens: float | None = Field(None, ge=1, description="Budget in tokens, special ones included.")
+    steps: int | None = Field(None, ge=1, description="Budget in training steps.")
+    tokens: float | None = Field(None, ge=1, description="Budget in tokens, special tokens included.")
     hours: float | None = Field(
-        None, gt=0, description="Budget in hours of training; gives up bitwise repeatability."
+        None, gt=0, description="Budget in hours of training; such a run is not repeatable bit for bit."
     )
     schedule_steps: int | None = Field(
-        None, ge=1, description="Steps until the learning rate is at its end; by itself `steps`."
+        None, ge=1, description="Steps of the whole learning-rate schedule; by default `steps`."
     )
-    global_batch: int = Field(256, ge=1, description="Samples in one optimizer step, over all ranks.")
+    global_batch: int = Field(256, ge=1, description="Samples in one training step, over all ranks.")
     batch_warmup: list[tuple[float, int]] = Field(
         [],
-        description="Pairs [tokens, samples]: until so many tokens are done, steps of so many samples.",
+        description="Smaller batches at first: pairs [tokens, samples], that number of samples in each step "
+        "until that number of tokens is reached.",
     )
-    micro_batch: int = Field(32, ge=1, description="Samples in one forward pass of one rank.")
+    micro_batch: int = Field(32, ge=1, description="Number of samples in one forward pass of one rank.")
     micro_tokens: int | None = Field(
-        None, ge=8, description="Tokens in one forward pass of one rank at most, instead of micro_batch."
+        None, ge=8, description="Most tokens in one forward pass of one rank, in place of micro_batch."
     )
     seed: int = Field(0, ge=0, description="Seed of initial weights, order, masks and dropout.")
     precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="auto: bfloat16 where the device multiplies it natively, else float32."
+        "auto", description="Precision; auto: bfloat16 where the device has it natively, else float32."
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="Recomputes in the backward pass, to save memory: selective, attention; full, layers.",
+        description="Recompute activations in the backward pass, to save memory: of attention (selective) or "
+        "of whole layers (full).",
     )
     compile: Literal["auto", "graphs", True, False] = Field(
         "auto",
-        description="Compiles each layer with torch.compile; auto: on GPUs, where nothing stands in the way; "
-        "graphs: and replays each as CUDA graphs.",
+        description="Compile each layer with torch.compile. auto: on GPUs, unless another setting prevents "
+        "it. graphs: also replay each layer as CUDA graphs.",
     )
     static_targets: Literal["auto", True, False] = Field(
         "auto",
-        description="Fills up the predicted positions of a micro-batch to a fixed number, with some that "
-        "count for nothing; auto: on GPUs, where its tokens are of a fixed number too.",
+        description="Pad the predicted positions of a micro-batch to a fixed number, with no effect on the "
+        "loss; auto: on GPUs, if the number of tokens is fixed too.",
     )
     log_every: int = Field(10, ge=1, description="Steps between two log points.")
     eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
-    eval_samples: int = Field(1024, ge=1, description="Samples of a held-out loss.")
+    eval_samples: int = Field(1024, ge=1, description="Number of samples of a held-out loss.")
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
 
     @property
     def micro_samples(self) -> int | None:
-        """Samples of a micro-batch; None where a budget of tokens decides."""
+        """Counts the samples of a micro-batch; None where `micro_tokens` limits its tokens instead."""
         return None if self.micro_tokens else self.micro_batch
 
     @model_validator(mode="after")
@@ -187,96 +189,89 @@ class TrainConfig(Section):
         if len(given) != 1:
             raise ValueError(
                 f"exactly one of steps, tokens and hours is the budget, not {' and '.join(given) or 'none'}; "
-                "null takes one away"
+                "set the others to null"
             )
         if self.schedule_steps is not None and self.steps is None:
-            raise ValueError(f"schedule_steps={self.schedule_steps} goes with a budget in steps alone")
+            raise ValueError(f"schedule_steps={self.schedule_steps} needs a budget in steps (train.steps)")
         if self.schedule_steps is not None and self.steps and self.schedule_steps < self.steps:
             raise ValueError(f"schedule_steps={self.schedule_steps} is less than steps={self.steps}")
         until = 0.0
         for tokens, samples in self.batch_warmup:
             if tokens <= until:
-                raise ValueError(f"batch_warmup={self.batch_warmup}: tokens must go up from stage to stage")
+                raise ValueError(f"batch_warmup={self.batch_warmup}: tokens must grow from pair to pair")
             if samples < 1:
-                raise ValueError(f"batch_warmup={self.batch_warmup}: {samples} samples are no batch")
+                raise ValueError(f"batch_warmup={self.batch_warmup}: a batch of {samples} samples is empty")
             until = tokens
         return self
 
 
 class ParallelConfig(Section):
-    """How a job is spread over ranks."""
+    """How a run is distributed over ranks."""
 
-    tensor: int = Field(1, ge=1, description="Ranks that share each layer (tensor parallel).")
+    tensor: int = Field(1, ge=1, description="Tensor-parallel size: ranks that share each layer.")
     sequence: bool = Field(
-        False, description="Those ranks share out the tokens as well, between layers: less memory."
+        False, description="Sequence parallel: these ranks also shard tokens between layers, saving memory."
     )
     zero_stage: int = Field(
-        1, ge=0, le=3, description="DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients, 3 weights."
+        1, ge=0, le=3, description="ZeRO stage; 1 shards optimizer states, 2 also gradients, 3 also weights."
     )
     ranks: int = Field(
-        0, ge=0, description="Local processes; 0: one for each GPU, on a CPU one for each tensor rank."
+        0, ge=0, description="Number of local ranks; 0: one for each GPU, on a CPU the tensor-parallel size."
     )
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
         if self.sequence and self.tensor == 1:
-            raise ValueError(
-                "sequence=true shares out tokens among tensor-parallel ranks, and tensor=1 has none"
-            )
+            raise ValueError("sequence=true shards tokens over tensor-parallel ranks, and tensor=1 has none")
         return self
 
 
 class LaunchConfig(Section):
-    """What is done about ranks that fail or stand still."""
+    """What is done about ranks that fail or hang."""
 
     start_seconds: float = Field(
-        1800, gt=0, description="Ranks that make no first step within so many seconds count as hung."
+        1800, gt=0, description="Seconds for the first training step; ranks that take longer count as hung."
     )
     hang_seconds: float = Field(
-        600, gt=0, description="Ranks that make no step for so many seconds count as hung."
+        600, gt=0, description="Seconds for any later step; ranks that take longer count as hung."
     )
-    restarts: int = Field(20, ge=0, description="All ranks are started anew at most so often in one job.")
+    restarts: int = Field(20, ge=0, description="Restarts of all ranks in one job, at most.")
     restarts_without_progress: int | None = Field(
         None,
         ge=0,
-        description="Likewise in a row without a new checkpoint; by itself 2 in a Slurm job, else 0.",
+        description="Restarts in a row without a new checkpoint, at most; by default 2 under Slurm, else 0.",
     )
 
     def restarts_in_a_row(self, *, slurm: bool) -> int:
-        """How often all ranks are started anew without a new checkpoint between, in a Slurm job or here."""
+        """Returns how often all ranks restart without a new checkpoint between, in a Slurm job or here."""
         if self.restarts_without_progress is not None:
             return self.restarts_without_progress
         return 2 if slurm else 0
 
 
 class PretrainConfig(Section):
-    """Token shards -> checkpoints."""
+    """Settings of a pretraining: token shards -> checkpoints."""
 
     run: str = Field(description="Folder for checkpoints, TensorBoard events and logs.")
     data: str | list[Corpus] = Field(
-        description="Output folder of `bertscale prep`, or several mixed: [{path: A, weight: 0.7}, ...]."
+        description="Output folder of `bertscale prep`, or several to mix: [{path: A, weight: 0.7}, ...]."
     )
-    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="The encoder.")
-    samples: SamplesConfig = Field(default_factory=lambda: SamplesConfig(), description="The samples.")
-    objectives: ObjectivesConfig = Field(
-        default_factory=lambda: ObjectivesConfig(), description="What is learnt of them."
-    )
-    optimizer: OptimizerConfig = Field(
-        default_factory=lambda: OptimizerConfig(), description="The optimizer and its learning rate."
-    )
-    train: TrainConfig = Field(description="Length and rhythm of the run.")
-    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(), description="The ranks.")
-    launch: LaunchConfig = Field(default_factory=lambda: LaunchConfig(), description="Failing ranks.")
+    model: ModelConfig = Field(ModelConfig(), description="The encoder.")
+    samples: SamplesConfig = Field(SamplesConfig(), description="The samples.")
+    objectives: ObjectivesConfig = Field(ObjectivesConfig(), description="The training objectives.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer and its learning rate.")
+    train: TrainConfig = Field(description="Length and batches of the run.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="The ranks.")
+    launch: LaunchConfig = Field(LaunchConfig(), description="Restarts of failed ranks.")
 
     @property
     def corpora(self) -> list[Corpus]:
-        """The data sets, one or several."""
+        """Lists the data sets, one or several."""
         return [Corpus(path=self.data, weight=1.0)] if isinstance(self.data, str) else self.data
 
     @property
     def trained(self) -> tuple[str | None, str | None, str | None]:
-        """Names of the objectives that are trained, None for one that is not: masked tokens, pairs, replaced
-        tokens."""
+        """Names the trained objectives: masked tokens, pairs, replaced tokens; None for one not trained."""
         objectives, samples = self.objectives, self.samples
         return (
             "mlm" if objectives.mlm else None,
@@ -286,31 +281,31 @@ class PretrainConfig(Section):
 
     @property
     def compile_obstacle(self) -> str | None:
-        """The key, with its value and a reason, that layers cannot be compiled with; None: they can."""
+        """Names the setting that keeps layers from being compiled, and the reason; None if they can be."""
         recompute = self.train.activation_checkpointing
         if self.parallel.tensor > 1:
-            return f"parallel.tensor={self.parallel.tensor} (ranks talk to each other inside the layers)"
+            return f"parallel.tensor={self.parallel.tensor} (ranks communicate inside the layers)"
         if self.parallel.zero_stage == 3:
             return "parallel.zero_stage=3 (DeepSpeed gathers the weights by hooks inside the layers)"
         if recompute != "none":
-            return f"train.activation_checkpointing={recompute} (dropout would not be drawn the same again)"
+            return f"train.activation_checkpointing={recompute} (the recomputed dropout would differ)"
         return None
 
     def compiles(self, device: str) -> bool:
-        """Whether layers are compiled on a `cuda` or `cpu` device; `auto`: on a GPU, where they can be."""
+        """Tells whether layers are compiled on a `cuda` or `cpu` device; `auto`: on a GPU, if they can be."""
         if self.train.compile == "auto":
             return device == "cuda" and self.compile_obstacle is None
         return self.train.compile is not False
 
     def has_static_targets(self, device: str) -> bool:
-        """Whether the number of predicted positions is fixed on a `cuda` or `cpu` device.
+        """Tells whether the number of predicted positions is fixed on a `cuda` or `cpu` device.
 
-        `auto`: on a GPU, where the micro-batches of a stage are about equally large in tokens. A CPU gains
-        nothing by it, and would predict in vain.
+        `auto`: on a GPU, where the micro-batches of a phase have about the same number of tokens. A CPU gains
+        nothing by it, and would compute predictions for nothing.
         """
         if self.train.static_targets == "auto":
-            even = self.samples.kind == "packed" or self.train.micro_tokens is not None
-            return device == "cuda" and even
+            even_batches = self.samples.kind == "packed" or self.train.micro_tokens is not None
+            return device == "cuda" and even_batches
         return self.train.static_targets
 
     @field_validator("data", mode="before")
@@ -320,15 +315,15 @@ class PretrainConfig(Section):
             return data
         if not isinstance(data, list) or not data:
             raise ValueError(f"{data} is neither a folder nor a list of folders with their weights")
-        # Checked here, so that a wrong key is told once, and not for each of the two types.
+        # Checked here, so that a wrong key is reported once, and not for each of the two types.
         corpora = []
-        for number, one in enumerate(data):
-            values = {"path": one} if isinstance(one, str) else one
-            where = f"number {number + 1}"
-            corpora.append(one if isinstance(one, Corpus) else check_config(Corpus, values, where))
+        for number, corpus in enumerate(data, 1):
+            values = {"path": corpus} if isinstance(corpus, str) else corpus
+            is_checked = isinstance(corpus, Corpus)
+            corpora.append(corpus if is_checked else check_config(Corpus, values, f"number {number}"))
         paths = [corpus.path for corpus in corpora]
         if len(set(paths)) < len(paths):
-            raise ValueError(f"{', '.join(paths)} names a data set twice; give it one weight")
+            raise ValueError(f"{', '.join(paths)} names a data set twice; name it once, with one weight")
         return corpora
 
     @model_validator(mode="after")
@@ -336,7 +331,7 @@ class PretrainConfig(Section):
         if self.samples.has_pairs and not self.model.sentence_head:
             raise ValueError(
                 f"samples.kind={self.samples.kind} makes sentence pairs, and "
-                f"model.preset={self.model.preset} has no head for them: take "
+                f"model.preset={self.model.preset} has no head for them; take "
                 "samples.kind=packed or document, or model.sentence_head=true"
             )
         if self.train.compile in (True, "graphs") and self.compile_obstacle:
@@ -347,7 +342,7 @@ class PretrainConfig(Section):
         if self.samples.max_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"samples.max_length={self.samples.max_length} is longer than "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; change one of them"
             )
         self._check_objectives()
         shapes = [("model.", self.model), ("the generator's ", self.model.generator or self.model)]
@@ -374,23 +369,23 @@ class PretrainConfig(Section):
             ("train.global_batch", self.train.global_batch),
         ]:
             if self.samples.has_pairs and size % 2:
-                raise ValueError(f"{key}={size} is odd: half of a batch are other pairs")
+                raise ValueError(f"{key}={size} is odd; sentence pairs need an even number of samples")
         return self
 
     def _check_objectives(self) -> None:
         objectives, share = self.objectives, self.model.generator_size
         for key, reason in (
-            ("mlm", "masked tokens are all that the generator learns from"),
-            ("rtd", "the generator is there for replaced tokens alone"),
+            ("mlm", "the generator learns from masked tokens only"),
+            ("rtd", "the generator only makes replaced tokens"),
         ):
             if share is not None and not getattr(objectives, key):
                 raise ValueError(
                     f"objectives.{key}=0 and model.generator_size={share}: {reason}; give it a weight, or "
-                    "take the generator away with model.generator_size=null"
+                    "remove the generator with model.generator_size=null"
                 )
         if not any(self.trained):
             raise ValueError(
-                f"nothing is learnt: objectives.mlm={objectives.mlm:g}, objectives.pairs="
+                f"nothing is trained: objectives.mlm={objectives.mlm:g}, objectives.pairs="
                 f"{objectives.pairs:g} with samples.kind={self.samples.kind}, and no generator "
-                "(model.generator_size) for replaced tokens; give one of them a weight"
+                "(model.generator_size) for replaced tokens; give one objective a weight"
             )

@@ -1,4 +1,4 @@
-"""A section of a config, and how YAML and `key=value` become one, checked."""
+"""Reads YAML and `key=value` overrides into a checked section of a config."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from bertscale.errors import UserError
 
 
 class Section(BaseModel):
-    """A part of a config: frozen, and unknown keys are refused."""
+    """A part of a config: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    former_keys: ClassVar[dict[str, str]] = {}  # what a key was called in earlier versions -> what it is now
+    former_keys: ClassVar[dict[str, str]] = {}  # name of a key in earlier versions -> its name now
 
 
 Config = TypeVar("Config", bound=Section)
 
 
 def load_config(section: type[Config], path: str | Path, overrides: list[str]) -> Config:
-    """Reads YAML at `path`, upon its `base` if it names one, applies `key=value` overrides, checks the whole.
+    """Reads YAML at `path` over its `base`, if it names one, applies `key=value` overrides, checks the whole.
 
     A value is read as YAML (`train.steps=100`, `input=[a.txt, b.txt]`). Raises UserError that
     names each wrong key and value.
     """
     values, files = _read(Path(path), ())
     origin = ", based on ".join(map(str, files))
-    _check_former_keys(section, values, origin)  # first, since an override may want a section in the place
+    _check_former_keys(section, values, origin)  # before an override puts a section in such a key's place
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r} is not of the form key=value, such as train.steps=100")
         if key == "base":
-            raise UserError(f"{override!r}: base stands in the config file, not on the command line")
+            raise UserError(f"{override!r}: base belongs in the config file, not on the command line")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -46,7 +46,7 @@ def load_config(section: type[Config], path: str | Path, overrides: list[str]) -
 
 
 def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
-    """`values` as a checked `section`; raises UserError, one line for each wrong key."""
+    """Returns `values` as a checked `section`; raises UserError with one line for each wrong key."""
     _check_former_keys(section, values, origin)
     try:
         return section.model_validate(values)
@@ -56,19 +56,19 @@ def check_config(section: type[Config], values: dict[str, Any], origin: str) -> 
 
 
 def _check_former_keys(section: type[Section], values: Any, origin: str) -> None:
-    """Refuses keys of earlier versions, with the present ones; a section of the same name is none of them."""
-    old = values if isinstance(values, dict) else {}
+    """Refuses keys of earlier versions and names the present ones; a present section may have such a name."""
+    given = values if isinstance(values, dict) else {}
     lines = [
         f"{origin}: {key} is now {now}"
         for key, now in section.former_keys.items()
-        if key in old and not isinstance(old[key], dict)
+        if key in given and not isinstance(given[key], dict)
     ]
     if lines:
         raise UserError("\n".join(lines))
 
 
 def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted key with its default, sentence) of every field, for the help texts."""
+    """Returns (dotted key, description with the default) of every field, for the help texts."""
     rows = []
     for name, field in section.model_fields.items():
         inner = _inner_section(field.annotation)
@@ -76,13 +76,15 @@ def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str,
             rows += describe_fields(inner, f"{prefix}{name}.")
         else:
             value = field.get_default(call_default_factory=True)
-            default = "required" if field.is_required() else f"default {value}"
+            default = (
+                "required" if field.is_required() else "optional" if value is None else f"default {value}"
+            )
             rows.append((f"{prefix}{name}", f"{field.description} ({default})"))
     return rows
 
 
 def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """The values of a config file merged into those of its base, and the files they are of.
+    """Returns the values of a config file merged over those of its base, and all files that they come from.
 
     `based` are the files that are based on this one, the nearest last.
     """
@@ -96,13 +98,13 @@ def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Pa
     parent = path.parent / base
     if parent.resolve() in [file.resolve() for file in files]:
         circle = " -> ".join(map(str, [*files, parent]))
-        raise UserError(f"the config {path}: base={base!r} closes a circle: {circle}; take one base away")
+        raise UserError(f"the config {path}: base={base!r} closes a circle: {circle}; remove one base")
     below, files = _read(parent, files)
     return _merged(below, values), files
 
 
 def _parse(path: Path, role: str) -> dict[str, Any]:
-    """What stands in one file; `role` is a word on it for messages."""
+    """Reads the values of one file; `role` says in messages what the file is for."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -117,18 +119,19 @@ def _parse(path: Path, role: str) -> dict[str, Any]:
 
 
 def _moved(path: Path) -> str:
-    """Where a config of data preparation is now that was shipped in configs/data."""
+    """Names the new place of a prep config that an earlier version shipped in configs/data."""
     if path.exists() or path.parts[-3:-1] != ("configs", "data"):
         return ""
     return f"; configs/data is now configs/prep: take {path.parent.with_name('prep') / path.name}"
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` upon `below`: mappings key by key, every other value replaces the one below."""
+    """Merges `above` over `below`: mappings key by key, while any other value replaces the one below."""
     merged = dict(below)
     for key, value in above.items():
-        old = below.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            value = _merged(below[key], value)
+        merged[key] = value
     return merged
 
 
@@ -159,7 +162,7 @@ def _explain(section: type[Section], problem: Any) -> str:
             here = _inner_section(field.annotation) if field else None
         names = list(here.model_fields) if here else []
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        # The last part of each key, wherever it is: of two alike the first.
+        # The last part of each key, in whatever section; of two equal ones the first.
         deep = {name.split(".")[-1]: name for name, _ in reversed(describe_fields(section))}
         if location[-1] in deep:
             return f"unknown key {key}; did you mean {deep[location[-1]]}?"

@@ -1,1 +1,1 @@
-"""Checkpoint <-> Hugging Face folder."""
+"""Converts checkpoints to Hugging Face folders and back."""

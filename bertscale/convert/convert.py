@@ -1,11 +1,11 @@
-"""Checkpoint <-> Hugging Face folder: both directions, and the check that they agree.
+"""Converts a checkpoint to a Hugging Face folder and back, and checks that both agree.
 
     bertscale convert runs/quickstart/pretrain runs/quickstart/hugging-face   # newest checkpoint of a run
     bertscale convert runs/quickstart/hugging-face runs/imported              # and back
 
-Presets are transformers' BertForPreTraining, MegatronBertForPreTraining and ModernBertForMaskedLM; what
-is called how there is in `names`. A bert with a generator becomes ElectraForPreTraining and, in the folder
-`generator` inside, ElectraForMaskedLM (`electra`). Conversion reads one tensor at a time and needs no GPU.
+Presets become BertForPreTraining, MegatronBertForPreTraining and ModernBertForMaskedLM of transformers, whose
+names are in `hf_names`. A bert with a generator becomes ElectraForPreTraining and, in the folder `generator`
+inside, ElectraForMaskedLM (`electra`). Conversion reads one tensor at a time and needs no GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, save_tensors, write_whole
 
 WEIGHTS = "model.safetensors"
-GENERATOR = "generator"  # the folder inside
+GENERATOR = "generator"  # the inner folder, and the part of an ELECTRA that it holds
 
 EXAMPLES = (
     "Return a new [MASK] with the same values.",
@@ -48,7 +48,7 @@ EXAMPLES = (
 
 
 class Weights(Protocol):
-    """Whole native tensors, from wherever they are."""
+    """Gives whole native tensors, from a checkpoint or a Hugging Face folder."""
 
     folder: Path
     model: ModelConfig
@@ -63,7 +63,7 @@ class Weights(Protocol):
 
 
 def open_weights(path: Path) -> Weights:
-    """A checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
+    """Opens a checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
 
     Raises UserError where `path` is none of them or is damaged.
     """
@@ -73,17 +73,17 @@ def open_weights(path: Path) -> Weights:
 
 
 def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
-    """Every native parameter and its whole shape."""
+    """Returns every native parameter with its whole shape."""
     with torch.device("meta"):
         skeleton = PretrainingModel(model, vocab_size, Layers())
     return {name: parameter.shape for name, parameter in skeleton.named_parameters()}
 
 
 class HuggingFaceWeights:
-    """A folder of a model for pretraining or of a masked-language model, with safetensors, as native tensors.
+    """Reads native tensors from a Hugging Face model for pretraining or masked language modelling.
 
-    A bert or megatron-bert that comes without pooler and next-sentence head gets first values of them, and
-    `missing` says so.
+    A bert or megatron-bert without pooler and next-sentence head gets initial values for them; `missing`
+    names them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,18 +109,18 @@ class HuggingFaceWeights:
         ]
 
     def tensor(self, name: str) -> Tensor:
-        """The native parameter `name`, float32; raises UserError where it is missing or misshapen."""
+        """Returns the native parameter `name`, float32; raises UserError where it is missing or misshapen."""
         if name in self.missing:
             return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
         values = []
-        for each in hugging_face_names(name, self.model.preset):
-            found = self._find(each)
-            if found is None:
+        for theirs in hugging_face_names(name, self.model.preset):
+            name_in_file = self._find(theirs)
+            if name_in_file is None:
                 raise UserError(
-                    f"{self.folder / WEIGHTS} lacks {each}: it is no whole model for pretraining or for "
-                    "masked tokens"
+                    f"{self.folder / WEIGHTS} lacks {theirs}: it is not a complete model for pretraining or "
+                    "masked language modelling; save such a model there with model.save_pretrained(folder)"
                 )
-            values.append(self.file.get_tensor(found).float())
+            values.append(self.file.get_tensor(name_in_file).float())
         value = from_hugging_face(name, values, self.model)
         if value.shape != self.parameters[name]:
             raise UserError(
@@ -135,14 +135,14 @@ class HuggingFaceWeights:
         return "-".join(file_digest(file) for file in files)
 
     def _has(self, name: str) -> bool:
-        return all(self._find(each) for each in hugging_face_names(name, self.model.preset) or [""])
+        return all(self._find(theirs) for theirs in hugging_face_names(name, self.model.preset) or [""])
 
     def _find(self, name: str) -> str | None:
-        """The name in the file, which is another one in the oldest exports."""
+        """Returns the name in the file, which is another one in the oldest exports; None if it is missing."""
         older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
             "LayerNorm.bias", "LayerNorm.beta"
         )
-        return next((spelt for spelt in (name, older) if spelt in self.names), None)
+        return next((candidate for candidate in (name, older) if candidate in self.names), None)
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -198,10 +198,10 @@ def export_verified(weights: Weights, folder: Path) -> list[str]:
 
 
 def exported_names(name: str, model: ModelConfig) -> list[str]:
-    """What the native parameter `name` is called in all folders of an export; none: it is left out."""
+    """Returns the names of the native parameter `name` in all folders of an export; maybe none."""
     if model.generator_size is None:
         return hugging_face_names(name, model.preset)
-    return [each for part in CLASSES for each in electra_names(name, part)]
+    return [theirs for part in CLASSES for theirs in electra_names(name, part)]
 
 
 def export(weights: Weights, output: Path) -> None:
@@ -275,7 +275,7 @@ def load_model(path: str | Path) -> PretrainingModel:
 
 
 def native_model(weights: Weights) -> PretrainingModel:
-    """The dense native model with these weights, float32 on the CPU, in evaluation mode."""
+    """Makes the dense native model with these weights, float32 on the CPU, in evaluation mode."""
     model = PretrainingModel(weights.model, weights.vocab_size)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -285,7 +285,7 @@ def native_model(weights: Weights) -> PretrainingModel:
 
 @torch.no_grad()
 def largest_difference(weights: Weights, folder: Path) -> float:
-    """Largest absolute difference of any logit, native against exported, on a batch of random ids."""
+    """Returns the largest absolute difference of any logit, native against exported, on random ids."""
     import transformers
 
     _quiet()
@@ -298,7 +298,7 @@ def largest_difference(weights: Weights, folder: Path) -> float:
     ours = native_model(weights)
     model = weights.model
     guesser = load(folder / GENERATOR) if ours.generator is not None else theirs
-    # Long enough that a local layer does not see everything.
+    # Long enough that a local layer does not see the whole sample.
     longest = max(64, 2 * (model.half_window or 0) + 7)
     generator = torch.Generator().manual_seed(0)
     differences: list[Tensor] = []
@@ -326,7 +326,7 @@ def largest_difference(weights: Weights, folder: Path) -> float:
 
 
 def show_masks(folder: Path) -> None:
-    """Lets transformers' own pipeline fill a few masks, and prints its best three pieces of each."""
+    """Lets the pipeline of transformers fill a few masks, and prints the three best pieces for each."""
     from transformers import pipeline
 
     _quiet()
@@ -337,7 +337,7 @@ def show_masks(folder: Path) -> None:
 
 
 def _quiet() -> None:
-    """No bars and no lists of the heads that a class leaves aside, from transformers."""
+    """Silences progress bars and lists of unused heads in transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

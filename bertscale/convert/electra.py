@@ -1,8 +1,8 @@
-"""A model of preset `bert` with a generator <-> transformers' ElectraForPreTraining and ElectraForMaskedLM.
+"""Exports a `bert` with a generator as ElectraForPreTraining and ElectraForMaskedLM of transformers.
 
-The discriminator is the native encoder with its detector, the generator the native one with the head of
-masked tokens; each of theirs holds the embeddings, which natively are the same. What the sentence head adds
-has no place there. Used by `bertscale convert`.
+The discriminator is the native encoder with its detector, the generator the native one with the head for
+masked tokens. Both of theirs hold the embeddings, which our two share; neither has our sentence head. Used by
+`bertscale convert`.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ def check_exportable(model: ModelConfig, origin: str) -> None:
     if model.preset != "bert":
         raise UserError(
             f"{origin} is a {model.preset} with a generator (generator_size={model.generator_size:g}), and "
-            "transformers has classes for replaced-token detection of preset bert alone; `bertscale "
-            "finetune` takes the checkpoint itself"
+            "transformers has classes for replaced-token detection for preset bert only; `bertscale "
+            "finetune` reads the checkpoint itself"
         )
 
 
 def electra_names(name: str, part: str) -> list[str]:
-    """Names in the class of `part` of the native parameter `name`: three of a query, key and value, else one;
-    none where it has no place."""
+    """Returns the names of the native parameter `name` in the class of `part`: three for a query, key and
+    value, else one; none if the class has no such parameter."""
     module, _, kind = name.rpartition(".")
     if module in HEADS[part]:
         return [f"{HEADS[part][module]}.{kind}"]
     as_of_bert = name if name.startswith("encoder.embeddings.") else _layer_name(name, part)
     if as_of_bert is None:
         return []
-    return [each.replace("bert.", "electra.", 1) for each in hugging_face_names(as_of_bert, "bert")]
+    return [theirs.replace("bert.", "electra.", 1) for theirs in hugging_face_names(as_of_bert, "bert")]
 
 
 def _layer_name(name: str, part: str) -> str | None:
-    """The name that a parameter of the part's layers has in a model without a generator."""
+    """Returns the name that a parameter of the part's layers has in a model without a generator."""
     owner = {"discriminator": "encoder.layers.", "generator": "generator.layers."}[part]
     return f"encoder.layers.{name.removeprefix(owner)}" if name.startswith(owner) else None
 
 
 def to_electra(name: str, value: Tensor, model: ModelConfig, vocab_size: int, part: str) -> dict[str, Tensor]:
-    """One native tensor as those of the part's class; padded vocabulary rows are cut off."""
+    """Turns one native tensor into those of the part's class; padded vocabulary rows are cut off."""
     names = electra_names(name, part)
     if len(names) == 3 or name.startswith("encoder.embeddings."):
         shape = shape_of(model, part)
@@ -68,14 +68,14 @@ def to_electra(name: str, value: Tensor, model: ModelConfig, vocab_size: int, pa
 
 
 def shape_of(model: ModelConfig, part: str) -> ModelConfig:
-    """The native config of one part alone."""
+    """Returns the native config of one part alone."""
     shape = model.generator if part == "generator" else model.model_copy(update={"generator_size": None})
     assert shape is not None
     return shape
 
 
 def electra_config(model: ModelConfig, vocab_size: int, pad_token_id: int, part: str) -> dict[str, Any]:
-    """The part's config.json."""
+    """Returns the part's config.json."""
     values = hugging_face_config(shape_of(model, part), vocab_size, pad_token_id)
     del values["sentence_head"]
     return {

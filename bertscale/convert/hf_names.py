@@ -1,7 +1,7 @@
-"""Native names and order of rows <-> those of transformers' classes, and config.json <-> ModelConfig.
+"""Maps native names and row orders to those of transformers, and ModelConfig to config.json, and back.
 
-How matrices lie in one native weight, `model.fused_rows` tells; Hugging Face holds them one after another, or
-in weights of their own.
+`model.fused_rows` tells how matrices lie in one native weight; Hugging Face holds them one after another, or
+in separate weights.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config, padded_vocab_size
 from bertscale.model.model import fused_rows, join_fused, split_fused
 
-# Native name -> Hugging Face name, outside the layers and within one; `query_key_value` is cut in three
-# where Hugging Face has three. What is in no table (the sentence head of `modern`) is not exported.
+# Native name -> Hugging Face name, outside the layers and inside one; `query_key_value` is divided where
+# Hugging Face has three weights. What is in no table (the sentence head of `modern`) is not exported.
 HEADS = {
     "encoder.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "encoder.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
@@ -88,7 +88,7 @@ SENTENCE_HEAD = ("encoder.pooler.", "seq_relationship.")
 
 
 def hugging_face_names(name: str, preset: str) -> list[str]:
-    """Names in transformers' class of the native parameter `name`: mostly one; none where it has no place."""
+    """Returns the names of the native parameter `name` in transformers' class: mostly one, perhaps none."""
     if name in OUTSIDE[preset]:
         return [OUTSIDE[preset][name]]
     if not name.startswith("encoder.layers."):
@@ -99,7 +99,7 @@ def hugging_face_names(name: str, preset: str) -> list[str]:
 
 
 def to_hugging_face(name: str, value: Tensor, model: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
-    """One native tensor as Hugging Face's none, one or three; padded vocabulary rows are cut off."""
+    """Turns a native tensor into none, one or three of Hugging Face; padded vocabulary rows are cut off."""
     names = hugging_face_names(name, model.preset)
     if name in PADDED:
         value = value[:vocab_size]
@@ -108,7 +108,7 @@ def to_hugging_face(name: str, value: Tensor, model: ModelConfig, vocab_size: in
 
 
 def from_hugging_face(name: str, values: list[Tensor], model: ModelConfig) -> Tensor:
-    """The inverse of `to_hugging_face`; padded vocabulary rows are zero."""
+    """Inverts `to_hugging_face`; padded vocabulary rows are zero."""
     value = torch.cat(values) if len(values) > 1 else values[0]
     _, matrices = fused_rows(name, model)
     value = join_fused(name, value.reshape(matrices, -1, *value.shape[1:]), model)
@@ -120,7 +120,7 @@ def from_hugging_face(name: str, values: list[Tensor], model: ModelConfig) -> Te
 
 
 def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) -> dict[str, Any]:
-    """The config.json of a model, for transformers and for `model_of`."""
+    """Returns the config.json of a model, for transformers and for `model_of`."""
     shared = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, "tie_word_embeddings": True}
     sizes = model.model_dump(exclude={"preset", "generator_size"}, exclude_none=True)
     name, kind = CLASSES[model.preset]
@@ -158,7 +158,7 @@ def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) 
     }
 
 
-MODERN_FORM = {  # what a ModernBertConfig may vary and preset `modern` does not
+MODERN_FORM = {  # keys that a ModernBertConfig may set otherwise, and preset `modern` may not
     "hidden_activation": "gelu",
     "classifier_activation": "gelu",
     "norm_bias": False,
@@ -170,15 +170,15 @@ MODERN_FORM = {  # what a ModernBertConfig may vary and preset `modern` does not
 
 
 def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
-    """The native config of a config.json. Raises UserError where no preset is equal to it."""
+    """Reads the native config from a config.json. Raises UserError where no preset equals it."""
     kind = config.get("model_type")
     preset = next((preset for preset, (_, name) in CLASSES.items() if name == kind), None)
     supported = "this version converts bert and megatron-bert with gelu, and modernbert"
     if kind == "electra":
-        supported += "; an electra that was trained here is read from its checkpoint"
+        supported += "; for an electra that was trained here, give its checkpoint"
     if preset is None or (preset != "modern" and config.get("hidden_act", "gelu") != "gelu"):
         raise UserError(
-            f"{origin} is of a model of type {kind!r} with activation {config.get('hidden_act')!r}; "
+            f"{origin} describes a model of type {kind!r} with activation {config.get('hidden_act')!r}; "
             f"{supported}"
         )
     values = {key: config[key] for key in ModelConfig.model_fields if key in config} | {"preset": preset}
@@ -200,17 +200,17 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
 
 
 def _layers_and_bases(config: dict[str, Any], origin: str) -> dict[str, Any]:
-    """What newer ModernBert configs spell as lists: which layers are global, and the rotary bases."""
-    found: dict[str, Any] = {}
+    """Reads what newer ModernBert configs write as lists: which layers are global, and the rotary bases."""
+    values: dict[str, Any] = {}
     if kinds := config.get("layer_types"):
         locals_ = [kind == "sliding_attention" for kind in kinds]
         every = next((n for n in range(1, len(kinds)) if not locals_[n]), len(kinds))
         if locals_ != [number % every > 0 for number in range(len(kinds))]:
             raise UserError(
-                f"{origin}: layer_types={kinds}; this version converts models whose every n-th layer, the "
-                "first one too, is 'full_attention' and all others 'sliding_attention'"
+                f"{origin}: layer_types={kinds}; this version converts models in which the first and then "
+                "every n-th layer is 'full_attention' and all others are 'sliding_attention'"
             )
-        found["global_attn_every_n_layers"] = every
+        values["global_attn_every_n_layers"] = every
     for kind, key in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
         rope = (config.get("rope_parameters") or {}).get(kind) or {}
         if rope.get("rope_type", "default") != "default":
@@ -219,5 +219,5 @@ def _layers_and_bases(config: dict[str, Any], origin: str) -> dict[str, Any]:
                 "converts 'default'"
             )
         if "rope_theta" in rope:
-            found[key] = rope["rope_theta"]
-    return found
+            values[key] = rope["rope_theta"]
+    return values

@@ -226,7 +226,7 @@ def open_dataset(folder: str | Path, split: Split = "train", verify: bool = Fals
     has `tokens` [tokens] and `token_offsets` [rows + 1] as numpy views of the file (see `Shard`). `verify`
     also reads every byte and compares digests.
 
-    Raises UserError that names what is missing, truncated, changed or does not belong together, and what to do.
+    Raises UserError that names what is missing, truncated, changed or does not fit, and what to do.
 
         shard = open_dataset("runs/quickstart/data", "validation").shards[0]
     """

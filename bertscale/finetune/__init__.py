@@ -1,1 +1,1 @@
-"""An encoder and labelled texts -> a classifier."""
+"""Trains a classifier on an encoder and labelled texts."""

@@ -1,15 +1,15 @@
-"""An encoder and labelled text -> a classifier: the fine-tuning loop, one process.
+"""Trains a classifier on an encoder and labelled text: the fine-tuning loop, in one process.
 
     bertscale finetune configs/finetune/quickstart.yaml
 
 Each seed is one run from the pretrained weights and, with `train.compare_random`, one of the same
-architecture from random weights with the same examples in the same order: what pretraining is worth.
+architecture from random weights, with the same examples in the same order, to show what pretraining is worth.
 The output folder gets
     result.json         mean and spread over the seeds; written last
-    predictions.jsonl   the test set as the classifier of the first seed sees it
+    predictions.jsonl   the test set with the predictions of the classifier of the first seed
     model/              that classifier, for `load_classifier`
     config.yaml         every setting
-A finished output of the same settings, encoder and examples is used again.
+A finished output of the same settings, encoder and examples is reused.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ from bertscale.train.checkpoint import save_tensors
 from bertscale.train.device import choose_precision, describe, local_device
 from bertscale.train.schedule import learning_rate
 
-EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+LOSS_EVERY = 10  # steps between two readings of the loss, each of which waits for the device
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all runs of a fine-tuning have in common. N examples, lists and arrays in their order."""
+    """Holds what all runs of a fine-tuning share. N: examples; lists and arrays are in their order."""
 
     config: FinetuneConfig
     weights: Weights
@@ -76,7 +76,7 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Of one run."""
+        """Counts the training steps of one run."""
         return self.config.train.epochs * number_of_batches(len(self.samples), self.config.train.global_batch)
 
     @property
@@ -84,14 +84,14 @@ class Task:
         return ["pretrained", "random"] if self.config.train.compare_random else ["pretrained"]
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
-        """Class numbers, int64 [N]."""
+        """Returns class numbers, int64 [N]."""
         return torch.tensor([self.classes.index(example.label) for example in examples])
 
 
 @dataclass
 class Findings:
-    """Of each start the scores of its runs; of the first seed's pretrained run the weights, and the
-    probabilities [N, C] that it gives the test examples."""
+    """Holds the scores of all runs by start, and of the first seed's pretrained run the weights and the
+    probabilities [N, C] of the test examples."""
 
     scores: dict[str, list[dict[str, float]]]
     classifier: dict[str, Tensor] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Findings:
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Trains and tests a classifier for each seed; returns what result.json holds.
 
-    Raises UserError for what the person can mend: encoder, examples and config that do not fit
+    Raises UserError for what the user can mend: an encoder, examples and a config that do not fit
     together, a loss that is not finite.
     """
     began = time.monotonic()
@@ -144,7 +144,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def announce(task: Task, reason: str) -> None:
-    """Two lines on data and runs; `reason` is why the precision is what it is."""
+    """Prints two lines on data and runs; `reason` tells why this precision was chosen."""
     runs = len(task.config.train.seeds) * len(task.starts)
     print(
         f"data      {len(task.train):,} training and {len(task.test):,} test examples "
@@ -158,7 +158,7 @@ def announce(task: Task, reason: str) -> None:
 
 
 def train_all(task: Task) -> Findings:
-    """One run for each seed and start, each tested after its last step."""
+    """Trains one run for each seed and start, and tests each after its last step."""
     seeds, findings = task.config.train.seeds, Findings({start: [] for start in task.starts})
     pretrained = encoder_tensors(task.weights)
     targets = task.targets(task.test).numpy()
@@ -181,38 +181,39 @@ def train_all(task: Task) -> Findings:
 
 
 def train_one(task: Task, model: ClassificationModel, start: str, seed: int, progress: Progress) -> None:
-    """The loop: all epochs of one run. Raises UserError for a loss that is not finite."""
+    """Runs the loop: all epochs of one run. Raises UserError for a loss that is not finite."""
     config, steps = task.config, task.steps
     settings = optimizer_settings(config, start)
     optimizer = adamw(model, settings)
     torch.manual_seed(seed)  # dropout
     model.train()
-    fixed = freeze(model, task.samples, task.device, task.dtype) if config.model.freeze_encoder else None
+    frozen = config.model.freeze_encoder
+    features = freeze(model, task.samples, task.device, task.dtype) if frozen else None
     targets, step = task.targets(task.train), 0
     for epoch in range(config.train.epochs):
         for batch in training_batches(task.samples, config.train.global_batch, seed, epoch):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, step + 1, steps, settings)
-            if fixed is None:
+            if features is None:
                 logits = forward(model, batch, task.device, task.dtype)
             else:
-                logits = model.classify(fixed[batch.rows])
+                logits = model.classify(features[batch.rows])
             loss = F.cross_entropy(logits, targets[batch.rows].to(task.device))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if step % EVERY == 0 or step == steps:
+            if step % LOSS_EVERY == 0 or step == steps:
                 value = loss.item()  # waits for the device
                 check_finite(value, start, seed, step)
-                done = EVERY if step % EVERY == 0 else step % EVERY
+                done = LOSS_EVERY if step % LOSS_EVERY == 0 else step % LOSS_EVERY
                 progress.advance(done, run=f"{start}, seed {seed}", loss=f"{value:.3f}")
 
 
 def write_output(output: Path, task: Task, findings: Findings, result: dict[str, Any]) -> None:
-    """The files of the output folder, result.json last, which is given the others' digests."""
-    (output / RESULT).unlink(missing_ok=True)  # it would speak of files that are now replaced
+    """Writes the files of the output folder; result.json comes last and gets the digests of the others."""
+    (output / RESULT).unlink(missing_ok=True)  # it describes files that are now replaced
     facts = {
         "labels": task.classes,
         "model": model_config(task.config, task.weights).model_dump(),
@@ -226,10 +227,10 @@ def write_output(output: Path, task: Task, findings: Findings, result: dict[str,
         {
             "text": example.text,
             "label": example.label,
-            "predicted": task.classes[int(chances.argmax())],
-            "probability": round(float(chances.max()), 6),
+            "predicted": task.classes[int(probabilities.argmax())],
+            "probability": round(float(probabilities.max()), 6),
         }
-        for example, chances in zip(task.test, findings.probabilities, strict=True)
+        for example, probabilities in zip(task.test, findings.probabilities, strict=True)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(output / "predictions.jsonl", lines.encode("utf-8", "surrogatepass"))
@@ -239,27 +240,27 @@ def write_output(output: Path, task: Task, findings: Findings, result: dict[str,
     write_json(output / RESULT, result)
 
 
-# --------------------------------------------------------------------------------------- the pieces
+# --------------------------------------------------------------------------------------- the parts
 
 
 def check_fit(config: FinetuneConfig, weights: Weights, tokenizer: Tokenizer) -> None:
-    """Refuses examples longer than the encoder's positions, and another encoder's tokenizer."""
+    """Refuses examples longer than the encoder's positions, and the tokenizer of another encoder."""
     config.check_length(weights.model.max_position_embeddings)
     if tokenizer.vocab_size != weights.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} pieces, the encoder beside it "
-            f"{weights.vocab_size:,}: they do not belong together"
+            f"{weights.vocab_size:,}; put the tokenizer of this encoder there"
         )
 
 
 def model_config(config: FinetuneConfig, weights: Weights) -> ModelConfig:
-    """The encoder's own shape, with the dropout of fine-tuning."""
+    """Returns the shape of the encoder, with the dropout of fine-tuning."""
     dropout = {"hidden_dropout_prob": config.model.hidden_dropout_prob, "attention_probs_dropout_prob": 0.0}
     return weights.model.model_copy(update=dropout)
 
 
 def make_model(config: FinetuneConfig, weights: Weights, classes: int, seed: int) -> ClassificationModel:
-    """A classifier with the random weights of `seed`."""
+    """Makes a classifier with the random weights of `seed`."""
     shape = model_config(config, weights)
     model = ClassificationModel(shape, weights.vocab_size, classes, config.model.pooling)
     with torch.no_grad():
@@ -270,29 +271,29 @@ def make_model(config: FinetuneConfig, weights: Weights, classes: int, seed: int
 
 
 def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The encoder's part of the pretrained weights, for `load_state_dict`. Raises UserError if one lacks.
+    """Returns the encoder's pretrained weights, for `load_state_dict`. Raises UserError if one is missing.
 
-    A pooler that the encoder was trained without stays at its first values.
+    A pooler that the encoder was trained without keeps its initial values.
     """
     with torch.device("meta"):
-        wanted = ClassificationModel(weights.model, weights.vocab_size, classes=2).encoder
+        encoder = ClassificationModel(weights.model, weights.vocab_size, classes=2).encoder
     tensors = {}
-    for name, parameter in wanted.named_parameters(prefix="encoder"):
+    for name, parameter in encoder.named_parameters(prefix="encoder"):
         if name.startswith("encoder.pooler.") and not weights.model.sentence_head:
             continue
         if name not in weights.parameters:
-            raise UserError(f"the encoder {weights.folder} has no parameter {name}")
+            raise UserError(f"the encoder {weights.folder} has no parameter {name}; convert it again")
         tensors[name] = weights.tensor(name)
         if tensors[name].shape != parameter.shape:
             raise UserError(
                 f"{name} of the encoder {weights.folder} has the shape {list(tensors[name].shape)}, "
-                f"its config asks for {list(parameter.shape)}"
+                f"its config asks for {list(parameter.shape)}; convert it again"
             )
     return tensors
 
 
 def optimizer_settings(config: FinetuneConfig, start: str) -> OptimizerConfig:
-    """AdamW as BERT was fine-tuned (beta2 0.999), with the learning rate of `start`."""
+    """Returns the settings of AdamW for BERT fine-tuning (beta2 0.999), with the learning rate of `start`."""
     settings = config.optimizer
     highest = settings.learning_rate
     if start == "random" and settings.random_learning_rate is not None:
@@ -306,7 +307,7 @@ def optimizer_settings(config: FinetuneConfig, start: str) -> OptimizerConfig:
 
 
 def forward(model: ClassificationModel, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Logits, float32 [S, C]. Weights stay float32; matrix products are in `dtype`."""
+    """Returns logits, float32 [S, C]. Weights stay float32; matrix products are in `dtype`."""
     batch = batch.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits: Tensor = model(batch.tokens, batch.token_types, batch.positions, batch.lengths)
@@ -321,9 +322,9 @@ def freeze(
     model.encoder.requires_grad_(False).eval()
     features = torch.empty(len(samples), model.config.hidden_size, device=device)
     for batch in all_batches(samples, 128):
-        there = batch.to(device)
+        inputs = batch.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            values = model.features(there.tokens, there.token_types, there.positions, there.lengths)
+            values = model.features(inputs.tokens, inputs.token_types, inputs.positions, inputs.lengths)
         features[batch.rows] = values.float()
     return features
 
@@ -332,7 +333,7 @@ def freeze(
 def predict(
     model: ClassificationModel, samples: Sequence[list[int]], device: torch.device, dtype: torch.dtype
 ) -> npt.NDArray[np.float32]:
-    """Probability of each class for each sample, [N, C]. Leaves the model in evaluation mode."""
+    """Returns the probability of each class for each sample, [N, C]. Leaves the model in evaluation mode."""
     model.eval()
     probabilities = torch.empty(len(samples), model.classifier.out_features, device=device)
     for batch in all_batches(samples, 128):
@@ -348,7 +349,7 @@ def check_finite(loss: float, start: str, seed: int, step: int) -> None:
 
 
 def summarize(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Mean and sample standard deviation (None of one run) of each figure over the seeds."""
+    """Returns mean and sample standard deviation (None for one run) of each figure over the seeds."""
     summary: dict[str, Any] = {}
     for key in ("accuracy", "macro_f1"):
         values = [run[key] for run in runs]
@@ -358,7 +359,7 @@ def summarize(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures for the screen."""
+    """Formats the figures for the screen."""
 
     def cell(figures: dict[str, Any], key: str) -> str:
         spread = figures[f"{key}_std"]
@@ -386,7 +387,7 @@ def make_folder(output: Path) -> None:
 
 
 def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
-    """What a result follows from: settings, encoder and examples, as digests."""
+    """Returns digests of all that a result depends on: settings, encoder and examples."""
     settings = config.model_dump(exclude={"encoder": True, "output": True, "data": {"train", "test"}})
     table_file = weights.folder / TABLE  # it holds the digests of a checkpoint's shards
     files = [table_file] if table_file.exists() else sorted(weights.folder.glob("*.safetensors"))
@@ -401,7 +402,7 @@ def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
 
 
 def finished_result(output: Path, made_of: dict[str, str]) -> dict[str, Any] | None:
-    """The result of an output made of the same things whose files are all as they were written."""
+    """Returns the result of an output with the same digests whose files are all as they were written."""
     try:
         result: dict[str, Any] = json.loads((output / RESULT).read_text(encoding="utf-8"))
         whole = all(file_digest(output / name) == digest for name, digest in result["files"].items())
@@ -418,7 +419,7 @@ def written_files(output: Path) -> list[str]:
 def write_model(
     folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Writes model.safetensors, config.json and the tokenizer: `folder` is whole or not there."""
+    """Writes model.safetensors, config.json and the tokenizer; `folder` is complete or absent."""
     partial = fresh_folder(folder)
     save_tensors(partial / "model.safetensors", tensors)
     write_json(partial / "config.json", facts)
@@ -427,7 +428,7 @@ def write_model(
 
 
 class Classifier:
-    """A fine-tuned model, on this machine's device.
+    """Runs a fine-tuned model on this machine's device.
 
     classifier = load_classifier("runs/quickstart/finetune/model")
     classifier(["Adds two matrices."])        # [("numpy", 0.91)]
@@ -444,8 +445,8 @@ class Classifier:
     def __call__(self, texts: str | Sequence[str]) -> list[tuple[Label, float]]:
         """Returns the most probable label of each text and its probability; a text alone is a list of one."""
         samples = encode([texts] if isinstance(texts, str) else texts, self.tokenizer, self.max_length)
-        probabilities = predict(self.model, samples, self.device, self.dtype)
-        return [(self.labels[int(chances.argmax())], float(chances.max())) for chances in probabilities]
+        predicted = predict(self.model, samples, self.device, self.dtype)  # [N, C]
+        return [(self.labels[int(row.argmax())], float(row.max())) for row in predicted]
 
 
 def load_classifier(folder: str | Path) -> Classifier:
@@ -465,7 +466,7 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise UserError(f"{folder} holds no classifier: {error}") from error
     tokenizer = load_tokenizer(folder)
     if tokenizer.sha256 != facts["tokenizer_sha256"]:
-        raise UserError(f"{tokenizer.path} is not the tokenizer that the classifier learnt with")
+        raise UserError(f"{tokenizer.path} is not the tokenizer that the classifier was trained with")
     shape = check_config(ModelConfig, facts["model"], str(folder / "config.json"))
     model = ClassificationModel(shape, facts["vocab_size"], len(facts["labels"]), facts["pooling"])
     model.load_state_dict(load_file(folder / "model.safetensors"))

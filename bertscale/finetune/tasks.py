@@ -1,4 +1,4 @@
-"""Labelled text for fine-tuning: reading it, making batches of it, measuring predictions.
+"""Reads labelled text for fine-tuning, makes batches of it, and scores predictions.
 
 A task is two jsonl files, one example a line: {"text": "Adds two matrices.", "label": "numpy"}.
 
@@ -36,7 +36,7 @@ class Example:
 
 
 def read_examples(path: str | Path, text_field: str, label_field: str) -> list[Example]:
-    """The examples of a jsonl file; empty lines are passed over.
+    """Reads the examples of a jsonl file; empty lines are skipped.
 
     Raises UserError that names file and line of the first row that is not JSON, lacks a field,
     has a blank text, or a label that is neither text nor a whole number.
@@ -53,7 +53,7 @@ def read_examples(path: str | Path, text_field: str, label_field: str) -> list[E
     except UnicodeDecodeError as error:
         raise UserError(f"the examples {path} are not UTF-8 text: {error.reason}") from error
     if not examples:
-        raise UserError(f"{path} has no examples")
+        raise UserError(f"{path} has no examples; write one JSON object a line")
     return examples
 
 
@@ -66,8 +66,8 @@ def _read_row(line: str, place: str, text_field: str, label_field: str) -> Examp
         raise UserError(f"{place}: not a JSON object but {line.strip()[:40]}")
     for key, field in (("data.text_field", text_field), ("data.label_field", label_field)):
         if field not in row:
-            there = ", ".join(row) or "none"
-            raise UserError(f"{place}: no field {field!r}; the fields are: {there} (set {key}=...)")
+            fields = ", ".join(row) or "none"
+            raise UserError(f"{place}: no field {field!r}; the fields are: {fields} (set {key}=...)")
     text, label = row[text_field], row[label_field]
     if not isinstance(text, str):
         raise UserError(f"{place}: {text_field!r} is not text but {text!r}")
@@ -79,18 +79,18 @@ def _read_row(line: str, place: str, text_field: str, label_field: str) -> Examp
 
 
 def find_classes(train: Sequence[Example], test: Sequence[Example]) -> list[Label]:
-    """The labels of `train`: whole numbers in their order, then texts in theirs.
+    """Returns the labels of `train`: whole numbers in their order, then texts in theirs.
 
-    Raises UserError where there is but one, or `test` has another.
+    Raises UserError where there is only one, or `test` has another.
     """
     classes = sorted({example.label for example in train}, key=lambda label: (isinstance(label, str), label))
     if len(classes) < 2:
         raise UserError(f"every training example has the label {classes[0]!r}; a classifier needs two")
     for example in test:
         if example.label not in classes:
-            some = ", ".join(map(repr, classes[:10])) + (", ..." if len(classes) > 10 else "")
+            known = ", ".join(map(repr, classes[:10])) + (", ..." if len(classes) > 10 else "")
             raise UserError(
-                f"{example.place}: no training example has the label {example.label!r}; they have {some}"
+                f"{example.place}: no training example has the label {example.label!r}; they have {known}"
             )
     return classes
 
@@ -100,7 +100,7 @@ def find_classes(train: Sequence[Example], test: Sequence[Example]) -> list[Labe
 
 @dataclass(frozen=True)
 class Batch:
-    """S samples `[CLS] text [SEP]` laid end to end, without padding, the shorter first."""
+    """Holds S samples `[CLS] text [SEP]`, laid end to end without padding, the shorter first."""
 
     tokens: Tensor  # int64 [T]
     token_types: Tensor  # int64 [T], all 0
@@ -114,33 +114,33 @@ class Batch:
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
-    """Ids of `[CLS] text [SEP]` for each text; longer ones lose their end."""
-    pieces = tokenizer.encode([tokenizer.normalize(text) for text in texts])
-    return [[tokenizer.cls_id, *ids[: max_length - 2], tokenizer.sep_id] for ids in pieces]
+    """Returns ids of `[CLS] text [SEP]` for each text; longer ones lose their end."""
+    encoded = tokenizer.encode([tokenizer.normalize(text) for text in texts])
+    return [[tokenizer.cls_id, *ids[: max_length - 2], tokenizer.sep_id] for ids in encoded]
 
 
 def training_batches(samples: Sequence[list[int]], size: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """All samples once, in an order that `seed` and `epoch` decide; the last batch may be smaller."""
+    """Yields all samples once, in an order that `seed` and `epoch` decide; the last batch may be smaller."""
     order = np.random.default_rng([seed, epoch]).permutation(len(samples)).tolist()
-    # Sorted inside a batch only: without padding there is nothing to win from batches of like lengths,
-    # and each stays a fair draw.
+    # Sorted inside a batch only: without padding, batches of equal lengths gain nothing, and so each batch
+    # stays a random draw.
     for start in range(0, len(order), size):
         yield lay_out(samples, order[start : start + size])
 
 
 def all_batches(samples: Sequence[list[int]], size: int) -> Iterator[Batch]:
-    """All samples once, by length, for predictions."""
+    """Yields all samples once, by length, for predictions."""
     order = sorted(range(len(samples)), key=lambda row: len(samples[row]))
     for start in range(0, len(order), size):
         yield lay_out(samples, order[start : start + size])
 
 
 def lay_out(samples: Sequence[list[int]], rows: Sequence[int]) -> Batch:
-    """The samples at `rows`, end to end."""
-    # Equal lengths sit together, which lets attention take them as one batch.
+    """Lays the samples at `rows` end to end."""
+    # Equal lengths are neighbours, so that attention takes them as one batch.
     rows = sorted(rows, key=lambda row: len(samples[row]))
     lengths = tuple(len(samples[row]) for row in rows)
-    tokens = torch.tensor([piece for row in rows for piece in samples[row]])
+    tokens = torch.tensor([token for row in rows for token in samples[row]])
     positions = torch.cat([torch.arange(length) for length in lengths])
     return Batch(tokens, torch.zeros_like(tokens), positions, lengths, list(rows))
 
@@ -153,7 +153,7 @@ def number_of_batches(examples: int, size: int) -> int:
 
 
 def score(targets: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy and macro-F1 (the mean of the classes' F1) of class numbers [N]."""
+    """Returns accuracy and macro-F1 (the mean of the classes' F1) of class numbers [N]."""
     from sklearn.metrics import accuracy_score, f1_score
 
     return {
@@ -163,6 +163,6 @@ def score(targets: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> d
 
 
 def majority_accuracy(train: Sequence[Example], test: Sequence[Example]) -> float:
-    """Accuracy on `test` of always answering the label most frequent in `train`: the floor."""
+    """Returns the lower bound: the accuracy on `test` of the most frequent label of `train`."""
     majority, _ = Counter(example.label for example in train).most_common(1)[0]
     return sum(example.label == majority for example in test) / len(test)

@@ -27,7 +27,7 @@ import yaml
 
 from bertscale import __version__
 from bertscale.config import Section, UserError
-from bertscale.run_folder import CANCELLED, CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT, found_marks
+from bertscale.run_folder import CANCELLED, CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT, existing_marks
 from launcher.job import JobSpec, render
 
 PACKAGES = ("bertscale", "data_prep", "launcher")
@@ -76,7 +76,7 @@ def _write(partial: Path, spec: JobSpec, config: Section | None, about: dict[str
 
 def _put_in_place(partial: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for mark in (*found_marks(folder), folder / CANCELLED):  # of an earlier job of the same folder
+    for mark in (*existing_marks(folder), folder / CANCELLED):  # of an earlier job of the same folder
         mark.unlink(missing_ok=True)
     old = partial / "old"
     old.mkdir()

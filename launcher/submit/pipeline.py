@@ -29,7 +29,7 @@ from bertscale.config import (
     UserError,
     load_config,
 )
-from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, found_marks, job_folder
+from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, existing_marks, job_folder
 from launcher.job import JobSpec
 from launcher.queue_jobs import from_record
 from launcher.runs import is_done, read_spec, shown
@@ -204,7 +204,7 @@ def _finished(job: StageJob) -> bool:
             same = read_spec(folder).command == spec.command
         else:
             same = (folder / CONFIG).read_text(encoding="utf-8") == config_text(job.config)
-        done = min(marker.stat().st_mtime for marker in found_marks(folder))
+        done = min(marker.stat().st_mtime for marker in existing_marks(folder))
         return same and all(_changed(name) <= done for name in _inputs(job))
     except (OSError, UserError):
         return False
