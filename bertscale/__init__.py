@@ -11,15 +11,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = [
-    "UserError",
-    "__version__",
-    "iterate_batches",
-    "load_classifier",
-    "load_model",
-    "load_tokenizer",
-    "open_dataset",
-]
+_HOMES = {
+    "UserError": "bertscale.errors",
+    "iterate_batches": "bertscale.data.batches",
+    "load_classifier": "bertscale.finetune.finetune",
+    "load_model": "bertscale.convert.convert",
+    "load_tokenizer": "bertscale.tokenizer",
+    "open_dataset": "bertscale.data.shards",
+}
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from bertscale.convert.convert import load_model
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from bertscale.finetune.finetune import load_classifier
     from bertscale.tokenizer import load_tokenizer
 else:
-    _HOMES = {
-        "UserError": "bertscale.errors",
-        "iterate_batches": "bertscale.data.batches",
-        "load_classifier": "bertscale.finetune.finetune",
-        "load_model": "bertscale.convert.convert",
-        "load_tokenizer": "bertscale.tokenizer",
-        "open_dataset": "bertscale.data.shards",
-    }
 
     def __getattr__(name):
         if name not in _HOMES:

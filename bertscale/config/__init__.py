@@ -28,37 +28,3 @@ from bertscale.config.pretrain import (
 )
 from bertscale.config.section import Config, Section, check_config, describe_fields, load_config
 from bertscale.errors import UserError
-
-__all__ = [
-    "GPU_POSITIONS",
-    "LANGUAGES",
-    "MODERN_KEYS",
-    "PAIRS",
-    "POSITIONS",
-    "PRESET_DEFAULTS",
-    "SCRIPTS",
-    "ClusterConfig",
-    "Config",
-    "Corpus",
-    "ExamplesConfig",
-    "FinetuneConfig",
-    "LaunchConfig",
-    "ModelConfig",
-    "ObjectivesConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "PipelineConfig",
-    "PipelineStage",
-    "PrepConfig",
-    "PretrainConfig",
-    "SamplesConfig",
-    "Section",
-    "TokenizerTraining",
-    "TrainConfig",
-    "UserError",
-    "check_config",
-    "check_language",
-    "describe_fields",
-    "load_config",
-    "padded_vocab_size",
-]

@@ -14,19 +14,3 @@ from bertscale.tokenizer.base import (
     normalize,
 )
 from bertscale.tokenizer.load import find_tokenizer, load_tokenizer
-
-__all__ = [
-    "CLS",
-    "MASK",
-    "PAD",
-    "SENTENCE_PIECE_NAME",
-    "SEP",
-    "TOKENIZER_NAMES",
-    "UNK",
-    "VOCABULARY_NAME",
-    "Tokenizer",
-    "find_tokenizer",
-    "han_or_kana",
-    "load_tokenizer",
-    "normalize",
-]

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_KEYS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in tokenizer_config.json
 SENTENCE_PIECE_NAME = "tokenizer.model"
 WORD_PIECE_NAME = "tokenizer.json"
 TOKENIZER_NAMES = (SENTENCE_PIECE_NAME, WORD_PIECE_NAME)

@@ -27,6 +27,8 @@ from bertscale.tokenizer.base import (
     SENTENCE_PIECE_NAME,
     SEP,
     SPACES,
+    SPECIAL,
+    SPECIAL_KEYS,
     UNK,
     Ids,
     Spans,
@@ -59,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{path} is not a SentencePiece model") from error
         self.vocab_size = self._model.vocab_size()
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            self._special_id(name) for name in (PAD, UNK, CLS, SEP, MASK)
+            self._special_id(name) for name in SPECIAL
         )
         # The model does not name its normal form: a circled 1 becomes "1" in NFKC and stays in NFC.
         compatible = self._model.normalize("\u2460").strip(SPACE) == "1"
@@ -148,20 +150,14 @@ class SentencePieceTokenizer(Tokenizer):
         fast = Fast(self._fast_model(proto))
         fast.normalizer = self._fast_normalizer(proto)
         fast.pre_tokenizer = self._fast_pre_tokenizer(proto)
-        fast.decoder = decoders.Sequence(
-            [
-                decoders.Replace(SPACE, " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
+        spaces, first = decoders.Replace(SPACE, " "), decoders.Strip(" ", 1, 0)
+        fast.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), first])
         fast.post_processor = processors.TemplateProcessing(
             single=f"{CLS}:0 $A:0 {SEP}:0",
             pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
             special_tokens=[(CLS, self.cls_id), (SEP, self.sep_id)],
         )
-        pad, unk, _, _, _ = names = [self.piece(i) for i in self.special_ids]
+        names = [self.piece(i) for i in self.special_ids]
         # lstrip: the mask takes the space before it, which would otherwise be a piece "▁" of its own.
         mask = AddedToken(MASK, special=True, normalized=False, lstrip=True)
         others = [AddedToken(name, special=True, normalized=False) for name in names[:-1]]
@@ -175,10 +171,7 @@ class SentencePieceTokenizer(Tokenizer):
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "padding_side": "right",
             "clean_up_tokenization_spaces": False,
-            "pad_token": pad,
-            "unk_token": unk,
-            "cls_token": CLS,
-            "sep_token": SEP,
+            **dict(zip(SPECIAL_KEYS[:-1], names[:-1], strict=True)),
             "mask_token": {
                 "__type": "AddedToken",
                 "content": MASK,

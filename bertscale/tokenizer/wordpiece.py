@@ -25,10 +25,9 @@ from typing import Any
 from bertscale.config import UserError
 from bertscale.tokenizer.base import (
     CLS,
-    MASK,
-    PAD,
     SEP,
     SPECIAL,
+    SPECIAL_KEYS,
     UNK,
     WORD_PIECE_NAME,
     Ids,
@@ -148,11 +147,7 @@ class WordPieceTokenizer(Tokenizer):
             "do_lower_case": self.lowercase,
             "strip_accents": self.strips_accents,
             "tokenize_chinese_chars": True,
-            "pad_token": PAD,
-            "unk_token": UNK,
-            "cls_token": CLS,
-            "sep_token": SEP,
-            "mask_token": MASK,
+            **dict(zip(SPECIAL_KEYS, SPECIAL, strict=True)),
         }
         text = json.dumps(settings, indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
