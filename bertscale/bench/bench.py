@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bertscale.bench.timed_steps import (
     PARTS,
@@ -80,6 +79,15 @@ class Side:
     memory: int | None = None  # bytes at most, of one rank
 
 
+class Meter(NamedTuple):
+    """Holds what counts tokens and seconds in a round, on which ranks, and what shows the progress."""
+
+    rate: Rate
+    watch: Stopwatch
+    ranks: Ranks
+    progress: Progress
+
+
 def bench(config: PretrainConfig, options: Options) -> int:
     """Measures as one rank, and prints the figures on the first; returns 0.
 
@@ -126,26 +134,25 @@ def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
             _introduce(config, options, ranks, vocab_size, f"{dtype}".removeprefix("torch."), reason)
         rate = Rate(config.model, vocab_size, peak=1.0)  # its MFU is then FLOP/s
         watch = Stopwatch(device)
-        ours, theirs = Side(), Side()
-        step, their_step = our_step(engine, watch), None
         steps = (options.rounds + 1) * options.steps * (2 if options.against else 1)
         progress = stack.enter_context(Progress("bench", steps, "steps", hidden=not first))
+        meter = Meter(rate, watch, ranks, progress)
+        ours, theirs = Side(), Side()
+        step, their_step = our_step(engine, watch), None
 
         forget_peak(device)
-        done = _our_round(ours, step, batches, options.steps, rate, watch, ranks, progress)
+        done = _our_round(Side(), step, batches, options.steps, meter)  # warm-up
         ours.memory = int(max(ranks.gather(peak_memory(device))))
         if options.against:
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             their_step = transformers_step(config, vocab_size, device, dtype, watch)
             forget_peak(device)
-            _their_round(theirs, their_step, done, config, rate, watch, ranks, progress)
+            _their_round(Side(), their_step, done, config, meter)
             theirs.memory = peak_memory(device) - before if device.type == "cuda" else None
-        ours.tokens, ours.flops, ours.parts = [], [], []  # that was warm-up
-        theirs.tokens, theirs.flops, theirs.parts = [], [], []
         for _ in range(options.rounds):
-            done = _our_round(ours, step, batches, options.steps, rate, watch, ranks, progress)
+            done = _our_round(ours, step, batches, options.steps, meter)
             if their_step:
-                _their_round(theirs, their_step, done, config, rate, watch, ranks, progress)
+                _their_round(theirs, their_step, done, config, meter)
         collectives = _communication(step, batches, watch, ranks)
 
     results = summarize(ours, theirs if options.against else None, peak, sheet, collectives)
@@ -176,63 +183,37 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- rounds
 
 
-def _our_round(
-    side: Side,
-    step: Step,
-    batches: Batches,
-    steps: int,
-    rate: Rate,
-    watch: Stopwatch,
-    ranks: Ranks,
-    progress: Progress,
-) -> list[list[MicroBatch]]:
+def _our_round(side: Side, step: Step, batches: Batches, steps: int, meter: Meter) -> list[list[MicroBatch]]:
     """Measures `steps` steps; returns their micro-batches."""
-    done: list[list[MicroBatch]] = []
-    _begin(rate, watch, ranks)
-    for _, micro_batches in islice(batches, steps):
-        watch.mark("data wait")
-        loss = step(micro_batches)
-        _count(micro_batches, rate)
-        done.append(micro_batches)
-        progress.advance(1)
-    _end(side, steps, loss, rate, watch, ranks)
-    return done
+    work = ((micro_batches, micro_batches) for _, micro_batches in islice(batches, steps))
+    return _round(side, step, work, meter)
 
 
 def _their_round(
-    side: Side,
-    step: Step,
-    done: list[list[MicroBatch]],
-    config: PretrainConfig,
-    rate: Rate,
-    watch: Stopwatch,
-    ranks: Ranks,
-    progress: Progress,
+    side: Side, step: Step, done: list[list[MicroBatch]], config: PretrainConfig, meter: Meter
 ) -> None:
     """Measures the peer on the micro-batches of our round; they are padded before the clock starts."""
     inputs = [[padded(batch, row_lengths(batch, config)) for batch in batches] for batches in done]
-    _begin(rate, watch, ranks)
-    for padded_batches, batches in zip(inputs, done, strict=True):
-        loss = step(padded_batches)
-        _count(batches, rate)
-        progress.advance(1)
-    _end(side, len(done), loss, rate, watch, ranks)
+    _round(side, step, zip(inputs, done, strict=True), meter)
 
 
-def _begin(rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:
+def _round(
+    side: Side, step: Step, work: Iterable[tuple[Sequence[Any], list[MicroBatch]]], meter: Meter
+) -> list[list[MicroBatch]]:
+    """Adds the figures of a round to `side`; `work` gives what each step gets and the micro-batches in it."""
+    rate, watch, ranks = meter.rate, meter.watch, meter.ranks
+    done: list[list[MicroBatch]] = []
     synchronize(ranks.device)
     ranks.barrier()
     rate.restart()
     watch.restart()
-
-
-def _count(micro_batches: Sequence[MicroBatch], rate: Rate) -> None:
-    for batch in micro_batches:
-        rate.add(batch.lengths, batch.num_targets)
-
-
-def _end(side: Side, steps: int, loss: Tensor, rate: Rate, watch: Stopwatch, ranks: Ranks) -> None:
-    """Adds the figures of a round to `side`; `loss` is that of its last step."""
+    for inputs, micro_batches in work:
+        watch.mark("data wait")
+        loss = step(inputs)
+        for batch in micro_batches:
+            rate.add(batch.lengths, batch.num_targets)
+        done.append(micro_batches)
+        meter.progress.advance(1)
     seconds = watch.seconds()  # waits for the device
     figures = rate.close(ranks)
     if not math.isfinite(loss):
@@ -241,7 +222,8 @@ def _end(side: Side, steps: int, loss: Tensor, rate: Rate, watch: Stopwatch, ran
         )
     side.tokens.append(figures["speed/tokens_per_second"])
     side.flops.append(figures["speed/mfu"])
-    side.parts.append({part: value / steps for part, value in seconds.items()})
+    side.parts.append({part: value / len(done) for part, value in seconds.items()})
+    return done
 
 
 def _communication(step: Step, batches: Batches, watch: Stopwatch, ranks: Ranks) -> float | None:
@@ -291,15 +273,8 @@ def _row(case: str, unit: str, ours: list[float] | None, theirs: list[float] | N
         pairs = zip(ours, theirs, strict=True)
         ratio = statistics.median((a / b if unit == "tokens/s" else b / a) for a, b in pairs if a and b)
     spread = [min(ours), max(ours)] if ours else None
-    return {
-        "case": case,
-        "ours": mine,
-        "peer": peer,
-        "unit": unit,
-        "ratio": ratio,
-        "goal": None,
-        "spread": spread,
-    }
+    figures = {"case": case, "ours": mine, "peer": peer, "unit": unit, "ratio": ratio}
+    return {**figures, "goal": None, "spread": spread}
 
 
 def _introduce(

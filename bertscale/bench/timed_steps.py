@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from bertscale.bench.machine import processor
 from bertscale.config import ModelConfig, PretrainConfig, UserError
+from bertscale.convert.convert import native_shapes
 from bertscale.convert.hf_names import hugging_face_config, to_hugging_face
 from bertscale.data.loader import balance
 from bertscale.data.micro_batch import MicroBatch
-from bertscale.model.model import PretrainingModel, initial_value
-from bertscale.optim.groups import parameter_groups
+from bertscale.model.model import initial_value
+from bertscale.optim.groups import adamw
 from bertscale.train.device import describe, synchronize
 from bertscale.train.engine import Engine
 from bertscale.train.objectives import Counts, training_loss
@@ -62,8 +63,7 @@ class Stopwatch:
         synchronize(self.device)
         totals = dict.fromkeys(PARTS, 0.0)
         for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
-            elapsed = before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
-            totals[part] += elapsed
+            totals[part] += before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
         return totals
 
     def _now(self) -> Any:
@@ -107,9 +107,8 @@ class RandomBatches:
         else:
             of_this_rank = np.sort(sizes.reshape(ranks.data, -1)[ranks.data_rank])
             parts = list(of_this_rank.reshape(-1, train.micro_batch))
-        draw = np.random.default_rng(
-            [train.seed, number, ranks.data_rank]
-        )  # the same draws on tensor-parallel peers
+        # The same draws on tensor-parallel peers.
+        draw = np.random.default_rng([train.seed, number, ranks.data_rank])
         batches = [self._batch(draw, np.sort(part)) for part in parts]
         return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches
 
@@ -225,9 +224,8 @@ def transformers_model(config: PretrainConfig, vocab_size: int, device: torch.de
 
 def first_weights(model: ModelConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
     """Returns the weights that `Engine.start` trains from: name -> whole float32 tensor on the CPU."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in PretrainingModel(model, vocab_size).named_parameters()}
-    return {name: initial_value(name, shape, model, vocab_size, seed) for name, shape in shapes.items()}
+    shapes = native_shapes(model, vocab_size).items()
+    return {name: initial_value(name, shape, model, vocab_size, seed) for name, shape in shapes}
 
 
 def plain_step(
@@ -242,13 +240,7 @@ def plain_step(
     The weights and the optimizer's moments have the precision of the model, as usual in such loops.
     """
     settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
-        lr=LEARNING_RATE,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
+    optimizer = adamw(model, settings.model_copy(update={"learning_rate": LEARNING_RATE}))
     model.train()
 
     def step(micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:
