@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,9 +66,7 @@ def open_weights(path: Path) -> Weights:
 
     Raises UserError where `path` is none of them or is damaged.
     """
-    if (path / "config.json").is_file():
-        return HuggingFaceWeights(path)
-    return open_checkpoint(path)
+    return HuggingFaceWeights(path) if (path / "config.json").is_file() else open_checkpoint(path)
 
 
 def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
@@ -139,9 +136,8 @@ class HuggingFaceWeights:
 
     def _find(self, name: str) -> str | None:
         """Returns the name in the file, which is another one in the oldest exports; None if it is missing."""
-        older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        )
+        older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        older = older.replace("LayerNorm.bias", "LayerNorm.beta")
         return next((candidate for candidate in (name, older) if candidate in self.names), None)
 
 
@@ -238,11 +234,6 @@ def export(weights: Weights, output: Path) -> None:
 
 def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
     """Writes a checkpoint of whole weights, one rank, no optimizer state; says what it lacks."""
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in weights.parameters:
-            yield name, weights.tensor(name)
-
     tokenizer = find_tokenizer(weights.folder)
     table = {
         "model": weights.model.model_dump(),
@@ -251,7 +242,8 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
         "data_digest": None,
         "config": None,
     }
-    write_whole(output, table, tensors(), tokenizer)
+    tensors = ((name, weights.tensor(name)) for name in weights.parameters)
+    write_whole(output, table, tensors, tokenizer)
     said = ["imported  a checkpoint without optimizer state"]
     if weights.missing:
         said.append(f"missing   {', '.join(weights.missing)}: not in the source, given their first values")
@@ -312,16 +304,13 @@ def largest_difference(weights: Weights, folder: Path) -> float:
             inputs["token_type_ids"] = types[None]
         output = theirs(**inputs)
         if ours.generator is not None and ours.detector is not None:
-            verdict = ours.detector(hidden) - output["logits"][0]
-            differences.append(verdict)
+            differences.append(ours.detector(hidden) - output["logits"][0])
             hidden, _ = ours.generator(*sample, ours.encoder.embeddings)
             output = guesser(**inputs)
         logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
-        masked = ours.predictions.logits(hidden)[:, : weights.vocab_size] - logits[0]
-        differences.append(masked)
+        differences.append(ours.predictions.logits(hidden)[:, : weights.vocab_size] - logits[0])
         if ours.seq_relationship is not None and "seq_relationship_logits" in output:
-            relation = ours.seq_relationship(pooled) - output["seq_relationship_logits"]
-            differences.append(relation)
+            differences.append(ours.seq_relationship(pooled) - output["seq_relationship_logits"])
     return float(torch.stack([values.abs().max() for values in differences]).max())  # NaN where one is
 
 

@@ -14,59 +14,44 @@ from torch import Tensor
 from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config, padded_vocab_size
 from bertscale.model.model import fused_rows, join_fused, split_fused
 
-# Native name -> Hugging Face name, outside the layers and inside one; `query_key_value` is divided where
+# Native module -> Hugging Face module, outside the layers and inside one; `query_key_value` is divided where
 # Hugging Face has three weights. What is in no table (the sentence head of `modern`) is not exported.
 HEADS = {
-    "encoder.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
-    "encoder.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
-    "encoder.embeddings.token_type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
-    "encoder.pooler.weight": "bert.pooler.dense.weight",
-    "encoder.pooler.bias": "bert.pooler.dense.bias",
-    "predictions.dense.weight": "cls.predictions.transform.dense.weight",
-    "predictions.dense.bias": "cls.predictions.transform.dense.bias",
-    "predictions.LayerNorm.weight": "cls.predictions.transform.LayerNorm.weight",
-    "predictions.LayerNorm.bias": "cls.predictions.transform.LayerNorm.bias",
-    "predictions.decoder.bias": "cls.predictions.bias",
-    "seq_relationship.weight": "cls.seq_relationship.weight",
-    "seq_relationship.bias": "cls.seq_relationship.bias",
+    "encoder.embeddings.word_embeddings": "bert.embeddings.word_embeddings",
+    "encoder.embeddings.position_embeddings": "bert.embeddings.position_embeddings",
+    "encoder.embeddings.token_type_embeddings": "bert.embeddings.token_type_embeddings",
+    "encoder.pooler": "bert.pooler.dense",
+    "predictions.dense": "cls.predictions.transform.dense",
+    "predictions.LayerNorm": "cls.predictions.transform.LayerNorm",
+    "predictions.decoder": "cls.predictions",
+    "seq_relationship": "cls.seq_relationship",
 }
 OUTSIDE = {
-    "bert": {
-        **HEADS,
-        "encoder.embeddings.LayerNorm.weight": "bert.embeddings.LayerNorm.weight",
-        "encoder.embeddings.LayerNorm.bias": "bert.embeddings.LayerNorm.bias",
-    },
-    "megatron-bert": {
-        **HEADS,
-        "encoder.LayerNorm.weight": "bert.encoder.ln.weight",
-        "encoder.LayerNorm.bias": "bert.encoder.ln.bias",
-    },
+    "bert": {**HEADS, "encoder.embeddings.LayerNorm": "bert.embeddings.LayerNorm"},
+    "megatron-bert": {**HEADS, "encoder.LayerNorm": "bert.encoder.ln"},
     "modern": {
-        "encoder.embeddings.word_embeddings.weight": "model.embeddings.tok_embeddings.weight",
-        "encoder.embeddings.LayerNorm.weight": "model.embeddings.norm.weight",
-        "encoder.LayerNorm.weight": "model.final_norm.weight",
-        "predictions.dense.weight": "head.dense.weight",
-        "predictions.LayerNorm.weight": "head.norm.weight",
-        "predictions.decoder.bias": "decoder.bias",
+        "encoder.embeddings.word_embeddings": "model.embeddings.tok_embeddings",
+        "encoder.embeddings.LayerNorm": "model.embeddings.norm",
+        "encoder.LayerNorm": "model.final_norm",
+        "predictions.dense": "head.dense",
+        "predictions.LayerNorm": "head.norm",
+        "predictions.decoder": "decoder",
     },
 }
 LAYERS = {"bert": "bert.encoder.layer", "megatron-bert": "bert.encoder.layer", "modern": "model.layers"}
-SELF = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
+BERT_LAYER = {
+    "attention.query_key_value": tuple(f"attention.self.{part}" for part in ("query", "key", "value")),
+    "attention.dense": ("attention.output.dense",),
+    "attention.LayerNorm": ("attention.output.LayerNorm",),
+    "feed_forward.intermediate": ("intermediate.dense",),
+    "feed_forward.dense": ("output.dense",),
+    "feed_forward.LayerNorm": ("output.LayerNorm",),
+}
 WITHIN: dict[str, dict[str, tuple[str, ...]]] = {
-    "bert": {
-        "attention.query_key_value": SELF,
-        "attention.dense": ("attention.output.dense",),
-        "attention.LayerNorm": ("attention.output.LayerNorm",),
-        "feed_forward.intermediate": ("intermediate.dense",),
-        "feed_forward.dense": ("output.dense",),
-        "feed_forward.LayerNorm": ("output.LayerNorm",),
-    },
+    "bert": BERT_LAYER,
     "megatron-bert": {
-        "attention.query_key_value": SELF,
-        "attention.dense": ("attention.output.dense",),
+        **BERT_LAYER,
         "attention.LayerNorm": ("attention.ln",),
-        "feed_forward.intermediate": ("intermediate.dense",),
-        "feed_forward.dense": ("output.dense",),
         "feed_forward.LayerNorm": ("ln",),
     },
     "modern": {
@@ -89,13 +74,13 @@ SENTENCE_HEAD = ("encoder.pooler.", "seq_relationship.")
 
 def hugging_face_names(name: str, preset: str) -> list[str]:
     """Returns the names of the native parameter `name` in transformers' class: mostly one, perhaps none."""
-    if name in OUTSIDE[preset]:
-        return [OUTSIDE[preset][name]]
-    if not name.startswith("encoder.layers."):
+    module, kind = name.rsplit(".", 1)
+    if module in OUTSIDE[preset]:
+        return [f"{OUTSIDE[preset][module]}.{kind}"]
+    if not module.startswith("encoder.layers."):
         return []
-    _, _, layer, rest = name.split(".", 3)  # encoder.layers.N.rest
-    module, kind = rest.rsplit(".", 1)
-    return [f"{LAYERS[preset]}.{layer}.{theirs}.{kind}" for theirs in WITHIN[preset][module]]
+    _, _, layer, part = module.split(".", 3)  # encoder.layers.N.part
+    return [f"{LAYERS[preset]}.{layer}.{theirs}.{kind}" for theirs in WITHIN[preset][part]]
 
 
 def to_hugging_face(name: str, value: Tensor, model: ModelConfig, vocab_size: int) -> dict[str, Tensor]:

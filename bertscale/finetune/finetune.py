@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 
 from bertscale.config import FinetuneConfig, ModelConfig, OptimizerConfig, UserError, check_config
 from bertscale.convert.convert import Weights, open_weights
-from bertscale.files import file_digest, fresh_folder, put_in_place, write_bytes, write_json
+from bertscale.files import file_digest, whole_folder, write_bytes, write_json
 from bertscale.finetune.tasks import (
     Batch,
     Example,
@@ -42,7 +43,6 @@ from bertscale.finetune.tasks import (
     encode,
     find_classes,
     majority_accuracy,
-    number_of_batches,
     read_examples,
     score,
     training_batches,
@@ -77,7 +77,7 @@ class Task:
     @property
     def steps(self) -> int:
         """Counts the training steps of one run."""
-        return self.config.train.epochs * number_of_batches(len(self.samples), self.config.train.global_batch)
+        return self.config.train.epochs * math.ceil(len(self.samples) / self.config.train.global_batch)
 
     @property
     def starts(self) -> list[str]:
@@ -148,9 +148,7 @@ def announce(task: Task, reason: str) -> None:
     runs = len(task.config.train.seeds) * len(task.starts)
     print(
         f"data      {len(task.train):,} training and {len(task.test):,} test examples "
-        f"of {len(task.classes)} classes"
-    )
-    print(
+        f"of {len(task.classes)} classes\n"
         f"runs      {runs} of {task.steps:,} steps, {f'{task.dtype}'.removeprefix('torch.')} ({reason}), "
         f"on {describe(task.device)}",
         flush=True,
@@ -222,7 +220,8 @@ def write_output(output: Path, task: Task, findings: Findings, result: dict[str,
         "max_length": task.config.samples.max_length,
         "tokenizer_sha256": task.tokenizer.sha256,
     }
-    write_model(output / "model", facts, findings.classifier, task.tokenizer)
+    model = output / "model"
+    write_model(model, facts, findings.classifier, task.tokenizer)
     rows = [
         {
             "text": example.text,
@@ -236,7 +235,8 @@ def write_output(output: Path, task: Task, findings: Findings, result: dict[str,
     write_bytes(output / "predictions.jsonl", lines.encode("utf-8", "surrogatepass"))
     settings = yaml.safe_dump(task.config.model_dump(), sort_keys=False)
     write_bytes(output / CONFIG, settings.encode())
-    result["files"] = {name: file_digest(output / name) for name in written_files(output)}
+    files = ["predictions.jsonl", CONFIG, *sorted(f"model/{path.name}" for path in model.iterdir())]
+    result["files"] = {name: file_digest(output / name) for name in files}
     write_json(output / RESULT, result)
 
 
@@ -295,23 +295,21 @@ def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
 def optimizer_settings(config: FinetuneConfig, start: str) -> OptimizerConfig:
     """Returns the settings of AdamW for BERT fine-tuning (beta2 0.999), with the learning rate of `start`."""
     settings = config.optimizer
-    highest = settings.learning_rate
-    if start == "random" and settings.random_learning_rate is not None:
-        highest = settings.random_learning_rate
+    of_random = settings.random_learning_rate or settings.learning_rate
     return OptimizerConfig(
-        learning_rate=highest,
+        learning_rate=of_random if start == "random" else settings.learning_rate,
         warmup_fraction=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
         beta2=0.999,
     )
 
 
-def forward(model: ClassificationModel, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns logits, float32 [S, C]. Weights stay float32; matrix products are in `dtype`."""
+def forward(model: Callable[..., Tensor], batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns what the model, or a method of it, makes of a batch. Matrix products are in `dtype`, although
+    weights are float32."""
     batch = batch.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        logits: Tensor = model(batch.tokens, batch.token_types, batch.positions, batch.lengths)
-    return logits
+        return model(batch.tokens, batch.token_types, batch.positions, batch.lengths)
 
 
 @torch.no_grad()
@@ -322,10 +320,7 @@ def freeze(
     model.encoder.requires_grad_(False).eval()
     features = torch.empty(len(samples), model.config.hidden_size, device=device)
     for batch in all_batches(samples, 128):
-        inputs = batch.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            values = model.features(inputs.tokens, inputs.token_types, inputs.positions, inputs.lengths)
-        features[batch.rows] = values.float()
+        features[batch.rows] = forward(model.features, batch, device, dtype).float()
     return features
 
 
@@ -411,20 +406,14 @@ def finished_result(output: Path, made_of: dict[str, str]) -> dict[str, Any] | N
     return result if whole and result["made_of"] == made_of else None
 
 
-def written_files(output: Path) -> list[str]:
-    model = sorted(f"model/{path.name}" for path in (output / "model").iterdir())
-    return ["predictions.jsonl", CONFIG, *model]
-
-
 def write_model(
     folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
     """Writes model.safetensors, config.json and the tokenizer; `folder` is complete or absent."""
-    partial = fresh_folder(folder)
-    save_tensors(partial / "model.safetensors", tensors)
-    write_json(partial / "config.json", facts)
-    tokenizer.save(partial)
-    put_in_place(partial, folder)
+    with whole_folder(folder) as partial:
+        save_tensors(partial / "model.safetensors", tensors)
+        write_json(partial / "config.json", facts)
+        tokenizer.save(partial)
 
 
 class Classifier:

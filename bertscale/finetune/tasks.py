@@ -8,7 +8,6 @@ S: samples, T: tokens, N: examples, C: classes.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,10 +142,6 @@ def lay_out(samples: Sequence[list[int]], rows: Sequence[int]) -> Batch:
     tokens = torch.tensor([token for row in rows for token in samples[row]])
     positions = torch.cat([torch.arange(length) for length in lengths])
     return Batch(tokens, torch.zeros_like(tokens), positions, lengths, list(rows))
-
-
-def number_of_batches(examples: int, size: int) -> int:
-    return math.ceil(examples / size)
 
 
 # ------------------------------------------------------------------------------------------- metrics
