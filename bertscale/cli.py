@@ -75,22 +75,17 @@ def prep(arguments: list[str]) -> int:
         return 0
     if options.task_count is not None and options.task_count < 1:
         parser.error(f"--task-count must be 1 or more, not {options.task_count}")
+
+    from data_prep import build
+
     if options.tokenizer_only:
-        from data_prep.build import prep_tokenizer
-
-        prep_tokenizer(config)
+        build.prep_tokenizer(config)
     elif options.finish:
-        from data_prep.build import prep_finish
-
-        prep_finish(config, options.task_count)
+        build.prep_finish(config, options.task_count)
     elif task := array_task(options.task_index, options.task_count):
-        from data_prep.build import prep_share
-
-        prep_share(config, *task)
+        build.prep_share(config, *task)
     else:
-        from data_prep.build import prep as build
-
-        build(config)
+        build.prep(config)
     return 0
 
 
@@ -111,9 +106,7 @@ def _prep_parser() -> argparse.ArgumentParser:
         help="Only compare the files of an existing output with the sizes and digests in its manifest.",
     )
     part.add_argument(
-        "--tokenizer-only",
-        action="store_true",
-        help="Stop when the plan and the tokenizer are written.",
+        "--tokenizer-only", action="store_true", help="Stop when the plan and the tokenizer are written."
     )
     part.add_argument(
         "--task-index",
@@ -322,10 +315,7 @@ def quickstart(arguments: list[str]) -> int:
         "Hugging Face folder, classifier. Output that is already complete is reused.",
     )
     parser.add_argument(
-        "--run",
-        type=Path,
-        default=Path("runs/quickstart"),
-        help="Folder for all output (%(default)s).",
+        "--run", type=Path, default=Path("runs/quickstart"), help="Folder for all output (%(default)s)."
     )
     options = parser.parse_args(arguments)
 

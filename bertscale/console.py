@@ -38,6 +38,7 @@ def make_parser(
         from bertscale.config import describe_fields
 
         rows = describe_fields(section)
+        example = next(f"{key}={value}" for key, value in EXAMPLES if key in dict(rows))
         if default is None:
             parser.add_argument("config", metavar="CONFIG", help="A YAML file.")
         else:
@@ -47,7 +48,7 @@ def make_parser(
             "overrides",
             metavar="key=value",
             nargs="*",
-            help=f"A value, read as YAML, that replaces the one in the file, such as {_example(rows)}.",
+            help=f"A value, read as YAML, that replaces the one in the file, such as {example}.",
         )
         column = max(len(key) for key, _ in rows) + 4
         parser.epilog = "keys of CONFIG:\n" + "\n".join(
@@ -57,11 +58,6 @@ def make_parser(
             for key, text in rows
         )
     return parser
-
-
-def _example(rows: list[tuple[str, str]]) -> str:
-    keys = [key for key, _ in rows]
-    return next(f"{key}={value}" for key, value in EXAMPLES if key in keys)
 
 
 def complain(name: str, message: str) -> int:

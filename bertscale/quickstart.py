@@ -26,6 +26,14 @@ from bertscale.run_folder import CONFIG, RESULT
 
 DEFAULT_RUN = Path("runs/quickstart")
 PRETRAINING = Path("configs/pretrain/quickstart.yaml")
+FOLDERS = ("corpus", "data", "pretrain", "hugging-face", "finetune")  # in the folder of the run
+TITLES = {
+    "collect": "collect the documentation on this machine",
+    "prep": "text -> tokenizer and token shards",
+    "pretrain": "token shards -> BERT",
+    "convert": "checkpoint -> Hugging Face folder",
+    "finetune": "BERT -> classifier, against the same encoder from random weights",
+}
 
 
 def quickstart(run: Path, gpus: int) -> int:
@@ -70,33 +78,14 @@ def stages(run: Path, gpus: int) -> list[tuple[str, str, list[str]]]:
             f"data.test={run}/task/test.jsonl",
             f"output={run}/finetune",
         ]
-    return [
-        (
-            "collect",
-            "collect the documentation on this machine",
-            ["python", "-m", "data_prep.docstrings", str(run)],
-        ),
-        (
-            "prep",
-            "text -> tokenizer and token shards",
-            ["bertscale", "prep", "configs/prep/quickstart.yaml", *prep],
-        ),
-        (
-            "pretrain",
-            "token shards -> BERT",
-            ["bertscale", "pretrain", str(PRETRAINING), *pretrain, *_devices(gpus)],
-        ),
-        (
-            "convert",
-            "checkpoint -> Hugging Face folder",
-            ["bertscale", "convert", f"{run}/pretrain", f"{run}/hugging-face"],
-        ),
-        (
-            "finetune",
-            "BERT -> classifier, against the same encoder from random weights",
-            ["bertscale", "finetune", "configs/finetune/quickstart.yaml", *finetune],
-        ),
-    ]
+    commands = {
+        "collect": ["python", "-m", "data_prep.docstrings", str(run)],
+        "prep": ["bertscale", "prep", "configs/prep/quickstart.yaml", *prep],
+        "pretrain": ["bertscale", "pretrain", str(PRETRAINING), *pretrain, *_devices(gpus)],
+        "convert": ["bertscale", "convert", f"{run}/pretrain", f"{run}/hugging-face"],
+        "finetune": ["bertscale", "finetune", "configs/finetune/quickstart.yaml", *finetune],
+    }
+    return [(name, TITLES[name], command) for name, command in commands.items()]
 
 
 def _devices(gpus: int) -> list[str]:
@@ -139,13 +128,7 @@ def _summarize(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "pretrain": _read(run / f"pretrain/{RESULT}"),
         "finetune": _read(run / f"finetune/{RESULT}"),
         "seconds": seconds,
-        "paths": {
-            "corpus": f"{run}/corpus",
-            "data": f"{run}/data",
-            "pretrain": f"{run}/pretrain",
-            "hugging_face": f"{run}/hugging-face",
-            "finetune": f"{run}/finetune",
-        },
+        "paths": {folder.replace("-", "_"): f"{run}/{folder}" for folder in FOLDERS},
     }
 
 

@@ -132,6 +132,7 @@ def put_stage(monkeypatch: pytest.MonkeyPatch, stage: Callable[[Any], Any]) -> N
     module = ModuleType("data_prep.build")
     module.prep = stage  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "data_prep.build", module)
+    monkeypatch.setattr("data_prep.build", module, raising=False)
 
 
 @pytest.fixture

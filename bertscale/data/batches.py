@@ -76,10 +76,7 @@ def make_loader(
 
 
 def iterate_batches(
-    config: PretrainConfig | str | Path,
-    *overrides: str,
-    split: Split = "train",
-    start_step: int = 0,
+    config: PretrainConfig | str | Path, *overrides: str, split: Split = "train", start_step: int = 0
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """Yields (step, micro-batches) as pretraining with one rank would see them, without end.
 

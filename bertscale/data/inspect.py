@@ -51,9 +51,8 @@ def inspect(folder: str | Path, console: Console | None = None) -> None:
             for line in measure.lines():
                 console.print(line, markup=False, soft_wrap=True)
     for kind, count in SHOWN.items():
-        console.print(
-            f"\n[bold]samples[/] of kind {kind}, at most {MAX_LENGTH} tokens: {LEGEND}", soft_wrap=True
-        )
+        title = f"\n[bold]samples[/] of kind {kind}, at most {MAX_LENGTH} tokens: {LEGEND}"
+        console.print(title, soft_wrap=True)
         try:
             for sample in samples(datasets[0], tokenizer, kind, count):
                 console.print()
@@ -112,7 +111,8 @@ class _Measures:
         """The lines to print of the split."""
         for what, counts in (("documents", self.documents), ("sentences", self.sentences)):
             yield f"{self.dataset.split} {what}, lengths in tokens"
-            yield _percentiles(counts)
+            values = ", ".join(f"{percent} %: {percentile(counts, percent):,}" for percent in PERCENTILES)
+            yield f"  {values}, longest: {len(np.trim_zeros(counts, 'b')) - 1:,}"
             yield from _histogram(counts)
         names = [self.tokenizer.piece(piece) for piece in range(self.tokenizer.vocab_size)]
         in_bytes = [piece for piece, name in enumerate(names) if _byte_piece.fullmatch(name)]
@@ -137,11 +137,6 @@ def percentile(counts: Counts, percent: float) -> int:
     """The smallest length that at least `percent` of all do not exceed; counts[n] have the length n."""
     ends = np.cumsum(counts)
     return int(np.searchsorted(ends, ends[-1] * percent / 100))
-
-
-def _percentiles(counts: Counts) -> str:
-    values = [f"{percent} %: {percentile(counts, percent):,}" for percent in PERCENTILES]
-    return f"  {', '.join(values)}, longest: {len(np.trim_zeros(counts, 'b')) - 1:,}"
 
 
 def _histogram(counts: Counts) -> Iterator[str]:

@@ -379,11 +379,7 @@ class PretrainingModel(nn.Module):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        vocab_size: int,
-        layers: Layers | None = None,
-        recompute: str = "none",
+        self, config: ModelConfig, vocab_size: int, layers: Layers | None = None, recompute: str = "none"
     ) -> None:
         super().__init__()
         layers = layers or Layers()

@@ -70,15 +70,7 @@ class TensorParallelLayers(Layers):
         return _Column(inputs, outputs, config=self.config, init_method=_no_values, bias=bias)
 
     def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-        return _Row(
-            inputs,
-            outputs,
-            config=self.config,
-            init_method=_no_values,
-            bias=bias,
-            input_is_parallel=True,
-            skip_bias_add=False,
-        )
+        return _Row(inputs, outputs, bias, self.config)
 
     def word_embedding(self, vocab_size: int, width: int) -> nn.Module:
         embedding: nn.Module = VocabParallelEmbedding(
@@ -116,9 +108,7 @@ class TensorParallelLayers(Layers):
         highest, sums = running_sums(logits)  # [P], [P, K]
         of_share = torch.stack([highest.double(), sums[:, -1]])  # [2, P]
         all_highest, totals = _all_gather(of_share).view(self.degree, 2, -1).unbind(1)  # 2 x [R, P]
-        scale = (
-            all_highest - all_highest.amax(dim=0)
-        ).exp()  # each rank has summed below a maximum of its own
+        scale = (all_highest - all_highest.amax(dim=0)).exp()  # each rank summed below a maximum of its own
         ends = (totals * scale).cumsum(dim=0)  # [R, P] where the ranks' shares of the whole sum end
         thresholds = uniforms * ends[-1]  # [P]
         here = (ends <= thresholds).sum(dim=0) == self.rank  # [P] whether this share holds the threshold
@@ -181,15 +171,7 @@ class SequenceParallelLayers(TensorParallelLayers):
         return _TokenColumn(inputs, outputs, config=self.config, init_method=_no_values, bias=bias)
 
     def row(self, inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-        return _TokenRow(
-            inputs,
-            outputs,
-            config=self.config,
-            init_method=_no_values,
-            bias=bias,
-            input_is_parallel=True,
-            skip_bias_add=False,
-        )
+        return _TokenRow(inputs, outputs, bias, self.config)
 
     def norm(self, width: int, eps: float, bias: bool = True) -> nn.Module:
         return _TokenNorm(width, eps, bias=bias)
@@ -198,12 +180,10 @@ class SequenceParallelLayers(TensorParallelLayers):
         return self.sharded_random()
 
     def scatter(self, hidden: Tensor) -> Tensor:
-        share: Tensor = _Scatter.apply(hidden)  # type: ignore[no-untyped-call]
-        return share
+        return _scatter(hidden)
 
     def gather(self, hidden: Tensor) -> Tensor:
-        whole: Tensor = _Gather.apply(hidden)  # type: ignore[no-untyped-call]
-        return whole
+        return _gather(hidden)
 
 
 def _all_gather(share: Tensor) -> Tensor:
@@ -229,40 +209,29 @@ def _own_share(whole: Tensor) -> Tensor:
     return share
 
 
-class _Scatter(torch.autograd.Function):
-    """Shares [t, ..] of what all ranks hold alike [T, ..]; their gradients are gathered."""
+def _collective(
+    compute: Callable[[Tensor], Tensor], compute_gradient: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """A function of a tensor with another one for its gradient."""
 
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor) -> Tensor:
-        return _own_share(whole).clone()
+    class Collective(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return compute(value)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _all_gather(grad)
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return compute_gradient(grad)
 
-
-class _Gather(torch.autograd.Function):
-    """All tokens [T, ..] of the ranks' shares [t, ..], for what all ranks then compute alike."""
-
-    @staticmethod
-    def forward(ctx: Any, share: Tensor) -> Tensor:
-        return _all_gather(share)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _own_share(grad)
+    return Collective.apply
 
 
-class _ReduceScatter(torch.autograd.Function):
-    """Shares [t, ..] of the sum of the ranks' [T, ..]."""
-
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor) -> Tensor:
-        return _reduce_scatter(partial)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _all_gather(grad)
+# Shares [t, ..] of what all ranks hold alike [T, ..]; their gradients are gathered.
+_scatter = _collective(lambda whole: _own_share(whole).clone(), _all_gather)
+# All tokens [T, ..] of the ranks' shares [t, ..], for what all ranks then compute alike.
+_gather = _collective(_all_gather, _own_share)
+# Shares [t, ..] of the sum of the ranks' [T, ..].
+_sum_and_scatter = _collective(_reduce_scatter, _all_gather)
 
 
 class _GatherThenLinear(torch.autograd.Function):
@@ -297,6 +266,10 @@ class _Column(ColumnParallelLinear):  # type: ignore[misc]
 class _Row(RowParallelLinear):  # type: ignore[misc]
     """megatron-core's layer without the second value of its result, a bias that is left to add."""
 
+    def __init__(self, inputs: int, outputs: int, bias: bool, config: ModelParallelConfig) -> None:
+        how = {"init_method": _no_values, "input_is_parallel": True, "skip_bias_add": False}
+        super().__init__(inputs, outputs, config=config, bias=bias, **how)
+
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = super().forward(inputs)[0]
         return output
@@ -314,7 +287,7 @@ class _TokenRow(_Row):
     """A row layer from a share of the features of all tokens to a share of the tokens."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = _ReduceScatter.apply(nn.functional.linear(inputs, self.weight))  # type: ignore[no-untyped-call]
+        output = _sum_and_scatter(nn.functional.linear(inputs, self.weight))
         return output if self.bias is None else output + _summed(self.bias)
 
 

@@ -5,10 +5,11 @@ AdamW (Loshchilov and Hutter, 2019) is torch's own, fused; the others are in `op
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bertscale.config import ModelConfig, OptimizerConfig
 from bertscale.model.model import join_fused, split_fused
@@ -33,13 +34,9 @@ def parameter_groups(
     Empty groups are left out. Each carries the keys that `WholeOptimizer` reads.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for kind in ((True, True), (False, True), (False, False)):
-        groups[kind] = {
-            "params": [],
-            "matrices": kind[0],
-            "decays": kind[1],
-            "weight_decay": weight_decay if kind[1] else 0.0,
-        }
+    for matrix, decay in ((True, True), (False, True), (False, False)):
+        group = {"matrices": matrix, "decays": decay, "weight_decay": weight_decay if decay else 0.0}
+        groups[matrix, decay] = {"params": [], **group}
     for name, parameter in model.named_parameters():
         groups[matrices and is_matrix(name), decays(name)]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
@@ -70,11 +67,4 @@ def make_optimizer(
         return StableAdamW(groups, config)
     if config.name == "lamb":
         return Lamb(groups, config)
-
-    def split(name: str, value: Tensor) -> Tensor:
-        return split_fused(name, value, sizes)
-
-    def join(name: str, value: Tensor) -> Tensor:
-        return join_fused(name, value, sizes)
-
-    return Muon(groups, config, split, join, dtype)
+    return Muon(groups, config, partial(split_fused, config=sizes), partial(join_fused, config=sizes), dtype)

@@ -8,7 +8,6 @@ from functools import cache
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from bertscale.config import UserError
 
@@ -34,24 +33,14 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has matrix instructions for bfloat16 (CPU: AMX or AVX512-BF16)."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    features = _cpu_flags()
-    return "amx_bf16" in features or "avx512_bf16" in features
-
-
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns (dtype, reason in words) for `auto`, `bfloat16` or `float32`; raises UserError for others."""
-    if wanted == "float32":
-        return torch.float32, "as configured"
-    if wanted == "bfloat16":
-        return torch.bfloat16, "as configured"
+    if wanted in ("float32", "bfloat16"):
+        return getattr(torch, wanted), "as configured"
     if wanted != "auto":
         raise UserError(f"precision={wanted!r} is none of auto, bfloat16, float32")
     if device.type == "cuda":
-        native = multiplies_bfloat16(device)
+        native = torch.cuda.get_device_capability(device)[0] >= 8
         return (torch.bfloat16, "the GPU has it") if native else (torch.float32, "the GPU lacks bfloat16")
     for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
         if flag in _cpu_flags():
@@ -100,14 +89,10 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     synchronize(device)
     clock = [time.perf_counter()]
     while len(clock) < 3 or clock[-1] - clock[0] < PEAK_SECONDS:
-        _product(left, right)
+        left.matmul(right)
         synchronize(device)
         clock.append(time.perf_counter())
     return 2 * size**3 / min(after - before for before, after in pairwise(clock))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right
 
 
 def _cpu_flags() -> set[str]:

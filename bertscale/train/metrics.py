@@ -59,18 +59,12 @@ class Rate:
             self.all_seconds += seconds
             self.all_flops += flops
         self.restart()
-        return {
-            "speed/tokens_per_second": tokens / seconds,
-            "speed/mfu": flops / seconds / self.peak,
-        }
+        return {"speed/tokens_per_second": tokens / seconds, "speed/mfu": flops / seconds / self.peak}
 
     def overall(self) -> dict[str, float]:
         """Rates of all intervals together."""
         seconds = max(self.all_seconds, 1e-9)
-        return {
-            "tokens_per_second": self.all_tokens / seconds,
-            "mfu": self.all_flops / seconds / self.peak,
-        }
+        return {"tokens_per_second": self.all_tokens / seconds, "mfu": self.all_flops / seconds / self.peak}
 
 
 class LossAccumulator:
@@ -144,6 +138,7 @@ class MetricsWriter:
 
 
 BY_ACCURACY = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
+RATES = {f"{kind}_accuracy": f"{kind.upper()} accuracy" for kind in BY_ACCURACY} | {"rtd_recall": "recall"}
 
 
 def brief(figures: dict[str, float]) -> dict[str, str]:
@@ -151,12 +146,7 @@ def brief(figures: dict[str, float]) -> dict[str, str]:
     return {
         "loss": f"{figures['train/loss']:.3f}",
         **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
-        **{
-            f"{kind.upper()} accuracy": f"{figures[f'train/{kind}_accuracy']:.0%}"
-            for kind in BY_ACCURACY
-            if f"train/{kind}_accuracy" in figures
-        },
-        **({"recall": f"{figures['train/rtd_recall']:.0%}"} if "train/rtd_recall" in figures else {}),
+        **_rates(figures, "train", ".0%"),
         "tokens/s": show_count(figures["speed/tokens_per_second"]),
         "MFU": f"{figures['speed/mfu']:.0%}",
     }
@@ -167,12 +157,13 @@ def heldout_brief(figures: dict[str, float]) -> str:
     words = []
     if "heldout/mlm_loss" in figures:
         words.append(f"MLM loss {figures['heldout/mlm_loss']:.4f}")
-    for kind in BY_ACCURACY:
-        if f"heldout/{kind}_accuracy" in figures:
-            words.append(f"{kind.upper()} accuracy {figures[f'heldout/{kind}_accuracy']:.1%}")
-    if "heldout/rtd_recall" in figures:
-        words.append(f"recall {figures['heldout/rtd_recall']:.1%}")
+    words += [f"{name} {rate}" for name, rate in _rates(figures, "heldout", ".1%").items()]
     return ", ".join(words)
+
+
+def _rates(figures: dict[str, float], prefix: str, form: str) -> dict[str, str]:
+    named = {name: figures.get(f"{prefix}/{key}") for key, name in RATES.items()}
+    return {name: format(rate, form) for name, rate in named.items() if rate is not None}
 
 
 def result(run: Path) -> dict[str, float]:

@@ -84,11 +84,7 @@ class Zero:
             # Without the mark the gradient norm has the share of one rank alone: silently wrong.
             parameter.tensor_model_parallel = tensor_parallel_dimension(name) is not None  # type: ignore[attr-defined]
         self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(model),
-            config=settings,
-            mpu=mpu,
-            dist_init_required=False,
+            model=model, optimizer=make_optimizer(model), config=settings, mpu=mpu, dist_init_required=False
         )
         self.wrapper: Any = self.engine.optimizer  # DeepSpeed's, around torch's
         self.optimizer: torch.optim.Optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
