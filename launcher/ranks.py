@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.errors import FAULT, MISTAKE, STOPPED_AND_SAVED, UserError
+from launcher.terminal import outlive_terminal
 
 LATE_SECONDS = 0.5  # those that lose a killed rank may say so before its parent hears of its death
 LOG_LINES = 15  # of a rank that died without a report
@@ -117,6 +118,7 @@ def run_as_rank(main: Callable[[], int]) -> int:
     if PARENT not in os.environ:
         return main()
     die_with_parent(int(os.environ[PARENT]))
+    outlive_terminal()
     faulthandler.enable()  # a crash in native code writes its Python stack to the rank's log
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # the supervisor's question when nothing moves
     try:

@@ -30,6 +30,7 @@ from bertscale.run_folder import (
 )
 from launcher.rank_groups import LocalRanks, RankGroup
 from launcher.ranks import Exit
+from launcher.terminal import outlive_terminal
 
 LOOK_SECONDS = 1.0  # between two looks at the heartbeat and the checkpoints
 STACK_SECONDS = 10.0  # at most, for ranks that hang to write their stacks
@@ -48,7 +49,8 @@ class Limits:
 
 
 class StopRequests:
-    """Counts SIGINT, SIGTERM and SIGUSR1 sent to this process while the block runs."""
+    """Counts the signals to stop sent to this process while the block runs: SIGINT, SIGTERM, SIGUSR1, and
+    SIGHUP of a terminal that closes, unless it is ignored (nohup)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -56,7 +58,9 @@ class StopRequests:
         self.name = ""  # of the first
 
     def __enter__(self) -> StopRequests:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self.previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -98,6 +102,7 @@ def run_here(
         print(f"{ranks} rank{'s' if ranks > 1 else ''} on this machine, logs in {attempt}", flush=True)
         return LocalRanks(command, ranks, attempt)
 
+    outlive_terminal()
     with StopRequests() as stop:
         code = supervise(start, limits, Events(log_folder / EVENTS), run, stop)
     if code == INTERRUPTED:

@@ -329,3 +329,94 @@ def test_a_modern_model_that_no_preset_equals_is_refused(
     (line,) = str(caught.value).splitlines()
     assert message in line
     assert str(path) in line
+
+
+# ---------------------------------------------------------------------------- models that are not ours
+
+
+def export_of(preset: str, data: Path, folder: Path) -> Path:
+    write_checkpoint(folder / "native", data, {"preset": preset})
+    convert(folder / "native", folder / "hf", show=False)
+    return folder / "hf"
+
+
+@pytest.mark.parametrize(
+    ("preset", "change"),
+    [
+        ("bert", {"tie_word_embeddings": False}),
+        ("bert", {"position_embedding_type": "relative_key_query"}),
+        ("bert", {"is_decoder": True}),
+        ("bert", {"hidden_act": "relu"}),
+        ("megatron-bert", {"add_cross_attention": True}),
+        ("modern", {"tie_word_embeddings": False}),
+        ("modern", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ],
+    ids=str,
+)
+def test_settings_that_change_the_network_are_refused_by_name(
+    preset: str, change: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    folder = export_of(preset, tiny_data, tmp_path)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError) as caught:
+        convert(folder, tmp_path / "back", show=False)
+    (line,) = str(caught.value).splitlines()
+    assert f"{path}: {next(iter(change))}=" in line
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_half_window_of_a_modern_model_is_read(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers sets local_attention by sliding_window where a config has both."""
+    folder = export_of("modern", tiny_data, tmp_path)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sliding_window": 3}))
+    convert(folder, tmp_path / "back", show=False)
+    assert open_checkpoint(tmp_path / "back").model.local_attention == 6
+    assert "verified  logits of the given and the imported model" in capsys.readouterr().out
+
+
+def test_tensors_that_are_not_read_are_named(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export_of("bert", tiny_data, tmp_path)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 2}))
+    convert(folder, tmp_path / "back", show=False)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("left out"))
+    assert "bert.encoder.layer.2.attention.self.query.weight" in line
+    assert "layer.1." not in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value.mul(torch.inf).sub(torch.inf), "has values that are not finite"),
+        (lambda value: value.to(torch.int8), "has the data type torch.int8"),
+        (lambda value: value[:, :-1].contiguous(), "do not belong together"),
+    ],
+    ids=["nan", "int8", "shape"],
+)
+def test_weights_that_are_no_weights_are_refused(
+    change: Any, words: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder = export_of("bert", tiny_data, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    save_file({**tensors, name: change(tensors[name])}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=words):
+        convert(folder, tmp_path / "back", show=False)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_decoder_of_its_own_is_noticed(tiny_data: Path, tmp_path: Path) -> None:
+    """By the logits: the config does not tell, and transformers unties what a file holds twice."""
+    folder = export_of("bert", tiny_data, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    embeddings = tensors["bert.embeddings.word_embeddings.weight"]
+    tensors["cls.predictions.decoder.weight"] = embeddings.flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="is a model that this version does not build"):
+        convert(folder, tmp_path / "back", show=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
 
-from bertscale.run_folder import checkpoints, read_metrics
+from bertscale.run_folder import checkpoints, read_events, read_metrics
 from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -272,3 +275,53 @@ def test_a_budget_of_tokens_gives_the_losses_of_equal_batches(
     assert sorted(found) == sorted(expected)
     for step in found:
         assert found[step] == pytest.approx(expected[step], rel=1e-3), step
+
+
+# ----------------------------------------------------------------------------- a terminal that closes
+
+
+def on_terminal(data: Path, run: Path, steps: int, ignores: bool) -> subprocess.Popen[bytes]:
+    """Starts a run on a terminal and closes that when a few steps are done; `ignores`: as under nohup."""
+    config = run.with_suffix(".yaml")
+    train = {**TRAIN, "steps": steps, "save_every": 10_000, "eval_every": 10_000}
+    values = pretrain_config(data, run, parallel={"tensor": 1, "ranks": 2}, train=train)
+    config.write_text(json.dumps(values.model_dump()))
+    screen, terminal = os.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if ignores:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bertscale", "pretrain", str(config)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(terminal)
+    seen = b""
+    while max(losses(run), default=0) < 5:
+        assert process.poll() is None, seen.decode()
+        if select.select([screen], [], [], 0.02)[0]:
+            seen += os.read(screen, 2**16)
+    os.close(screen)
+    return process
+
+
+def test_a_closed_terminal_stops_a_run_like_ctrl_c(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "hangup"
+    assert on_terminal(tiny_data, run, steps=10_000, ignores=False).wait(timeout=120) == 75
+    (saved,) = checkpoints(run)
+    assert 5 <= open_checkpoint(saved).step < 10_000
+    events = read_events(run / "logs/events.jsonl")
+    assert [event["name"] for event in events if event["event"] == "signal"] == ["SIGHUP"]
+    assert not processes_of(run)
+
+
+def test_under_nohup_a_run_trains_on(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "nohup"
+    assert on_terminal(tiny_data, run, steps=300, ignores=True).wait(timeout=120) == 0
+    assert open_checkpoint(run).step == 300

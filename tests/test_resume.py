@@ -12,7 +12,7 @@ from tiny import pretrain_config
 from bertscale.config import PretrainConfig, UserError
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import open_dataset
-from bertscale.train.resume import check_same_run
+from bertscale.train.resume import changed_settings, check_same_run
 
 STEP = 3
 
@@ -78,3 +78,25 @@ def test_other_places_in_the_data_are_refused(tiny_data: Path) -> None:
     config = pretrain_config(tiny_data, "run")
     with pytest.raises(UserError, match="consumed 20 samples in 3 steps, this config consumes 24"):
         check(config, config.model_dump(mode="json"), tiny_data, consumed=20)
+
+
+def test_settings_that_a_resume_changes_are_listed(tiny_data: Path) -> None:
+    before = pretrain_config(tiny_data, "run").model_dump(mode="json")
+    checkpoint: Any = SimpleNamespace(table={"config": before})
+    assert changed_settings(checkpoint, pretrain_config(tiny_data, "run")) == []
+    config = pretrain_config(
+        tiny_data,
+        "run",
+        optimizer={"learning_rate": 0.001, "name": "lamb"},
+        train={"precision": "bfloat16"},
+        model={"hidden_dropout_prob": 0.1},
+        parallel={"zero_stage": 2},
+    )
+    del before["parallel"]["sequence"]  # of an older version
+    assert sorted(changed_settings(checkpoint, config)) == [
+        "changed   model.hidden_dropout_prob: 0.0 -> 0.1",
+        "changed   optimizer.learning_rate: 0.003 -> 0.001",
+        "changed   optimizer.name: adamw -> lamb",
+        "changed   parallel.zero_stage: 1 -> 2",
+        "changed   train.precision: float32 -> bfloat16",
+    ]

@@ -37,6 +37,8 @@ from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, save_tensors, write_whole
 
 WEIGHTS = "model.safetensors"
+LARGEST_DIFFERENCE = 1e-3  # of logits in float32, computed in another order
+TIED = ("decoder.weight", "decoder.bias")  # names of copies of the word embeddings and of the bias
 GENERATOR = "generator"  # the inner folder, and the part of an ELECTRA that it holds
 
 EXAMPLES = (
@@ -117,14 +119,25 @@ class HuggingFaceWeights:
                     f"{self.folder / WEIGHTS} lacks {theirs}: it is not a complete model for pretraining or "
                     "masked language modelling; save such a model there with model.save_pretrained(folder)"
                 )
-            values.append(self.file.get_tensor(name_in_file).float())
+            stored = self.file.get_tensor(name_in_file)
+            if not stored.is_floating_point():
+                raise UserError(f"{self.folder / WEIGHTS}: {name_in_file} has the data type {stored.dtype}")
+            values.append(stored.float())
         value = from_hugging_face(name, values, self.model)
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{self.folder / WEIGHTS}: {name} has values that are not finite")
         if value.shape != self.parameters[name]:
             raise UserError(
                 f"{self.folder / WEIGHTS} has {name} with the shape {list(value.shape)}, config.json asks "
                 f"for {list(self.parameters[name])}: they do not belong together"
             )
         return value
+
+    def unused(self) -> list[str]:
+        """Lists the tensors of the file that no parameter is read from, but for copies of tied ones."""
+        used = {theirs for name in self.parameters for theirs in hugging_face_names(name, self.model.preset)}
+        in_file = {self._find(theirs) for theirs in used}
+        return sorted(name for name in self.names - in_file if not name.endswith(("position_ids", *TIED)))
 
     def digest(self) -> str:
         """One of the digests of config, weights and tokenizer."""
@@ -244,9 +257,20 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
     }
     tensors = ((name, weights.tensor(name)) for name in weights.parameters)
     write_whole(output, table, tensors, tokenizer)
-    said = ["imported  a checkpoint without optimizer state"]
+    difference = largest_difference(open_checkpoint(output), weights.folder)
+    if not difference < LARGEST_DIFFERENCE:  # NaN too
+        raise UserError(
+            f"{weights.folder} is a model that this version does not build: its logits in transformers "
+            f"differ by up to {difference:.1e} from those of the imported weights"
+        )
+    said = [
+        "imported  a checkpoint without optimizer state",
+        f"verified  logits of the given and the imported model differ by at most {difference:.1e}",
+    ]
+    if unused := weights.unused():
+        said.append(f"left out  {', '.join(unused)}: no parameter of preset {weights.model.preset}")
     if weights.missing:
-        said.append(f"missing   {', '.join(weights.missing)}: not in the source, given their first values")
+        said.append(f"missing   {', '.join(weights.missing)}: not in the source, set to initial values")
     return said
 
 

@@ -143,7 +143,16 @@ def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) 
     }
 
 
-MODERN_FORM = {  # keys that a ModernBertConfig may set otherwise, and preset `modern` may not
+# Keys that a config of each family may set otherwise, and a preset may not: they change the network.
+BERT_FORM = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+MODERN_FORM = {
+    "tie_word_embeddings": True,
     "hidden_activation": "gelu",
     "classifier_activation": "gelu",
     "norm_bias": False,
@@ -161,16 +170,13 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     supported = "this version converts bert and megatron-bert with gelu, and modernbert"
     if kind == "electra":
         supported += "; for an electra that was trained here, give its checkpoint"
-    if preset is None or (preset != "modern" and config.get("hidden_act", "gelu") != "gelu"):
-        raise UserError(
-            f"{origin} describes a model of type {kind!r} with activation {config.get('hidden_act')!r}; "
-            f"{supported}"
-        )
+    if preset is None:
+        raise UserError(f"{origin} describes a model of type {kind!r}; {supported}")
+    for key, wanted in (MODERN_FORM if preset == "modern" else BERT_FORM).items():
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{origin}: {key}={config[key]!r}; {supported} with {key}={wanted!r}")
     values = {key: config[key] for key in ModelConfig.model_fields if key in config} | {"preset": preset}
     if preset == "modern":
-        for key, wanted in MODERN_FORM.items():
-            if config.get(key, wanted) != wanted:
-                raise UserError(f"{origin}: {key}={config[key]!r}; {supported} with {key}={wanted!r}")
         values |= {
             native: config[key]
             for native, key in (
@@ -180,13 +186,18 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
             )
             if key in config
         }
-        values |= _layers_and_bases(config, origin)
+        values |= _layers_and_bases(config, origin, supported)
     return check_config(ModelConfig, values, origin)
 
 
-def _layers_and_bases(config: dict[str, Any], origin: str) -> dict[str, Any]:
+def _layers_and_bases(config: dict[str, Any], origin: str, supported: str) -> dict[str, Any]:
     """Reads what newer ModernBert configs write as lists: which layers are global, and the rotary bases."""
     values: dict[str, Any] = {}
+    if "sliding_window" in config:  # half of local_attention, which transformers sets by it
+        values["local_attention"] = 2 * config["sliding_window"]
+    scaling = config.get("rope_scaling") or {}  # the older spelling of rope_parameters
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise UserError(f"{origin}: rope_scaling={scaling}; {supported} without it")
     if kinds := config.get("layer_types"):
         locals_ = [kind == "sliding_attention" for kind in kinds]
         every = next((n for n in range(1, len(kinds)) if not locals_[n]), len(kinds))

@@ -38,7 +38,7 @@ from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
-from bertscale.train.resume import check_same_run, newest_sound
+from bertscale.train.resume import changed_settings, check_same_run, newest_sound
 from bertscale.train.schedule import Clock, TrainingSchedule
 from bertscale.train.step import train_step
 
@@ -101,6 +101,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         write_bytes(run / CONFIG, settings.encode())
         (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
+        ranks.say(line)
+    for line in changed_settings(checkpoint, config) if checkpoint else ():
         ranks.say(line)
     last = False  # whether this step is the last of the budget; all ranks must find the same
 

@@ -69,3 +69,15 @@ def check_same_run(
             f"{checkpoint.folder} consumed {checkpoint.samples_consumed:,} samples in {checkpoint.step:,} "
             f"steps, this config consumes {expected:,} (train.batch_warmup); choose another run folder"
         )
+
+
+def changed_settings(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
+    """Lists the settings of the network, the optimizer, the training and the ranks that a resume changes."""
+    before, now = checkpoint.table["config"], config.model_dump(mode="json")
+    return [
+        f"changed   {section}.{key}: {before[section][key]} -> {value}"
+        for section in ("model", "optimizer", "train", "parallel")
+        for key, value in now[section].items()
+        # The config of an older version lacks newer keys.
+        if before[section].get(key, value) != value
+    ]

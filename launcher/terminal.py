@@ -1,0 +1,45 @@
+"""A terminal that closes (SIGHUP): prints go nowhere from then on, so that a run can save and end."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from typing import TextIO
+
+
+class _Screen(io.TextIOWrapper):
+    """A stream to a terminal; once that is gone (EIO), it leads to /dev/null."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._lead_nowhere(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._lead_nowhere(error)
+
+    def _lead_nowhere(self, error: OSError) -> None:
+        if error.errno != errno.EIO:
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # what the buffer still holds goes there as well
+        os.close(nowhere)
+
+
+def outlive_terminal() -> None:
+    """Has stdout and stderr survive the end of the terminal that they lead to."""
+    sys.stdout, sys.stderr = (_survivor(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def _survivor(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
+        return stream
+    encoding, errors = stream.encoding, stream.errors
+    return _Screen(stream.detach(), encoding=encoding, errors=errors, line_buffering=True)
