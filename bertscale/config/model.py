@@ -61,7 +61,11 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(512, ge=1, description="Longest sequence, in tokens.")
     type_vocab_size: int = Field(2, ge=1, description="Number of segment types; not for modern.")
     hidden_dropout_prob: float = Field(
-        0.1, ge=0, lt=1, description="Dropout of hidden states; modern: embeddings, feed-forward; default 0."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Dropout of hidden states; for modern only of the embeddings and the feed-forward part, and "
+        "0 by default.",
     )
     attention_probs_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="Dropout of attention; for modern of its output as well, 0 by default."
