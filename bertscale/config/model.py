@@ -64,7 +64,7 @@ class ModelConfig(Section):
         0.1,
         ge=0,
         lt=1,
-        description="Dropout of hidden states; for modern only of the embeddings and the feed-forward part, and "
+        description="Dropout of hidden states; for modern of embeddings and feed-forward alone, and "
         "0 by default.",
     )
     attention_probs_dropout_prob: float = Field(
