@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bertscale.errors import MISTAKE, UserError
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 EXAMPLES = (("train.steps", "100"), ("train.epochs", "3"), ("workers", "4"))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # With positional arguments on both sides of options, argparse counts those that may be left out too.
+        super().error(message.removesuffix(", key=value"))
+
+
 def make_parser(
     name: str, description: str, section: type[Section] | None = None, default: str | None = None
 ) -> argparse.ArgumentParser:
@@ -28,7 +34,7 @@ def make_parser(
     CONFIG may be left out where it has a `default`.
     """
     width = shutil.get_terminal_size().columns - 2
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"bertscale {name}",
         description=textwrap.fill(description, width),
         allow_abbrev=False,

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bertscale.config import PrepConfig, UserError
+from bertscale.config import WORK_FOLDER, PrepConfig, UserError
 from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
 from bertscale.files import write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
@@ -50,7 +50,7 @@ class Work:
 
     @property
     def inner(self) -> Path:
-        return self.output / ".prep"
+        return self.output / WORK_FOLDER
 
     def check_plan(self) -> None:
         """Raises UserError if somebody has started over in the output folder since this was planned."""
@@ -160,7 +160,7 @@ class Plan:
 
     def __init__(self, config: PrepConfig) -> None:
         self.config, self.output = config, Path(config.output)
-        self.inner = self.output / ".prep"
+        self.inner = self.output / WORK_FOLDER
         self.path, self.spills = self.inner / "plan.json", self.inner / "spills.json"
         self.tokenizer_record = self.inner / "tokenizer.json"
         self.files: list[InputFile] = find_files(config.input)

@@ -19,6 +19,7 @@ from bertscale.config import (
     describe_fields,
     load_config,
 )
+from bertscale.config.section import ELSEWHERE
 from bertscale.quickstart import stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -225,6 +226,9 @@ def test_configs_are_frozen(minimal: Path) -> None:
         ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
         ("trian.steps=3", "unknown key trian; did you mean train?"),
         ("steps=3", "unknown key steps; did you mean train.steps?"),
+        ("lr=3", "unknown key lr; did you mean optimizer.learning_rate?"),
+        ("train.batch_size=3", "unknown key train.batch_size; did you mean train.global_batch?"),
+        ("model.name=bert", "unknown key model.name; did you mean model.preset?"),
         ("train.zzz=3", "unknown key train.zzz; the keys here are steps, "),
         ("train.steps=many", "train.steps='many': input should be a valid integer"),
         ("train.steps=0", "train.steps=0: input should be greater than or equal to 1"),
@@ -332,3 +336,16 @@ def test_every_field_is_described(section: type[Section]) -> None:
         assert sentence != "None", key
         assert sentence[0].isupper() or sentence.startswith("auto: "), key
         assert sentence.endswith("."), key
+
+
+def test_names_of_other_tools_lead_to_keys_that_there_are() -> None:
+    sections = (PretrainConfig, FinetuneConfig, PrepConfig, ClusterConfig)
+    last = {name.split(".")[-1] for section in sections for name, _ in describe_fields(section)}
+    for theirs, names in ELSEWHERE.items():
+        assert set(names) <= last, theirs
+        assert theirs not in last
+
+
+def test_one_input_needs_no_list() -> None:
+    for given in ("text", ["text"]):
+        assert PrepConfig.model_validate({"input": given, "output": "data"}).input == ["text"]

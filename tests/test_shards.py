@@ -79,6 +79,9 @@ def test_missing_folder_and_manifest(tmp_path: Path) -> None:
         open_dataset(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"prep did not finish here; run `bertscale prep` again"):
         open_dataset(tmp_path)
+    (tmp_path / "b.txt").write_text("raw")
+    with pytest.raises(UserError, match=r"is not a data set, it holds b\.txt; if that is raw text, prepare"):
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 10_000])

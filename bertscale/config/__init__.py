@@ -14,7 +14,14 @@ from bertscale.config.model import (
     ModelConfig,
     padded_vocab_size,
 )
-from bertscale.config.prep import LANGUAGES, SCRIPTS, PrepConfig, TokenizerTraining, check_language
+from bertscale.config.prep import (
+    LANGUAGES,
+    SCRIPTS,
+    WORK_FOLDER,
+    PrepConfig,
+    TokenizerTraining,
+    check_language,
+)
 from bertscale.config.pretrain import (
     PAIRS,
     Corpus,

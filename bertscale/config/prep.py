@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from bertscale.config.section import Section
 
+WORK_FOLDER = ".prep"  # in the output folder: what a prep that is stopped resumes from
 _ISO_639_1 = (
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
     "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
@@ -69,8 +70,8 @@ class PrepConfig(Section):
 
     input: list[str] = Field(
         min_length=1,
-        description="Files, folders or globs: .txt, .md, .jsonl, .csv, .tsv, .parquet, .arrow and "
-        "WikiExtractor output, each also as .gz, .bz2, .xz or .zst.",
+        description="Files, folders or globs, one or a list: .txt, .md, .jsonl, .csv, .tsv, .parquet, .arrow "
+        "and WikiExtractor output, each also as .gz, .bz2, .xz or .zst.",
     )
     output: str = Field(description="Folder for the tokenizer, the shards and manifest.json.")
     text_field: str = Field("text", description="Name of the field or column that holds the text.")
@@ -113,6 +114,11 @@ class PrepConfig(Section):
     )
     workers: int = Field(0, ge=0, description="Number of worker processes; 0 starts one for each core.")
     seed: int = Field(0, ge=0, description="Seed of the order of documents and of the tokenizer's sample.")
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _list_one_input(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("language")
     @classmethod

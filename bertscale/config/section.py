@@ -11,6 +11,38 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bertscale.errors import UserError
 
+# Names of other tools -> the last part of our keys; the first one that a section has is meant.
+ELSEWHERE = {
+    "lr": ("learning_rate",),
+    "batch_size": ("global_batch",),
+    "train_batch_size": ("global_batch",),
+    "per_device_train_batch_size": ("micro_batch",),
+    "micro_batch_size": ("micro_batch",),
+    "max_steps": ("steps",),
+    "num_epochs": ("epochs", "steps"),
+    "num_train_epochs": ("epochs", "steps"),
+    "max_seq_length": ("max_length",),
+    "max_seq_len": ("max_length",),
+    "seq_length": ("max_length",),
+    "warmup_ratio": ("warmup_fraction",),
+    "mlm_probability": ("mask_rate",),
+    "max_grad_norm": ("gradient_clipping",),
+    "bf16": ("precision",),
+    "fp16": ("precision",),
+    "dtype": ("precision",),
+    "model_type": ("preset",),
+    "architecture": ("preset",),
+    "model.name": ("preset",),
+    "num_layers": ("num_hidden_layers",),
+    "num_heads": ("num_attention_heads",),
+    "tensor_parallel": ("tensor",),
+    "tp": ("tensor",),
+    "gpus": ("ranks", "gpus_per_node"),
+    "output_dir": ("run", "output"),
+    "lang": ("language",),
+    "num_workers": ("workers",),
+}
+
 
 class Section(BaseModel):
     """A part of a config: frozen, and without unknown keys."""
@@ -164,8 +196,10 @@ def _explain(section: type[Section], problem: Any) -> str:
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
         # The last part of each key, in whatever section; of two equal ones the first.
         deep = {name.split(".")[-1]: name for name, _ in reversed(describe_fields(section))}
-        if location[-1] in deep:
-            return f"unknown key {key}; did you mean {deep[location[-1]]}?"
+        named = ELSEWHERE.get(key, (location[-1], *ELSEWHERE.get(location[-1], ())))
+        ours = [name for name in named if name in deep]
+        if ours:
+            return f"unknown key {key}; did you mean {deep[ours[0]]}?"
         if near:
             return f"unknown key {key}; did you mean {'.'.join([*location[:-1], near[0]])}?"
         if far := difflib.get_close_matches(location[-1], deep, n=1, cutoff=0.8):

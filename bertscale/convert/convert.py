@@ -68,6 +68,11 @@ def open_weights(path: Path) -> Weights:
 
     Raises UserError where `path` is none of them or is damaged.
     """
+    if not path.exists():
+        raise UserError(
+            f"there is no folder {path}: give a run, a checkpoint, or a model's folder; nothing is "
+            "downloaded, so save a published model and its tokenizer first, by save_pretrained(FOLDER)"
+        )
     return HuggingFaceWeights(path) if (path / "config.json").is_file() else open_checkpoint(path)
 
 

@@ -82,7 +82,7 @@ def iterate_batches(
 
     `config` is a config file, with `overrides` such as "samples.max_length=64", or one that is loaded. The
     batch of a step depends on data, seed and step alone, so `start_step` costs nothing; ranks of a larger run
-    share out the same samples. `split="validation"` gives the batches of the held-out loss.
+    divide the same samples among them. `split="validation"` gives the batches of the held-out loss.
 
     A micro-batch holds S samples laid end to end, without padding: `tokens`, `token_types` and `positions`
     are int64 [T], `lengths` tells where sequences end, `target_positions` and `targets` are int64 [P], and

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from bertscale.config import UserError
+from bertscale.config import WORK_FOLDER, UserError
 from bertscale.files import file_digest, json_digest, whole_file, write_json
 from bertscale.tokenizer import find_tokenizer
 
@@ -258,6 +258,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no data folder {folder}; `bertscale prep` makes one")
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        names = sorted(file.name for file in folder.iterdir())
+        if names and WORK_FOLDER not in names and not any(name.endswith(".arrow") for name in names):
+            raise UserError(
+                f"{folder} is not a data set, it holds {names[0]}{' and more' if names[1:] else ''}; if that "
+                f"is raw text, prepare it first: bertscale prep configs/prep/english.yaml input={folder}"
+            )
         raise UserError(
             f"{folder} has no {MANIFEST_NAME}: prep did not finish here; "
             "run `bertscale prep` again: finished shards are kept"

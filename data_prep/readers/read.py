@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from bertscale.config import PrepConfig, UserError
+from bertscale.config import WORK_FOLDER, PrepConfig, UserError
 from data_prep.readers import formats, tables
 from data_prep.readers.compressed import DAMAGE, compression_of, open_stream
 from data_prep.readers.records import Record, bad, printable
@@ -112,7 +112,7 @@ def _search(folder: str) -> Iterator[InputFile]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        prepared = ".prep" in folders  # by us: our output is no input
+        prepared = WORK_FOLDER in folders  # by us: our output is no input
         folders[:] = [name for name in folders if not name.startswith(".")]
         names += [
             os.path.join(path, name)
