@@ -327,7 +327,7 @@ def test_classes(tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_does_not_fit(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no folder .*none: .* nothing is downloaded"):
+    with pytest.raises(UserError, match=r"there is no folder .*none: .* nothing is downloaded"):
         finetune(configure(world, tmp_path, f"encoder={tmp_path}/none"))
     with pytest.raises(UserError, match=r"samples\.max_length=33 is longer than .*: 32 tokens"):
         finetune(configure(world, tmp_path, "samples.max_length=33"))
