@@ -296,7 +296,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_keeps_its_weights(
     [
         (
             {"objectives": {"mlm": 0}, "model": {"generator_size": 0.5}},
-            "objectives.mlm=0 and model.generator_size=0.5: masked tokens are all that the generator learns",
+            "objectives.mlm=0 and model.generator_size=0.5: the generator learns from masked tokens only",
         ),
         (
             {"objectives": {"rtd": 0}, "model": {"generator_size": 0.5}},

@@ -78,6 +78,8 @@ class _Table(_Part):
                 pieces[name, file.tensor_rank].append(piece)
         expected: dict[tuple[str, int], int] = {}
         for name, parameter in self.parameters.items():
+            if not {"weight"} <= set(parameter.states) <= set(STATES):
+                raise ValueError(f"the states of {name} are {parameter.states}")
             degree = 1 if parameter.tensor_parallel_dimension is None else self.topology.tensor
             expected |= {(name, rank): parameter.share(degree) for rank in range(degree)}
         if unknown := pieces.keys() - expected.keys():
