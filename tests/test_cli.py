@@ -215,3 +215,10 @@ def test_count_gpus(
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     assert ranks.count_gpus() == gpus
+
+
+def test_a_missing_config_alone_is_named(bertscale: Command) -> None:
+    for command in ("prep", "pretrain", "finetune"):
+        said = bertscale(command)
+        assert said.returncode == 2
+        assert said.stderr.endswith("error: the following arguments are required: CONFIG\n")
