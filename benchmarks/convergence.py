@@ -49,10 +49,11 @@ from bertscale.convert.convert import load_model
 from bertscale.convert.hf_names import hugging_face_config
 from bertscale.data.batch_phases import batch_phases
 from bertscale.data.loader import Loader
+from bertscale.data.manifest import Split
 from bertscale.data.masking import Ints
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import Mixture
-from bertscale.data.shards import Dataset, Split, open_dataset
+from bertscale.data.shards import Dataset, open_dataset
 from bertscale.files import write_json
 from bertscale.run_folder import CONFIG, RESULT, checkpoints
 from bertscale.tokenizer import Tokenizer, load_tokenizer

@@ -41,7 +41,8 @@ def array_task(index: int | None, count: int | None) -> tuple[int, int] | None:
 
 def verify_digests(folder: str) -> None:
     """Compares all files of a prepared folder with the sizes and digests of its manifest."""
-    from bertscale.data.shards import Split, open_dataset
+    from bertscale.data.manifest import Split
+    from bertscale.data.shards import open_dataset
 
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:

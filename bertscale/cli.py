@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bertscale.console import complain, full_disk_in_one_line, make_parser
+from bertscale.console import complain, disk_errors_in_one_line, make_parser
 from bertscale.errors import INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     _, command = COMMANDS[name]
     try:
-        with full_disk_in_one_line():
+        with disk_errors_in_one_line():
             return command(rest)
     except UserError as error:
         return complain(name, str(error))
@@ -186,7 +186,7 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
 
     from bertscale.train.pretrain import pretrain as train_as_rank
 
-    with full_disk_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
+    with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
         return train_as_rank(config)
 
 

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 # A help text shows the first of these keys that its config has.
 EXAMPLES = (("train.steps", "100"), ("train.epochs", "3"), ("workers", "4"))
 
+_AWAY = "something else has a name that is needed: move it away"
+REMEDIES = {
+    errno.EISDIR: _AWAY,
+    errno.ENOTDIR: _AWAY,
+    errno.EEXIST: _AWAY,
+    errno.EACCES: "choose another place, or ask for the permission",
+    errno.EPERM: "choose another place, or ask for the permission",
+    errno.EROFS: "choose another place, where files can be written",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -74,12 +84,16 @@ def complain(name: str, message: str) -> int:
 
 
 @contextmanager
-def full_disk_in_one_line() -> Iterator[None]:
-    """Turns the OSError of a full disk or quota, which a user can mend, into a UserError."""
+def disk_errors_in_one_line() -> Iterator[None]:
+    """Turns an OSError that a user can mend, such as that of a full disk, into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        named = f" {error.filename}" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing{named}" if named else ""
+            remedy = "free some space and run the same command again"
+            raise UserError(f"{error.strerror}{where}; {remedy}") from error
+        if error.errno not in REMEDIES or not named:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        raise UserError(f"{error.strerror}{where}; free some space and run the same command again") from error
+        raise UserError(f"{error.strerror}:{named}; {REMEDIES[error.errno]}") from error

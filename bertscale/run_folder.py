@@ -57,6 +57,8 @@ ENVIRONMENT = "environment.json"
 CODE = "code"
 CANCELLED = "cancelled"
 
+LARGEST = 2**53  # number in a line of JSON; not NaN, not infinite
+
 ATTEMPT_VARIABLE = "BERTSCALE_ATTEMPT"  # tells a rank the folder of its attempt
 HEARTBEAT = "heartbeat"
 FAILED = "failed"  # a rank has failed: a signal that srun now sends to the others is no request to save
@@ -189,14 +191,14 @@ def read_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]
     """Reads the JSON objects of a file, one a line, oldest first; only from its `last_bytes` if given.
 
     A line that a crash has cut short, or that is something else, is skipped; those after it are not.
-    Empty where there is no such file.
+    Empty where there is no such file, or a folder in its place.
     """
     try:
         with open(path, "rb") as file:
             if last_bytes is not None:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
             lines = file.read().split(b"\n")  # not splitlines: a text may hold other line separators
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return []
     entries = []
     for line in lines:
@@ -248,5 +250,5 @@ class Events:
 
 
 def is_number(value: object) -> bool:
-    """Tells whether a value of JSON is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Tells whether a value of JSON is a number, not too large to count or to be a time."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST

@@ -316,11 +316,12 @@ def no_tokenizer(output: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of `path`; None where there is no whole file."""
+    """The object in `path`; None where there is no whole one."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def _shards(output: Path) -> list[Path]:

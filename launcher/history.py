@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.errors import STOPPED_AND_SAVED
-from bertscale.run_folder import attempt_job, attempt_number, attempts_in, rank_reports
+from bertscale.run_folder import attempt_job, attempt_number, attempts_in, is_number, rank_reports
 
 
 @dataclass
@@ -97,9 +97,11 @@ def first_failed(attempt: Path) -> dict[str, Any] | None:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             report = {**report, "time": float(report["time"]), "rank": int(report["rank"])}
+            if not is_number(report["time"]):
+                continue
             if report["code"] not in (0, STOPPED_AND_SAVED):
                 reports.append(report)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
     return min(reports, key=lambda report: report["time"], default=None)
 

@@ -10,9 +10,9 @@ import json
 import re
 import string
 from dataclasses import dataclass, field
-from typing import Any
 
 from bertscale.run_folder import CODE, EVENTS, batch_log_name
+from launcher.records import from_json
 
 STAGES = ("prep", "pretrain", "convert", "finetune")
 
@@ -72,9 +72,8 @@ class JobSpec:
 
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
-        values: dict[str, Any] = json.loads(text)
-        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        return cls(**{**values, **lists})
+        """Raises ValueError where `text` is no spec."""
+        return from_json(cls, text)
 
 
 def render(spec: JobSpec) -> str:

@@ -8,7 +8,6 @@ group.exits()
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ from bertscale.errors import STOPPED_AND_SAVED, UserError
 from bertscale.run_folder import ATTEMPT_VARIABLE, SLURM_DIGITS, SRUN_LOG, rank_log, rank_report
 from launcher import slurm
 from launcher.ranks import PARENT, REPORT, Exit, describe_exit
+from launcher.records import from_json
 
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for the ranks that outlive a failed one
 KILL_SECONDS = 20.0  # for srun to kill all ranks
@@ -225,8 +225,8 @@ class SlurmStep:
         for rank in range(self.ranks):
             try:
                 report = rank_report(self.attempt, rank).read_text(encoding="utf-8")
-                ended.append(Exit(**json.loads(report)))
-            except (FileNotFoundError, ValueError):
+                ended.append(from_json(Exit, report))
+            except (OSError, ValueError):
                 self.missing.append(rank)
         code = self.process.returncode
         said = (self.attempt / SRUN_LOG).read_text(encoding="utf-8", errors="replace")

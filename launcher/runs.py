@@ -145,7 +145,7 @@ def read_spec(job: Path) -> JobSpec:
     try:
         values = json.loads((job / JOB_SPEC).read_text(encoding="utf-8"))
         return JobSpec.from_json(json.dumps({key: values[key] for key in values if key in known}))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{job / JOB_SPEC} cannot be read ({error}); submit the run again") from error
 
 
@@ -259,11 +259,11 @@ def expected_end(
 def planned_steps(place: Place) -> int | None:
     """train.steps of the job's config, or of the run's; of another budget, the steps of a finished run."""
     for folder in (place.job, place.run):
-        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError, OverflowError):
             if folder is not None:
                 config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
                 return int(config["train"]["steps"])
-    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, OverflowError):
         return int(json.loads((place.run / RESULT).read_text(encoding="utf-8"))["steps"])
     return None
 

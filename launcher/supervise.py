@@ -224,7 +224,10 @@ def _end_hang(group: RankGroup, beat: str, seconds: float) -> Hang:
         silent = [rank for rank in silent if not _has_stack(logs[rank], sizes[rank])]
     group.silent = silent
     group.kill()
-    return Hang(json.loads(beat)["step"] if beat else None, seconds, silent)
+    step = None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        step = int(json.loads(beat)["step"])
+    return Hang(step, seconds, silent)
 
 
 def _size(log: Path) -> int:

@@ -54,7 +54,11 @@ def main(arguments: list[str]) -> int:
         return MISTAKE
     with StopRequests() as stop:  # first of all: until here the script ignores USR1
         folder = Path(arguments[0])
-        spec = JobSpec.from_json((folder / JOB_SPEC).read_text(encoding="utf-8"))
+        try:
+            spec = JobSpec.from_json((folder / JOB_SPEC).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            print(f"{folder / JOB_SPEC} cannot be read ({error}); submit the run again", file=sys.stderr)
+            return MISTAKE
         job = Job(spec, arguments[2:], stop)
         try:
             return job.run()
@@ -251,7 +255,7 @@ def _unfinished(folder: Path) -> str | None:
     """The mark that a job folder lacks, None when it is done."""
     try:
         tasks = JobSpec.from_json((folder / JOB_SPEC).read_text(encoding="utf-8")).array
-    except OSError:
+    except (OSError, ValueError):
         return JOB_SPEC
     return next((mark for mark in done_marks(tasks) if not (folder / mark).exists()), None)
 

@@ -119,7 +119,7 @@ def configure(world: Path, output: Path, *overrides: str) -> FinetuneConfig:
 
 
 def without_time(result: Row) -> Row:
-    return {key: value for key, value in result.items() if key not in ("seconds", "files")}
+    return {key: value for key, value in result.items() if key not in ("seconds", "files", "digest")}
 
 
 # -------------------------------------------------------------------------------------------- the loop

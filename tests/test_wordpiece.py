@@ -172,7 +172,7 @@ def test_rules_that_are_not_ours_are_refused(vocabulary: Path) -> None:
             '{"tokenize_chinese_chars": false}',
             "tokenize_chinese_chars=false, but this version always cuts there",
         ),
-        ('{"do_lower_case": "yes"}', "do_lower_case='yes' is not true or false"),
+        ('{"do_lower_case": "yes"}', "do_lower_case='yes': input should be a valid boolean"),
         ("[]", "is not a mapping of keys to values"),
         ("{", "is damaged"),
     ]:
@@ -238,7 +238,8 @@ def test_files_that_are_no_wordpiece_tokenizer(tmp_path: Path) -> None:
     added = [token | {"normalized": False, "special": False}]
     for content, message in [
         (tokenizer.content[:-20], "is damaged"),
-        (b"[]", "is not the tokenizer of a BERT"),
+        (b"[]", "is not a mapping of keys to values"),
+        (b"{}", "is not the tokenizer of a BERT"),
         (damaged(tokenizer, model={"type": "Unigram"}), r"put that model beside it as tokenizer\.model"),
         (damaged(tokenizer, normalizer=None), "is not the tokenizer of a BERT"),
         (damaged(tokenizer, added_tokens=added), "the added token 'the'"),

@@ -52,14 +52,17 @@ class ModelConfig(Section):
     preset: Literal["bert", "megatron-bert", "modern"] = Field(
         "bert", description="Architecture: BertForPreTraining, MegatronBertForPreTraining or ModernBert."
     )
-    num_hidden_layers: int = Field(12, ge=1, description="Number of layers.")
-    hidden_size: int = Field(768, ge=1, description="Width of the hidden states.")
-    num_attention_heads: int = Field(12, ge=1, description="Number of attention heads.")
+    num_hidden_layers: int = Field(12, ge=1, lt=2**12, description="Number of layers.")
+    hidden_size: int = Field(768, ge=1, lt=2**24, description="Width of the hidden states.")
+    num_attention_heads: int = Field(12, ge=1, lt=2**24, description="Number of attention heads.")
     intermediate_size: int = Field(
-        3072, ge=1, description="Width inside the feed-forward part; for modern, of each of its two halves."
+        3072,
+        ge=1,
+        lt=2**24,
+        description="Width inside the feed-forward part; for modern, of each of its two halves.",
     )
-    max_position_embeddings: int = Field(512, ge=1, description="Longest sequence, in tokens.")
-    type_vocab_size: int = Field(2, ge=1, description="Number of segment types; not for modern.")
+    max_position_embeddings: int = Field(512, ge=1, lt=2**24, description="Longest sequence, in tokens.")
+    type_vocab_size: int = Field(2, ge=1, lt=2**24, description="Number of segment types; not for modern.")
     hidden_dropout_prob: float = Field(
         0.1,
         ge=0,

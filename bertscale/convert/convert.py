@@ -20,13 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
+from bertscale.config.table import damaged
 from bertscale.convert.electra import CLASSES, check_exportable, electra_config, electra_names, to_electra
 from bertscale.convert.hf_names import (
     SENTENCE_HEAD,
     from_hugging_face,
     hugging_face_config,
     hugging_face_names,
+    masked_class,
     model_of,
+    read_config,
     to_hugging_face,
 )
 from bertscale.convert.output import check_output, is_output_of, write_record
@@ -93,10 +96,7 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         origin = folder / "config.json"
-        try:
-            self.config = json.loads(origin.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {origin}: {error}") from error
+        self.config = read_config(origin)
         self.model: ModelConfig = model_of(self.config, str(origin))
         self.vocab_size: int = self.config["vocab_size"]
         try:
@@ -109,7 +109,11 @@ class HuggingFaceWeights:
             ) from error
         self.parameters = native_shapes(self.model, self.vocab_size)
         self.missing = [
-            name for name in self.parameters if name.startswith(SENTENCE_HEAD) and not self._has(name)
+            name
+            for name in self.parameters
+            if name.startswith(SENTENCE_HEAD)
+            # A part of the head that is there in part is no head of another kind, but a damaged file.
+            and not any(self._has(f"{name.rpartition('.')[0]}.{kind}") for kind in ("weight", "bias"))
         ]
 
     def tensor(self, name: str) -> Tensor:
@@ -312,8 +316,17 @@ def largest_difference(weights: Weights, folder: Path) -> float:
     _quiet()
 
     def load(place: Path) -> Any:
-        kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-        return getattr(transformers, kind).from_pretrained(place, dtype=torch.float32).eval()
+        config = read_config(place / "config.json")
+        (kind, *_) = config.get("architectures") or [masked_class(config)]  # some published ones tell none
+        if not kind.endswith(("ForPreTraining", "ForMaskedLM")) or not hasattr(transformers, kind):
+            raise UserError(
+                f"{place / 'config.json'} names the class {kind!r}, which is none for pretraining or masked "
+                "language modelling; save such a model there with model.save_pretrained(folder)"
+            )
+        try:
+            return getattr(transformers, kind).from_pretrained(place, dtype=torch.float32).eval()
+        except Exception as error:  # the library raises errors of many classes for what it cannot read
+            raise damaged(place, f"transformers cannot load it: {error}", "save the model anew") from error
 
     theirs = load(folder)
     ours = native_model(weights)

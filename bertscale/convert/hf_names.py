@@ -6,12 +6,15 @@ in separate weights.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config, padded_vocab_size
+from bertscale.config.table import Table, check_table, read_object
 from bertscale.model.model import fused_rows, join_fused, split_fused
 
 # Native module -> Hugging Face module, outside the layers and inside one; `query_key_value` is divided where
@@ -163,6 +166,49 @@ MODERN_FORM = {
 }
 
 
+_Dimension = Annotated[int, Field(ge=1, lt=2**24)]  # no shape is asked for that torch cannot even name
+
+
+class _Rope(Table):
+    rope_type: str = "default"
+
+
+class _Ropes(Table):
+    full_attention: _Rope | None = None
+    sliding_attention: _Rope | None = None
+
+
+class _HuggingFaceConfig(Table):
+    """The keys of a config.json that are read here; `ModelConfig` checks the rest of the sizes."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    vocab_size: _Dimension
+    hidden_size: _Dimension
+    num_hidden_layers: Annotated[int, Field(ge=1, lt=2**12)]
+    num_attention_heads: _Dimension
+    intermediate_size: _Dimension
+    max_position_embeddings: _Dimension = 1
+    type_vocab_size: _Dimension = 1
+    sliding_window: _Dimension | None = None
+    layer_types: list[str] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: _Ropes | None = None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a config.json. Raises UserError where it is damaged."""
+    remedy = "save the model there again with model.save_pretrained(folder)"
+    config = read_object(path, remedy)
+    check_table(_HuggingFaceConfig, config, path, remedy)
+    return config
+
+
+def masked_class(config: dict[str, Any]) -> str:
+    """Names transformers' class for masked language modelling of a config.json."""
+    return next(name for name, kind in CLASSES.values() if kind == config["model_type"]) + "ForMaskedLM"
+
+
 def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     """Reads the native config from a config.json. Raises UserError where no preset equals it."""
     kind = config.get("model_type")
@@ -193,7 +239,7 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
 def _layers_and_bases(config: dict[str, Any], origin: str, supported: str) -> dict[str, Any]:
     """Reads what newer ModernBert configs write as lists: which layers are global, and the rotary bases."""
     values: dict[str, Any] = {}
-    if "sliding_window" in config:  # half of local_attention, which transformers sets by it
+    if config.get("sliding_window"):  # half of local_attention, which transformers sets by it
         values["local_attention"] = 2 * config["sliding_window"]
     scaling = config.get("rope_scaling") or {}  # the older spelling of rope_parameters
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":

@@ -19,10 +19,11 @@ from bertscale.config import PretrainConfig, UserError, load_config
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.index import Peers
 from bertscale.data.loader import Loader
+from bertscale.data.manifest import Split
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import Mixture
 from bertscale.data.samples import check_batches
-from bertscale.data.shards import Dataset, Split, open_dataset
+from bertscale.data.shards import Dataset, open_dataset
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -22,11 +22,10 @@ Format: https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +33,8 @@ import pyarrow as pa
 import xxhash
 
 from bertscale.config import WORK_FOLDER, UserError
+from bertscale.config.table import check_table, damaged, read_object
+from bertscale.data.manifest import Manifest, Split
 from bertscale.files import file_digest, json_digest, whole_file, write_json
 from bertscale.tokenizer import find_tokenizer
 
@@ -41,7 +42,6 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 LARGEST_SHARD = 2**31 - 1  # tokens: list offsets are int32
 
-Split = Literal["train", "validation"]
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Document = tuple[int, Sequence[Sequence[int]]]  # (document, its sentences as lists of piece ids)
 
@@ -174,6 +174,8 @@ class Shard:
             size = self.path.stat().st_size
         except FileNotFoundError:
             raise UserError(f"the shard {self.path} is missing; {_REMEDY}") from None
+        except OSError as error:
+            raise UserError(f"cannot read the shard {self.path}: {error.strerror}") from error
         if size != entry.bytes:
             raise UserError(
                 f"the shard {self.path} has {size:,} bytes instead of {entry.bytes:,}: "
@@ -268,17 +270,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST_NAME}: prep did not finish here; "
             "run `bertscale prep` again: finished shards are kept"
         )
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; delete it and run `bertscale prep` again") from error
+    remedy = "delete it and run `bertscale prep` again"
+    manifest = read_object(path, remedy)
+    version = manifest.get("format_version")
+    if type(version) is not int:
+        raise damaged(path, f"format_version is {version!r}", remedy)
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version}, this bertscale reads {FORMAT_VERSION}; "
             "run `bertscale prep` again"
         )
-    assert isinstance(manifest, dict)
+    check_table(Manifest, manifest, path, remedy)
     return manifest
 
 

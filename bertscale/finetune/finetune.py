@@ -22,19 +22,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
+from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertscale.config import FinetuneConfig, ModelConfig, OptimizerConfig, UserError, check_config
+from bertscale.config.table import Count, Table, check_table, damaged, read_object
 from bertscale.convert.convert import Weights, open_weights
-from bertscale.files import file_digest, whole_folder, write_bytes, write_json
+from bertscale.files import file_digest, json_digest, whole_folder, write_bytes, write_json
 from bertscale.finetune.tasks import (
     Batch,
     Example,
@@ -56,6 +59,7 @@ from bertscale.train.checkpoint import save_tensors
 from bertscale.train.device import choose_precision, describe, local_device
 from bertscale.train.schedule import learning_rate
 
+DIGEST = "digest"  # in result.json, of all the rest of it
 LOSS_EVERY = 10  # steps between two readings of the loss, each of which waits for the device
 
 
@@ -237,6 +241,7 @@ def write_output(output: Path, task: Task, findings: Findings, result: dict[str,
     write_bytes(output / CONFIG, settings.encode())
     files = ["predictions.jsonl", CONFIG, *sorted(f"model/{path.name}" for path in model.iterdir())]
     result["files"] = {name: file_digest(output / name) for name in files}
+    result[DIGEST] = json_digest(result)
     write_json(output / RESULT, result)
 
 
@@ -374,6 +379,34 @@ def table(result: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------- the files
 
 
+class _Figures(Table):
+    accuracy: float
+    accuracy_std: float | None
+    macro_f1: float
+    macro_f1_std: float | None
+    per_seed: list[dict[str, Any]]
+
+
+class _Result(Table):
+    made_of: dict[str, str]
+    files: dict[str, str]
+    test_examples: Count
+    majority_accuracy: float
+    pretrained: _Figures
+    random: _Figures | None = None
+
+
+class _Facts(Table):
+    """Of a classifier, its config.json."""
+
+    labels: list[Label] = Field(min_length=2)
+    model: dict[str, Any]
+    pooling: Literal["first", "mean"]
+    vocab_size: Annotated[int, Field(ge=1, lt=2**24)]
+    max_length: Annotated[int, Field(ge=3)]
+    tokenizer_sha256: str
+
+
 def make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -399,9 +432,13 @@ def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
 def finished_result(output: Path, made_of: dict[str, str]) -> dict[str, Any] | None:
     """Returns the result of an output with the same digests whose files are all as they were written."""
     try:
-        result: dict[str, Any] = json.loads((output / RESULT).read_text(encoding="utf-8"))
-        whole = all(file_digest(output / name) == digest for name, digest in result["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+        result = read_object(output / RESULT, "")
+        rest = {key: value for key, value in result.items() if key != DIGEST}
+        if result.get(DIGEST, json_digest(rest)) != json_digest(rest):  # earlier versions wrote none
+            return None
+        files = check_table(_Result, result, output / RESULT, "").files
+        whole = all(file_digest(output / name) == digest for name, digest in files.items())
+    except (OSError, UserError):
         return None
     return result if whole and result["made_of"] == made_of else None
 
@@ -449,14 +486,28 @@ def load_classifier(folder: str | Path) -> Classifier:
         load_classifier("runs/quickstart/finetune/model")(["Adds two matrices."])    # [("numpy", 0.91)]
     """
     folder = Path(folder)
-    try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no classifier: {error}") from error
+    path, remedy = folder / "config.json", "take another copy of the classifier, or fine-tune it again"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no classifier: it has no config.json")
+    facts = read_object(path, remedy)
+    check_table(_Facts, facts, path, remedy)
     tokenizer = load_tokenizer(folder)
     if tokenizer.sha256 != facts["tokenizer_sha256"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer that the classifier was trained with")
-    shape = check_config(ModelConfig, facts["model"], str(folder / "config.json"))
-    model = ClassificationModel(shape, facts["vocab_size"], len(facts["labels"]), facts["pooling"])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    shape = check_config(ModelConfig, facts["model"], str(path))
+    sizes = shape, facts["vocab_size"], len(facts["labels"]), facts["pooling"]
+    weights = folder / "model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise damaged(weights, error, remedy) from error
+    with torch.device("meta"):  # nothing is allocated for a config that does not belong to the weights
+        wanted = {
+            name: (value.shape, value.dtype)
+            for name, value in ClassificationModel(*sizes).state_dict().items()
+        }
+    if {name: (value.shape, value.dtype) for name, value in tensors.items()} != wanted:
+        raise damaged(weights, "its tensors are not those that config.json beside it asks for", remedy)
+    model = ClassificationModel(*sizes)
+    model.load_state_dict(tensors)
     return Classifier(model, tokenizer, facts)

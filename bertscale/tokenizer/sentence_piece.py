@@ -57,9 +57,10 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("empty")
             # One thread: prep runs one process for each core already.
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content, num_threads=1)
-        except RuntimeError as error:
+            self.vocab_size = self._model.vocab_size()
+            self._model.id_to_piece(list(range(self.vocab_size)))  # a damaged piece is no text
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not a SentencePiece model") from error
-        self.vocab_size = self._model.vocab_size()
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             self._special_id(name) for name in SPECIAL
         )

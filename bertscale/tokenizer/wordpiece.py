@@ -22,7 +22,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, model_validator
+
 from bertscale.config import UserError
+from bertscale.config.table import Count, Table, check_table, damaged, parse_object, read_object
 from bertscale.tokenizer.base import (
     CLS,
     SEP,
@@ -37,6 +40,7 @@ from bertscale.tokenizer.base import (
 )
 
 CONFIG_NAME = "tokenizer_config.json"
+REMEDY = "put a sound copy of it there"
 CONTINUES = "##"  # before a piece that does not begin a word
 CACHE_BYTES = 64 * 2**20  # for words whose ids are known, about
 WORD_BYTES = 250  # of a known word, about, beside its characters
@@ -62,22 +66,21 @@ class WordPieceTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Fast
 
         self.path, self.content = path, content
-        parts = _parse(path, content)
-        _check(path, parts)
+        parts = _read(path, content)
         try:
             self._fast = Fast.from_str(content.decode())
         except Exception as error:  # the library has no narrower class
-            raise UserError(f"{path} is damaged: {error}") from error
-        rules = parts["normalizer"]
-        self.lowercase: bool = rules["lowercase"]
-        stripped = rules["strip_accents"]
-        self.strips_accents: bool = self.lowercase if stripped is None else stripped
+            raise damaged(path, error, REMEDY) from error
+        rules = parts.normalizer
+        self.lowercase = rules.lowercase
+        stripped = rules.strip_accents
+        self.strips_accents = self.lowercase if stripped is None else stripped
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True  # a literal "[MASK]" is text
         self.vocab_size = self._fast.get_vocab_size()
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            parts["model"]["vocab"][name] for name in SPECIAL
+            parts.model.vocab[name] for name in SPECIAL
         )
         # Text is encoded word by word, since no rule looks beyond a word, and each word only once: this is
         # three times as fast as the library.
@@ -160,10 +163,9 @@ def load(path: Path, content: bytes, lowercase: bool | None) -> WordPieceTokeniz
     if path.suffix != ".json":
         return WordPieceTokenizer(path, from_vocabulary(path, content, lowercase, _settings_beside(path)))
     if lowercase is not None:
-        parts = _parse(path, content)
-        _check(path, parts)
-        if parts["normalizer"]["lowercase"] != lowercase:
-            vocabulary = sorted(parts["model"]["vocab"], key=parts["model"]["vocab"].__getitem__)
+        parts = _read(path, content)
+        if parts.normalizer.lowercase != lowercase:
+            vocabulary = sorted(parts.model.vocab, key=parts.model.vocab.__getitem__)
             content = _tokenizer_json(vocabulary, lowercase)
     return WordPieceTokenizer(path, content)
 
@@ -173,12 +175,8 @@ def _settings_beside(path: Path) -> dict[str, Any]:
     path = path.with_name(CONFIG_NAME)
     if not path.is_file():
         return {}
-    settings = _parse(path, path.read_bytes())
-    if not isinstance(settings, dict):
-        raise UserError(f"the tokenizer {path} is damaged: it is not a mapping of keys to values")
-    for key in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
-        if not isinstance(settings.get(key), bool | None):
-            raise UserError(f"the tokenizer {path} is damaged: {key}={settings[key]!r} is not true or false")
+    settings = read_object(path, REMEDY)
+    check_table(_Rules, settings, path, REMEDY)
     if settings.get("tokenize_chinese_chars") is False:
         raise UserError(f"{path}: tokenize_chinese_chars=false, but this version always cuts there")
     return settings
@@ -274,35 +272,68 @@ def _part(kind: str, name: str, token_type: int) -> dict[str, Any]:
     return {kind: {"id": name, "type_id": token_type}}
 
 
-def _parse(path: Path, content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise UserError(f"the tokenizer {path} is damaged: {error}") from error
+# ------------------------------------------------------------------------------------- tokenizer.json
 
 
-def _check(path: Path, parts: Any) -> None:
-    """Raises UserError unless `parts` are those of a BERT tokenizer."""
-    kinds = ("BertNormalizer", "BertPreTokenizer", "WordPiece")
-    types: list[Any] = []
-    if isinstance(parts, dict):
-        types = [(parts.get(name) or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
-    if tuple(types) != kinds:
+class _Rules(Table):
+    """Of a tokenizer_config.json."""
+
+    do_lower_case: bool | None = None
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool | None = None
+
+
+class _Normalizer(Table):
+    clean_text: bool
+    handle_chinese_chars: bool
+    strip_accents: bool | None = None
+    lowercase: bool
+
+
+class _Model(Table):
+    vocab: dict[str, Count]
+
+
+class _AddedToken(Table):
+    content: str
+    special: bool
+
+
+class _TokenizerJson(Table):
+    normalizer: _Normalizer
+    model: _Model
+    added_tokens: list[_AddedToken] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _check_ids(self) -> _TokenizerJson:
+        ids = set(self.model.vocab.values())
+        if ids != set(range(len(self.model.vocab))):
+            raise ValueError("model.vocab: the ids are not 0, 1, 2, ..., each once")
+        return self
+
+
+def _read(path: Path, content: bytes) -> _TokenizerJson:
+    """The parts of a tokenizer.json. Raises UserError unless they are those of a BERT tokenizer."""
+    values = parse_object(content, path, REMEDY)
+    named = (values.get(name) for name in ("normalizer", "pre_tokenizer", "model"))
+    types = [part.get("type") if isinstance(part, dict) else None for part in named]
+    if types != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
         raise UserError(
             f"{path} is not the tokenizer of a BERT (a WordPiece model with BERT's rules); where it is the "
             "Hugging Face form of a SentencePiece model, put that model beside it as tokenizer.model"
         )
+    parts = check_table(_TokenizerJson, values, path, REMEDY)
     for name in SPECIAL:
-        if name not in parts["model"]["vocab"]:
+        if name not in parts.model.vocab:
             raise UserError(f"the tokenizer {path} has no piece {name}")
-    rules = parts["normalizer"]
-    if not (rules["clean_text"] and rules["handle_chinese_chars"]):
+    if not (parts.normalizer.clean_text and parts.normalizer.handle_chinese_chars):
         raise UserError(
             f"the tokenizer {path} does not clean text or does not make words of Chinese characters, which "
             "this version needs"
         )
-    for token in parts.get("added_tokens", []):
-        if not token["special"]:
+    for token in parts.added_tokens:
+        if not token.special:
             raise UserError(
-                f"the tokenizer {path} has the added token {token['content']!r}, which is not supported"
+                f"the tokenizer {path} has the added token {token.content!r}, which is not supported"
             )
+    return parts

@@ -5,14 +5,14 @@ A table that somebody has edited, or that a disk has damaged, is refused before 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 
+from bertscale.config.table import Count, FileName, Size, Table, check_table, damaged, read_object
 from bertscale.errors import UserError
 from bertscale.files import json_digest
 from bertscale.run_folder import TABLE
@@ -21,20 +21,13 @@ FORMAT = 1
 DIGEST = "digest"  # of all the rest of the table
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 
-Count = Annotated[int, Field(ge=0, lt=2**62)]
-Size = Annotated[int, Field(ge=1, lt=2**62)]
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class _Topology(_Part):
+class _Topology(Table):
     tensor: Size
     data: Size
 
 
-class _Parameter(_Part):
+class _Parameter(Table):
     shape: list[Size]
     tensor_parallel_dimension: Count | None
     states: list[str] = Field(default_factory=lambda: list(STATES))
@@ -49,15 +42,15 @@ class _Parameter(_Part):
         return math.prod(self.shape) // degree
 
 
-class _File(_Part):
-    name: str = Field(pattern=r"^[\w.-]+$")
+class _File(Table):
+    name: FileName
     bytes: Count
     digest: str
     tensor_rank: Count
     pieces: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]  # start, length
 
 
-class _Table(_Part):
+class _Table(Table):
     has_moments: bool
     step: Count
     samples_consumed: Count
@@ -70,7 +63,8 @@ class _Table(_Part):
     parameters: dict[str, _Parameter]
     files: list[_File]
 
-    def check_pieces(self) -> None:
+    @model_validator(mode="after")
+    def _check_pieces(self) -> _Table:
         """Raises ValueError where the pieces of a parameter are not the whole of it, each value once."""
         pieces: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
         for file in self.files:
@@ -92,33 +86,22 @@ class _Table(_Part):
                 end += length
             if end != size:
                 raise ValueError(f"a piece of {name} is missing or too much")
+        return self
 
 
 def read_table(folder: Path) -> dict[str, Any]:
     """The table of the checkpoint `folder`, checked, without its digest; raises UserError, in one line."""
-    path = folder / TABLE
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path, remedy = folder / TABLE, "use another checkpoint"
+    if not path.exists():
         raise UserError(
             f"{folder} is not a finished checkpoint: it has no {TABLE}, which is written last; "
             "use an older checkpoint of the run"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}; use another checkpoint") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path} is damaged: it is no mapping; use another checkpoint")
+        )
+    table = read_object(path, remedy)
     if table.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {table.get('format')}, this version reads {FORMAT}")
     digest = table.pop(DIGEST, None)  # the first checkpoints have none
     if digest is not None and digest != json_digest(table):
-        raise UserError(f"{path} is damaged: its digest is not that of its content; use another checkpoint")
-    try:
-        _Table.model_validate(table).check_pieces()
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{path} is damaged: {key}: {problem['msg']}; use another checkpoint") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; use another checkpoint") from error
+        raise damaged(path, "its digest is not that of its content", remedy)
+    check_table(_Table, table, path, remedy)
     return table

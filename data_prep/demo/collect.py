@@ -68,7 +68,7 @@ def collect(output: str | Path) -> dict[str, Any]:
         if summary["environment"] == environment:
             print(f"already collected: {output}")
             return summary
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     summary_path.unlink(missing_ok=True)
     for folder in ("corpus", "task"):

@@ -1,0 +1,77 @@
+"""The table of a data set, manifest.json: what must be in it, and that its counts fit together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bertscale.config.table import Count, FileName, Size, Table
+
+SUMS = {"documents": "rows", "sentences": "sentences", "tokens": "tokens"}  # counter -> key of a shard
+
+Split = Literal["train", "validation"]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
+
+
+class _Shard(Table):
+    name: FileName
+    split: Split
+    rows: Count
+    sentences: Count
+    tokens: Count
+    bytes: Count
+    digest: Digest
+
+
+class _Sums(Table):
+    documents: Count
+    sentences: Count
+    tokens: Count
+    text_bytes: Count
+
+
+class _Counters(Table):
+    records: Count = 0
+    cut: Count = 0
+    documents: Count = 0
+    sentences: Count = 0
+    tokens: Count = 0
+    text_bytes: Count = 0
+    splits: dict[Split, _Sums] = Field(default_factory=dict)
+    bad: dict[str, Count] = Field(default_factory=dict)
+    dropped: dict[str, Count] = Field(default_factory=dict)
+
+
+class _Settings(Table):
+    input: list[str] = Field(default_factory=list)
+
+
+class Manifest(Table):
+    """What `bertscale prep` writes last; the shards' files are compared with it when they are opened."""
+
+    tokenizer: Literal["tokenizer.model", "tokenizer.json"]
+    tokenizer_sha256: Digest
+    vocab_size: Size
+    settings: _Settings
+    counters: _Counters
+    shards: list[_Shard]
+
+    @model_validator(mode="after")
+    def _check_sums(self) -> Manifest:
+        """Raises ValueError where a file is named twice, or the counters are not the sums of the shards."""
+        (name, times), *_ = Counter(shard.name for shard in self.shards).most_common(1) or [("", 0)]
+        if times > 1:
+            raise ValueError(f"the shard {name} is there twice")
+        for key in (*SUMS, "text_bytes"):
+            of_splits = {split: getattr(sums, key) for split, sums in self.counters.splits.items()}
+            if getattr(self.counters, key) != sum(of_splits.values()):
+                raise ValueError(f"counters.{key} is not the sum of its splits")
+            for split, counted in of_splits.items():
+                shards = [shard for shard in self.shards if shard.split == split]
+                if key in SUMS and counted != sum(getattr(shard, SUMS[key]) for shard in shards):
+                    raise ValueError(f"counters.splits.{split}.{key} is not the sum of its shards")
+        if self.counters.splits and {shard.split for shard in self.shards} - set(self.counters.splits):
+            raise ValueError("a split of the shards is not in the counters")
+        return self
