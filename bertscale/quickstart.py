@@ -150,7 +150,8 @@ def _show(summary: dict[str, Any]) -> str:
         "model": f"{show_count(pretrain['parameters'])} parameters, {pretrain['precision']}",
         "loss": f"{pretrain['first_loss']:.3f} at first, {pretrain['last_loss']:.3f} at the end "
         f"({pretrain['steps']:,} steps); held-out MLM {pretrain['heldout_mlm_loss']:.3f}",
-        "speed": f"{show_count(pretrain['tokens_per_second'])} tokens/s, MFU {100 * pretrain['mfu']:.1f} %",
+        "speed": f"{show_count(pretrain['tokens_per_second'])} tokens/s, MFU {100 * pretrain['mfu']:.1f} %"
+        + (" of the peak measured at the start" if pretrain["mfu"] > 1 else ""),
         "accuracy": f"{ours['accuracy']:.3f} pretrained, {random['accuracy']:.3f} from random weights",
         "macro-F1": f"{ours['macro_f1']:.3f} pretrained, {random['macro_f1']:.3f} from random weights "
         f"(means of {len(ours['per_seed'])} seeds)",

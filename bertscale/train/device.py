@@ -35,6 +35,13 @@ def local_device() -> torch.device:
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns (dtype, reason in words) for `auto`, `bfloat16` or `float32`; raises UserError for others."""
+    if (
+        wanted == "bfloat16"
+        and device.type == "cpu"
+        and choose_precision("auto", device)[0] != torch.bfloat16
+    ):
+        slow = "as configured, but this CPU computes it slowly: train.precision=auto takes float32 here"
+        return torch.bfloat16, slow
     if wanted in ("float32", "bfloat16"):
         return getattr(torch, wanted), "as configured"
     if wanted != "auto":
@@ -82,13 +89,23 @@ def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The best FLOP/s of square matrix products in a third of a second, two at least: 2,048 wide with this
-    process's threads, or 8,192 on a GPU, which needs some of them to reach its clock rate."""
-    size = 2048 if device.type == "cpu" else 8192
+    process's threads, or 8,192 on a GPU, which needs some of them to reach its clock rate; 256 wide on a CPU
+    that would take seconds for one of 2,048, as some do in bfloat16."""
+    if device.type == "cuda":
+        return _best_product(device, dtype, 8192)
+    small = _best_product(device, dtype, 256, seconds=0.0)
+    return _best_product(device, dtype, 2048) if 2 * 2048**3 / small < 1.0 else small
+
+
+def _best_product(
+    device: torch.device, dtype: torch.dtype, size: int, seconds: float = PEAK_SECONDS
+) -> float:
+    """The best FLOP/s of products `size` wide in `seconds`, two of them at least."""
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)
     synchronize(device)
     clock = [time.perf_counter()]
-    while len(clock) < 3 or clock[-1] - clock[0] < PEAK_SECONDS:
+    while len(clock) < 3 or clock[-1] - clock[0] < seconds:
         left.matmul(right)
         synchronize(device)
         clock.append(time.perf_counter())

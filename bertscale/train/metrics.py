@@ -148,8 +148,13 @@ def brief(figures: dict[str, float]) -> dict[str, str]:
         **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
         **_rates(figures, "train", ".0%"),
         "tokens/s": show_count(figures["speed/tokens_per_second"]),
-        "MFU": f"{figures['speed/mfu']:.0%}",
+        "MFU": show_mfu(figures["speed/mfu"]),
     }
+
+
+def show_mfu(mfu: float) -> str:
+    """MFU in words: above 1, the peak was measured while something else used the processor."""
+    return f"{mfu:.0%}" + (" of the peak measured at the start" if mfu > 1 else "")
 
 
 def heldout_brief(figures: dict[str, float]) -> str:
