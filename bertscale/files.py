@@ -9,11 +9,13 @@ Standard library only, except for the digest: a batch host may have nothing else
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,31 +69,61 @@ def fresh_folder(final: Path) -> Path:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Flushes the files of `partial` and renames it, in place of an older `final`. Raises OSError."""
+    """Flushes the files of `partial` and renames it, in place of an older `final`. Raises OSError.
+
+    Of several processes that do so at the same time, the last one's folder stays, whole.
+    """
     for path in partial.rglob("*"):
         sync(path)
     sync(partial)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)  # not removed in place: a kill would leave half of it under the final name
-    os.rename(partial, final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with _locked(final.parent):
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.rename(final, old)  # not removed in place: a kill would leave half of it under the final name
+        os.rename(partial, final)
+        sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """An empty folder to fill under a temporary name; at the end it is flushed and renamed to `final`.
 
-    After an exception, `final` is what it was, and nothing else is left. Raises OSError.
+    After an exception, `final` is what it was, and nothing else is left. What a killed process left of such a
+    folder is removed; that of a live one, which holds a lock on it, is not. Raises OSError.
     """
-    partial = fresh_folder(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.{os.uname().nodename}-{os.getpid()}.partial")
+    with ExitStack() as stack:
+        with _locked(final.parent):
+            for folder in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
+                with _locked(folder, wait=False) as locked:
+                    if locked:
+                        shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir()
+            stack.enter_context(_locked(partial))
+        try:
+            yield partial
+            put_in_place(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock on a folder, which goes with the process; gives False where another one holds it, or the
+    file system has no locks. Raises OSError where there is no such folder."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        put_in_place(partial, final)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

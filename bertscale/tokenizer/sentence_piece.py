@@ -165,7 +165,8 @@ class SentencePieceTokenizer(Tokenizer):
         fast.add_special_tokens([*others, mask])
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        fast.save(str(folder / "tokenizer.json"))
+        # Not by its own `save`, whose errors of a full disk are no OSError.
+        (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_length,

@@ -264,7 +264,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:  # it wraps the operating system's errors
         match = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(match.group(1)) if match else errno.EIO, str(error), str(path)) from error
+        number = int(match.group(1)) if match else errno.EIO
+        raise OSError(number, os.strerror(number) if match else str(error), str(path)) from error
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors lets the owner alone read it

@@ -38,7 +38,7 @@ from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
-from bertscale.train.resume import changed_settings, check_same_run, newest_sound
+from bertscale.train.resume import changed_settings, check_same_run, newest_sound, remove_leftovers
 from bertscale.train.schedule import Clock, TrainingSchedule
 from bertscale.train.step import train_step
 
@@ -77,6 +77,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     dtype, reason = choose_precision(config.train.precision, ranks.device)
     precision = f"{dtype}".removeprefix("torch.")
 
+    if first:
+        remove_leftovers(run)
     checkpoint = newest_sound(run, ranks)
     if checkpoint is not None:
         check_same_run(checkpoint, config, data, schedule)

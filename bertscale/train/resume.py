@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset
-from bertscale.run_folder import checkpoints
+from bertscale.run_folder import CHECKPOINTS, CONFIG, METRICS, RESULT, checkpoints
 from bertscale.train.checkpoint import Checkpoint, open_checkpoint
 from bertscale.train.parallel import Ranks
 from bertscale.train.schedule import TrainingSchedule
+
+
+def remove_leftovers(run: Path) -> None:
+    """Removes what a killed attempt has left half-written; only where the run's lock is held."""
+    for folder in (run / CHECKPOINTS).glob(".step-*.partial"):
+        if re.fullmatch(r"\.step-[0-9]+\.partial", folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+    for name in (CONFIG, METRICS, RESULT):
+        for file in run.glob(f"{name}.tmp-*"):
+            if file.name.removeprefix(f"{name}.tmp-").isdigit():
+                file.unlink(missing_ok=True)
 
 
 def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:

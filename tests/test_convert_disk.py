@@ -1,0 +1,107 @@
+"""Conversions onto full and read-only disks, and several at once: one line, and nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_convert import write_checkpoint
+
+from bertscale.config import UserError
+from bertscale.convert.convert import convert, open_weights
+from bertscale.convert.output import is_output_of
+from bertscale.files import whole_folder
+from bertscale.train.resume import remove_leftovers
+
+
+@pytest.fixture
+def native(tiny_data: Path, tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "native", tiny_data, {})
+    return tmp_path / "native"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here: it takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def refused(source: Path, output: Path, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        convert(source, output, show=False)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_disk_that_is_full_or_read_only(native: Path, disk: Path, tmp_path: Path) -> None:
+    convert(native, tmp_path / "hf", show=False)
+    for source in (native, tmp_path / "hf"):
+        convert(source, disk / "out", show=False)
+        sizes = sorted({path.stat().st_size for path in (disk / "out").iterdir()})
+        whole = sum(-(-path.stat().st_size // 4096) * 4096 for path in (disk / "out").iterdir())
+        subprocess.run(["rm", "-r", str(disk / "out")], check=True)
+        for size in (8192, whole - sizes[-1] // 8, whole - 4096):
+            subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+            refused(source, disk / "out", r"cannot write .*out: No space left on device")
+        subprocess.run(["mount", "-o", "remount,size=100M", str(disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    refused(native, disk / "out", r"cannot write .*out: Read-only file system")
+
+
+def test_two_conversions_into_one_output(native: Path, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    output = tmp_path / "place" / "out"
+    command = [sys.executable, "-m", "bertscale", "convert", str(native), str(output), "--no-show"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert is_output_of(output, open_weights(native).digest())
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_partial_folders_go_with_their_process(tmp_path: Path) -> None:
+    """That of a killed process is removed by the next one, that of a live one is not."""
+    code = "import sys, os, signal; from pathlib import Path; from bertscale.files import whole_folder\n"
+    code += "with whole_folder(Path(sys.argv[1])) as partial:\n"
+    code += "    (partial / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "other")], check=False)
+    assert len(list(tmp_path.glob(".*.partial"))) == 2
+    live = "import sys; from pathlib import Path; from bertscale.files import whole_folder\n"
+    live += "with whole_folder(Path(sys.argv[1])) as partial: print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", live, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with whole_folder(tmp_path / "out") as partial:
+            (partial / "mine").write_text("x")
+        assert (tmp_path / "out" / "mine").is_file()
+        left = [path.name for path in tmp_path.glob(".*.partial")]
+        assert sorted(name.split(".")[1] for name in left) == ["other", "out"]
+        process.communicate()
+    assert process.returncode == 0
+    assert [path.name for path in tmp_path.glob(".*.partial")] == [n for n in left if n.startswith(".other")]
+
+
+def test_leftovers_of_a_killed_save_are_removed_at_the_next_start(tmp_path: Path) -> None:
+    ours = ["checkpoints/.step-0000100.partial", "metrics.jsonl.tmp-17", "config.yaml.tmp-17"]
+    theirs = [
+        "checkpoints/.step-best.partial",
+        "checkpoints/step-0000050",
+        "notes.tmp-17",
+        "result.json.tmp-x",
+    ]
+    for name in (*ours, *theirs):
+        (tmp_path / name).mkdir(parents=True) if "step" in name else (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path)
+    assert not [name for name in ours if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in theirs)
