@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import importlib.util
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -187,24 +185,3 @@ def describe_exit(rank: int, node: str, code: int, died: float, pipe: int, log: 
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
         lines = file.read().decode(errors="replace").splitlines()
     return Exit(rank, node, code, died, reason, "\n".join(lines[-LOG_LINES:]))
-
-
-def count_gpus() -> int:
-    """CUDA devices that torch will see, found without the seconds that importing torch takes."""
-    torch = importlib.util.find_spec("torch")
-    if torch is None or torch.origin is None:
-        return 0
-    build = (Path(torch.origin).parent / "version.py").read_text(encoding="utf-8")
-    if re.search(r"^cuda\b[^=]*= *['\"]", build, re.MULTILINE) is None:
-        return 0  # a torch that was built for CPUs
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return 0
-    gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return gpus
-    chosen = [name.strip() for name in visible.split(",") if name.strip()]
-    # CUDA stops reading at the first device that does not exist, by habit written as -1.
-    return min(gpus, chosen.index("-1") if "-1" in chosen else len(chosen))

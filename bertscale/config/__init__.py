@@ -5,6 +5,7 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 """
 
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
+from bertscale.config.device import Device
 from bertscale.config.finetune import ExamplesConfig, FinetuneConfig
 from bertscale.config.model import (
     GPU_POSITIONS,

@@ -32,7 +32,7 @@ from bertscale.run_folder import CONFIG, LOCK, RESULT, check_run_folder, checkpo
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
-from bertscale.train.device import choose_precision, local_device, peak_flops
+from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
@@ -53,8 +53,9 @@ def pretrain(config: PretrainConfig) -> int:
     """
     check_run_folder(Path(config.run))
     stop = StopSignal()
-    device = local_device()
+    device = local_device(config.device)
     ranks = start_ranks(config.parallel.tensor, device)
+    ranks.say(device_line(device, config.device, ranks.world))
     try:
         with only_one(Path(config.run), ranks):
             return train(config, ranks, stop)
