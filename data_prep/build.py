@@ -47,6 +47,7 @@ from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit
 from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
+from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
 from data_prep.workers import worker_pool
@@ -321,6 +322,9 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
         lines.append(f"{number:,} bad: {reason} ({'; '.join(few)}{'; ...' if number > len(few) else ''})")
         print(f"prep: {lines[-1]}")
     print(f"prep: all {count:,} bad records, with place and excerpt: {quarantine}")
+    undecoded = sum(sums["bad"][reason] for reason in undecodable(plan.config.encoding))
+    if undecoded > count / 2:  # else another fault is to be mended first
+        plan.check_encoding(undecoded, records)
     if count > plan.config.max_bad_fraction * records:
         raise UserError(
             f"{count:,} of {records:,} records cannot be read, more than "

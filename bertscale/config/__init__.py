@@ -22,6 +22,7 @@ from bertscale.config.prep import (
     PrepConfig,
     TokenizerTraining,
     check_language,
+    is_utf8,
 )
 from bertscale.config.pretrain import (
     PAIRS,
