@@ -176,9 +176,12 @@ def normalize_with_offsets(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str
         run = "".join(c for c, _ in remaining[start:end])
         if end < len(remaining) and _joins(run, remaining[end][0], form):
             continue
-        # Every character of the normalised run gets the span of the whole run.
-        begin, stop = remaining[start][1], remaining[end - 1][1] + 1
-        characters += [(c, begin, stop) for c in unicodedata.normalize(form, run)]
+        normal = unicodedata.normalize(form, run)
+        if normal == run:
+            characters += [(c, i, i + 1) for c, i in remaining[start:end]]
+        else:  # every character of the normalised run gets the span of the whole run
+            begin, stop = remaining[start][1], remaining[end - 1][1] + 1
+            characters += [(c, begin, stop) for c in normal]
         start = end
     result: list[str] = []
     spans: Spans = []
