@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_byte_piece = re.compile(r"<0x[0-9A-F]{2}>")
 SPECIAL_KEYS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in tokenizer_config.json
 SENTENCE_PIECE_NAME = "tokenizer.model"
 WORD_PIECE_NAME = "tokenizer.json"
@@ -75,6 +76,11 @@ class Tokenizer(ABC):
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
         return (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
+
+    @cached_property
+    def byte_ids(self) -> list[int]:
+        """The pieces that spell, byte by byte, a character that has no piece; none in WordPiece."""
+        return [i for i in range(self.vocab_size) if _byte_piece.fullmatch(self.piece(i))]
 
     @cached_property
     def starts_word(self) -> npt.NDArray[np.bool_]:

@@ -214,7 +214,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         dropped = f"[{_spell(DROPPED)}]+"
         one_space = normalizers.Replace(Regex(f"[{_spell(SPACES)}]+"), " ")
-        steps = [normalizers.Replace(Regex(dropped), "")]
+        steps: list[Any] = [normalizers.Replace(Regex(dropped), "")]
         if proto.normalizer_spec.add_dummy_prefix:
             # Metaspace sets the first "▁" only before the very first character of the given text: where that
             # one is dropped, a space in its place becomes the "▁".
