@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bertscale.config import PretrainConfig, check_config
+from bertscale.data.inspect import _what_was_read
+from bertscale.data.loader import Loader
+from bertscale.data.mixture import Mixture
 from bertscale.data.quality import LANGUAGES_OF, count_pieces, doubts, facts
-from bertscale.data.shards import token_dtype
+from bertscale.data.shards import open_dataset, token_dtype
+from bertscale.tokenizer import load_tokenizer
+from bertscale.train.banner import data_lines
+from bertscale.train.schedule import TrainingSchedule
 
 
 def manifest(language: str = "en", letters: dict[str, int] | None = None, **counters: int) -> dict[str, Any]:
@@ -96,3 +106,21 @@ def test_pieces_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 50, 100).astype(token_dtype(50))
     assert count_pieces(tokens, 60).tolist() == np.bincount(tokens, minlength=60).tolist()
     assert count_pieces(tokens[:0], 60).sum() == 0
+
+
+def test_pretraining_and_inspect_repeat_the_doubt(tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["settings"]["language"] = "zh"
+    path.write_text(json.dumps(manifest))
+    dataset = open_dataset(tmp_path / "data")
+    values = {"data": str(tmp_path / "data"), "run": "run", "train": {"steps": 1, "global_batch": 2}}
+    config = check_config(PretrainConfig, values, "test")
+    mixture = Mixture([dataset], [1.0], config.samples, global_batch=2, seed=0)
+    tokenizer = load_tokenizer(dataset.tokenizer_path)
+    loader = Loader(mixture, tokenizer, micro_batch=2, rank=0, world=1)
+    lines = data_lines(config, [dataset], loader, 0, TrainingSchedule(config, mixture.batches))
+    [warning] = [line for line in lines if line.startswith("warning")]
+    assert "of the letters are Latin, but language=zh" in warning
+    assert any(line.startswith("warning: ") for line in _what_was_read(dataset, tokenizer))
