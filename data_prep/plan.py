@@ -114,7 +114,7 @@ class Unit(Work):
     def done(self, tokenizer: Tokenizer) -> bool:
         """Whether done record and spills are there, whole, and made for this plan and tokenizer."""
         record = self._record(self.record, tokenizer)
-        if record is None:
+        if record is None or "letters" not in record:  # of an earlier version
             return False
         sizes = {spill["name"]: spill["bytes"] for spill in record["spills"]}
         sizes[self.bad_records.name] = record["quarantine_bytes"]
@@ -147,7 +147,7 @@ class ShardUnit(Work):
     def done(self, tokenizer: Tokenizer) -> bool:
         """Whether done record and shard are there, whole, and made for this plan and tokenizer."""
         record = self._record(self.record, tokenizer)
-        if record is None or record["count"] != self.count:
+        if record is None or record["count"] != self.count or "unknown" not in record:
             return False
         try:
             if record["shard"]:

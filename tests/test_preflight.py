@@ -438,6 +438,8 @@ def test_inputs_of_the_other_stages(site: Slurm, desk: Desk) -> None:
     folder = desk.folder
     finetune = write(folder / "finetune.yaml", finetune_values(folder))
     assert desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2}).problems == []
+    (folder / "train.jsonl").write_text('\ufeff{"text": "a", "label": 1}\n', "utf-8")
+    assert desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2}).problems == []
     (folder / "train.jsonl").write_text('{"text": "a", "class": 1}\n')
     (folder / "test.jsonl").unlink()
     (folder / "hf/config.json").unlink()

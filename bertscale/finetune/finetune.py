@@ -120,13 +120,18 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         print(f"already fine-tuned: {output} holds the result of these settings, encoder and examples")
         print(table(finished))
         return finished
-    make_folder(output)
 
-    dtype, reason = choose_precision("auto", device)
     samples, test_samples = (
-        encode([example.text for example in examples], tokenizer, config.samples.max_length)
+        encode(
+            [example.text for example in examples],
+            tokenizer,
+            config.samples.max_length,
+            [f"{example.place}: {data.text_field!r}" for example in examples],
+        )
         for examples in (train, test)
     )
+    make_folder(output)
+    dtype, reason = choose_precision("auto", device)
     task = Task(config, weights, tokenizer, train, test, classes, samples, test_samples, device, dtype)
     announce(task, reason)
     findings = train_all(task)
@@ -439,8 +444,13 @@ class Classifier:
         self.max_length: int = facts["max_length"]  # tokens
 
     def __call__(self, texts: str | Sequence[str]) -> list[tuple[Label, float]]:
-        """Returns the most probable label of each text and its probability; a text alone is a list of one."""
-        samples = encode([texts] if isinstance(texts, str) else texts, self.tokenizer, self.max_length)
+        """Returns the most probable label of each text and its probability; a text alone is a list of one.
+
+        No texts give no answers. Raises UserError for a text that is blank, or that leaves no token.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        places = [f"text {number} of {len(texts)}" for number in range(1, len(texts) + 1)]
+        samples = encode(texts, self.tokenizer, self.max_length, places)
         predicted = predict(self.model, samples, self.device, self.dtype)  # [N, C]
         return [(self.labels[int(row.argmax())], float(row.max())) for row in predicted]
 
@@ -450,7 +460,7 @@ def load_classifier(folder: str | Path, device: Device = "auto") -> Classifier:
 
     `folder` is the folder `model` of its output, `device` auto, cpu or cuda, as in a config. Called with S
     texts, of any length, the classifier returns S pairs (label, probability); one text alone is as a list of
-    it.
+    it. A text that is blank raises UserError.
 
     Raises UserError where `folder` holds no classifier, or another tokenizer than the classifier's, or the
     device cannot be used.
