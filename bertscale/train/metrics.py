@@ -46,6 +46,20 @@ class Rate:
 
     def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
         """Rates of the interval over all ranks; one that warms up is left out of `overall`."""
+        tokens, seconds, flops = self._interval(ranks)
+        if not warming_up:
+            self.all_tokens += tokens
+            self.all_seconds += seconds
+            self.all_flops += flops
+        self.restart()
+        return self._rates(tokens, seconds, flops)
+
+    def so_far(self, ranks: Ranks) -> dict[str, float]:
+        """Rates of the interval until now, which goes on."""
+        return self._rates(*self._interval(ranks))
+
+    def _interval(self, ranks: Ranks) -> tuple[float, float, float]:
+        """Tokens, seconds and FLOPs of the interval, over all ranks."""
         tokens, pairs, local, masked = ranks.sum_over_data(
             self.tokens, self.pairs, self.local_pairs, self.masked
         )
@@ -54,11 +68,9 @@ class Rate:
         flops = tokens * model_flops_per_token(
             self.model, self.vocab_size, pairs / tokens, masked / tokens, local / tokens
         )
-        if not warming_up:
-            self.all_tokens += tokens
-            self.all_seconds += seconds
-            self.all_flops += flops
-        self.restart()
+        return tokens, seconds, flops
+
+    def _rates(self, tokens: float, seconds: float, flops: float) -> dict[str, float]:
         return {"speed/tokens_per_second": tokens / seconds, "speed/mfu": flops / seconds / self.peak}
 
     def overall(self) -> dict[str, float]:
@@ -101,12 +113,15 @@ class LossAccumulator:
                 self.in_a_row += 1
         self.unread.clear()
 
-    def close(self) -> tuple[Tensor, Counts]:
-        """Returns the sums and the counts since the last call, and starts again from zero. Waits for the
-        device."""
+    def so_far(self) -> tuple[Tensor, Counts]:
+        """Returns the sums and the counts since the last call of `close`. Waits for the device."""
         self.read()
+        return self.sums, self.counts
+
+    def close(self) -> tuple[Tensor, Counts]:
+        """As `so_far`, and starts again from zero."""
+        sums, counts = self.so_far()
         self.newly_skipped, self.skipped_at_close = self.skipped - self.skipped_at_close, self.skipped
-        sums, counts = self.sums, self.counts
         self.sums, self.counts = torch.zeros_like(sums), Counts(0, 0, 0)
         return sums, counts
 
@@ -142,12 +157,12 @@ RATES = {f"{kind}_accuracy": f"{kind.upper()} accuracy" for kind in BY_ACCURACY}
 
 
 def brief(figures: dict[str, float]) -> dict[str, str]:
-    """The figures that fit on a progress line."""
+    """The figures for a progress line, the most important first: a narrow terminal shows only these."""
     return {
         "loss": f"{figures['train/loss']:.3f}",
+        "tokens/s": show_count(figures["speed/tokens_per_second"]),
         **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
         **_rates(figures, "train", ".0%"),
-        "tokens/s": show_count(figures["speed/tokens_per_second"]),
         "MFU": f"{figures['speed/mfu']:.0%}",
     }
 

@@ -106,13 +106,15 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         ranks.say(line)
     last = False  # whether this step is the last of the budget; all ranks must find the same
 
-    with Progress("pretrain", schedule.steps, "steps", start=start, hidden=not first) as progress:
+    budget = {"start": start, "seconds": schedule.seconds, "spent": clock.elapsed()}
+    with Progress("pretrain", schedule.steps, "steps", **budget, hidden=not first) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
-            masked, tokens, stopping, *times = ranks.sum_over_data(
+            masked, tokens, stopping, asked, *times = ranks.sum_over_data(
                 sum(batch.num_targets for batch in micro_batches),
                 sum(len(batch.tokens) for batch in micro_batches),
                 float(stop.asked),
+                float(progress.wants_facts()),
                 *clock.step(),
             )
             if stopping:
@@ -130,12 +132,12 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             done = step + 1
             beat(done)
 
+            facts: dict[str, str] = {}
             if done % config.train.log_every == 0 or done == start + 1 or last:
                 totals, seen = losses.close()  # waits for the device
                 if losses.newly_skipped:
                     progress.say(skipped(losses, done, saved, sound))
                 figures = rate.close(ranks, warming_up=done == start + 1)
-                facts: dict[str, str] = {}
                 if any(seen):
                     figures |= mean_losses("train", config, totals, seen, ranks)
                     figures |= {"train/learning_rate": learning_rate, "train/skipped_steps": losses.skipped}
@@ -143,10 +145,14 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                         figures["train/gradient_norm"] = engine.gradient_norm()
                     figures["speed/data_wait_seconds"] = loader.data_wait
                     figures |= epochs(config, loader, done)
-                    facts |= brief(figures)
+                    facts = brief(figures)
                     if writer:
                         writer.write(done, figures)
-                progress.advance(done - progress.done, **facts)
+            elif asked:  # it is time: for the screen alone, since what is kept is a function of steps
+                totals, seen = losses.so_far()
+                if any(seen):
+                    facts = brief(mean_losses("train", config, totals, seen, ranks) | rate.so_far(ranks))
+            progress.advance(1, **facts)
             if done % config.train.eval_every == 0 or last:
                 figures = evaluate(engine, heldout, config.train.eval_samples, done)
                 if writer:
