@@ -174,10 +174,7 @@ def pretrain(arguments: list[str]) -> int:
     )
     again = ["pretrain", options.config, *options.overrides]
     command = [sys.executable, "-m", "bertscale", *again]
-    code = run_here(command, count, run / LOGS, limits, run)
-    if code == STOPPED_AND_SAVED:
-        print(f"stopped and saved; to resume: {shlex.join(['bertscale', *again])}", file=sys.stderr)
-    return code
+    return run_here(command, count, run / LOGS, limits, run, shlex.join(["bertscale", *again]))
 
 
 def _train(options: argparse.Namespace, rank: Rank) -> int:

@@ -443,6 +443,16 @@ def test_an_attempt_that_ended_without_a_word() -> None:
     assert (third.number, third.outcome, third.ended) == (3, "", None)
 
 
+def test_folders_alone_do_not_tell_how_an_attempt_ended(tmp_path: Path) -> None:
+    """Those of an earlier version, which wrote no events of a run that went well."""
+    folders = [tmp_path / f"attempt-00{number}" for number in (1, 2)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "rank-0.log").touch()
+        os.utime(folder / "rank-0.log", (100 + number, 100 + number))
+    assert [attempt.outcome for attempt in history.read_attempts([], folders)] == ["", ""]
+
+
 # ------------------------------------------------------------------------------------------------ logs
 
 

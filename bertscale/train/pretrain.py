@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -175,7 +176,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     if not last:  # a signal came
         if saved < done:
             save(engine, done, data, schedule, clock.elapsed(), losses)
-        ranks.say(f"stopped after step {done} of {schedule.text}; everything until there is saved")
+        if first:  # in its log: on the screen the process that has started the ranks says how to go on
+            print(f"stopped after step {done} of {schedule.text}", file=sys.stderr, flush=True)
         return STOPPED_AND_SAVED
     if writer:
         writer.close()
