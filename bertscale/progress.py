@@ -153,7 +153,7 @@ class Progress:
 
     def _print_state(self, now: float) -> None:
         self.last_line, self.printed = now, (self.done, dict(self.facts))
-        self._print(f"{self.label}: {', '.join(self._parts(now))}")
+        self._print(f"{self.label}: {', '.join(filter(None, self._parts(now)))}")
 
     def _print(self, text: str) -> None:
         if self.lines is not None:
@@ -199,7 +199,7 @@ class Progress:
             taken = show_duration(now - self.began)
             moment = f"in {taken}" if left == 0 or self.over else f"{taken} so far"
         facts = [f"{key} {value}" for key, value in self.facts.items()]
-        return [f"{amount} {self.unit}", f"{show_count(rate)}/s", moment, *facts]
+        return [f"{amount} {self.unit}", f"{show_count(rate)}/s" if rate else "", moment, *facts]
 
     def _rate(self) -> float:
         """Units a second until the last `advance`: between two of them a rate would only fall."""
@@ -235,7 +235,7 @@ def fitting(parts: list[str], width: int) -> str:
     """The parts in one line; of what is too long for `width` the least important is left out."""
     order = by_importance(parts)
     for count in range(len(order), 0, -1):
-        text = ", ".join(part for part in parts if part in order[:count])
+        text = ", ".join(part for part in parts if part and part in order[:count])
         if len(text) <= width:
             break
     return text

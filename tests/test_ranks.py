@@ -245,7 +245,9 @@ def test_stopped_before_the_ranks_listen(parent: Parent, tmp_path: Path) -> None
 def test_the_last_line_is_true_and_says_how_to_go_on() -> None:
     again = "bertscale pretrain a.yaml"
     assert farewell("stopped", 0, again) == f"stopped before anything was saved; to start again: {again}"
-    assert farewell("killed", 1200, again) == f"killed; everything until step 1,200 is saved; to resume: {again}"
+    assert (
+        farewell("killed", 1200, again) == f"killed; everything until step 1,200 is saved; to resume: {again}"
+    )
     assert farewell("stopped", 0, "") == "stopped"
 
 
