@@ -99,7 +99,7 @@ def test_a_finished_run_leaves_figures_events_checkpoints_and_its_config(whole: 
     assert open_checkpoint(run).step == 12
     assert (run / "config.yaml").is_file()
 
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard" / run.name))
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert tags >= {

@@ -10,11 +10,13 @@ import operator
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from bertscale.config import PAIRS, ModelConfig
+from bertscale.config import PAIRS, ModelConfig, PretrainConfig
 from bertscale.files import write_bytes
 from bertscale.model.model import LossSums, attended_pairs, model_flops_per_token
 from bertscale.progress import show_count
@@ -130,16 +132,29 @@ class MetricsWriter:
     """Writes one run's figures to metrics.jsonl and TensorBoard; rank 0 only.
 
     What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is
-    dropped: those steps are done again.
+    dropped: those steps are done again. TensorBoard shows the run under the name of its folder.
     """
 
     def __init__(self, run: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.first_step = first_step
         self.path = run / METRICS
         valid = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
         write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
-        self.events = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step + 1)
+        self.events = SummaryWriter(str(run / TENSORBOARD / run.resolve().name), purge_step=first_step + 1)
+        self.end: Any = None  # the summary that marks the run as finished
+
+    def introduce(self, config: PretrainConfig) -> None:
+        """Shows the config in TensorBoard, as a text and by its keys in the tab HPARAMS."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
+        self.events.add_text("config", f"```yaml\n{settings}```", self.first_step)
+        # Without the list of columns: TensorBoard would take that of one run for all of them, whatever their
+        # keys, and makes it of all runs where there is none.
+        _, begin, self.end = hparams(hyperparameters(config), {})
+        self.events._get_file_writer().add_summary(begin)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Writes the figures after `step` steps; keys such as `train/mlm_loss` become TensorBoard's tags."""
@@ -149,7 +164,28 @@ class MetricsWriter:
         self.events.flush()
 
     def close(self) -> None:
+        """Ends a run that is finished."""
+        if self.end is not None:
+            self.events._get_file_writer().add_summary(self.end)
         self.events.close()
+
+
+def hyperparameters(config: PretrainConfig) -> dict[str, float | str]:
+    """The keys of a config and their values, numbers or texts; without the run folder, the section `launch`,
+    and keys that have no value."""
+    flat: dict[str, float | str] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{key}.", value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                flat[prefix + key] = value
+            elif value is not None:
+                flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+
+    add("", config.model_dump(mode="json", exclude={"run", "launch"}))
+    return flat
 
 
 BY_ACCURACY = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss

@@ -97,7 +97,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     writer = MetricsWriter(run, start) if first else None
-    if first:
+    if writer:
+        writer.introduce(config)
         settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
         write_bytes(run / CONFIG, settings.encode())
         (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
