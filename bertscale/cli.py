@@ -269,8 +269,10 @@ def convert(arguments: list[str]) -> int:
         "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
         "of SOURCE decides which.",
     )
-    parser.add_argument("source", type=Path, help="A run folder, a checkpoint or a Hugging Face folder.")
-    parser.add_argument("output", type=Path, help="The folder to write.")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="A run folder, a checkpoint or a Hugging Face folder."
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="The folder to write.")
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,14 +58,21 @@ class CopiedStream:
         return getattr(self.screen, name)
 
 
+class TimeBudget(NamedTuple):
+    """Seconds of work that ends by the clock, and those that are over when it begins."""
+
+    seconds: float
+    spent: float
+
+
 class Progress:
     """Counts units of work done and shows rate and time left.
 
     `total` may be None where the amount is not known. `start` counts units finished by an
-    earlier run: shown as done, left out of the rate. Work that ends by the clock has `seconds`, of which
-    `spent` are over when it begins; its number of units is then estimated. `advance(n, key=text)` adds `n`
-    units and replaces the facts shown behind the rate, the most important first: what a terminal is too
-    narrow for is left out from the end. `hidden` shows nothing (all ranks but the first).
+    earlier run: shown as done, left out of the rate. Work that ends by the clock has a `budget`; its
+    number of units is then estimated. `advance(n, key=text)` adds `n` units and replaces the facts shown
+    behind the rate, the most important first: what a terminal is too narrow for is left out from the end.
+    `hidden` shows nothing (all ranks but the first).
     """
 
     def __init__(
@@ -75,14 +82,13 @@ class Progress:
         unit: str,
         *,
         start: int = 0,
-        seconds: float | None = None,
-        spent: float = 0.0,
+        budget: TimeBudget | None = None,
         hidden: bool = False,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.label, self.total, self.unit, self.start, self.hidden = label, total, unit, start, hidden
-        self.seconds, self.spent = seconds, spent
+        self.budget = budget
         self.done = start
         self.facts: dict[str, str] = {}
         self.file = file or sys.stdout
@@ -190,7 +196,7 @@ class Progress:
         amount = f"{self.done:,}"
         if self.total is not None:
             amount += f"/{self.total:,}"
-        elif self.seconds is not None and rate > 0 and left:
+        elif self.budget is not None and rate > 0 and left:
             estimate = self.done + rate * (self._left(self.advanced) or 0.0)
             amount += f"/~{float(f'{estimate:.3g}'):,.0f}"
         if left:
@@ -207,8 +213,8 @@ class Progress:
 
     def _left(self, now: float) -> float | None:
         """Seconds left; 0 at the end, None where they cannot be told."""
-        if self.seconds is not None:
-            left = self.seconds - self.spent - (now - self.began)
+        if self.budget is not None:
+            left = self.budget.seconds - self.budget.spent - (now - self.began)
             return left if left >= 0.5 else 0.0  # the last step ends when it is likely to reach the end
         if self.total is None:
             return None
@@ -220,8 +226,8 @@ class Progress:
 
     def _share(self, now: float) -> float | None:
         """The part of the work that is done, from 0 to 1; None where it cannot be told."""
-        if self.seconds is not None:
-            return 1 - (self._left(now) or 0.0) / self.seconds
+        if self.budget is not None:
+            return 1 - (self._left(now) or 0.0) / self.budget.seconds
         return None if self.total is None else self.done / max(self.total, 1)
 
 

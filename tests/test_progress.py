@@ -15,7 +15,7 @@ from dist import run_ranks
 from tiny import pretrain_config
 
 from bertscale import progress
-from bertscale.progress import CopiedStream, Progress, fitting
+from bertscale.progress import CopiedStream, Progress, TimeBudget, fitting
 
 STAMP = r"\d\d [A-Z][a-z]{2} \d\d:\d\d:\d\d"
 FIGURES = {"loss": "7.310", "tokens/s": "123,456", "MLM": "6.617", "NSP accuracy": "51%", "MFU": "45%"}
@@ -75,8 +75,8 @@ def test_a_line_comes_with_new_figures_and_none_comes_twice() -> None:
 
 def test_a_budget_of_time_shows_what_is_left_and_the_steps_to_expect() -> None:
     file, clock = io.StringIO(), Hands()
-    hours = {"seconds": 7200.0, "spent": 3600.0, "start": 500}
-    with Progress("pretrain", None, "steps", **hours, file=file, clock=clock) as shown:  # type: ignore[arg-type]
+    hours = TimeBudget(7200.0, spent=3600.0)
+    with Progress("pretrain", None, "steps", start=500, budget=hours, file=file, clock=clock) as shown:
         clock.now += 600
         shown.advance(100, loss="7.1")
         clock.now += 3000

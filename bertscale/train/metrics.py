@@ -153,8 +153,8 @@ class MetricsWriter:
         self.events.add_text("config", f"```yaml\n{settings}```", self.first_step)
         # Without the list of columns: TensorBoard would take that of one run for all of them, whatever their
         # keys, and makes it of all runs where there is none.
-        _, begin, self.end = hparams(hyperparameters(config), {})
-        self.events._get_file_writer().add_summary(begin)
+        _, begin, self.end = hparams(hyperparameters(config), {})  # type: ignore[no-untyped-call]
+        self.events._get_file_writer().add_summary(begin)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Writes the figures after `step` steps; keys such as `train/mlm_loss` become TensorBoard's tags."""
@@ -166,7 +166,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Ends a run that is finished."""
         if self.end is not None:
-            self.events._get_file_writer().add_summary(self.end)
+            self.events._get_file_writer().add_summary(self.end)  # type: ignore[no-untyped-call]
         self.events.close()
 
 

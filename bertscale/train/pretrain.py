@@ -28,7 +28,7 @@ from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
-from bertscale.progress import Progress
+from bertscale.progress import Progress, TimeBudget
 from bertscale.run_folder import CONFIG, LOCK, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.banner import banner, epochs
@@ -108,8 +108,10 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         ranks.say(line)
     last = False  # whether this step is the last of the budget; all ranks must find the same
 
-    budget = {"start": start, "seconds": schedule.seconds, "spent": clock.elapsed()}
-    with Progress("pretrain", schedule.steps, "steps", **budget, hidden=not first) as progress:
+    hours = TimeBudget(schedule.seconds, clock.elapsed()) if schedule.seconds else None
+    with Progress(
+        "pretrain", schedule.steps, "steps", start=start, budget=hours, hidden=not first
+    ) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
             masked, tokens, stopping, asked, *times = ranks.sum_over_data(
