@@ -130,10 +130,10 @@ def _other_folder(path: Path) -> str:
     if (path / TABLE).is_file():
         run = path.parent.parent if path.parent.name == CHECKPOINTS else None
         return "is a checkpoint" + (f" of the run {shown(run)}: bertscale status {shown(run)}" if run else "")
-    if (path / "config.json").is_file() and (path / RESULT).is_file():
+    if (path / RESULT).is_file():
         return f"is a classifier of `bertscale finetune`, which has ended; its figures: {name}/{RESULT}"
     if (path / "config.json").is_file():
-        return f"is a Hugging Face folder, in which nothing runs: `encoder={name}` fine-tunes it"
+        return "is a model, in which nothing runs: `bertscale convert` and `bertscale finetune` take models"
     return "is no run: no job was submitted for it and it has no logs and no checkpoints"
 
 

@@ -389,8 +389,8 @@ def test_no_such_run(here: Path) -> None:
             "a data set of `bertscale prep`, which has ended: bertscale inspect",
         ),
         ([".prep/plan.json"], "a data set that `bertscale prep` has not finished"),
-        (["config.json", "result.json"], "a classifier of `bertscale finetune`, which has ended"),
-        (["config.json"], "a Hugging Face folder, in which nothing runs"),
+        (["result.json", "model/config.json"], "a classifier of `bertscale finetune`, which has ended"),
+        (["config.json"], "a model, in which nothing runs"),
     ],
 )
 def test_a_folder_in_which_nothing_runs_is_named(here: Path, files: list[str], words: str) -> None:
