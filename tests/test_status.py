@@ -628,6 +628,24 @@ def test_following_waits_and_ends_quietly(here: Path) -> None:
     assert errors.splitlines() == [f"==> {job / 'logs' / 'slurm-17.out'}"]
 
 
+def test_following_a_run_that_was_started_by_hand_ends_with_it(here: Path) -> None:
+    run = here / "runs" / "base"
+    attempt = run / "logs" / "attempt-001"
+    attempt.mkdir(parents=True)
+    events = Events(run / "logs" / "events.jsonl")
+    events.write("started", attempt="attempt-001")
+    (attempt / "rank-0.log").write_text("the model\n")
+    with run_logs("runs/base", "-f") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "the model\n"
+        with (attempt / "rank-0.log").open("a") as file:
+            file.write("the last step\n")
+        events.write("stopped", name="SIGINT", checkpoint=20)
+        rest, notes = process.communicate()
+    assert (process.returncode, rest) == (0, "the last step\n")
+    assert notes.splitlines()[-1] == "==> runs/base: stopped by SIGINT; newest checkpoint: step 20"
+
+
 def test_following_ends_with_a_forgotten_job(here: Path, slurm_says: Callable[..., None]) -> None:
     job = make_job(here / "runs" / "base")
     write_events(job, {"event": "queued", "job": "17"}, STARTED)
