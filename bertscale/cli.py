@@ -174,10 +174,7 @@ def pretrain(arguments: list[str]) -> int:
     )
     again = ["pretrain", options.config, *options.overrides]
     command = [sys.executable, "-m", "bertscale", *again]
-    code = run_here(command, count, run / LOGS, limits, run)
-    if code == STOPPED_AND_SAVED:
-        print(f"stopped and saved; to resume: {shlex.join(['bertscale', *again])}", file=sys.stderr)
-    return code
+    return run_here(command, count, run / LOGS, limits, run, shlex.join(["bertscale", *again]))
 
 
 def _train(options: argparse.Namespace, rank: Rank) -> int:
@@ -272,8 +269,10 @@ def convert(arguments: list[str]) -> int:
         "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
         "of SOURCE decides which.",
     )
-    parser.add_argument("source", type=Path, help="A run folder, a checkpoint or a Hugging Face folder.")
-    parser.add_argument("output", type=Path, help="The folder to write.")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="A run folder, a checkpoint or a Hugging Face folder."
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="The folder to write.")
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,

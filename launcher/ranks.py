@@ -18,9 +18,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from bertscale.errors import FAULT, MISTAKE, STOPPED_AND_SAVED, UserError
+from bertscale.progress import CopiedStream
 from launcher.terminal import outlive_terminal
 
 LATE_SECONDS = 0.5  # those that lose a killed rank may say so before its parent hears of its death
@@ -31,6 +32,8 @@ REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, wh
 # uncaught exception. A pipe, since the exception may be that the disk is full.
 PARENT = "BERTSCALE_PARENT"
 REPORT = "BERTSCALE_REPORT"
+# Set for the first rank of this machine: its stdout leads to the screen, and a copy belongs into its log.
+COPIED = "BERTSCALE_COPIED"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def run_as_rank(main: Callable[[], int]) -> int:
         return main()
     die_with_parent(int(os.environ[PARENT]))
     outlive_terminal()
+    if COPIED in os.environ:
+        sys.stdout = cast(TextIO, CopiedStream(sys.stdout, sys.stderr))
     faulthandler.enable()  # a crash in native code writes its Python stack to the rank's log
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # the supervisor's question when nothing moves
     try:
