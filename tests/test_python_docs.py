@@ -124,7 +124,7 @@ def test_using_models_runs_from_top_to_bottom() -> None:
             if program == "bertscale":
                 assert main([*words, *(SMALLER if words[0] == "finetune" else [])]) == 0, line
             elif program == "hf":
-                hub = [Path(sys.executable).with_name("hf"), words[0], "--help"]
+                hub = [str(Path(sys.executable).with_name("hf")), words[0], "--help"]
                 help_text = subprocess.run(hub, capture_output=True, text=True, check=True).stdout
                 assert [word for word in words if word.startswith("-") and word not in help_text] == []
             else:
