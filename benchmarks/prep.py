@@ -168,7 +168,7 @@ def whole_path(config: PrepConfig, tokenizer: Tokenizer, output: Path) -> int:
         tokens = 0
         for number in range(count):
             shard = ShardUnit(plan.config, plan.digest, "train", number, count)
-            merge_shard(shard, dtype.str, tokenizer.sha256)
+            merge_shard(shard, dtype.str, tokenizer.path)
             tokens += json.loads(shard.record.read_bytes())["shard"]["tokens"]
     return tokens
 

@@ -174,10 +174,7 @@ def pretrain(arguments: list[str]) -> int:
     )
     again = ["pretrain", options.config, *options.overrides]
     command = [sys.executable, "-m", "bertscale", *again]
-    code = run_here(command, count, run / LOGS, limits, run)
-    if code == STOPPED_AND_SAVED:
-        print(f"stopped and saved; to resume: {shlex.join(['bertscale', *again])}", file=sys.stderr)
-    return code
+    return run_here(command, count, run / LOGS, limits, run, shlex.join(["bertscale", *again]))
 
 
 def _train(options: argparse.Namespace, rank: Rank) -> int:
@@ -272,8 +269,10 @@ def convert(arguments: list[str]) -> int:
         "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
         "of SOURCE decides which.",
     )
-    parser.add_argument("source", type=Path, help="A run folder, a checkpoint or a Hugging Face folder.")
-    parser.add_argument("output", type=Path, help="The folder to write.")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="A run folder, a checkpoint or a Hugging Face folder."
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="The folder to write.")
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
@@ -296,10 +295,12 @@ def convert(arguments: list[str]) -> int:
 def finetune(arguments: list[str]) -> int:
     """bertscale finetune CONFIG [key=value ...]"""
     from bertscale.config import FinetuneConfig, load_config
+    from bertscale.gpus import hide_gpus
 
     parser = make_parser("finetune", "Fine-tunes a pretrained encoder as a classifier.", FinetuneConfig)
     options = parser.parse_intermixed_args(arguments)
     config = load_config(FinetuneConfig, options.config, options.overrides)
+    hide_gpus(config.device)
 
     from bertscale.finetune.finetune import finetune as train_classifier
 
@@ -319,10 +320,10 @@ def quickstart(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
+    from bertscale.gpus import count_gpus
     from bertscale.quickstart import quickstart as run_stages
-    from launcher.ranks import count_gpus
 
-    return run_stages(options.run, count_gpus())
+    return run_stages(options.run, count_gpus("auto"))
 
 
 def submit(arguments: list[str]) -> int:
@@ -379,10 +380,12 @@ def _checked(
     from bertscale.config import PretrainConfig, UserError, load_config
     from bertscale.data.samples import check_batches
     from bertscale.data.shards import check_tokenizers, open_dataset
-    from launcher.ranks import count_gpus
+    from bertscale.gpus import count_gpus, hide_gpus
 
     config = load_config(PretrainConfig, path, overrides)
-    count = world_size or config.parallel.ranks or count_gpus() or config.parallel.tensor
+    hide_gpus(config.device)
+    gpus = 0 if world_size else count_gpus(config.device)  # running ranks ask torch
+    count = world_size or config.parallel.ranks or gpus or config.parallel.tensor
     if count % config.parallel.tensor:
         raise UserError(
             f"{count} rank{'s' if count > 1 else ''} cannot be grouped by "

@@ -238,7 +238,7 @@ class Events:
     """Writes to one events.jsonl; `facts`, such as the job's id, are in every line.
 
     The events: queued, started, checkpoint, signal, failed, hang, relaunched, requeued, resumed,
-    node_left_out, done, gave_up, cancelled.
+    node_left_out, done, stopped, gave_up, cancelled.
     """
 
     def __init__(self, path: Path, **facts: Any) -> None:

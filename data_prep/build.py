@@ -41,12 +41,14 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.config import PrepConfig, UserError
+from bertscale.data.quality import count_pieces, doubts, facts
 from bertscale.data.shards import MANIFEST_NAME, ShardEntry, token_dtype, write_columns, write_manifest
 from bertscale.files import whole_file, write_json
 from bertscale.progress import Progress
-from bertscale.tokenizer import Tokenizer
+from bertscale.tokenizer import Tokenizer, load_tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit
 from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
+from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
 from data_prep.workers import worker_pool
@@ -211,26 +213,30 @@ def _shuffle(
     with Progress("shuffle", len(units), "shards", start=finished) as progress:
         if finished:
             progress.say(f"shuffle: {finished:,} of {len(units):,} shards are finished and kept")
-        futures = [pool.submit(merge_shard, unit, dtype.str, tokenizer.sha256) for unit in remaining]
+        futures = [pool.submit(merge_shard, unit, dtype.str, tokenizer.path) for unit in remaining]
         for future in as_completed(futures):
             future.result()
             progress.advance(1)
     return [read_json(unit.record) for unit in units]
 
 
-def merge_shard(unit: ShardUnit, dtype: str, tokenizer_sha256: str) -> None:
+def merge_shard(unit: ShardUnit, dtype: str, tokenizer_path: Path) -> None:
     """Writes one shard, or nothing where no document has its keys, and then its done record."""
+    tokenizer = load_tokenizer(tokenizer_path)
     spills = [spill for spill in _all_spills(unit.spills, unit.plan) if spill.split == unit.split]
     merged = merge(unit.inner, spills, dtype, unit.number, unit.count, unit.config.deduplicate)
     unit.check_plan()
     shard = write_columns(unit.path, unit.split, **merged.columns) if merged.documents else None
+    pieces = count_pieces(merged.columns["tokens"], tokenizer.vocab_size)
     done = {
         "plan": unit.plan,
-        "tokenizer_sha256": tokenizer_sha256,
+        "tokenizer_sha256": tokenizer.sha256,
         "count": unit.count,
         "shard": shard and dataclasses.asdict(shard),
         "text_bytes": merged.text_bytes,
         "duplicates": merged.duplicates,
+        "unknown": int(pieces[tokenizer.unk_id]),
+        "single_bytes": int(pieces[tokenizer.byte_ids].sum()),
     }
     write_json(unit.record, done)
 
@@ -247,7 +253,7 @@ def _all_spills(path: Path, plan: str) -> list[Spill]:
 def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
     """Judges the first pass, makes the second one, and writes the manifest."""
     records = [read_json(unit.record) for unit in plan.units]
-    sums = {key: Counter[str]() for key in ("counters", "bad", "dropped")}
+    sums = {key: Counter[str]() for key in ("counters", "bad", "dropped", "letters")}
     for record in records:
         for key, counter in sums.items():
             counter.update(record[key])
@@ -282,7 +288,8 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
 
 def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest counts: what was read, what was left out and why, and what stands in the shards."""
-    splits = {split: Counter[str](documents=0, sentences=0, tokens=0, text_bytes=0) for split in SPLITS}
+    names = ("documents", "sentences", "tokens", "text_bytes", "unknown", "single_bytes")
+    splits = {split: Counter[str](dict.fromkeys(names, 0)) for split in SPLITS}
     for record in shard_records:
         if shard := record["shard"]:
             splits[shard["split"]].update(
@@ -290,13 +297,16 @@ def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]
                 sentences=shard["sentences"],
                 tokens=shard["tokens"],
                 text_bytes=record["text_bytes"],
+                unknown=record["unknown"],
+                single_bytes=record["single_bytes"],
             )
     return {
         **dict(sorted(sums["counters"].items())),
-        **sum(splits.values(), Counter[str]()),
+        **{name: sum(counter[name] for counter in splits.values()) for name in names},
         "splits": {split: dict(counter) for split, counter in splits.items()},
         "bad": dict(sorted(sums["bad"].items())),
         "dropped": dict(sorted(sums["dropped"].items())),
+        "letters": dict(sorted(sums["letters"].items())),
     }
 
 
@@ -321,6 +331,9 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
         lines.append(f"{number:,} bad: {reason} ({'; '.join(few)}{'; ...' if number > len(few) else ''})")
         print(f"prep: {lines[-1]}")
     print(f"prep: all {count:,} bad records, with place and excerpt: {quarantine}")
+    undecoded = sum(sums["bad"][reason] for reason in undecodable(plan.config.encoding))
+    if undecoded > count / 2:  # else another fault is to be mended first
+        plan.check_encoding(undecoded, records)
     if count > plan.config.max_bad_fraction * records:
         raise UserError(
             f"{count:,} of {records:,} records cannot be read, more than "
@@ -346,4 +359,8 @@ def _summary(manifest: dict[str, Any], began: float, *, reused: bool) -> dict[st
         "prep: {documents:,} documents, {sentences:,} sentences, {tokens:,} tokens from {text_bytes:,} bytes "
         "of text in {shards:,} shards, {seconds} s".format(**summary)
     )
+    if line := facts(manifest):
+        print(f"prep: {line}")
+    for doubt in doubts(manifest):
+        print(f"prep: warning: {doubt}")
     return summary

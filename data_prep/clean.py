@@ -153,6 +153,12 @@ def why_drop(text: str, config: PrepConfig) -> str:
     return ""
 
 
+def count_letters(text: str) -> dict[str, int]:
+    """The letters of `text` in each of SCRIPTS that it has, and in "other" ones."""
+    counts = letters_by_script(text)[_OTHER:].tolist()
+    return {name: count for name, count in zip(("other", *SCRIPTS), counts, strict=True) if count}
+
+
 def letters_by_script(text: str) -> npt.NDArray[np.int64]:
     """Counts of the characters that are no letter, other letters, and letters of each of SCRIPTS in order."""
     table = _script_table()

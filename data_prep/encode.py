@@ -19,7 +19,7 @@ import numpy.typing as npt
 from bertscale.data.shards import Ids, token_dtype
 from bertscale.files import whole_file, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
-from data_prep.clean import clean_records
+from data_prep.clean import clean_records, count_letters
 from data_prep.plan import Unit
 from data_prep.readers.records import Bad, Cut
 from data_prep.segment import splitter
@@ -27,6 +27,7 @@ from data_prep.shuffle import ROW, Digest, Rows, Spill, SpillBuilder
 
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 2**18  # of text encoded in one call
+LETTERS_OF = (1000, 8)  # documents of a unit whose letters are counted: the first, then every eighth
 PLACES_SHOWN = 3  # of each kind of bad record
 
 
@@ -36,7 +37,7 @@ def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
         tokenizer = load_tokenizer(tokenizer_path)
     finally:
         unit.check_plan()  # the better reason where the tokenizer is gone
-    counters, bad, dropped = Counter[str](), Counter[str](), Counter[str]()
+    counters, bad, dropped, letters = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     places: dict[str, list[str]] = {}
     writer = _Writer(unit, tokenizer)
     with whole_file(unit.bad_records) as quarantine:
@@ -53,6 +54,8 @@ def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
             if reason:
                 dropped[reason] += 1
             else:
+                if number < LETTERS_OF[0] or number % LETTERS_OF[1] == 0:
+                    letters.update(count_letters(text))
                 writer.add(unit.number << 32 | number, text, held_out)
         quarantine_bytes = quarantine.tell()
     writer.finish()
@@ -67,6 +70,7 @@ def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
         "counters": counters,
         "bad": bad,
         "dropped": dropped,
+        "letters": letters,
         "places": places,
     }
     write_json(unit.record, done)

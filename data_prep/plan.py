@@ -23,17 +23,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bertscale.config import WORK_FOLDER, PrepConfig, UserError
+from bertscale.config import WORK_FOLDER, PrepConfig, UserError, is_utf8
 from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
 from bertscale.files import write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from data_prep.readers.compressed import COMPRESSIONS
+from data_prep.readers.encodings import other_encoding
 from data_prep.readers.read import InputFile, Part, cut_into_units, find_files, read_records
 from data_prep.readers.records import Record
 
 PLAN_VERSION = 2  # raise it when the same settings begin to give other bytes
 QUARANTINE_NAME = "quarantine.jsonl"
 LOCK_NAME = "lock"
+FILES_LOOKED_AT = 1000  # for another encoding
 _SAME_AGAIN = "run the same command again: it begins with the input as it then is"
 
 
@@ -112,7 +114,7 @@ class Unit(Work):
     def done(self, tokenizer: Tokenizer) -> bool:
         """Whether done record and spills are there, whole, and made for this plan and tokenizer."""
         record = self._record(self.record, tokenizer)
-        if record is None:
+        if record is None or "letters" not in record:  # of an earlier version
             return False
         sizes = {spill["name"]: spill["bytes"] for spill in record["spills"]}
         sizes[self.bad_records.name] = record["quarantine_bytes"]
@@ -145,7 +147,7 @@ class ShardUnit(Work):
     def done(self, tokenizer: Tokenizer) -> bool:
         """Whether done record and shard are there, whole, and made for this plan and tokenizer."""
         record = self._record(self.record, tokenizer)
-        if record is None or record["count"] != self.count:
+        if record is None or record["count"] != self.count or "unknown" not in record:
             return False
         try:
             if record["shard"]:
@@ -168,7 +170,7 @@ class Plan:
         given = load_tokenizer(config.tokenizer, config.lowercase).sha256 if config.tokenizer else None
         self.content: dict[str, Any] = {
             "version": PLAN_VERSION,
-            "settings": settings.model_dump(exclude={"output", "workers", "max_bad_fraction"}),
+            "settings": _that_matter(settings),
             "tokenizer": given,
             "files": [
                 {"name": file.name, "size": file.size, "mtime_ns": file.mtime_ns, "named": file.named}
@@ -221,6 +223,17 @@ class Plan:
                 f"{needed / 1e9:.1f} GB: free some space, or choose another folder"
             )
 
+    def check_encoding(self, undecoded: int, records: int) -> None:
+        """Raises UserError if too many of the records are no text in `encoding`: it must be another one."""
+        if undecoded <= self.config.max_bad_fraction * records:
+            return
+        texts = [file.name for file in self.files if file.kind not in (".parquet", ".arrow")]
+        found = (other_encoding(name, self.config.encoding) for name in texts[:FILES_LOOKED_AT])
+        advice = next(filter(None, found), "give the encoding that they are in, such as encoding=gb18030")
+        raise UserError(
+            f"input: {undecoded:,} of {records:,} records are not {self.config.encoding} text; {advice}"
+        )
+
     def text_bytes(self) -> int:
         """The input's size, compressed files counted as what is in them, roughly."""
         return sum(file.size * (3 if file.name.endswith(COMPRESSIONS) else 1) for file in self.files)
@@ -268,8 +281,9 @@ class Plan:
             )
 
     def _difference(self, old: dict[str, Any]) -> str:
-        for key, value in self.content["settings"].items():
-            if old.get("settings", {}).get(key) != value:
+        before, now = old.get("settings", {}), self.content["settings"]
+        for key in {**now, **before}:
+            if before.get(key) != now.get(key):
                 return f"the setting {key}"
         return "the input" if old.get("files") != self.content["files"] else "the tokenizer or bertscale"
 
@@ -305,6 +319,14 @@ class Plan:
         for pattern in ("unit-*.spill", "unit-*.bad.jsonl"):
             for file in self.inner.glob(pattern):
                 file.unlink(missing_ok=True)
+
+
+def _that_matter(settings: PrepConfig) -> dict[str, Any]:
+    """The settings on which the bytes depend; one without a new key is that of an earlier version."""
+    values = settings.model_dump(exclude={"output", "workers", "max_bad_fraction"})
+    if is_utf8(values["encoding"]):
+        del values["encoding"]
+    return values
 
 
 def no_tokenizer(output: Path) -> str:

@@ -41,6 +41,8 @@ from bertscale.tokenizer import (  # fmt: skip
 )
 from data_prep.clean import clean_records
 from data_prep.plan import Plan, Unit, read_json
+from data_prep.readers.read import undecodable
+from data_prep.readers.records import Bad
 from data_prep.segment import splitter
 
 SAMPLE_BYTES = 100_000_000  # of all units; Unigram takes about twenty times that in memory while it trains
@@ -150,6 +152,7 @@ def _sample(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit]) -> Counter
         for future in as_completed(futures):
             sample += future.result()
             progress.advance(futures[future].bytes)
+    plan.check_encoding(sample["undecoded"], sample["records"])
     if not sample["sentences"]:
         raise UserError(f"input: {', '.join(plan.config.input)}: no readable document in it")
     return sample
@@ -168,13 +171,16 @@ def _sample_unit(unit: Unit, documents: int, size: int) -> Counter[str]:
     """Writes the sentences of training documents of one work unit: at most so many documents and bytes.
 
     Returns how many documents, sentences, bytes, characters, letters and wide letters (Han and Kana) were
-    drawn, and how many characters were seen of all text that they were drawn from.
+    drawn, how many characters were seen of all text that they were drawn from, and how many records, some of
+    them no text in the encoding (`undecoded`).
     """
     sample, characters = Counter[str](), Counter[str]()
     split = splitter(unit.config.language)
+    no_text = undecodable(unit.config.encoding)
 
     def texts() -> Iterator[str]:
-        for _, text, _, held_out in clean_records(unit):
+        for record, text, reason, held_out in clean_records(unit):
+            sample.update(records=1, undecoded=isinstance(record, Bad) and reason in no_text)
             if text and not held_out:
                 sample["seen"] += len(text)
                 yield text

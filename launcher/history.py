@@ -45,10 +45,11 @@ def attempt_folders(logs: Path) -> list[Path]:
 def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list[Attempt]:
     """All attempts, from the events and the folders together, each with how it ended.
 
-    A run that was started by hand has no events `started`: there the folders tell when that was.
+    Where no event says `started` the folders tell when that was, but not how the attempt ended.
     """
     events = list(events)
-    if not any(event["event"] == "started" for event in events):
+    guessed = not any(event["event"] == "started" for event in events)  # of a version that wrote none
+    if guessed:
         for path in folders:
             events.append({"time": _first_change(path), "event": "started", "attempt": path.name})
         events.sort(key=lambda event: float(event["time"]))
@@ -60,14 +61,15 @@ def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list
         attempt = current.get(task)
         if kind in ("started", "relaunched") and attempt and attempt.ended is None:
             attempt.ended = when
-            attempt.outcome = attempt.outcome or "ended without a report: its node or its batch script died"
+            attempt.outcome = attempt.outcome or ("" if guessed else died_in_silence(attempt))
         if kind == "started":
             number = attempt_number(event.get("attempt", attempt.number + 1 if attempt else 1))
             current[task] = Attempt(number, job, _words(event.get("nodes")), when)
             attempts.append(current[task])
         elif attempt and kind in ENDS and attempt.ended is None:
             # The first cause is the one to show: others follow from it.
-            attempt.outcome = tell(event) if kind == "done" or not attempt.outcome else attempt.outcome
+            last_word = kind in ("done", "stopped") or not attempt.outcome
+            attempt.outcome = tell(event) if last_word else attempt.outcome
             if kind == "requeued" and attempt.outcome != tell(event):
                 attempt.outcome += f", {tell(event)}"
             if kind not in ("signal", "cancelled"):  # these only tell it to end
@@ -87,7 +89,13 @@ def read_attempts(events: Iterable[dict[str, Any]], folders: list[Path]) -> list
     return sorted(attempts, key=lambda attempt: (attempt.started or 0.0, attempt.number))
 
 
-ENDS = ("failed", "hang", "signal", "requeued", "done", "gave_up", "cancelled")
+ENDS = ("failed", "hang", "signal", "requeued", "done", "stopped", "gave_up", "cancelled")
+
+
+def died_in_silence(attempt: Attempt) -> str:
+    """How an attempt ended that has left no word."""
+    cause = "its node or its batch script died" if attempt.job else "it was killed, or its machine went down"
+    return f"ended without a report: {cause}"
 
 
 def first_failed(attempt: Path) -> dict[str, Any] | None:
@@ -129,6 +137,7 @@ def tell(event: dict[str, Any]) -> str:
         "resumed": f"resumed from step {given('step')}",
         "node_left_out": f"{given('node')} left out{given('reason', ': ')}",
         "done": "done",
+        "stopped": f"stopped{given('name', ' by ')}{given('checkpoint', '; newest checkpoint: step ')}",
         "gave_up": f"gave up{given('reason', ': ')}{given('checkpoint', '; last checkpoint: ')}",
         "cancelled": f"cancelled{given('by', ' by ')}{given('reason', ': ')}",
     }

@@ -22,7 +22,7 @@ from pathlib import Path
 from bertscale.errors import STOPPED_AND_SAVED, UserError
 from bertscale.run_folder import ATTEMPT_VARIABLE, SLURM_DIGITS, SRUN_LOG, rank_log, rank_report
 from launcher import slurm
-from launcher.ranks import PARENT, REPORT, Exit, describe_exit
+from launcher.ranks import COPIED, PARENT, REPORT, Exit, describe_exit
 from launcher.records import from_json
 
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for the ranks that outlive a failed one
@@ -45,8 +45,9 @@ class Child:
 class LocalRanks:
     """Runs `command` as `ranks` processes of this machine.
 
-    Rank 0 writes to this process's stdout; all other output goes to `attempt`/rank-N.log. A failed
-    rank is the end of the others: SIGTERM, and SIGKILL after GRACE_SECONDS.
+    Rank 0 writes to this process's stdout, a copy of which `run_as_rank` puts into its log; all other
+    output goes to `attempt`/rank-N.log alone. A failed rank is the end of the others: SIGTERM, and SIGKILL
+    after GRACE_SECONDS.
     """
 
     poll_seconds = 0.02
@@ -76,6 +77,8 @@ class LocalRanks:
         for rank in range(ranks):
             reading, writing = os.pipe()
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), REPORT: str(writing)}
+            if rank == 0:
+                place[COPIED] = "1"
             with open(self.log(rank), "ab") as log:
                 process = subprocess.Popen(
                     command,

@@ -8,21 +8,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import importlib.util
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from bertscale.errors import FAULT, MISTAKE, STOPPED_AND_SAVED, UserError
+from bertscale.progress import CopiedStream
 from launcher.terminal import outlive_terminal
 
 LATE_SECONDS = 0.5  # those that lose a killed rank may say so before its parent hears of its death
@@ -33,6 +32,8 @@ REPORT_CHARACTERS = 12_000  # of a traceback's end; fits into a pipe, 64 KiB, wh
 # uncaught exception. A pipe, since the exception may be that the disk is full.
 PARENT = "BERTSCALE_PARENT"
 REPORT = "BERTSCALE_REPORT"
+# Set for the first rank of this machine: its stdout leads to the screen, and a copy belongs into its log.
+COPIED = "BERTSCALE_COPIED"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def run_as_rank(main: Callable[[], int]) -> int:
         return main()
     die_with_parent(int(os.environ[PARENT]))
     outlive_terminal()
+    if COPIED in os.environ:
+        sys.stdout = cast(TextIO, CopiedStream(sys.stdout, sys.stderr))
     faulthandler.enable()  # a crash in native code writes its Python stack to the rank's log
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # the supervisor's question when nothing moves
     try:
@@ -187,24 +190,3 @@ def describe_exit(rank: int, node: str, code: int, died: float, pipe: int, log: 
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
         lines = file.read().decode(errors="replace").splitlines()
     return Exit(rank, node, code, died, reason, "\n".join(lines[-LOG_LINES:]))
-
-
-def count_gpus() -> int:
-    """CUDA devices that torch will see, found without the seconds that importing torch takes."""
-    torch = importlib.util.find_spec("torch")
-    if torch is None or torch.origin is None:
-        return 0
-    build = (Path(torch.origin).parent / "version.py").read_text(encoding="utf-8")
-    if re.search(r"^cuda\b[^=]*= *['\"]", build, re.MULTILINE) is None:
-        return 0  # a torch that was built for CPUs
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return 0
-    gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return gpus
-    chosen = [name.strip() for name in visible.split(",") if name.strip()]
-    # CUDA stops reading at the first device that does not exist, by habit written as -1.
-    return min(gpus, chosen.index("-1") if "-1" in chosen else len(chosen))

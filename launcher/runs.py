@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,31 @@ def find(name: str) -> Place:
     if (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir() or attempt_folders(path / LOGS):
         return Place(path, None)  # a pretraining has begun in it
     if path.is_dir():
-        raise UserError(
-            f"{name} is no run: no job was submitted for it and it has no logs and no checkpoints"
-        )
+        raise UserError(f"{name} {_other_folder(path)}")
     known = ", ".join(place.shown for place in known_places()[:8])
     raise UserError(
         f"there is no run, output folder or job {name}"
         + (f"; below runs/ are {known}" if known else "; `bertscale status` lists those that it finds")
     )
+
+
+def _other_folder(path: Path) -> str:
+    """What a folder is in which nothing runs, and the command for it."""
+    name = shlex.quote(shown(path))
+    if (path / "manifest.json").is_file():
+        return f"is a data set of `bertscale prep`, which has ended: bertscale inspect {name} shows it"
+    if (path / ".prep").is_dir():
+        return (
+            "is a data set that `bertscale prep` has not finished: the command that began it goes on with it"
+        )
+    if (path / TABLE).is_file():
+        run = path.parent.parent if path.parent.name == CHECKPOINTS else None
+        return "is a checkpoint" + (f" of the run {shown(run)}: bertscale status {shown(run)}" if run else "")
+    if (path / RESULT).is_file():
+        return f"is a classifier of `bertscale finetune`, which has ended; its figures: {name}/{RESULT}"
+    if (path / "config.json").is_file():
+        return "is a model, in which nothing runs: `bertscale convert` and `bertscale finetune` take models"
+    return "is no run: no job was submitted for it and it has no logs and no checkpoints"
 
 
 def place_of(job: Path) -> Place:
@@ -223,7 +241,9 @@ def _look_at_training(place: Place, facts: Facts) -> None:
     if place.job is None:
         facts.process = training_process(place.run)
         facts.done = facts.done or (facts.steps is not None and (facts.checkpoint_step or 0) >= facts.steps)
-    if attempt and attempt.started and facts.steps and reached and not facts.done:
+    if attempt and attempt.started and not facts.done and (hours := planned_hours(place)):
+        facts.expected_end = end_of_hours(hours, attempt.started, facts.checkpoint)
+    elif attempt and attempt.started and facts.steps and reached and not facts.done:
         resumed = [
             (event["step"], event["time"])
             for event in facts.events
@@ -266,6 +286,28 @@ def planned_steps(place: Place) -> int | None:
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError, OverflowError):
         return int(json.loads((place.run / RESULT).read_text(encoding="utf-8"))["steps"])
     return None
+
+
+def planned_hours(place: Place) -> float | None:
+    """train.hours of the job's config, or of the run's; None for a run of another budget."""
+    for folder in (place.job, place.run):
+        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+            if folder is not None:
+                hours = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["train"]["hours"]
+                return float(hours) if is_number(hours) else None
+    return None
+
+
+def end_of_hours(hours: float, started: float, checkpoint: Path | None) -> float:
+    """When a budget of hours will be spent: by the newest checkpoint, which keeps what was spent, or by the
+    attempt's start, to which its loading comes."""
+    spent = 0.0
+    if checkpoint is not None:
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+            said = json.loads((checkpoint / TABLE).read_text(encoding="utf-8"))["elapsed_seconds"]
+            spent = float(said) if is_number(said) else 0.0
+        started = max(started, changed(checkpoint / TABLE))
+    return started + hours * 3600 - spent
 
 
 def heartbeat(attempt: Path) -> list[tuple[int, float]]:

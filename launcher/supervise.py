@@ -88,26 +88,52 @@ class Hang:
 
 
 def run_here(
-    command: list[str], ranks: int, log_folder: Path, limits: Limits = Limits(), run: Path | None = None
+    command: list[str],
+    ranks: int,
+    log_folder: Path,
+    limits: Limits = Limits(),
+    run: Path | None = None,
+    again: str = "",
 ) -> int:
     """Runs `command` as `ranks` processes on this machine and returns the exit code (see the top).
 
     Rank 0 writes to this process's stdout; all other output goes to a new folder `log_folder/attempt-NNN` for
     each start, the history to `log_folder/events.jsonl`. `run` is the run folder whose checkpoints are
-    progress. Raises UserError when a rank ended with one, or when the logs cannot be written.
+    progress, `again` the command with which a person goes on. Raises UserError when a rank ended with one, or
+    when the logs cannot be written.
     """
+    events = Events(log_folder / EVENTS)
 
     def start() -> LocalRanks:
         attempt = new_attempt(log_folder)
+        events.write("started", attempt=attempt.name)
         print(f"{ranks} rank{'s' if ranks > 1 else ''} on this machine, logs in {attempt}", flush=True)
         return LocalRanks(command, ranks, attempt)
 
     outlive_terminal()
     with StopRequests() as stop:
-        code = supervise(start, limits, Events(log_folder / EVENTS), run, stop)
-    if code == INTERRUPTED:
-        print("killed" if stop.kill else "stopped before there was anything to save", file=sys.stderr)
+        try:
+            code = supervise(start, limits, events, run, stop)
+        except UserError as error:
+            with contextlib.suppress(OSError):  # the logs cannot be written
+                events.write("gave_up", reason=str(error).partition("\n")[0])
+            raise
+    if code == 0:
+        events.write("done")
+    elif code in (STOPPED_AND_SAVED, INTERRUPTED):
+        saved = newest_step(run)
+        events.write("stopped", name="Ctrl-C, twice" if stop.kill else stop.name, checkpoint=saved or None)
+        print(farewell("killed" if stop.kill else "stopped", saved, again), file=sys.stderr, flush=True)
     return code
+
+
+def farewell(what: str, saved: int, again: str) -> str:
+    """The last line of a run that a person has ended: what of it is kept, and how to go on."""
+    if not again:
+        return what
+    if saved:
+        return f"{what}; everything until step {saved:,} is saved; to resume: {again}"
+    return f"{what} before anything was saved; to start again: {again}"
 
 
 def new_attempt(log_folder: Path, job: str = "", task: str = "") -> Path:
@@ -179,7 +205,8 @@ def watch(
         if stop.count and asked is None:
             asked = now
             again = " (Ctrl-C again to kill)" if stop.name == "SIGINT" else ""
-            print(f"\nstopping after this step and saving{again}", file=sys.stderr, flush=True)
+            what = "stopping after this step and saving" if _read_beat(group) else "stopping"
+            print(f"\n{what}{again}", file=sys.stderr, flush=True)
             events.write("signal", name=stop.name)
             group.ask_to_save()
         if asked is not None and now - asked > limits.save_seconds:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from dist import run_ranks
+from pages import ROOT, run_python
 from tiny import pretrain_config
 
 from bertscale.config import UserError
@@ -98,6 +99,16 @@ def checkpoint(runs: dict[str, tuple[Path, list[float]]], tmp_path: Path) -> Pat
     """A copy of a (TP 2 x DP 2 x ZeRO-3) checkpoint, to be damaged."""
     folder = checkpoints(runs["elastic"][0])[0]
     return Path(shutil.copytree(folder, tmp_path / folder.name))
+
+
+def test_the_page_reads_one(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/checkpoints.md, in a folder as `make quickstart` leaves it."""
+    run = tmp_path / "runs/quickstart/pretrain/checkpoints"
+    run.mkdir(parents=True)
+    checkpoint.rename(run / checkpoint.name)
+    monkeypatch.chdir(tmp_path)
+    opened = run_python(ROOT / "docs/checkpoints.md")["checkpoint"]
+    assert opened.folder == Path("runs/quickstart/pretrain/checkpoints") / checkpoint.name
 
 
 def test_a_file_cut_short_is_named(checkpoint: Path) -> None:

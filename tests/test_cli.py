@@ -8,14 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from bertscale import cli
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, Section, describe_fields
-from launcher import ranks
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -178,43 +177,6 @@ def test_a_fault_keeps_its_traceback(prep_config: str, monkeypatch: pytest.Monke
     put_stage(monkeypatch, fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["prep", prep_config])
-
-
-# --------------------------------------------------------------------------------------------- devices
-
-
-@pytest.mark.parametrize(
-    ("build", "devices", "visible", "gpus"),
-    [
-        ("'12.8'", 4, None, 4),
-        ("'12.8'", 4, "2,0", 2),
-        ("'12.8'", 4, "", 0),
-        ("'12.8'", 4, "1,-1,2", 1),
-        ("'12.8'", 1, "0,1", 1),
-        ("'12.8'", 0, None, 0),
-        ("None", 4, None, 0),  # a torch for CPUs
-    ],
-)
-def test_count_gpus(
-    build: str,
-    devices: int,
-    visible: str | None,
-    gpus: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "version.py").write_text(f"debug = False\ncuda: Optional[str] = {build}\nhip = None\n")
-    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    tool = tmp_path / "nvidia-smi"
-    lines = "\n".join(f"echo 'GPU {n}: Some GPU (UUID: GPU-{n})'" for n in range(devices))
-    tool.write_text(f"#!/bin/sh\n{lines}\n")
-    tool.chmod(0o755)
-    os.environ["PATH"] = f"{tmp_path}:/bin:/usr/bin"
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    if visible is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    assert ranks.count_gpus() == gpus
 
 
 def test_a_missing_config_alone_is_named(bertscale: Command) -> None:

@@ -275,6 +275,19 @@ def test_the_lines_of_a_run(tmp_path: Path) -> None:
         path.write_bytes(sound)
 
 
+@pytest.mark.parametrize("odd", ["1e400", str(10**400), "NaN", '"x"', "null", "[]"])
+def test_the_hours_of_a_run(odd: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-0000002"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "logs" / "attempt-001").mkdir(parents=True)
+    place, now = runs.find(str(tmp_path)), time.time()
+    for hours, spent in ((odd, "1.0"), ("1.5", odd)):
+        (tmp_path / "config.yaml").write_text(f'{{"train": {{"hours": {hours}}}}}')
+        (checkpoint / "bertscale.json").write_text(f'{{"elapsed_seconds": {spent}}}')
+        facts = runs.look(place)
+        show.describe(place, facts, state.judge(place, facts, [], None, now), None, now)
+
+
 def test_a_folder_of_that_name(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "events.jsonl", "result.json"):
         (tmp_path / name).mkdir()

@@ -291,6 +291,7 @@ def test_another_encoder_or_other_examples_are_another_task(world: Path, tmp_pat
         ('{"text": 7, "label": "fruit"}', "'text' is not text but 7"),
         ('{"text": "an apple", "label": 1.5}', "'label' is 1.5"),
         ('{"text": "an apple", "label": true}', "'label' is True"),
+        ('{"text": "an apple", "label": " "}', "'label' is blank"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, line: str, said: str) -> None:
@@ -311,6 +312,43 @@ def test_files_without_examples(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}\n')
     with pytest.raises(UserError, match=r"latin\.jsonl are not UTF-8"):
         read_examples(tmp_path / "latin.jsonl", "text", "label")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text, "label": 0}) + "\n" for text in ("a pear", "a plum", "\ufeffa grape")]
+    (tmp_path / "marked.jsonl").write_text("\ufeff" + lines[0] + lines[1] + "\ufeff" + lines[2], "utf-8")
+    examples = read_examples(tmp_path / "marked.jsonl", "text", "label")
+    assert [example.text for example in examples] == ["a pear", "a plum", "\ufeffa grape"]
+
+
+def test_a_text_that_leaves_no_token_gets_no_answer(world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    finetune(configure(world, output, "train.epochs=1"))
+    classifier = load_classifier(output / "model")
+    for blank in ("", " \n", "\ufeff", "\u00ad\x00"):
+        with pytest.raises(UserError, match=r"text 2 of 3 is blank \(.*\): leave it out"):
+            classifier(["a pear", blank, "iron"])
+        with pytest.raises(UserError, match="text 1 of 1 is blank"):
+            classifier(blank)
+    with pytest.raises(UserError, match="text 2 of 2 is not text but nan"):
+        classifier(["a pear", float("nan")])  # type: ignore[list-item]  # as pandas gives an empty cell
+    assert classifier([]) == []
+    assert len(classifier(np.array(["a pear", "iron"]))) == 2  # type: ignore[arg-type]
+
+
+def test_a_row_of_which_the_tokenizer_leaves_nothing_is_named(world: Path, tmp_path: Path) -> None:
+    """WordPiece drops more characters than SentencePiece: a zero-width space is blank to it."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "pear", "iron"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+    write_encoder(tmp_path / "encoder", load_tokenizer(tmp_path / "vocab.txt"))
+    write_rows(
+        tmp_path / "train.jsonl", [{"text": text, "label": text} for text in ("pear", "iron", "\u200b")]
+    )
+    overrides = [f"encoder={tmp_path / 'encoder'}", f"data.train={tmp_path / 'train.jsonl'}"]
+    overrides.append(f"data.test={tmp_path / 'train.jsonl'}")
+    with pytest.raises(UserError, match=r"train\.jsonl, line 3: 'text' is blank \('\\u200b'\)"):
+        finetune(configure(world, tmp_path / "output", *overrides))
+    assert not (tmp_path / "output").exists()
 
 
 def test_classes(tmp_path: Path) -> None:
@@ -367,7 +405,8 @@ def test_command(world: Path, tmp_path: Path, bertscale: Any, capsys: pytest.Cap
 
 def test_batches(world: Path) -> None:
     tokenizer = load_tokenizer(world / "tokenizer.model")
-    samples = encode([row["text"] for row in rows(50, seed=5)], tokenizer, max_length=8)
+    texts = [row["text"] for row in rows(50, seed=5)]
+    samples = encode(texts, tokenizer, 8, texts)
     assert max(map(len, samples)) == 8
     assert all((ids[0], ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id) for ids in samples)
     batches = list(training_batches(samples, 16, seed=0, epoch=0))

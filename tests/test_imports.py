@@ -42,7 +42,7 @@ DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.watch"}
 OPEN_TO = {
     "data_prep": {
         *("bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
-        *("bertscale.data.shards", "bertscale.tokenizer"),
+        *("bertscale.data.quality", "bertscale.data.shards", "bertscale.tokenizer"),
     },
     "launcher": {
         *("bertscale", "bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),

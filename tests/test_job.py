@@ -282,5 +282,6 @@ def test_the_quickstart_s_pipeline_hands_on_what_it_makes(monkeypatch: pytest.Mo
     assert run.data == data.output
     assert convert.convert == [run.run, task.encoder]
     cluster = load_config(ClusterConfig, pipeline.cluster, [])
-    data_parallel = pretrain.nodes * cluster.tasks_per_node // run.parallel.tensor
+    ranks = pretrain.nodes * (pretrain.ranks_per_node or cluster.tasks_per_node)
+    data_parallel = ranks // run.parallel.tensor
     assert run.train.global_batch % (run.train.micro_batch * data_parallel) == 0

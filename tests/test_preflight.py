@@ -20,6 +20,7 @@ from virtual import Cluster
 from bertscale.config import ModelConfig, PipelineStage, PretrainConfig, UserError
 from bertscale.model.model import PretrainingModel
 from launcher import slurm
+from launcher.submit.command import main as submit
 from launcher.submit.freeze import freeze
 from launcher.submit.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit
 from launcher.submit.pipeline import stage_jobs
@@ -123,6 +124,44 @@ def desk(tmp_path: Path, tiny_data: Path) -> Desk:
 
 GPU: dict[str, Any] = {"gpus_per_node": 8, "cpus_per_task": 8, "gpu_memory_gb": 80, "time": "12:00:00"}
 FIT = ["train.global_batch=32", "train.micro_batch=1"]  # for 8 or 16 ranks
+
+
+SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("pipeline", sorted(SHIPPED.glob("pipeline/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("shipped", sorted(SHIPPED.glob("cluster/*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_pipeline_fits_each_shipped_cluster(
+    pipeline: Path,
+    shipped: Path,
+    site: Slurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`submit pipeline --dry-run`, as documented, on a site that has what the cluster file says of it."""
+    shutil.copytree(SHIPPED, tmp_path / "configs")
+    (tmp_path / "runs/quickstart/task").mkdir(parents=True)
+    write_corpus(tmp_path / "runs/quickstart/corpus.jsonl", 20)
+    (tmp_path / "runs/quickstart/corpus").mkdir()
+    shutil.move(tmp_path / "runs/quickstart/corpus.jsonl", tmp_path / "runs/quickstart/corpus")
+    for split in ("train", "test"):
+        (tmp_path / f"runs/quickstart/task/{split}.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    facts = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    places = {key: str(tmp_path / key) for key in ("log_root", "bad_nodes") if key in facts}
+    places |= {key: sys.executable for key in ("python", "batch_python") if key in facts}
+    write(tmp_path / "site.yaml", facts | places)
+    one = f"PartitionName={facts['partition']} AllowAccounts=ALL Default=YES Nodes=n[1-4] State=UP\n"
+    gpus = f"gpu:{facts.get('gpus_per_node', 0)}"
+    node = (
+        f"CPUTot=128 AvailableFeatures={facts.get('constraint')} Gres={gpus} RealMemory=1000000 State=IDLE\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "PARTITIONS", one)
+    monkeypatch.setitem(NODES, "n[1-4]", "".join(f"NodeName=n{n} {node}" for n in range(1, 5)))
+
+    arguments = ["pipeline", f"configs/pipeline/{pipeline.name}", "--cluster", "site.yaml", "--dry-run"]
+    assert submit(arguments) == 0
+    assert "nothing was queued: this was a dry run" in capsys.readouterr().out
 
 
 def test_a_sound_job_has_no_problem(site: Slurm, desk: Desk) -> None:
@@ -398,6 +437,8 @@ def finetune_values(folder: Path, keep: bool = False) -> dict[str, Any]:
 def test_inputs_of_the_other_stages(site: Slurm, desk: Desk) -> None:
     folder = desk.folder
     finetune = write(folder / "finetune.yaml", finetune_values(folder))
+    assert desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2}).problems == []
+    (folder / "train.jsonl").write_text('\ufeff{"text": "a", "label": 1}\n', "utf-8")
     assert desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2}).problems == []
     (folder / "train.jsonl").write_text('{"text": "a", "class": 1}\n')
     (folder / "test.jsonl").unlink()

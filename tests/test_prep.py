@@ -100,8 +100,12 @@ def test_the_manifest_counts_what_is_in_the_shards(corpus: Path) -> None:
             "sentences": sum(text.count(".") for text in texts.values()),
             "tokens": dataset.num_tokens,
             "text_bytes": sum(len(text.encode()) for text in texts.values()),
+            "unknown": 0,
+            "single_bytes": 0,
         }
-    for key in ("documents", "sentences", "tokens", "text_bytes"):
+    letters = sum(character.isalpha() for text in make_documents(300) for character in text)
+    assert counters["letters"] == {"latin": letters}
+    for key in ("documents", "sentences", "tokens", "text_bytes", "unknown", "single_bytes"):
         assert counters[key] == summary[key] == sum(some[key] for some in counters["splits"].values())
     assert (counters["records"], counters["bad"], counters["dropped"]) == (300, {}, {})
 
@@ -320,3 +324,55 @@ def test_input_that_cannot_be_used(tmp_path: Path) -> None:
     write_jsonl(folder / "a.jsonl", make_documents(5))
     with pytest.raises(UserError, match="cannot make the folder"):
         prep(config_for(tmp_path, output=str(tmp_path / "output.txt")))
+
+
+CHINESE = ["我们在城市里看书。", "他说：“你好。”", "今天天气很好！", "北京是中国的首都。", "你去哪里？"]
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_forgotten_language_is_told(
+    language: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "input").mkdir()
+    texts = ["".join(random.Random(n).choices(CHINESE, k=5)) for n in range(60)]
+    write_jsonl(tmp_path / "input" / "a.jsonl", texts)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set("".join(CHINESE)))]
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+    given = str(tmp_path / "vocab.txt")
+    config = config_for(tmp_path, language=language, deduplicate=False, tokenizer=given)
+    assert (prep(config)["sentences"] == 300) == (language == "zh")
+    said = capsys.readouterr().out
+    right = "prep: warning: 100% of the letters are Han, but language=en, whose rules are not for such text: "
+    assert ((right + "set language=zh and run prep again\n") in said) == (language == "en")
+    assert ("warning" in said) == (language == "en")
+    prep(config)  # found finished: told again
+    assert ("warning" in capsys.readouterr().out) == (language == "en")
+
+
+def test_a_tokenizer_of_another_language_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prep_english = config_for(tmp_path, output=str(tmp_path / "english"))
+    (tmp_path / "input").mkdir()
+    write_jsonl(tmp_path / "input" / "a.jsonl", make_documents(100))
+    prep(prep_english)
+    assert "0.00% of the tokens are unknown pieces, 0.00% single bytes" in capsys.readouterr().out
+    write_jsonl(tmp_path / "input" / "a.jsonl", [f"{text}{text}" for text in CHINESE])
+    tokenizer = str(tmp_path / "english" / "tokenizer.model")
+    summary = prep(config_for(tmp_path, language="zh", tokenizer=tokenizer))
+    tokens = [
+        tokenizer_piece
+        for shard in open_dataset(tmp_path / "output").shards
+        for tokenizer_piece in map(load_tokenizer(tokenizer).piece, shard.tokens.tolist())
+    ]
+    assert summary["single_bytes"] > 0.9 * summary["tokens"]
+    assert summary["splits"]["train"]["single_bytes"] == sum(piece.startswith("<0x") for piece in tokens)
+    said = capsys.readouterr().out
+    assert (
+        "% of the tokens are single bytes of characters without a piece, so the tokenizer does not fit"
+        in said
+    )
+    assert f"give another one than {tokenizer}, or leave `tokenizer` out" in said
+
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n。\n的\n", encoding="utf-8")
+    summary = prep(config_for(tmp_path, language="zh", tokenizer=str(tmp_path / "vocab.txt")))
+    assert summary["unknown"] > 0.5 * summary["tokens"]
+    assert "% of the tokens are unknown pieces, so the tokenizer does not fit" in capsys.readouterr().out

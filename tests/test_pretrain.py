@@ -99,7 +99,7 @@ def test_a_finished_run_leaves_figures_events_checkpoints_and_its_config(whole: 
     assert open_checkpoint(run).step == 12
     assert (run / "config.yaml").is_file()
 
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard" / run.name))
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert tags >= {
@@ -147,10 +147,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     process.send_signal(signal.SIGINT)
     printed = process.communicate()[0]
     assert process.returncode == 75, printed
-    assert "everything until there is saved" in printed
-    assert "to resume: bertscale pretrain" in printed
     step = open_checkpoint(run).step
     assert step == max(losses(run))
+    config = tmp_path / f"{run.name}.yaml"
+    *_, notice, last = [line for line in printed.splitlines() if "stop" in line]
+    assert notice == "stopping after this step and saving (Ctrl-C again to kill)"
+    assert last == f"stopped; everything until step {step} is saved; to resume: bertscale pretrain {config}"
+    assert f"stopped after step {step} of 12 steps" in (run / "logs/attempt-001/rank-0.log").read_text()
     again = start(tiny_data, run)
     assert again.wait() == 0
     assert losses(run) == losses(whole[0])

@@ -1,6 +1,6 @@
-"""The names for notebooks: docs/python.md runs as it stands, and what is told of the names is true.
+"""Every Python block of the docs runs as it stands, and what is told of the names for notebooks is true.
 
-The page names the files of the quickstart: `quickstart` lays tiny ones at the same paths, and the blocks run
+The pages name the files of the quickstart: `quickstart` lays tiny ones at the same paths, and the blocks run
 in that folder. There is no other substitution.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pydoc
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any, assert_type
 
 import pytest
 import torch
+from pages import PAGES, ROOT, blocks, has_python, run_python
 from tiny import pretrain_config
 
 import bertscale
+from bertscale.cli import main
 from bertscale.config import FinetuneConfig, ModelConfig, PretrainConfig, UserError, load_config
 from bertscale.convert.convert import convert
 from bertscale.data.micro_batch import MicroBatch
@@ -30,8 +33,15 @@ from bertscale.run_folder import checkpoint_folder
 from bertscale.tokenizer import Tokenizer
 from bertscale.train.checkpoint import write_whole
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/python.md"
+USING = ROOT / "docs/using-models.md"
+# The blocks of checkpoints.md read moments, which only a training leaves: tests/test_checkpoint.py runs them.
+OTHERS = [
+    page
+    for page in PAGES
+    if page.name not in ("python.md", "using-models.md", "checkpoints.md") and has_python(page)
+]
+SMALLER = ["train.epochs=1", "train.seeds=[0]", "samples.max_length=32"]  # of the fine-tuning
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +61,14 @@ def quickstart(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     rows = [
         {"text": f"{word} {number}", "label": word} for word in ("the cat", "a boat") for number in range(8)
     ]
-    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {split: runs / f"task/{split}.jsonl" for split in ("train", "test")}
+    for path in data.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = {
         "encoder": str(runs / "pretrain"),
         "output": str(runs / "finetune"),
-        "data": {split: str(folder / "task.jsonl") for split in ("train", "test")},
+        "data": {split: str(path) for split, path in data.items()},
         "samples": {"max_length": 32},
         "train": {"epochs": 1, "global_batch": 8},
     }
@@ -78,18 +91,11 @@ def _there(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quickstart)
 
 
-def blocks() -> list[str]:
-    parts = PAGE.read_text(encoding="utf-8").split("```")[1::2]
-    return [part.removeprefix("python\n") for part in parts if part.startswith("python\n")]
-
-
-# ---------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------------------- the pages
 
 
 def test_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
-    notebook: dict[str, Any] = {}
-    for block in blocks():
-        exec(compile(block, str(PAGE), "exec"), notebook)
+    notebook = run_python(PAGE)
     tokens, width = len(notebook["tokens"]), 256
     assert notebook["hidden"].shape == (tokens, width)
     assert notebook["pooled"].shape == (1, width)
@@ -100,8 +106,49 @@ def test_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_page_shows_every_name() -> None:
-    code = "\n".join(blocks())
+    code = "\n".join(text for language, text in blocks(PAGE) if language == "python")
     assert [name for name in bertscale.__all__ if f"bertscale.{name}" not in code] == []
+
+
+def test_using_models_runs_from_top_to_bottom() -> None:
+    """The commands too; of those that are not ours it is looked whether they know their words."""
+    notebook: dict[str, Any] = {}
+    commands = []
+    for language, text in blocks(USING):
+        if language == "python":
+            exec(compile(text, str(USING), "exec"), notebook)
+            continue
+        for line in text.replace("\\\n", " ").strip().splitlines():
+            program, *words = shlex.split(line)
+            commands.append(f"{program} {words[0]}")
+            if program == "bertscale":
+                assert main([*words, *(SMALLER if words[0] == "finetune" else [])]) == 0, line
+            elif program == "hf":
+                hub = [str(Path(sys.executable).with_name("hf")), words[0], "--help"]
+                help_text = subprocess.run(hub, capture_output=True, text=True, check=True).stdout
+                assert [word for word in words if word.startswith("-") and word not in help_text] == []
+            else:
+                subprocess.run([program, *words], check=True)
+    assert commands == ["bertscale convert", "bertscale finetune", "cp -r", "hf upload"]
+
+    assert len(notebook["answers"]) == 3
+    vectors = notebook["vectors"]
+    assert torch.allclose(vectors.norm(dim=-1), torch.ones(3))
+    alone = notebook["embed"](["Opens a file."])  # padding beside longer texts has changed nothing
+    assert torch.allclose(alone[0], vectors[0], atol=1e-5)
+    assert notebook["label"] in ("the cat", "a boat")
+    assert notebook["loss"] < 0.3  # it has learnt the two examples, from log 2
+    written = {path.name for path in Path("runs/encoder").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= written
+    encoder = notebook["AutoModel"].from_pretrained("runs/encoder")
+    assert encoder.config.architectures == ["BertModel"]
+    both = [notebook["AutoTokenizer"].from_pretrained(path) for path in ("runs/encoder", notebook["folder"])]
+    assert both[0](notebook["texts"])["input_ids"] == both[1](notebook["texts"])["input_ids"]
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.name)
+def test_other_pages_run(page: Path) -> None:
+    assert run_python(page)
 
 
 # ---------------------------------------------------------------------------------------------- the names

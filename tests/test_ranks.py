@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from bertscale.config import UserError
+from bertscale.run_folder import read_events
+from launcher import history
 from launcher.ranks import Rank, first_host, from_environment
+from launcher.supervise import farewell
 
 PARENT = """
 import sys
@@ -195,6 +198,7 @@ def test_ctrl_c_lets_the_ranks_save(parent: Parent, tmp_path: Path) -> None:
     process = parent(
         """
         signal.signal(signal.SIGTERM, lambda number, frame: (Path(f"saved-{rank}").touch(), sys.exit(75)))
+        Path(os.environ["BERTSCALE_ATTEMPT"], "heartbeat").write_text('{"step": 1}')
         ready()
         time.sleep(1000)
         """
@@ -203,7 +207,7 @@ def test_ctrl_c_lets_the_ranks_save(parent: Parent, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 75
-    assert "stopping after this step and saving" in err
+    assert err == "\nstopping after this step and saving (Ctrl-C again to kill)\nstopped\n"
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
 
@@ -235,7 +239,16 @@ def test_stopped_before_the_ranks_listen(parent: Parent, tmp_path: Path) -> None
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 130
-    assert err.endswith("stopped before there was anything to save\n")
+    assert err == "\nstopping\nstopped\n"  # no word of saving, before the first step
+
+
+def test_the_last_line_is_true_and_says_how_to_go_on() -> None:
+    again = "bertscale pretrain a.yaml"
+    assert farewell("stopped", 0, again) == f"stopped before anything was saved; to start again: {again}"
+    assert (
+        farewell("killed", 1200, again) == f"killed; everything until step 1,200 is saved; to resume: {again}"
+    )
+    assert farewell("stopped", 0, "") == "stopped"
 
 
 def test_ranks_die_with_a_killed_parent(parent: Parent, tmp_path: Path) -> None:
@@ -270,8 +283,35 @@ def test_outputs_and_environment(parent: Parent, tmp_path: Path) -> None:
         assert out == f"2 ranks on this machine, logs in logs/{attempt}\n0 2 0 2 127.0.0.1 1 True\n"
     for attempt in ("attempt-001", "attempt-002"):
         logs = tmp_path / "logs" / attempt
-        assert (logs / "rank-0.log").read_text() == "a warning\n"
+        assert (logs / "rank-0.log").read_text() == "0 2 0 2 127.0.0.1 1 True\na warning\n"
         assert (logs / "rank-1.log").read_text() == "1 2 1 2 127.0.0.1 1 True\na warning\n"
+
+
+def test_the_history_tells_how_each_attempt_ended(parent: Parent, tmp_path: Path) -> None:
+    assert finish(parent("return 0"))[0] == 0
+    assert finish(parent('raise UserError("no such data")'))[0] == 2
+    process = parent("ready()\ntime.sleep(1000)")
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 130
+    for path in tmp_path.glob("ready-*"):
+        path.unlink()
+    process = parent("ready()\ntime.sleep(1000)")
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    process.kill()
+    finish(process)
+    assert finish(parent("return 0"))[0] == 0
+
+    logs = tmp_path / "logs"
+    attempts = history.read_attempts(read_events(logs / "events.jsonl"), history.attempt_folders(logs))
+    assert [attempt.outcome for attempt in attempts] == [
+        "done",
+        "gave up: no such data",
+        "stopped by SIGINT",
+        "ended without a report: it was killed, or its machine went down",
+        "done",
+    ]
+    assert [attempt.folder for attempt in attempts] == history.attempt_folders(logs)
 
 
 def test_no_launcher() -> None:

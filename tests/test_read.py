@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -127,12 +128,14 @@ def test_formats(tmp_path: Path, name: str, compression: str) -> None:
     assert texts(tmp_path) == expected
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv", "wiki_00"])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv", "wiki_00", "wiki.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, compression: str) -> None:
     plain = ["One.", "Two.", "Three."]
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + WRITERS[name](plain))
+    path = tmp_path / f"{name}{compression}"
+    path.write_bytes(COMPRESS[compression](codecs.BOM_UTF8 + WRITERS[name](plain)))
     for split_bytes in (1000, 2**20):
-        assert texts(tmp_path / name, split_bytes=split_bytes) == plain
+        assert texts(path, split_bytes=split_bytes) == plain
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
@@ -258,6 +261,19 @@ def test_markdown(tmp_path: Path) -> None:
     assert texts(name) == ["No front matter, but a line.\nText."]
     name.write_text("```\nonly code\n")
     assert read(name) == [Dropped("Markdown without a text")]
+
+
+def test_byte_order_marks_of_files_put_together(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(codecs.BOM_UTF8 + WRITERS["a.jsonl"]([text]) for text in TEXTS))
+    assert texts(path) == TEXTS
+
+
+def test_a_byte_order_mark_in_markdown_and_before_a_quoted_column(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_bytes(codecs.BOM_UTF8 + b"# Title\n\nSome text.\n")
+    assert texts(tmp_path / "a.md") == ["Title\nSome text."]
+    (tmp_path / "a.csv").write_bytes(codecs.BOM_UTF8 + b'"text","id"\n"One.",1\n')
+    assert texts(tmp_path / "a.csv") == ["One."]
 
 
 # ----------------------------------------------------------------------------------------------- cuts

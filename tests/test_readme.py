@@ -42,4 +42,4 @@ def test_own_text(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "bertscale", *given, *SMALLER[words[1]]]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "runs/bert-mini/hugging-face/model.safetensors").is_file()
+    assert (tmp_path / "runs/laptop/hugging-face/model.safetensors").is_file()

@@ -381,6 +381,63 @@ def test_no_such_run(here: Path) -> None:
         status.main("status", ["17"])
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            ["manifest.json", ".prep/plan.json"],
+            "a data set of `bertscale prep`, which has ended: bertscale inspect",
+        ),
+        ([".prep/plan.json"], "a data set that `bertscale prep` has not finished"),
+        (["result.json", "model/config.json"], "a classifier of `bertscale finetune`, which has ended"),
+        (["config.json"], "a model, in which nothing runs"),
+    ],
+)
+def test_a_folder_in_which_nothing_runs_is_named(here: Path, files: list[str], words: str) -> None:
+    for file in files:
+        (here / "folder" / file).parent.mkdir(parents=True, exist_ok=True)
+        (here / "folder" / file).write_text("{}")
+    for command in ("status", "logs", "cancel", "resume"):
+        with pytest.raises(UserError, match=f"^folder is {words}"):
+            status.main(command, ["folder"])
+
+
+def test_a_checkpoint_leads_to_its_run(here: Path) -> None:
+    save(here / "runs/base", 20, 10)
+    with pytest.raises(UserError, match="is a checkpoint of the run runs/base: bertscale status runs/base"):
+        status.main("logs", ["runs/base/checkpoints/step-0000020"])
+
+
+def test_a_run_that_has_just_ended_does_not_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = here / "runs" / "base"
+    save(run, 20, 1)
+    (run / "config.yaml").write_text("run: runs/base\ntrain: {steps: 300}\n")
+    (run / "logs/attempt-001").mkdir(parents=True)
+    events = Events(run / "logs" / "events.jsonl")
+    events.write("started", attempt="attempt-001")
+    write_metrics(run, 20)
+    assert ask_status(capsys, "runs/base")[0]["state"] == "running"
+    events.write("stopped", name="SIGINT", checkpoint=20)
+    [report] = ask_status(capsys, "runs/base")
+    assert report["state"] == "stopped"
+    assert report["sentence"].endswith("its last attempt: stopped by SIGINT; newest checkpoint: step 20")
+
+
+def test_the_end_of_a_budget_in_hours(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = here / "runs" / "base"
+    (run / "logs/attempt-001").mkdir(parents=True)
+    (run / "config.yaml").write_text("run: runs/base\ntrain: {steps: null, hours: 2}\n")
+    Events(run / "logs" / "events.jsonl").write("started", attempt="attempt-001")
+    write_metrics(run, 20)
+    [report] = ask_status(capsys, "runs/base")
+    assert report["expected_end"] == pytest.approx(time.time() + 7200, abs=60)
+    save(run, 20, 0)
+    (run / "checkpoints/step-0000020/bertscale.json").write_text('{"elapsed_seconds": 3600.0}')
+    [report] = ask_status(capsys, "runs/base")
+    assert report["expected_end"] == pytest.approx(time.time() + 3600, abs=60)
+    assert "ends" in shown(capsys, "runs/base")
+
+
 def test_nothing_at_all(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no runs below" in shown(capsys)
 
@@ -441,6 +498,16 @@ def test_an_attempt_that_ended_without_a_word() -> None:
     assert first.outcome == "told to save and stop by SIGUSR1, saved and requeued: SIGUSR1"
     assert second.outcome == "ended without a report: its node or its batch script died"
     assert (third.number, third.outcome, third.ended) == (3, "", None)
+
+
+def test_folders_alone_do_not_tell_how_an_attempt_ended(tmp_path: Path) -> None:
+    """Those of an earlier version, which wrote no events of a run that went well."""
+    folders = [tmp_path / f"attempt-00{number}" for number in (1, 2)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "rank-0.log").touch()
+        os.utime(folder / "rank-0.log", (100 + number, 100 + number))
+    assert [attempt.outcome for attempt in history.read_attempts([], folders)] == ["", ""]
 
 
 # ------------------------------------------------------------------------------------------------ logs
@@ -559,6 +626,24 @@ def test_following_waits_and_ends_quietly(here: Path) -> None:
         _, errors = process.communicate()
     assert process.returncode == 0
     assert errors.splitlines() == [f"==> {job / 'logs' / 'slurm-17.out'}"]
+
+
+def test_following_a_run_that_was_started_by_hand_ends_with_it(here: Path) -> None:
+    run = here / "runs" / "base"
+    attempt = run / "logs" / "attempt-001"
+    attempt.mkdir(parents=True)
+    events = Events(run / "logs" / "events.jsonl")
+    events.write("started", attempt="attempt-001")
+    (attempt / "rank-0.log").write_text("the model\n")
+    with run_logs("runs/base", "-f") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "the model\n"
+        with (attempt / "rank-0.log").open("a") as file:
+            file.write("the last step\n")
+        events.write("stopped", name="SIGINT", checkpoint=20)
+        rest, notes = process.communicate()
+    assert (process.returncode, rest) == (0, "the last step\n")
+    assert notes.splitlines()[-1] == "==> runs/base: stopped by SIGINT; newest checkpoint: step 20"
 
 
 def test_following_ends_with_a_forgotten_job(here: Path, slurm_says: Callable[..., None]) -> None:

@@ -78,6 +78,41 @@ def test_a_pretraining_takes_the_nodes_and_the_site(tmp_path: Path) -> None:
     assert one_job(tmp_path, tmp_path / "data", site, time="2:00:00").spec.time == "2:00:00"
 
 
+def test_a_pretraining_may_ask_for_some_of_a_node_s_gpus(tmp_path: Path) -> None:
+    spec = one_job(tmp_path, tmp_path / "data", {"gpus_per_node": 8}, nodes=2, ranks_per_node=2).spec
+    assert (spec.nodes, spec.tasks_per_node, spec.gpus_per_node, spec.ranks) == (2, 2, 2, 4)
+    spec = one_job(tmp_path, tmp_path / "data", {"tasks_per_node": 4}, ranks_per_node=3).spec
+    assert (spec.tasks_per_node, spec.gpus_per_node) == (3, 0)
+
+    config = str(tmp_path / "run.yaml")
+    site = write(tmp_path / "site.yaml", {"tasks_per_node": 4})
+    jobs, mistakes = stage_jobs([PipelineStage(pretrain=config, ranks_per_node=5)], site)
+    assert jobs == []
+    assert mistakes == ["ranks_per_node=5, and the cluster file has tasks_per_node=4: ask for less"]
+    with pytest.raises(ValueError, match="ranks_per_node=2 is for pretrain, not convert"):
+        PipelineStage(convert=["run", "hf"], ranks_per_node=2)
+
+
+@pytest.mark.parametrize(("gpus", "device", "other"), [(4, "cuda", "cpu"), (0, "cpu", "cuda")])
+def test_a_job_takes_the_device_of_its_site(gpus: int, device: str, other: str, tmp_path: Path) -> None:
+    """So it fails at once on a node that does not show its GPUs, and takes none that it was not given."""
+    finetune = {"encoder": "hf", "data": {"train": "train.jsonl", "test": "test.jsonl"}, "output": "out"}
+    config = pretrain_config(tmp_path / "data", tmp_path / "run").model_dump()
+    stages = [
+        PipelineStage(pretrain=write(tmp_path / "run.yaml", config)),
+        PipelineStage(finetune=write(tmp_path / "finetune.yaml", finetune)),
+    ]
+    site = write(tmp_path / "site.yaml", {"gpus_per_node": gpus})
+    jobs, mistakes = stage_jobs(stages, site)
+    assert (mistakes, [job.config.device for job in jobs]) == ([], [device, device])  # type: ignore[union-attr]
+
+    asked = [stage.model_copy(update={"set": [f"device={other}"]}) for stage in stages]
+    jobs, mistakes = stage_jobs(asked, site)
+    assert jobs == []
+    assert len(mistakes) == 1
+    assert mistakes[0].startswith(f"device={other}, and the cluster file has gpus_per_node={gpus}: set")
+
+
 def test_other_stages_are_one_task_with_all_cores_and_one_gpu_at_most(tmp_path: Path) -> None:
     finetune = {"encoder": "hf", "data": {"train": "train.jsonl", "test": "test.jsonl"}, "output": "out"}
     stages = [

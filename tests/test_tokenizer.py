@@ -6,11 +6,15 @@ import io
 import pydoc_data.topics
 import subprocess
 import sys
+import unicodedata
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bertscale.config import UserError
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, normalize
@@ -30,6 +34,26 @@ MODELS: list[tuple[Literal["unigram", "bpe"], Literal["nfkc", "identity"]]] = [
     ("unigram", "nfkc"),
 ]
 Forms = Literal["NFC", "NFKC"]
+
+# Dropped, zero-width and white characters, marks, symbols, scripts of all kinds, and spelt special pieces.
+NASTY = [*"\x00\x07\x7f\x84\u00ad\ufeff", *" \t\n\x1c\x85\u00a0\u1680\u2028\u3000\u2581"]
+NASTY += [*"\u200b\u200c\u200d\u200e\u202e\u2060\u061c\u180e\ufff9\ufffd\uffff\ue000\U000e0001"]
+NASTY += [*"\u0301\u0323\u0338\u0344\u3099\u20dd\ufe0f\u0e33\u0f73\u0bcb", "e\u0301", "a\u0323\u0301"]
+NASTY += ["😀", "👩\u200d💻", "🇩🇪", "❤\ufe0f", "①", "ﬁ", "㍿", "½", "ß", "İ", "Å", "´"]
+NASTY += [
+    "北京",
+    "日本",
+    "東",
+    "カ",
+    "ｶﾞ",
+    "가",
+    "\u1112\u1161\u11ab",
+    "the",
+    " apple",
+    "The ",
+    "[MASK]",
+    "<0x41>",
+]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=" ".join)
@@ -94,6 +118,7 @@ def test_normalize(tokenizer: Tokenizer) -> None:
         ("e\u0301\u0323x", "e\u0301\u0323|e\u0301\u0323|x"),  # two characters, of three
         ("e\x00\u0301 y", "e\x00\u0301| |y"),
         ("\ufeffa\ud800b", "a|b"),
+        ("\ufeff😀\u20dd\u0338x", "😀|\u20dd|\u0338|x"),  # no form changes them: each has its own place
         ("\u1112\u1161\u11ab글", "\u1112\u1161\u11ab|글"),
         ("カ\u3099ゝ\u3099", "カ\u3099|ゝ\u3099"),
         ("", ""),
@@ -183,6 +208,17 @@ def test_given_models(tmp_path: Path) -> None:
     assert albert.encode(["THE STATEMENT"]) == albert.encode(["the statement"])
     albert.export_hugging_face(tmp_path / "albert", 128)
     assert albert.agreement(tmp_path / "albert", ["<pad> THE 東京 ①", *SENTENCES[500:600]]) >= 0.98
+    # Its own rule drops a space such as \x1c, and \u200b becomes a space.
+    odd = [
+        "\ufeffTHE",
+        "THE\x1cEND",
+        "\x1cTHE",
+        "\u2581\u0301",
+        "\u200bTHE",
+        "THE\u200b \u200bEND",
+        "\u00b4 \u00b4",
+    ]
+    assert albert.agreement(tmp_path / "albert", odd) == 1
 
 
 def test_hugging_face_gives_the_same_ids(tokenizer: Tokenizer, exported: Path) -> None:
@@ -202,6 +238,63 @@ def test_hugging_face_gives_the_same_ids(tokenizer: Tokenizer, exported: Path) -
         "①ﬁ㍿",
     ]
     assert tokenizer.agreement(exported, [*odd, "①ﬁ㍿"]) == 1.0
+
+
+def same_in_all_versions(character: str) -> bool:
+    """Whether a library with older tables of Unicode than Python's knows the character too."""
+    return unicodedata.ucd_3_2_0.category(character) != "Cn"
+
+
+# Not of ASCII, of which pieces are long: runs of one letter have several segmentations of the same score.
+characters = st.characters(min_codepoint=0x80, exclude_categories=["Cs"]).filter(same_in_all_versions)
+nasty_texts = st.lists(st.sampled_from(NASTY) | characters, max_size=8).map("".join)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(text=nasty_texts)
+def test_hugging_face_gives_the_same_ids_for_nasty_texts(
+    tokenizer: Tokenizer, exported: Path, text: str
+) -> None:
+    [ids] = tokenizer.encode([tokenizer.normalize(text)])
+    theirs = fast_tokenizer(exported).encode(text, add_special_tokens=False)
+    assert theirs.ids == ids
+    [(others, spans)] = tokenizer.encode_with_offsets([text])
+    assert others == ids
+    for i, ours, span in zip(ids, spans, theirs.offsets, strict=True):
+        if tokenizer.piece(i).startswith("<0x"):  # the bytes of a character have its place, here and there
+            assert ours[0] <= span[0] < span[1] <= ours[1]
+
+
+@pytest.mark.parametrize("dropped", ["\ufeff", "\u00ad", "\x00", "\x7f", "\ufeff\u00ad", "\ufeff \x07"])
+def test_a_dropped_character_at_the_start_changes_no_piece(
+    tokenizer: Tokenizer, exported: Path, dropped: str
+) -> None:
+    for rest in ["The apple", "apple", "東京", "😀", "\u0301", " the", "[MASK]", ""]:
+        theirs = fast_tokenizer(exported).encode(dropped + rest, add_special_tokens=False)
+        assert tokenizer.encode([tokenizer.normalize(dropped + rest)]) == [theirs.ids]
+        assert tokenizer.encode([tokenizer.normalize(rest)]) == [theirs.ids]
+
+
+def test_bytes_have_the_place_of_their_own_character(tokenizer: Tokenizer, exported: Path) -> None:
+    text = "a😀\ue000東\u20dd😀b"
+    theirs = fast_tokenizer(exported).encode(text, add_special_tokens=False)
+    [(ids, spans)] = tokenizer.encode_with_offsets([text])
+    for found in (spans, theirs.offsets):
+        places = [
+            text[begin:end]
+            for i, (begin, end) in zip(ids, found, strict=True)
+            if tokenizer.piece(i).startswith("<0x")
+        ]
+        assert "".join(places) == "😀😀😀😀\ue000\ue000\ue000東東東\u20dd\u20dd\u20dd😀😀😀😀"
+
+
+@lru_cache
+def fast_tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast.from_file(str(folder / "tokenizer.json"))
+    fast.encode_special_tokens = True  # a literal "[MASK]" is text
+    return fast
 
 
 def test_transformers_loads_the_export(tokenizer: Tokenizer, exported: Path) -> None:

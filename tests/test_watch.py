@@ -159,7 +159,8 @@ def test_failures_are_started_again_until_the_run_is_done(parent: Parent, tmp_pa
         "attempt-002",
         "attempt-003",
     ]
-    assert kinds(tmp_path / "logs/events.jsonl") == ["failed", "relaunched", "failed", "relaunched"]
+    again = ["started", "failed", "relaunched"]
+    assert kinds(tmp_path / "logs/events.jsonl") == [*again, *again, "started", "done"]
 
 
 def test_a_crash_loop_ends_and_names_the_checkpoint(parent: Parent, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_signal_saves_and_nothing_is_started_again(parent: Parent, tmp_path: P
     code, _ = finish(process)
     assert code == 75
     assert (tmp_path / "run/checkpoints/step-0000001").is_dir()
-    assert kinds(tmp_path / "logs/events.jsonl") == ["signal", "checkpoint"]
+    assert kinds(tmp_path / "logs/events.jsonl") == ["started", "signal", "checkpoint", "stopped"]
 
 
 # ----------------------------------------------------------------------------- a job, without a cluster

@@ -223,6 +223,8 @@ def test_vocabularies_that_will_not_do(tmp_path: Path) -> None:
 
     assert "it has no [MASK]; there must be a line" in refusal([p for p in PIECES if p != "[MASK]"])
     assert "the piece 'the' in line 7 and again in line" in refusal([*PIECES, "the"])
+    marked = write_vocabulary(tmp_path / "vocab.txt", ["\ufeff" + PIECES[0], *PIECES[1:]])
+    assert load_tokenizer(marked).pad_id == 0  # a byte order mark is no part of the first piece
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe[\x00")
     with pytest.raises(UserError, match="no UTF-8 text"):
         load_tokenizer(tmp_path / "vocab.txt")

@@ -47,6 +47,7 @@ from bertscale.train.device import (
     choose_precision,
     data_sheet_peak,
     describe,
+    device_line,
     local_device,
     measured_peak,
     synchronize,
@@ -93,7 +94,9 @@ def bench(config: PretrainConfig, options: Options) -> int:
 
     Raises UserError for what the user can mend.
     """
-    ranks = start_ranks(config.parallel.tensor, local_device())
+    device = local_device(config.device)
+    ranks = start_ranks(config.parallel.tensor, device)
+    ranks.say(device_line(device, config.device, ranks.world))
     try:
         _bench(without_warmup(config), options, ranks)
     finally:

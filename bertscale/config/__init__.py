@@ -5,6 +5,7 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 """
 
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
+from bertscale.config.device import Device
 from bertscale.config.finetune import ExamplesConfig, FinetuneConfig
 from bertscale.config.model import (
     GPU_POSITIONS,
@@ -21,6 +22,7 @@ from bertscale.config.prep import (
     PrepConfig,
     TokenizerTraining,
     check_language,
+    is_utf8,
 )
 from bertscale.config.pretrain import (
     PAIRS,

@@ -93,6 +93,9 @@ class PipelineStage(Section):
     set: list[str] = Field([], description="Overrides of the stage's config, each as key=value.")
     cluster: str | None = Field(None, description="Cluster file of this job; by default the pipeline's.")
     nodes: int = Field(1, ge=1, description="Number of nodes.")
+    ranks_per_node: int | None = Field(
+        None, ge=1, description="Ranks of a pretraining on a node; by default all that the cluster file has."
+    )
     array: int = Field(0, ge=0, description="Tasks of a prep array; 0 for a single job.")
     spares: int = Field(0, ge=0, description="Number of spare nodes, which replace nodes that fail.")
     time: str | None = Field(None, description="Time limit of this job, in quotes.")
@@ -107,6 +110,8 @@ class PipelineStage(Section):
         given = [name for name in ("prep", "pretrain", "convert", "finetune") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"a stage is one of prep, pretrain, convert and finetune, not {given or 'none'}")
+        if self.ranks_per_node is not None and not self.pretrain:
+            raise ValueError(f"ranks_per_node={self.ranks_per_node} is for pretrain, not {given[0]}")
         return self
 
 

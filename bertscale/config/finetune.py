@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from bertscale.config.device import DEVICE, Device
 from bertscale.config.section import Section
 from bertscale.errors import UserError
 
@@ -95,6 +96,7 @@ class FinetuneConfig(Section):
     encoder: str = Field(description="Checkpoint folder, run folder or Hugging Face folder.")
     output: str = Field(description="Folder for the classifier, its metrics and predictions.")
     data: ExamplesConfig = Field(description="The labelled text.")
+    device: Device = Field("auto", description=DEVICE)
     samples: EncodingConfig = Field(EncodingConfig(), description="The samples.")
     model: ClassifierConfig = Field(ClassifierConfig(), description="The classifier.")
     optimizer: FinetuneOptimizer = Field(

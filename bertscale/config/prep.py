@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+from encodings.aliases import aliases
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -48,6 +50,30 @@ SCRIPTS = (
 )  # fmt: skip
 
 
+_NO_TEXT = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")  # Python calls them text
+
+
+def check_encoding(encoding: str) -> str:
+    """Returns `encoding`, a name that Python has for one; raises ValueError that names the nearest ones."""
+    try:
+        codec = codecs.lookup(encoding)
+        "".encode(encoding)  # not of hex and its like, which make bytes of bytes
+    except LookupError:
+        codec = None
+    if codec is None or codec.name.replace("-", "_") in _NO_TEXT:
+        name = encoding.lower().replace("-", "_")
+        of_text = {alias: of for alias, of in aliases.items() if not of.endswith(("_codec", "rot_13"))}
+        near = difflib.get_close_matches(name, [*of_text, *of_text.values()], 1, 0.7)
+        hint = f"did you mean {near[0]}?" if near else "some are utf-8, gb18030, big5, shift_jis and latin-1"
+        raise ValueError(f"there is no encoding {encoding!r}; {hint}")
+    return encoding
+
+
+def is_utf8(encoding: str) -> bool:
+    """Whether it is UTF-8; a byte order mark makes no difference, as readers skip it."""
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+
+
 class TokenizerTraining(Section):
     """How a SentencePiece model is trained."""
 
@@ -75,6 +101,11 @@ class PrepConfig(Section):
     )
     output: str = Field(description="Folder for the tokenizer, the shards and manifest.json.")
     text_field: str = Field("text", description="Name of the field or column that holds the text.")
+    encoding: str = Field(
+        "utf-8",
+        description="Encoding of the text in the files, such as gb18030, big5, shift_jis, latin-1 or utf-16; "
+        ".parquet and .arrow have UTF-8 in any case.",
+    )
     documents: Literal["blank_line", "file"] = Field(
         "blank_line", description="What ends a document in a .txt file: a blank line, or the end of the file."
     )
@@ -119,6 +150,11 @@ class PrepConfig(Section):
     @classmethod
     def _list_one_input(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, encoding: str) -> str:
+        return check_encoding(encoding)
 
     @field_validator("language")
     @classmethod

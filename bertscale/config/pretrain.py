@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bertscale.config.device import DEVICE, Device
 from bertscale.config.model import ModelConfig
 from bertscale.config.section import Section, check_config
 
@@ -256,6 +257,7 @@ class PretrainConfig(Section):
     data: str | list[Corpus] = Field(
         description="Output folder of `bertscale prep`, or several to mix: [{path: A, weight: 0.7}, ...]."
     )
+    device: Device = Field("auto", description=DEVICE)
     model: ModelConfig = Field(ModelConfig(), description="The encoder.")
     samples: SamplesConfig = Field(SamplesConfig(), description="The samples.")
     objectives: ObjectivesConfig = Field(ObjectivesConfig(), description="The training objectives.")

@@ -5,7 +5,6 @@ bertscale inspect runs/quickstart/data
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,18 +15,17 @@ from rich.markup import escape
 from rich.text import Text
 
 from bertscale.config import SamplesConfig, UserError
+from bertscale.data.quality import count_pieces, doubts
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BAR = 40  # characters of the longest bar of a histogram
-TOKENS_AT_ONCE = 2**22  # counted together: `bincount` makes an int64 copy of them
 SHOWN = {"nsp": 4, "packed": 2}  # samples of each kind
 MAX_LENGTH = 128
 
 Counts = npt.NDArray[np.int64]
-_byte_piece = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def inspect(folder: str | Path, console: Console | None = None) -> None:
@@ -83,6 +81,7 @@ def _what_was_read(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
     for word in ("bad", "dropped"):
         for reason, count in counters.get(word, {}).items():
             yield f"{count:>12,} {word}: {reason}"
+    yield from (f"warning: {doubt}" for doubt in doubts(dataset.manifest))
 
 
 # ---------------------------------------------------------------------------------------------- lengths
@@ -102,9 +101,7 @@ class _Measures:
             shard.verify()
             self.documents = _add(self.documents, np.bincount(np.diff(shard.token_offsets)))
             self.sentences = _add(self.sentences, np.bincount(shard.sentence_lengths))
-            for begin in range(0, len(shard.tokens), TOKENS_AT_ONCE):
-                tokens = shard.tokens[begin : begin + TOKENS_AT_ONCE]
-                self.pieces += np.bincount(tokens, minlength=len(self.pieces))
+            self.pieces += count_pieces(shard.tokens, len(self.pieces))
             progress.advance(shard.entry.bytes)
 
     def lines(self) -> Iterator[str]:
@@ -114,14 +111,13 @@ class _Measures:
             values = ", ".join(f"{percent} %: {percentile(counts, percent):,}" for percent in PERCENTILES)
             yield f"  {values}, longest: {len(np.trim_zeros(counts, 'b')) - 1:,}"
             yield from _histogram(counts)
-        names = [self.tokenizer.piece(piece) for piece in range(self.tokenizer.vocab_size)]
-        in_bytes = [piece for piece, name in enumerate(names) if _byte_piece.fullmatch(name)]
         total = max(int(self.pieces.sum()), 1)
+        in_bytes = int(self.pieces[self.tokenizer.byte_ids].sum())
         used = int((self.pieces > 0).sum())
         yield (
             f"{self.dataset.split} pieces: {self.pieces[self.tokenizer.unk_id] / total:.3%} unknown, "
-            f"{self.pieces[in_bytes].sum() / total:.3%} single bytes of characters without a piece, "
-            f"{used:,} of {len(names):,} used"
+            f"{in_bytes / total:.3%} single bytes of characters without a piece, "
+            f"{used:,} of {len(self.pieces):,} used"
         )
 
 

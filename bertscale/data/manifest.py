@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from bertscale.config.table import Count, FileName, Size, Table
 
+PIECES = {"unknown", "single_bytes", "letters"}  # counters that earlier versions did not have, none of them
 SUMS = {"documents": "rows", "sentences": "sentences", "tokens": "tokens"}  # counter -> key of a shard
 
 Split = Literal["train", "validation"]
@@ -30,6 +31,8 @@ class _Sums(Table):
     sentences: Count
     tokens: Count
     text_bytes: Count
+    unknown: Count = 0
+    single_bytes: Count = 0
 
 
 class _Counters(Table):
@@ -39,13 +42,18 @@ class _Counters(Table):
     sentences: Count = 0
     tokens: Count = 0
     text_bytes: Count = 0
+    unknown: Count = 0
+    single_bytes: Count = 0
     splits: dict[Split, _Sums] = Field(default_factory=dict)
     bad: dict[str, Count] = Field(default_factory=dict)
     dropped: dict[str, Count] = Field(default_factory=dict)
+    letters: dict[str, Count] = Field(default_factory=dict)
 
 
 class _Settings(Table):
     input: list[str] = Field(default_factory=list)
+    language: str = ""
+    tokenizer: str | None = None
 
 
 class Manifest(Table):
@@ -64,7 +72,12 @@ class Manifest(Table):
         (name, times), *_ = Counter(shard.name for shard in self.shards).most_common(1) or [("", 0)]
         if times > 1:
             raise ValueError(f"the shard {name} is there twice")
-        for key in (*SUMS, "text_bytes"):
+        counted_pieces = PIECES & self.counters.model_fields_set
+        if counted_pieces and (missing := PIECES - counted_pieces):
+            raise ValueError(f"counters.{min(missing)} is missing")
+        if counted_pieces and not self.settings.language:
+            raise ValueError("settings.language is missing")
+        for key in (*SUMS, "text_bytes", "unknown", "single_bytes"):
             of_splits = {split: getattr(sums, key) for split, sums in self.counters.splits.items()}
             if getattr(self.counters, key) != sum(of_splits.values()):
                 raise ValueError(f"counters.{key} is not the sum of its splits")

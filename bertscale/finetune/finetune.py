@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertscale.config import FinetuneConfig, ModelConfig, OptimizerConfig, UserError, check_config
+from bertscale.config import Device, FinetuneConfig, ModelConfig, OptimizerConfig, UserError, check_config
 from bertscale.config.table import Count, Table, check_table, damaged, read_object
 from bertscale.convert.convert import Weights, open_weights
 from bertscale.files import file_digest, json_digest, whole_folder, write_bytes, write_json
@@ -56,7 +56,7 @@ from bertscale.progress import Progress
 from bertscale.run_folder import CONFIG, RESULT, TABLE
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint import save_tensors
-from bertscale.train.device import choose_precision, describe, local_device
+from bertscale.train.device import choose_precision, device_line, local_device
 from bertscale.train.schedule import learning_rate
 
 DIGEST = "digest"  # in result.json, of all the rest of it
@@ -109,6 +109,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     together, a loss that is not finite.
     """
     began = time.monotonic()
+    device = local_device(config.device)
+    print(device_line(device, config.device), flush=True)
     weights = open_weights(Path(config.encoder))
     tokenizer = load_tokenizer(weights.folder)
     check_fit(config, weights, tokenizer)
@@ -122,14 +124,18 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         print(f"already fine-tuned: {output} holds the result of these settings, encoder and examples")
         print(table(finished))
         return finished
-    make_folder(output)
 
-    device = local_device()
-    dtype, reason = choose_precision("auto", device)
     samples, test_samples = (
-        encode([example.text for example in examples], tokenizer, config.samples.max_length)
+        encode(
+            [example.text for example in examples],
+            tokenizer,
+            config.samples.max_length,
+            [f"{example.place}: {data.text_field!r}" for example in examples],
+        )
         for examples in (train, test)
     )
+    make_folder(output)
+    dtype, reason = choose_precision("auto", device)
     task = Task(config, weights, tokenizer, train, test, classes, samples, test_samples, device, dtype)
     announce(task, reason)
     findings = train_all(task)
@@ -153,8 +159,7 @@ def announce(task: Task, reason: str) -> None:
     print(
         f"data      {len(task.train):,} training and {len(task.test):,} test examples "
         f"of {len(task.classes)} classes\n"
-        f"runs      {runs} of {task.steps:,} steps, {f'{task.dtype}'.removeprefix('torch.')} ({reason}), "
-        f"on {describe(task.device)}",
+        f"runs      {runs} of {task.steps:,} steps, {f'{task.dtype}'.removeprefix('torch.')} ({reason})",
         flush=True,
     )
 
@@ -416,7 +421,8 @@ def make_folder(output: Path) -> None:
 
 def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
     """Returns digests of all that a result depends on: settings, encoder and examples."""
-    settings = config.model_dump(exclude={"encoder": True, "output": True, "data": {"train", "test"}})
+    elsewhere: dict[str, Any] = {"encoder": True, "output": True, "device": True, "data": {"train", "test"}}
+    settings = config.model_dump(exclude=elsewhere)
     table_file = weights.folder / TABLE  # it holds the digests of a checkpoint's shards
     files = [table_file] if table_file.exists() else sorted(weights.folder.glob("*.safetensors"))
     others = [weights.folder / "config.json", find_tokenizer(weights.folder)]
@@ -460,8 +466,14 @@ class Classifier:
     classifier(["Adds two matrices."])        # [("numpy", 0.91)]
     """
 
-    def __init__(self, model: ClassificationModel, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-        self.device = local_device()
+    def __init__(
+        self,
+        model: ClassificationModel,
+        tokenizer: Tokenizer,
+        facts: dict[str, Any],
+        device: Device = "auto",
+    ) -> None:
+        self.device = local_device(device)
         self.dtype, _ = choose_precision("auto", self.device)
         self.model = model.to(self.device)
         self.tokenizer = tokenizer
@@ -469,19 +481,26 @@ class Classifier:
         self.max_length: int = facts["max_length"]  # tokens
 
     def __call__(self, texts: str | Sequence[str]) -> list[tuple[Label, float]]:
-        """Returns the most probable label of each text and its probability; a text alone is a list of one."""
-        samples = encode([texts] if isinstance(texts, str) else texts, self.tokenizer, self.max_length)
+        """Returns the most probable label of each text and its probability; a text alone is a list of one.
+
+        No texts give no answers. Raises UserError for a text that is blank, or that leaves no token.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        places = [f"text {number} of {len(texts)}" for number in range(1, len(texts) + 1)]
+        samples = encode(texts, self.tokenizer, self.max_length, places)
         predicted = predict(self.model, samples, self.device, self.dtype)  # [N, C]
         return [(self.labels[int(row.argmax())], float(row.max())) for row in predicted]
 
 
-def load_classifier(folder: str | Path) -> Classifier:
-    """Loads a classifier that `bertscale finetune` wrote, onto this machine's device.
+def load_classifier(folder: str | Path, device: Device = "auto") -> Classifier:
+    """Loads a classifier that `bertscale finetune` wrote, onto this machine's GPU or CPU.
 
-    `folder` is the folder `model` of its output. Called with S texts, of any length, the classifier returns S
-    pairs (label, probability); one text alone is as a list of it.
+    `folder` is the folder `model` of its output, `device` auto, cpu or cuda, as in a config. Called with S
+    texts, of any length, the classifier returns S pairs (label, probability); one text alone is as a list of
+    it. A text that is blank raises UserError.
 
-    Raises UserError where `folder` holds no classifier, or another tokenizer than the classifier's.
+    Raises UserError where `folder` holds no classifier, or another tokenizer than the classifier's, or the
+    device cannot be used.
 
         load_classifier("runs/quickstart/finetune/model")(["Adds two matrices."])    # [("numpy", 0.91)]
     """
@@ -510,4 +529,4 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise damaged(weights, "its tensors are not those that config.json beside it asks for", remedy)
     model = ClassificationModel(*sizes)
     model.load_state_dict(tensors)
-    return Classifier(model, tokenizer, facts)
+    return Classifier(model, tokenizer, facts, device)

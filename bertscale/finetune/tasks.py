@@ -35,16 +35,17 @@ class Example:
 
 
 def read_examples(path: str | Path, text_field: str, label_field: str) -> list[Example]:
-    """Reads the examples of a jsonl file; empty lines are skipped.
+    """Reads the examples of a jsonl file; empty lines and a byte order mark are skipped.
 
     Raises UserError that names file and line of the first row that is not JSON, lacks a field,
-    has a blank text, or a label that is neither text nor a whole number.
+    has a blank text, or a label that is blank or neither text nor a whole number.
     """
     path = Path(path)
     examples = []
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
+                line = line.removeprefix("\ufeff")  # in files of several others, in the midst of them too
                 if line.strip():
                     examples.append(_read_row(line, f"{path}, line {number}", text_field, label_field))
     except OSError as error:
@@ -74,6 +75,8 @@ def _read_row(line: str, place: str, text_field: str, label_field: str) -> Examp
         raise UserError(f"{place}: {text_field!r} is blank")
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise UserError(f"{place}: {label_field!r} is {label!r}; a label is text or a whole number")
+    if isinstance(label, str) and not normalize(label):
+        raise UserError(f"{place}: {label_field!r} is blank")
     return Example(text, label, place)
 
 
@@ -112,9 +115,21 @@ class Batch:
         return Batch(tokens, token_types, self.positions.to(device), self.lengths, self.rows)
 
 
-def encode(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
-    """Returns ids of `[CLS] text [SEP]` for each text; longer ones lose their end."""
+def encode(
+    texts: Sequence[str], tokenizer: Tokenizer, max_length: int, places: Sequence[str]
+) -> list[list[int]]:
+    """Returns ids of `[CLS] text [SEP]` for each text; longer ones lose their end.
+
+    Raises UserError that names the place of the first text that leaves no token: of that a model can tell
+    nothing.
+    """
+    for text, place in zip(texts, places, strict=True):
+        if not isinstance(text, str):
+            raise UserError(f"{place} is not text but {text!r}")
     encoded = tokenizer.encode([tokenizer.normalize(text) for text in texts])
+    for ids, text, place in zip(encoded, texts, places, strict=True):
+        if not ids:
+            raise UserError(f"{place} is blank ({text[:40]!r}): leave it out")
     return [[tokenizer.cls_id, *ids[: max_length - 2], tokenizer.sep_id] for ids in encoded]
 
 

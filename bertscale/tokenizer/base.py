@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_byte_piece = re.compile(r"<0x[0-9A-F]{2}>")
 SPECIAL_KEYS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in tokenizer_config.json
 SENTENCE_PIECE_NAME = "tokenizer.model"
 WORD_PIECE_NAME = "tokenizer.json"
@@ -75,6 +76,11 @@ class Tokenizer(ABC):
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
         return (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
+
+    @cached_property
+    def byte_ids(self) -> list[int]:
+        """The pieces that spell, byte by byte, a character that has no piece; none in WordPiece."""
+        return [i for i in range(self.vocab_size) if _byte_piece.fullmatch(self.piece(i))]
 
     @cached_property
     def starts_word(self) -> npt.NDArray[np.bool_]:
@@ -176,9 +182,12 @@ def normalize_with_offsets(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str
         run = "".join(c for c, _ in remaining[start:end])
         if end < len(remaining) and _joins(run, remaining[end][0], form):
             continue
-        # Every character of the normalised run gets the span of the whole run.
-        begin, stop = remaining[start][1], remaining[end - 1][1] + 1
-        characters += [(c, begin, stop) for c in unicodedata.normalize(form, run)]
+        normal = unicodedata.normalize(form, run)
+        if normal == run:
+            characters += [(c, i, i + 1) for c, i in remaining[start:end]]
+        else:  # every character of the normalised run gets the span of the whole run
+            begin, stop = remaining[start][1], remaining[end - 1][1] + 1
+            characters += [(c, begin, stop) for c in normal]
         start = end
     result: list[str] = []
     spans: Spans = []

@@ -214,11 +214,16 @@ class SentencePieceTokenizer(Tokenizer):
     def _fast_normalizer(self, proto: Any) -> Any:
         from tokenizers import Regex, normalizers
 
-        forms = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}
-        steps = [normalizers.Replace(Regex(f"[{_spell(DROPPED)}]+"), ""), forms[self.form]()]
-        if proto.normalizer_spec.precompiled_charsmap:
-            steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
-        steps.append(normalizers.Replace(Regex(f"[{_spell(SPACES)}]+"), " "))
+        dropped = f"[{_spell(DROPPED)}]+"
+        one_space = normalizers.Replace(Regex(f"[{_spell(SPACES)}]+"), " ")
+        steps: list[Any] = [normalizers.Replace(Regex(dropped), "")]
+        if proto.normalizer_spec.add_dummy_prefix:
+            # Metaspace sets the first "▁" only before the very first character of the given text: where that
+            # one is dropped, a space in its place becomes the "▁".
+            steps.insert(0, normalizers.Replace(Regex(f"\\A{dropped}"), " "))
+        steps += [{"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[self.form](), one_space]
+        if proto.normalizer_spec.precompiled_charsmap:  # it drops some of the spaces, and makes others
+            steps += [normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap), one_space]
         # Not at the start: the text after a [MASK] begins with the space of its first word.
         steps.append(normalizers.Replace(Regex(" $"), ""))
         return normalizers.Sequence(steps)
@@ -233,12 +238,28 @@ class SentencePieceTokenizer(Tokenizer):
         names = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
         literals = [f"(?<={re.escape(name[0])}){re.escape(name[1:])}" for name in names]
         literals.append("(?<=<)0x[0-9A-F]{2}>")
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=True),
-                pre_tokenizers.Split(Regex("|".join(literals)), "merged_with_next"),
-            ]
-        )
+        steps = [
+            pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=True),
+            pre_tokenizers.Split(Regex("|".join(literals)), "merged_with_next"),
+        ]
+        if proto.trainer_spec.byte_fallback and proto.trainer_spec.model_type == _UNIGRAM:
+            # A `tokenizers` Unigram spells a run of characters without a piece as one, and gives all of its
+            # bytes the offsets of the run: so each such character stands alone.
+            steps.append(pre_tokenizers.Split(Regex(f"[^{_ranges(_letters(proto))}]"), "isolated"))
+        return pre_tokenizers.Sequence(steps)
+
+
+def _letters(proto: Any) -> set[str]:
+    """The characters that some piece of text has."""
+    return set().union(*(piece.piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)))
+
+
+def _ranges(characters: set[str]) -> str:
+    """`characters` as ranges of code points, for a character class in a regular expression."""
+    codes = set(map(ord, characters))
+    starts = sorted(code for code in codes if code - 1 not in codes)
+    ends = sorted(code for code in codes if code + 1 not in codes)
+    return "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in zip(starts, ends, strict=True))
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:

@@ -194,7 +194,7 @@ def from_vocabulary(
     settings = settings or {}
     try:
         # As Python reads text: \n, \r\n and \r end a line; some vocabularies have U+2028 as a piece.
-        pieces = [line.rstrip("\n") for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")]
+        pieces = [line.rstrip("\n") for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig")]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not the vocabulary of a WordPiece tokenizer: no UTF-8 text") from error
     for name in SPECIAL:

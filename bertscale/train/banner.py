@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bertscale.config import PretrainConfig
 from bertscale.data.loader import Loader
+from bertscale.data.quality import doubts
 from bertscale.data.shards import Dataset
 from bertscale.progress import show_count
 from bertscale.run_folder import TENSORBOARD
@@ -57,6 +58,7 @@ def data_lines(
             + " to go"
             + (f"; {corpus.folder}, {fraction:.1%} of the samples" if len(data) > 1 else "")
         )
+        lines += [f"{'warning':<10}{corpus.folder}: {doubt}" for doubt in doubts(corpus.manifest)]
         if sampler.left_out:
             lines.append(f"{'':<10}{sampler.left_out:,} documents of a single token make no pair")
     for steps, length in config.samples.warmup:

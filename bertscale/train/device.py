@@ -1,14 +1,16 @@
-"""The device of a rank: which one, its number format, its peak."""
+"""The device of a rank: which one and why, its number format, its peak."""
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
 from functools import cache
 from itertools import pairwise
 
 import torch
 
+from bertscale import gpus
 from bertscale.config import UserError
 
 PEAK_SECONDS = 0.33  # that `measured_peak` takes
@@ -26,11 +28,45 @@ DATA_SHEET_PEAKS = {
 }
 
 
-def local_device() -> torch.device:
-    """The CUDA device of this local rank, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
+def local_device(wanted: str = "auto") -> torch.device:
+    """The device of this local rank for `device: wanted` (auto, cpu or cuda): its GPU, or the CPU.
+
+    Raises UserError where a GPU is wanted, or is there all the same, and cannot be used.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    obstacle = _find_obstacle()
+    if obstacle is not None:
+        gpus.refuse(obstacle, wanted)
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def device_line(device: torch.device, wanted: str, ranks: int = 1) -> str:
+    """The first line of a run of so many ranks: which device it takes, and why."""
+    if device.type == "cuda":
+        return f"device    {ranks} x {describe(device)} (CUDA {torch.version.cuda})"
+    cores = len(os.sched_getaffinity(0))
+    obstacle = None if wanted == "cpu" else _find_obstacle()
+    reason = obstacle.reason if obstacle else "as configured"
+    return f"device    CPU, {cores} core{'s' if cores > 1 else ''} ({reason})"
+
+
+def _find_obstacle() -> gpus.Obstacle | None:
+    """Tells why torch has no CUDA device; None where it has one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it says of a driver comes again as an exception
+        if torch.cuda.is_available():
+            return None
+        if (known := gpus.find_obstacle()) is not None:
+            return known
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call, unused-ignore]
+            said = "torch sees none of this machine's GPUs"
+        except (RuntimeError, AssertionError) as error:
+            said = f"torch cannot use this machine's GPUs ({str(error).strip().split('. ')[0].rstrip('.')})"
+    build = f"install a driver for the CUDA of this torch, {torch.version.cuda}, or a torch for the driver's"
+    return gpus.Obstacle(said, build, meant=True)
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -10,11 +10,13 @@ import operator
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from bertscale.config import PAIRS, ModelConfig
+from bertscale.config import PAIRS, ModelConfig, PretrainConfig
 from bertscale.files import write_bytes
 from bertscale.model.model import LossSums, attended_pairs, model_flops_per_token
 from bertscale.progress import show_count
@@ -46,6 +48,20 @@ class Rate:
 
     def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
         """Rates of the interval over all ranks; one that warms up is left out of `overall`."""
+        tokens, seconds, flops = self._interval(ranks)
+        if not warming_up:
+            self.all_tokens += tokens
+            self.all_seconds += seconds
+            self.all_flops += flops
+        self.restart()
+        return self._rates(tokens, seconds, flops)
+
+    def so_far(self, ranks: Ranks) -> dict[str, float]:
+        """Rates of the interval until now, which goes on."""
+        return self._rates(*self._interval(ranks))
+
+    def _interval(self, ranks: Ranks) -> tuple[float, float, float]:
+        """Tokens, seconds and FLOPs of the interval, over all ranks."""
         tokens, pairs, local, masked = ranks.sum_over_data(
             self.tokens, self.pairs, self.local_pairs, self.masked
         )
@@ -54,11 +70,9 @@ class Rate:
         flops = tokens * model_flops_per_token(
             self.model, self.vocab_size, pairs / tokens, masked / tokens, local / tokens
         )
-        if not warming_up:
-            self.all_tokens += tokens
-            self.all_seconds += seconds
-            self.all_flops += flops
-        self.restart()
+        return tokens, seconds, flops
+
+    def _rates(self, tokens: float, seconds: float, flops: float) -> dict[str, float]:
         return {"speed/tokens_per_second": tokens / seconds, "speed/mfu": flops / seconds / self.peak}
 
     def overall(self) -> dict[str, float]:
@@ -101,12 +115,15 @@ class LossAccumulator:
                 self.in_a_row += 1
         self.unread.clear()
 
-    def close(self) -> tuple[Tensor, Counts]:
-        """Returns the sums and the counts since the last call, and starts again from zero. Waits for the
-        device."""
+    def so_far(self) -> tuple[Tensor, Counts]:
+        """Returns the sums and the counts since the last call of `close`. Waits for the device."""
         self.read()
+        return self.sums, self.counts
+
+    def close(self) -> tuple[Tensor, Counts]:
+        """As `so_far`, and starts again from zero."""
+        sums, counts = self.so_far()
         self.newly_skipped, self.skipped_at_close = self.skipped - self.skipped_at_close, self.skipped
-        sums, counts = self.sums, self.counts
         self.sums, self.counts = torch.zeros_like(sums), Counts(0, 0, 0)
         return sums, counts
 
@@ -115,16 +132,29 @@ class MetricsWriter:
     """Writes one run's figures to metrics.jsonl and TensorBoard; rank 0 only.
 
     What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is
-    dropped: those steps are done again.
+    dropped: those steps are done again. TensorBoard shows the run under the name of its folder.
     """
 
     def __init__(self, run: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.first_step = first_step
         self.path = run / METRICS
         valid = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
         write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
-        self.events = SummaryWriter(str(run / TENSORBOARD), purge_step=first_step + 1)
+        self.events = SummaryWriter(str(run / TENSORBOARD / run.resolve().name), purge_step=first_step + 1)
+        self.end: Any = None  # the summary that marks the run as finished
+
+    def introduce(self, config: PretrainConfig) -> None:
+        """Shows the config in TensorBoard, as a text and by its keys in the tab HPARAMS."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
+        self.events.add_text("config", f"```yaml\n{settings}```", self.first_step)
+        # Without the list of columns: TensorBoard would take that of one run for all of them, whatever their
+        # keys, and makes it of all runs where there is none.
+        _, begin, self.end = hparams(hyperparameters(config), {})  # type: ignore[no-untyped-call]
+        self.events._get_file_writer().add_summary(begin)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Writes the figures after `step` steps; keys such as `train/mlm_loss` become TensorBoard's tags."""
@@ -134,7 +164,28 @@ class MetricsWriter:
         self.events.flush()
 
     def close(self) -> None:
+        """Ends a run that is finished."""
+        if self.end is not None:
+            self.events._get_file_writer().add_summary(self.end)  # type: ignore[no-untyped-call]
         self.events.close()
+
+
+def hyperparameters(config: PretrainConfig) -> dict[str, float | str]:
+    """The keys of a config and their values, numbers or texts; without the run folder, the section `launch`,
+    and keys that have no value."""
+    flat: dict[str, float | str] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{key}.", value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                flat[prefix + key] = value
+            elif value is not None:
+                flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+
+    add("", config.model_dump(mode="json", exclude={"run", "launch"}))
+    return flat
 
 
 BY_ACCURACY = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
@@ -142,12 +193,12 @@ RATES = {f"{kind}_accuracy": f"{kind.upper()} accuracy" for kind in BY_ACCURACY}
 
 
 def brief(figures: dict[str, float]) -> dict[str, str]:
-    """The figures that fit on a progress line."""
+    """The figures for a progress line, the most important first: a narrow terminal shows only these."""
     return {
         "loss": f"{figures['train/loss']:.3f}",
+        "tokens/s": show_count(figures["speed/tokens_per_second"]),
         **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
         **_rates(figures, "train", ".0%"),
-        "tokens/s": show_count(figures["speed/tokens_per_second"]),
         "MFU": show_mfu(figures["speed/mfu"]),
     }
 

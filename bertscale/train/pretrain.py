@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,12 +28,12 @@ from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
-from bertscale.progress import Progress
+from bertscale.progress import Progress, TimeBudget
 from bertscale.run_folder import CONFIG, LOCK, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
-from bertscale.train.device import choose_precision, local_device, peak_flops
+from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
@@ -53,8 +54,9 @@ def pretrain(config: PretrainConfig) -> int:
     """
     check_run_folder(Path(config.run))
     stop = StopSignal()
-    device = local_device()
+    device = local_device(config.device)
     ranks = start_ranks(config.parallel.tensor, device)
+    ranks.say(device_line(device, config.device, ranks.world))
     try:
         with only_one(Path(config.run), ranks):
             return train(config, ranks, stop)
@@ -98,7 +100,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     writer = MetricsWriter(run, start) if first else None
-    if first:
+    if writer:
+        writer.introduce(config)
         settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
         write_bytes(run / CONFIG, settings.encode())
         (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
@@ -108,13 +111,17 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         ranks.say(line)
     last = False  # whether this step is the last of the budget; all ranks must find the same
 
-    with Progress("pretrain", schedule.steps, "steps", start=start, hidden=not first) as progress:
+    hours = TimeBudget(schedule.seconds, clock.elapsed()) if schedule.seconds else None
+    with Progress(
+        "pretrain", schedule.steps, "steps", start=start, budget=hours, hidden=not first
+    ) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
-            masked, tokens, stopping, *times = ranks.sum_over_data(
+            masked, tokens, stopping, asked, *times = ranks.sum_over_data(
                 sum(batch.num_targets for batch in micro_batches),
                 sum(len(batch.tokens) for batch in micro_batches),
                 float(stop.asked),
+                float(progress.wants_facts()),
                 *clock.step(),
             )
             if stopping:
@@ -132,12 +139,12 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             done = step + 1
             beat(done)
 
+            facts: dict[str, str] = {}
             if done % config.train.log_every == 0 or done == start + 1 or last:
                 totals, seen = losses.close()  # waits for the device
                 if losses.newly_skipped:
                     progress.say(skipped(losses, done, saved, sound))
                 figures = rate.close(ranks, warming_up=done == start + 1)
-                facts: dict[str, str] = {}
                 if any(seen):
                     figures |= mean_losses("train", config, totals, seen, ranks)
                     figures |= {"train/learning_rate": learning_rate, "train/skipped_steps": losses.skipped}
@@ -145,10 +152,14 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                         figures["train/gradient_norm"] = engine.gradient_norm()
                     figures["speed/data_wait_seconds"] = loader.data_wait
                     figures |= epochs(config, loader, done)
-                    facts |= brief(figures)
+                    facts = brief(figures)
                     if writer:
                         writer.write(done, figures)
-                progress.advance(done - progress.done, **facts)
+            elif asked:  # it is time: for the screen alone, since what is kept is a function of steps
+                totals, seen = losses.so_far()
+                if any(seen):
+                    facts = brief(mean_losses("train", config, totals, seen, ranks) | rate.so_far(ranks))
+            progress.advance(1, **facts)
             if done % config.train.eval_every == 0 or last:
                 figures = evaluate(engine, heldout, config.train.eval_samples, done)
                 if writer:
@@ -171,7 +182,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     if not last:  # a signal came
         if saved < done:
             save(engine, done, data, schedule, clock.elapsed(), losses)
-        ranks.say(f"stopped after step {done} of {schedule.text}; everything until there is saved")
+        if first:  # in its log: on the screen the process that has started the ranks says how to go on
+            print(f"stopped after step {done} of {schedule.text}", file=sys.stderr, flush=True)
         return STOPPED_AND_SAVED
     if writer:
         writer.close()

@@ -30,7 +30,7 @@ _BUFFER = 2**18  # bytes
 _BUFFER_OF_DECOMPRESSED = 2**16  # bytes; about as many are lost before a damaged place of a .zst
 
 
-class _Decompressed(io.RawIOBase):
+class Decompressed(io.RawIOBase):
     """What `file` gives, a little at a time, so that nothing before a damaged place is lost."""
 
     def __init__(self, file: Any) -> None:
@@ -75,7 +75,7 @@ def open_stream(name: str) -> Iterator[io.BufferedReader]:
             case _:
                 yield file
                 return
-        stream: Any = io.BufferedReader(_Decompressed(opened), _BUFFER_OF_DECOMPRESSED)
+        stream: Any = io.BufferedReader(Decompressed(opened), _BUFFER_OF_DECOMPRESSED)
         with stream:
             yield stream
 

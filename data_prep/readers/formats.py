@@ -85,7 +85,7 @@ def read_jsonl(stream: BufferedReader, name: str, end: int | None, field: str) -
 def _text_of_json(line: bytes, field: str) -> tuple[str, str]:
     """Returns (text, "") or ("", reason)."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))  # of files put together each may begin with a mark
     except UnicodeDecodeError:
         return "", "invalid UTF-8"
     except (ValueError, RecursionError):

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from bertscale.config import WORK_FOLDER, PrepConfig, UserError
+from bertscale.config import WORK_FOLDER, PrepConfig, UserError, is_utf8
 from data_prep.readers import formats, tables
 from data_prep.readers.compressed import DAMAGE, compression_of, open_stream
-from data_prep.readers.records import Record, bad, printable
+from data_prep.readers.encodings import can_be_cut, open_text, other_encoding
+from data_prep.readers.records import INVALID_UTF8, Bad, Record, bad, printable
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 KINDS = f"{', '.join(FORMATS)}, each also as .gz, .bz2, .xz or .zst, and WikiExtractor's <doc> files"
@@ -160,7 +161,7 @@ def cut_into_units(files: list[InputFile], config: PrepConfig) -> list[list[Part
     for file in files:
         start, kind = 0, file.kind
         # Its parts cannot tell by their own beginning that they are of WikiExtractor's output.
-        if kind == ".txt" and _is_large(file, room) and _begins_as_wiki(file.name):
+        if kind == ".txt" and _is_large(file, config, room) and _begins_as_wiki(file.name):
             kind = WIKI
         for end in _ends(file, kind, config, room):
             weight = end - start
@@ -174,9 +175,11 @@ def cut_into_units(files: list[InputFile], config: PrepConfig) -> list[list[Part
     return [parts for parts in units if parts]
 
 
-def _is_large(file: InputFile, room: int) -> bool:
-    """Whether the file is to be cut: larger than `room` bytes, and of a kind that can be."""
+def _is_large(file: InputFile, config: PrepConfig, room: int) -> bool:
+    """Whether the file is to be cut: larger than `room` bytes, and of a kind and encoding that can be."""
     whole = compression_of(file.name) or file.kind in (".arrow", ".csv", ".md")
+    if file.kind != ".parquet" and not can_be_cut(config.encoding):
+        return False
     return not whole and file.size > max(room, 1)
 
 
@@ -184,7 +187,7 @@ def _ends(file: InputFile, kind: str, config: PrepConfig, room: int) -> Iterator
     """Where the parts of `file` end: the first after about `room` bytes, others after split_bytes."""
     if not file.size:
         return
-    table, large = kind in (".parquet", ".arrow", ".csv", ".tsv"), _is_large(file, room)
+    table, large = kind in (".parquet", ".arrow", ".csv", ".tsv"), _is_large(file, config, room)
     if not (table or file.named or large):
         yield file.size
         return
@@ -208,15 +211,21 @@ def _check(name: str, kind: str, config: PrepConfig) -> None:
         with tables.open_parquet(name) as parquet:
             tables.text_column(parquet.schema_arrow, config.text_field, name)
         return
-    with open_stream(name) as stream:
-        if kind == ".arrow":
+    if kind == ".arrow":
+        with open_stream(name) as stream:
             tables.text_column(tables.open_arrow(stream).schema, config.text_field, name)
-            return
+        return
+    with open_text(name, config.encoding) as stream:
         formats.skip_bom(stream)
-        if kind == ".csv":
-            formats.csv_column(stream, name, config.text_field)
-        elif kind == ".tsv":
-            formats.tsv_column(stream, name, config.text_field)
+        try:
+            if kind == ".csv":
+                formats.csv_column(stream, name, config.text_field)
+            elif kind == ".tsv":
+                formats.tsv_column(stream, name, config.text_field)
+        except UserError:
+            if advice := other_encoding(name, config.encoding):
+                raise UserError(f"input: {advice}") from None
+            raise
 
 
 def _ends_of_groups(file: InputFile, config: PrepConfig, room: int) -> Iterator[int]:
@@ -255,13 +264,30 @@ def read_records(part: Part, config: PrepConfig) -> Iterator[Record]:
     count = 0
     try:
         for record in _records(part, config):
-            yield record
+            yield record if is_utf8(config.encoding) else _as_encoded(record, part, config.encoding)
             count += 1
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"input: cannot read {printable(part.name)}: {error.strerror}") from error
         what = "the whole file" if not count else f"all after record {count}"
         yield bad("a damaged file, the rest of it lost", part.name, what, _one_line(error))
+
+
+def undecodable(encoding: str) -> list[str]:
+    """The reasons of a Bad whose bytes are no text: of what is UTF-8 in any case, and of other files."""
+    return [INVALID_UTF8] if is_utf8(encoding) else [INVALID_UTF8, f"invalid {encoding}"]
+
+
+def _as_encoded(record: Record, part: Part, encoding: str) -> Record:
+    """A Bad that was found in the UTF-8 form of a text in another encoding says so."""
+    if not isinstance(record, Bad) or part.kind in (".parquet", ".arrow"):
+        return record
+    reason = undecodable(encoding)[-1] if record.reason == INVALID_UTF8 else record.reason
+    where = record.place
+    if part.kind != ".csv":
+        where += " of its text as UTF-8"
+        where += f", counted from byte {part.start} of the file" if part.start else ""
+    return Bad(reason, where, record.excerpt)
 
 
 def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
@@ -272,14 +298,13 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
     if kind == ".arrow":
         yield from tables.read_arrow(name, config.text_field)
         return
-    with open_stream(name) as stream:
+    compressed = bool(compression_of(name))
+    with open_text(name, config.encoding, part.start, None if compressed else part.end) as stream:
         # Of every kind it skips a byte order mark; a small .txt file is looked at only here, as it is open.
         if not part.start and _is_wiki(stream) and kind == ".txt":
             kind = WIKI
-        index = formats.tsv_column(stream, name, config.text_field) if kind == ".tsv" else 0
-        if part.start:
-            stream.seek(part.start)
-        end = None if compression_of(name) else part.end
+        index = _tsv_column(stream, part, config) if kind == ".tsv" else 0
+        end = part.end if is_utf8(config.encoding) and not compressed else None
         if kind == WIKI:
             yield from formats.read_wiki(stream, name, end)
         elif kind == ".txt" and config.documents == "file":
@@ -294,6 +319,14 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
             yield from formats.read_csv(stream, name, config.text_field)
         elif kind == ".tsv":
             yield from formats.read_tsv(stream, name, end, index)
+
+
+def _tsv_column(stream: BufferedReader, part: Part, config: PrepConfig) -> int:
+    """The index of the text's column, from the first line of the file; `stream` then stands at a record."""
+    if not part.start:
+        return formats.tsv_column(stream, part.name, config.text_field)
+    with open_text(part.name, config.encoding) as whole:
+        return formats.tsv_column(whole, part.name, config.text_field)
 
 
 def _one_line(error: BaseException) -> str:

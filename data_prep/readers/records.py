@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 LONGEST = 2**20  # characters of a record's text
 EXCERPT = 200  # characters
+INVALID_UTF8 = "invalid UTF-8"  # the reason of a Bad
 
 _blank_line = re.compile(r"\n\s*\n")
 _sentence_end = re.compile(r"[.!?…][\"'”’»)\]]*\s|[。！？][”’」』）]*")
@@ -72,7 +73,7 @@ def judged(content: bytes | str, name: str, where: str) -> Iterator[Record]:
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError:
-            yield bad("invalid UTF-8", name, where, content)
+            yield bad(INVALID_UTF8, name, where, content)
             return
     if not text or text.isspace():
         yield bad("blank", name, where, text)

@@ -24,6 +24,7 @@ POLL_SECONDS = 0.2  # between two looks into the log
 LOOK_SECONDS = 1.0  # between two looks for another log, or the end
 ASK_SECONDS = 30.0  # of silence before the queue is asked whether the job still lives
 BLOCK_BYTES = 2**16
+LOCAL_ENDS = ("done", "stopped", "gave_up")  # of a run that was started by hand
 TURNS = ("queued", "started", "relaunched", "gave_up")  # the events after which earlier failures are past
 
 
@@ -118,9 +119,10 @@ def follow(place: Place, task: str | None, options: argparse.Namespace) -> None:
 
 
 def ended(place: Place) -> str | None:
-    """A sentence when the job's own files say that it is over."""
+    """A sentence when the run's own files say that it is over."""
     if place.job is None:
-        return None
+        last = (read_events(place.events) or [{"event": ""}])[-1]
+        return f"{place.shown}: {history.tell(last)}" if last["event"] in LOCAL_ENDS else None
     tasks = spec.array if (spec := runs.spec_of(place)) else 0
     if runs.is_done(place.job, tasks):
         return f"{place.shown} is done"

@@ -17,6 +17,7 @@ from launcher.runs import Facts, Place
 from launcher.status import control
 
 FRESH_SECONDS = 120.0  # a run whose figures changed within this is still at work
+LAST_WRITES_SECONDS = 5.0  # what is written this long after an attempt's end is not of another one
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def judge_local(place: Place, facts: Facts, now: float) -> State:
     attempt = facts.attempts[-1] if facts.attempts else None
     written = [place.run / METRICS, *(attempt.folder.iterdir() if attempt and attempt.folder else ())]
     newest = max(map(history.changed, written))
-    if now - newest < FRESH_SECONDS:
+    ended = attempt.ended if attempt else None  # by the process that had started the ranks
+    if now - newest < FRESH_SECONDS and (ended is None or newest > ended + LAST_WRITES_SECONDS):
         sentence = f"its figures changed {show_duration(now - newest)} ago: it may train on another machine"
         return State("running", sentence, source, next=f"bertscale logs {run} -f")
     last = f"; its last attempt: {attempt.outcome}" if attempt and attempt.outcome else ""

@@ -243,6 +243,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
         parser.add_argument("--time", metavar="T", help=text)
     if stage == "pretrain":
         parser.add_argument("--nodes", metavar="N", type=_positive, default=1, help="Nodes (%(default)s).")
+        text = "Ranks on each node, if not all of its GPUs, or tasks, of the cluster file."
+        parser.add_argument("--ranks-per-node", metavar="N", type=_positive, help=text)
         text = "Further nodes that stand by and replace those that fail."
         parser.add_argument("--spares", metavar="K", type=_natural, default=0, help=text)
     if stage == "prep":

@@ -88,7 +88,10 @@ def stage_jobs(
         except UserError as error:
             mistakes |= dict.fromkeys(str(error).splitlines())
         if site is not None and (config is not None or stage.convert):
-            jobs += _jobs_of(stage, site, config, pipeline)
+            try:
+                jobs += _jobs_of(stage, site, config, pipeline)
+            except UserError as error:
+                mistakes |= dict.fromkeys(str(error).splitlines())
     return jobs, list(mistakes)
 
 
@@ -114,6 +117,7 @@ def _jobs_of(
     stage: PipelineStage, site: ClusterConfig, config: Config | None, pipeline: str | None
 ) -> list[StageJob]:
     """One job, or the three of a prep that is shared by an array: tokenizer, shards, manifest."""
+    config = _on_site(config, site)
     if isinstance(config, PretrainConfig):
         target = config.run
     elif config is not None:
@@ -129,6 +133,22 @@ def _jobs_of(
         _job(stage, site, config, target, pipeline, "", count, array=stage.array),
         _job(stage, site, config, target, pipeline, "finish", ("--finish", *count)),
     ]
+
+
+def _on_site(config: Config | None, site: ClusterConfig) -> Config | None:
+    """The config with the device that the site has, if it names none; raises UserError for another one.
+
+    So a job fails at once where a node does not show the GPUs that it was given.
+    """
+    if not isinstance(config, PretrainConfig | FinetuneConfig):
+        return config
+    device, other = ("cuda", "without") if site.gpus_per_node else ("cpu", "with")
+    if config.device not in ("auto", device):
+        raise UserError(
+            f"device={config.device}, and the cluster file has gpus_per_node={site.gpus_per_node}: set "
+            f"device=auto, or take the cluster file of a partition {other} GPUs"
+        )
+    return config.model_copy(update={"device": device})
 
 
 def _job(
@@ -148,7 +168,7 @@ def _job(
     source = os.path.abspath(stage.convert[0]) if stage.convert else None
     said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/{CONFIG}", *options)
     python = _program(site.python) or sys.executable
-    tasks_per_node, cpus_per_task, gpus_per_node = _share_of_node(kind, site)
+    tasks_per_node, cpus_per_task, gpus_per_node = _share_of_node(stage, site)
     of_site: dict[str, Any] = {key: getattr(site, key) for key in OF_SITE}
     of_site |= {key: tuple(getattr(site, key)) for key in LISTS_OF_SITE}
     launch = config.launch if isinstance(config, PretrainConfig) else LaunchConfig.model_validate({})
@@ -179,12 +199,17 @@ def _job(
     return StageJob(spec, site, config, source)
 
 
-def _share_of_node(stage: str, site: ClusterConfig) -> tuple[int, int, int]:
-    """Ranks, cores of each and GPUs on a node: all of it for training, one task for the other stages."""
-    ranks = site.gpus_per_node or site.tasks_per_node
-    if stage == "pretrain":
-        return ranks, site.cpus_per_task, site.gpus_per_node
-    if stage == "finetune" and site.gpus_per_node:
+def _share_of_node(stage: PipelineStage, site: ClusterConfig) -> tuple[int, int, int]:
+    """Ranks, cores of each and GPUs on a node: for training all of it or what it asks for, one task for the
+    other stages. Raises UserError where a node has fewer ranks."""
+    key = "gpus_per_node" if site.gpus_per_node else "tasks_per_node"
+    ranks = getattr(site, key)
+    if stage.stage == "pretrain":
+        wanted = stage.ranks_per_node or ranks
+        if wanted > ranks:
+            raise UserError(f"ranks_per_node={wanted}, and the cluster file has {key}={ranks}: ask for less")
+        return wanted, site.cpus_per_task, wanted if site.gpus_per_node else 0
+    if stage.stage == "finetune" and site.gpus_per_node:
         return 1, site.cpus_per_task, 1
     return 1, ranks * site.cpus_per_task, 0
 

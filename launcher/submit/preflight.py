@@ -224,7 +224,7 @@ def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) 
         if promises.hold(name) or not _check_readable(f"{key}={name}", Path(name), report):
             continue
         try:
-            with open(name, encoding="utf-8") as file:
+            with open(name, encoding="utf-8-sig") as file:  # without a byte order mark
                 record = json.loads(file.readline())
         except (OSError, ValueError):
             record = None
