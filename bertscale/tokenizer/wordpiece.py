@@ -22,6 +22,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from bertscale.config import UserError
 from bertscale.tokenizer.base import (
     CLS,
@@ -46,7 +49,8 @@ _named = re.compile(r"\[.*\]|<.*>", re.DOTALL)  # pieces that no text can write
 # Characters that BERT's rules always make words of their own, so that text may be cut there: Han, and ASCII's
 # punctuation.
 _ALONE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df!-/:-@[-`{-~"
-_find_words = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+").findall
+_word = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+")
+_find_words = _word.findall
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -116,6 +120,20 @@ class WordPieceTokenizer(Tokenizer):
             encoding = self._fast.encode(clean, add_special_tokens=False)
             results.append((encoding.ids, encoding.offsets))
         return results
+
+    def token_starts(self, texts: list[str], encoded: list[Ids]) -> npt.NDArray[np.int64]:
+        """Where the first token of each word begins, in characters of all `texts`; -1 for its others."""
+        if new := set(chain.from_iterable(map(_find_words, texts))).difference(self._known):
+            self._learn(list(new))
+        starts: list[int] = []
+        before = 0
+        for text in texts:
+            for match in _word.finditer(text):
+                if tokens := len(self._known[match[0]]):
+                    starts.append(before + match.start())
+                    starts += [-1] * (tokens - 1)
+            before += len(text)
+        return np.array(starts, np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words of `ids` with a space between them; special ids give no text."""
