@@ -132,7 +132,10 @@ def _show_training(trained: Future[None], log: Path, vocab_size: int) -> None:
     """Shows how far the trainer is, by its `log`, until it has `trained`; raises its errors."""
     with Progress("tokenizer", None, "steps") as progress:
         while not wait([trained], POLL_SECONDS).done:
-            done, progress.total, doing = training_state(_text_of(log), vocab_size)
+            done, total, doing = training_state(_text_of(log), vocab_size)
+            if total and not progress.total:  # the time left is that of the steps
+                progress.began, progress.start, progress.done = time.monotonic(), done, done
+            progress.total = total
             progress.advance(done - progress.done, now=doing)
         trained.result()
         _, progress.total, _ = training_state(_text_of(log), vocab_size)

@@ -46,7 +46,8 @@ han_or_kana = re.compile(f"[{_HAN_AND_KANA}]")
 
 def is_han_or_kana(characters: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
     """Whether each of the `characters`, given by their code points [N], is one of those; [N]."""
-    return np.searchsorted(_edges(), characters, side="right") % 2 == 1
+    inside: npt.NDArray[np.bool_] = np.searchsorted(_edges(), characters, side="right") % 2 == 1
+    return inside
 
 
 @cache

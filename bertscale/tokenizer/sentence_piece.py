@@ -115,11 +115,12 @@ class SentencePieceTokenizer(Tokenizer):
         lengths = np.fromiter(map(len, content), np.int64, len(content))  # [texts] bytes
         # Of pieces that begin with a space, the first of a text has one that is not there.
         surplus = np.bincount(owner, sizes, len(texts)).astype(np.int64) - lengths
-        before = np.cumsum(sizes) - sizes  # [tokens] bytes of all tokens before it
-        place = before - (before[first_token.clip(max=len(ids) - 1)] + surplus)[owner]
+        before = np.cumsum(np.append(0, sizes))  # [tokens + 1] bytes of all tokens before it
+        place = before[:-1] - (before[first_token] + surplus)[owner]
         place = np.clip(place, 0, (lengths - 1)[owner]) + (np.cumsum(lengths) - lengths)[owner]
         begins = np.frombuffer(b"".join(content), np.uint8) & 0xC0 != 0x80  # of characters, [bytes]
-        starts = np.where(begins, np.cumsum(begins) - 1, -1)[place]  # [tokens]; -1 inside a character
+        # [tokens]; -1 inside a character
+        starts: npt.NDArray[np.int64] = np.where(begins, np.cumsum(begins) - 1, -1)[place]
         # Where bytes do not add up, the model has changed the text or has no piece for some of it.
         for number in np.flatnonzero((surplus < 0) | (surplus > 1)).tolist():
             [(pieces, spans)] = self.encode_with_offsets([texts[number]])

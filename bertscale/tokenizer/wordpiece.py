@@ -49,8 +49,7 @@ _named = re.compile(r"\[.*\]|<.*>", re.DOTALL)  # pieces that no text can write
 # Characters that BERT's rules always make words of their own, so that text may be cut there: Han, and ASCII's
 # punctuation.
 _ALONE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df!-/:-@[-`{-~"
-_word = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+")
-_find_words = _word.findall
+_find_words = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+").findall
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -123,17 +122,17 @@ class WordPieceTokenizer(Tokenizer):
 
     def token_starts(self, texts: list[str], encoded: list[Ids]) -> npt.NDArray[np.int64]:
         """Where the first token of each word begins, in characters of all `texts`; -1 for its others."""
-        if new := set(chain.from_iterable(map(_find_words, texts))).difference(self._known):
+        words = list(chain.from_iterable(map(_find_words, texts)))
+        if new := set(words).difference(self._known):
             self._learn(list(new))
-        starts: list[int] = []
-        before = 0
-        for text in texts:
-            for match in _word.finditer(text):
-                if tokens := len(self._known[match[0]]):
-                    starts.append(before + match.start())
-                    starts += [-1] * (tokens - 1)
-            before += len(text)
-        return np.array(starts, np.int64)
+        characters = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+        places = np.flatnonzero(characters != ord(" "))  # words are all that is no space
+        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        counts = np.fromiter(map(len, map(self._known.__getitem__, words)), np.int64, len(words))
+        first = np.cumsum(counts) - counts  # [words] token
+        starts = np.full(counts.sum(), -1)  # [tokens]
+        starts[first[counts > 0]] = places[np.cumsum(lengths) - lengths][counts > 0]
+        return starts
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words of `ids` with a space between them; special ids give no text."""
