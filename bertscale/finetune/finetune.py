@@ -388,7 +388,7 @@ def make_folder(output: Path) -> None:
 
 def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
     """Returns digests of all that a result depends on: settings, encoder and examples."""
-    elsewhere = {"encoder": True, "output": True, "device": True, "data": {"train", "test"}}
+    elsewhere: dict[str, Any] = {"encoder": True, "output": True, "device": True, "data": {"train", "test"}}
     settings = config.model_dump(exclude=elsewhere)
     table_file = weights.folder / TABLE  # it holds the digests of a checkpoint's shards
     files = [table_file] if table_file.exists() else sorted(weights.folder.glob("*.safetensors"))
