@@ -57,7 +57,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv (a few minutes, once; everything pip says is in $(LOG))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
-	    -c constraints.txt -e ".[dev]" 2>&1 | tee $(LOG) | awk ' \
+	    -c constraints.txt -e ".[dev,chinese]" 2>&1 | tee $(LOG) | awk ' \
 	    /Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|Building wheel for .*started/ { sub(/^ +/, ""); print "  " $$0; fflush() } \
 	    /^Installing collected packages/ { print "  Installing " NF - 3 " packages"; fflush() } \
 	    /^(ERROR|error)/ { print; fflush() }' \

@@ -40,6 +40,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bertscale.config import PrepConfig, UserError
 from bertscale.data.quality import count_pieces, doubts, facts
 from bertscale.data.shards import MANIFEST_NAME, ShardEntry, token_dtype, write_columns, write_manifest
@@ -51,6 +53,7 @@ from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer,
 from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
+from data_prep.words import spill_dtype, split_words
 from data_prep.workers import worker_pool
 
 MISSING_SHOWN = 20  # work units
@@ -183,7 +186,8 @@ def _encode(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit], tokenizer:
     plan.remove_leftovers(remaining)
     total, left = (sum(unit.bytes for unit in group) for group in (units, remaining))
     text = plan.text_bytes() / sum(file.size for file in plan.files)  # bytes for a byte of input
-    plan.check_space(BYTES_OF_TEXT * text * (left + total), "the sorted spill files and the shards")
+    spilled = 2 * left if plan.config.words else left
+    plan.check_space(BYTES_OF_TEXT * text * (spilled + total), "the sorted spill files and the shards")
     with Progress("encode", total, "bytes", start=total - left) as progress:
         if len(remaining) < len(units):
             finished = len(units) - len(remaining)
@@ -224,10 +228,15 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_path: Path) -> None:
     """Writes one shard, or nothing where no document has its keys, and then its done record."""
     tokenizer = load_tokenizer(tokenizer_path)
     spills = [spill for spill in _all_spills(unit.spills, unit.plan) if spill.split == unit.split]
-    merged = merge(unit.inner, spills, dtype, unit.number, unit.count, unit.config.deduplicate)
+    words = unit.config.words
+    of_spills = spill_dtype(np.dtype(dtype), words)
+    merged = merge(unit.inner, spills, of_spills, unit.number, unit.count, unit.config.deduplicate)
+    columns = merged.columns
+    if words:
+        columns["tokens"], columns["word_starts"] = split_words(columns["tokens"], dtype)
     unit.check_plan()
-    shard = write_columns(unit.path, unit.split, **merged.columns) if merged.documents else None
-    pieces = count_pieces(merged.columns["tokens"], tokenizer.vocab_size)
+    shard = write_columns(unit.path, unit.split, **columns) if merged.documents else None
+    pieces = count_pieces(columns["tokens"], tokenizer.vocab_size)
     done = {
         "plan": unit.plan,
         "tokenizer_sha256": tokenizer.sha256,
@@ -281,6 +290,7 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
         settings=plan.content["settings"],
         counters=_counters(sums, shard_records),
         shards=shards,
+        words=plan.config.words is not None,
     )
     plan.remove_spills()
     return manifest

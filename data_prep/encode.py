@@ -24,6 +24,7 @@ from data_prep.plan import Unit
 from data_prep.readers.records import Bad, Cut
 from data_prep.segment import splitter
 from data_prep.shuffle import ROW, Digest, Rows, Spill, SpillBuilder
+from data_prep.words import join_words, spill_dtype, word_starts
 
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 2**18  # of text encoded in one call
@@ -84,7 +85,7 @@ class _Writer:
         config = unit.config
         self.split = splitter(config.language)
         self.digest = Digest(config.seed, config.deduplicate)
-        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.dtype = spill_dtype(token_dtype(tokenizer.vocab_size), config.words)
         self.builders = {split: SpillBuilder(self.dtype, config.deduplicate) for split in SPLITS}
         self.spills: list[Spill] = []
         self.dropped = Counter[str]()
@@ -110,6 +111,8 @@ class _Writer:
         encoded = self.tokenizer.encode(self.sentences)
         lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
         tokens = np.fromiter(chain.from_iterable(encoded), self.dtype, int(lengths.sum(dtype=np.int64)))
+        if self.unit.config.words:
+            tokens = join_words(tokens, word_starts(self.tokenizer, self.sentences, encoded))
         columns = np.array(self.documents, np.uint64)
         validation = np.array(self.validation)
         self._empty()

@@ -31,6 +31,7 @@ from data_prep.readers.compressed import COMPRESSIONS
 from data_prep.readers.encodings import other_encoding
 from data_prep.readers.read import InputFile, Part, cut_into_units, find_files, read_records
 from data_prep.readers.records import Record
+from data_prep.words import segmenter_version
 
 PLAN_VERSION = 2  # raise it when the same settings begin to give other bytes
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -165,6 +166,7 @@ class Plan:
         self.inner = self.output / WORK_FOLDER
         self.path, self.spills = self.inner / "plan.json", self.inner / "spills.json"
         self.tokenizer_record = self.inner / "tokenizer.json"
+        self.trainer_log = self.inner / "tokenizer.log"
         self.files: list[InputFile] = find_files(config.input)
         settings = PrepConfig.model_validate(config.model_dump())  # a default of 0 is 0.0, as if it was given
         given = load_tokenizer(config.tokenizer, config.lowercase).sha256 if config.tokenizer else None
@@ -326,6 +328,11 @@ def _that_matter(settings: PrepConfig) -> dict[str, Any]:
     values = settings.model_dump(exclude={"output", "workers", "max_bad_fraction"})
     if is_utf8(values["encoding"]):
         del values["encoding"]
+    values["train_tokenizer"]["model"] = settings.tokenizer_model
+    if not settings.is_spaced:
+        values["train_tokenizer"]["space_before_text"] = False
+    if values.pop("words"):
+        values["words"] = segmenter_version()
     return values
 
 

@@ -14,20 +14,23 @@ from __future__ import annotations
 import hashlib
 import heapq
 import io
+import math
+import os
 import random
 import re
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
+from contextlib import contextmanager, nullcontext
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
 
 from bertscale.config import UserError
 from bertscale.files import write_bytes, write_json
-from bertscale.progress import Progress, show_count, show_duration
+from bertscale.progress import Progress, show_count
 from bertscale.tokenizer import (  # fmt: skip
     CLS,
     MASK,
@@ -52,8 +55,9 @@ TRAINER_THREADS = 16
 LONGEST_SENTENCE = 2**16  # bytes; the trainer leaves longer ones out
 COVERAGE, WIDE_COVERAGE = 0.9995, 0.9998  # of characters, WIDE where Han and Kana are many
 WIDE_SHARE = 1 / 3  # of the letters
+NOT_LEARNT = 5 + 256  # special pieces and bytes
 COMPARED = 10_000  # sentences, at most, for the agreement with the Hugging Face form
-STILL_SECONDS = 20.0  # between two lines that say that the trainer is working
+POLL_SECONDS = 1.0  # between two looks at what the trainer wrote
 
 
 def finished_tokenizer(plan: Plan) -> Tokenizer | None:
@@ -91,7 +95,7 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
 
 
 def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path) -> None:
-    config, training = plan.config, plan.config.train_tokenizer
+    config, training, kind = plan.config, plan.config.train_tokenizer, plan.config.tokenizer_model
     units = _drawn_units(plan)
     sample = _sample(pool, plan, units)
     wide = sample["wide"] > WIDE_SHARE * sample["letters"]
@@ -99,19 +103,20 @@ def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path) -> None
     of_units = sum(unit.bytes for unit in units) / sum(unit.bytes for unit in plan.units)
     share = sample["characters"] / sample["seen"] * of_units
     print(
-        f"tokenizer: training {training.vocab_size:,} {training.model} pieces on {sample['documents']:,} "
+        f"tokenizer: training {training.vocab_size:,} {kind} pieces on {sample['documents']:,} "
         f"documents: {sample['bytes'] / 1e6:,.1f} MB, {show_count(sample['characters'])} characters, "
         f"{_percent(share)} of the text; {_percent(coverage)} of its characters get pieces",
         flush=True,
     )
+    if wide and kind == "unigram":
+        print("tokenizer: such text has few spaces: train_tokenizer.model=bpe is trained many times faster")
     began = time.monotonic()
     files = [unit.sample for unit in units]
     rule: Literal["nfkc", "identity"] = "nfkc" if config.normalization == "nfkc" else "identity"
-    settings = (training.model, training.vocab_size, coverage, rule)
+    settings = (kind, training.vocab_size, coverage, rule, config.is_spaced, plan.trainer_log)
     trained = pool.submit(train_tokenizer, files, path, *settings)
-    while not wait([trained], STILL_SECONDS).done:
-        print(f"tokenizer: still training, for {show_duration(time.monotonic() - began)}", flush=True)
-    trained.result()
+    _show_training(trained, plan.trainer_log, training.vocab_size)
+    plan.trainer_log.unlink()
     print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
     same, compared = pool.submit(compare_with_hugging_face, path, files, sample["sentences"]).result()
     print(
@@ -121,6 +126,53 @@ def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path) -> None
     )
     for file in files:
         file.unlink()
+
+
+def _show_training(trained: Future[None], log: Path, vocab_size: int) -> None:
+    """Shows how far the trainer is, by its `log`, until it has `trained`; raises its errors."""
+    with Progress("tokenizer", None, "steps") as progress:
+        while not wait([trained], POLL_SECONDS).done:
+            done, total, doing = training_state(_text_of(log), vocab_size)
+            if total and not progress.total:  # the time left is that of the steps
+                progress.began, progress.start, progress.done = time.monotonic(), done, done
+            progress.total = total
+            progress.advance(done - progress.done, now=doing)
+        trained.result()
+        _, progress.total, _ = training_state(_text_of(log), vocab_size)
+        progress.facts.clear()
+        progress.advance((progress.total or 0) - progress.done)
+
+
+def _text_of(log: Path) -> str:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # the worker has not begun yet
+        return ""
+
+
+def training_state(log: str, vocab_size: int) -> tuple[int, int | None, str]:
+    """How far SentencePiece's trainer is: (steps done, steps in all where it can be known, what it does).
+
+    `log` is what the library wrote so far. A step of BPE is a piece that is joined of two; one of Unigram is
+    a pass over the text: the candidates become fewer by a quarter after every two passes, until they are a
+    tenth more than the vocabulary.
+    """
+    if merges := re.findall(r"\bmerges=(\d+)", log):
+        alphabet = re.search(r"Alphabet size=(\d+)", log)
+        single = int(alphabet[1]) if alphabet else 0
+        return int(merges[-1]), max(vocab_size - single - NOT_LEARNT, int(merges[-1])), "joining pieces"
+    if passes := re.findall(r"EM sub_iter=\d+ size=(\d+)", log):
+        rounds = math.log(max(int(passes[-1]) / (1.1 * vocab_size), 1)) / math.log(4 / 3)
+        left = 2 * max(0, math.ceil(rounds) - 1) + len(passes) % 2
+        return len(passes), len(passes) + left, "choosing among candidates"
+    for message, doing in (
+        ("Extracting seed", "looking for candidates"),
+        ("all chars count", "counting words"),
+        ("Normalizing", "counting characters"),
+    ):
+        if message in log:
+            return 0, None, doing
+    return 0, None, "reading the sample"
 
 
 def _percent(share: float) -> str:
@@ -249,35 +301,42 @@ def train_tokenizer(
     vocab_size: int = 32_768,
     coverage: float = COVERAGE,
     rule: Literal["nfkc", "identity"] = "identity",
+    space_before_text: bool = True,
+    log: Path | None = None,
 ) -> None:
     """Trains on files with a sentence a line and writes the model to `output`.
 
-    `rule` is the Unicode normalisation that the model itself does; text in NFC needs none. Raises
-    UserError if the text has too few different words, or too many characters, for `vocab_size`.
+    `rule` is the Unicode normalisation that the model itself does; text in NFC needs none.
+    `space_before_text` makes the first word of a text the same pieces as after a space; where words have no
+    spaces it would make every text begin with other pieces than those inside of it. What the library says
+    goes to `log`, by default nowhere. Raises UserError if the text has too few different words, or too
+    many characters, for `vocab_size`.
     """
     import sentencepiece  # reading the sample does without it
 
     trained = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(sentences),
-            model_writer=trained,
-            model_type=model,
-            vocab_size=vocab_size,
-            normalization_rule_name=rule,
-            character_coverage=coverage,  # the rarest characters are spelt in bytes
-            byte_fallback=True,
-            pad_id=0,
-            unk_id=1,
-            bos_id=-1,
-            eos_id=-1,
-            pad_piece=PAD,
-            unk_piece=UNK,
-            control_symbols=[CLS, SEP, MASK],  # user_defined_symbols could be written by a text
-            max_sentence_length=LONGEST_SENTENCE,
-            num_threads=TRAINER_THREADS,
-            minloglevel=2,
-        )
+        with _errors_to(log) if log else nullcontext():
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_lines(sentences),
+                model_writer=trained,
+                model_type=model,
+                vocab_size=vocab_size,
+                normalization_rule_name=rule,
+                add_dummy_prefix=space_before_text,
+                character_coverage=coverage,  # the rarest characters are spelt in bytes
+                byte_fallback=True,
+                pad_id=0,
+                unk_id=1,
+                bos_id=-1,
+                eos_id=-1,
+                pad_piece=PAD,
+                unk_piece=UNK,
+                control_symbols=[CLS, SEP, MASK],  # user_defined_symbols could be written by a text
+                max_sentence_length=LONGEST_SENTENCE,
+                num_threads=TRAINER_THREADS,
+                minloglevel=0 if log else 2,
+            )
     except RuntimeError as error:
         if limit := re.search(r"value <= (\d+)", str(error)):
             raise UserError(
@@ -291,6 +350,19 @@ def train_tokenizer(
             ) from error
         raise
     write_bytes(output, trained.getvalue())
+
+
+@contextmanager
+def _errors_to(file: Path) -> Iterator[None]:
+    """Sends what this process writes to its standard error, C++ libraries too, to `file`."""
+    kept = os.dup(2)
+    try:
+        with open(file, "wb") as target:
+            os.dup2(target.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _lines(files: list[Path]) -> Iterator[str]:

@@ -33,7 +33,16 @@ ALL_KEYS = set().union(*KEYS.values())
 GROUPS = {key.split(".")[0] for key in ALL_KEYS if "." in key}
 PLACEHOLDERS = {"COMMAND", "STAGE", "CONFIG", "..."}
 SETTING = re.compile(r"([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)*)=\S+")
-NOT_OURS = ("key", "split")  # key=value itself; an argument of iterate_batches
+# key=value itself; arguments of iterate_batches, of tokenizers and of SentencePiece's trainer.
+NOT_OURS = (
+    "key",
+    "split",
+    "is_split_into_words",
+    "add_special_tokens",
+    "add_dummy_prefix",
+    "add_prefix_space",
+    "return_offsets_mapping",
+)
 FILES = (".py", ".json", ".safetensors", ".md", ".yaml")
 
 

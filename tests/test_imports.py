@@ -193,7 +193,8 @@ def test_a_batch_host_needs_no_packages() -> None:
 
 def declared() -> dict[str, Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    extras = [text for extra in project["optional-dependencies"].values() for text in extra]
+    wanted = [Requirement(text) for text in project["dependencies"] + extras]
     return {canonicalize_name(requirement.name): requirement for requirement in wanted}
 
 

@@ -315,6 +315,44 @@ def test_transformers_loads_the_export(tokenizer: Tokenizer, exported: Path) -> 
     assert pieces[:4] == ["[CLS]", "▁The", "[MASK]", "▁is"]
 
 
+def test_words_given_apart(tokenizer: Tokenizer, exported: Path) -> None:
+    """`is_split_into_words` gives the ids of the words with spaces between them: each is a text to it."""
+    from transformers import AutoTokenizer
+
+    fast = AutoTokenizer.from_pretrained(exported)
+    for words in (["The", "apple", "isn't", "red", "."], ["東京", "is", "far"]):
+        encoding = fast(words, is_split_into_words=True, add_special_tokens=False)
+        assert [encoding["input_ids"]] == tokenizer.encode([" ".join(words)])
+    # In text without spaces that is not what the model was trained on.
+    words = ["我们", "学习", "日本語"]
+    assert [fast(words, is_split_into_words=True)["input_ids"][1:-1]] != tokenizer.encode(["".join(words)])
+
+
+def test_without_a_space_before_the_text(tmp_path: Path) -> None:
+    """As prep trains it for languages without spaces: words apart are pieces of running text."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.txt").write_text("\n".join([*SENTENCES[:500], *HAN]), encoding="utf-8")
+    train_tokenizer([tmp_path / "a.txt"], tmp_path / "a.model", "bpe", 700, space_before_text=False)
+    tokenizer = load_tokenizer(tmp_path / "a.model")
+    tokenizer.export_hugging_face(tmp_path / "exported", max_length=128)
+    odd = ["  two  spaces ", "", " ", "\u3000我们 学习", "東京 😀", "[MASK] and [CLS]", "▁low ▁"]
+    assert tokenizer.agreement(tmp_path / "exported", [*odd, *HAN[:3]]) == 1.0
+    fast = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    words = ["我们", "学习", "日本語", "と", "カタカナ"]
+    encoding = fast(words, is_split_into_words=True, add_special_tokens=False)
+    assert encoding["input_ids"] == [i for ids in tokenizer.encode(words) for i in ids]
+    assert "▁" not in "".join(fast.convert_ids_to_tokens(encoding["input_ids"]))
+    assert sorted(set(encoding.word_ids())) == [0, 1, 2, 3, 4]
+    text = "学习 the language。"
+    [(ids, spans)] = tokenizer.encode_with_offsets([text])
+    parts = [text[begin:end] for begin, end in spans]
+    assert "".join(parts) == "学习thelanguage。"
+    assert spans[0][0] == 0
+    assert tokenizer.decode(ids) == text
+    assert fast.decode(ids) == text
+
+
 def test_importing_loads_no_heavy_library() -> None:
     heavy = ["torch", "transformers", "tokenizers", "sentencepiece"]
     code = "import sys, bertscale.tokenizer, bertscale.data.shards; "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from bertscale.config import PrepConfig, TokenizerTraining, UserError
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from data_prep import train_tokenizer
 from data_prep.plan import Plan
-from data_prep.train_tokenizer import EXCERPT, draw_sample, finished_tokenizer, make_tokenizer
+from data_prep.train_tokenizer import EXCERPT, draw_sample, finished_tokenizer, make_tokenizer, training_state
 from data_prep.workers import worker_pool
 
 HAN = "北京是中国的首都我们学习人民大学生活水平东西南北上下左右"
@@ -121,12 +123,53 @@ def test_coverage_follows_the_script(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "99 % of its characters" in capsys.readouterr().out
 
 
-def test_it_says_that_it_is_working(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_model_follows_the_language(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def kind(**settings: Any) -> str:
+        return PrepConfig.model_validate({"input": "a", "output": "b", **settings}).tokenizer_model
+
+    assert [kind(language=code) for code in ("zh", "zh-Hant", "ja", "th")] == ["bpe"] * 4
+    assert [kind(language=code) for code in ("en", "ko", "lines")] == ["unigram"] * 3
+    assert kind() == "unigram"
+    assert kind(language="zh", train_tokenizer={"model": "unigram"}) == "unigram"
+    # What is recorded of a prep in English is what it was.
+    (tmp_path / "a.txt").write_text("Text.")
+    plan = Plan(PrepConfig(input=[str(tmp_path / "a.txt")], output=str(tmp_path / "b")))
+    assert plan.content["settings"]["train_tokenizer"]["model"] == "unigram"
+    assert "space_before_text" not in plan.content["settings"]["train_tokenizer"]
+    assert "words" not in plan.content["settings"]
+    # Other text without spaces is told of it.
+    documents = ["".join(random.Random(n).choices(HAN, k=60)) for n in range(200)]
+    prepare(tmp_path, documents, train_tokenizer={"vocab_size": 320})
+    assert "train_tokenizer.model=bpe is trained many times faster" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_training_shows_how_far_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Any
 ) -> None:
-    monkeypatch.setattr(train_tokenizer, "STILL_SECONDS", 0.01)
-    prepare(tmp_path, texts(300))
-    assert "tokenizer: still training, for 0:00" in capsys.readouterr().out
+    """The states that the log of a whole training goes through, line by line."""
+    (tmp_path / "a.txt").write_text("\n".join(texts(600)))
+    log = tmp_path / "log"
+    train_tokenizer.train_tokenizer([tmp_path / "a.txt"], tmp_path / "a.model", model, 400, log=log)
+    assert capfd.readouterr().err == ""  # all of it went to the log, and later errors do not
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "after"
+    lines = log.read_text().splitlines(keepends=True)
+    states = [training_state("".join(lines[:n]), 400) for n in range(len(lines) + 1)]
+    assert states[0] == (0, None, "reading the sample")
+    assert {doing for _, _, doing in states} >= {"reading the sample", "counting characters"}
+    done = [state[0] for state in states]
+    assert done == sorted(done)
+    counted = [(done, total) for done, total, _ in states if total]
+    assert counted
+    assert all(done <= total for done, total in counted)
+    assert counted[-1][0] == counted[-1][1] if model == "unigram" else counted[-1][0] > 0
+
+    monkeypatch.setattr(train_tokenizer, "POLL_SECONDS", 0.01)
+    prepare(tmp_path, texts(300), train_tokenizer={"model": model})
+    shown = capfd.readouterr()
+    assert re.search(r"tokenizer: (\d+)/\1 steps, .* in 0:\d\d", shown.out)
+    assert shown.err == ""
 
 
 def test_sizes_that_do_not_fit(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def _what_was_read(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
         f"tokenizer: {dataset.tokenizer_path.name}, {tokenizer.vocab_size:,} pieces, "
         f"sha256 {tokenizer.sha256[:12]}..."
     )
+    if words := settings.get("words"):
+        yield f"words: kept in the shards, found by {words}"
     table = [("split", "documents", "sentences", "tokens", "text bytes", "tokens per byte")]
     for split, sums in [*counters.get("splits", {}).items(), ("all", counters)]:
         if sums:

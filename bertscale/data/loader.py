@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bertscale.data.masking import Ints, draw_uniforms, mask_rules, mask_tokens, target_capacity
+from bertscale.data.masking import Bools, Ints, draw_uniforms, mask_rules, mask_tokens, target_capacity
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import LengthPhase, Mixture
 from bertscale.data.samples import Segments, check_batch, spread
@@ -81,6 +81,9 @@ class Loader:
             span_max=samples.span_max,
         )
         self.shard_tokens = [shard.tokens for dataset in mixture.datasets for shard in dataset.shards]
+        # The bits of words, where the shards have them and whole words are masked.
+        self.shard_words = [shard.word_bits for dataset in mixture.datasets for shard in dataset.shards]
+        self.reads_words = samples.mask_unit != "token" and any(w is not None for w in self.shard_words)
         sizes = [len(tokens) for tokens in self.shard_tokens]
         self.shard_start = np.cumsum([0, *sizes[:-1]])  # number of each shard's first token
         self.data_wait = 0.0
@@ -115,7 +118,7 @@ class Loader:
         begins = segments.kind == 0  # [N] whether a sequence begins
         extents = segments.length + 1 + begins  # [N]
         ends = np.cumsum(extents)  # [N] one behind its [SEP]
-        tokens = self._read(segments, ends - 1 - segments.length, int(ends[-1]))  # [T]
+        tokens, word_starts = self._read(segments, ends - 1 - segments.length, int(ends[-1]))  # [T] each
         tokens[ends - 1] = self.sep_id
         sequence_start = (ends - extents)[begins]  # [Q]
         tokens[sequence_start] = self.cls_id
@@ -128,7 +131,7 @@ class Loader:
         # What is predicted of them.
         indices, targets = np.zeros(0, np.int64), np.zeros(0, np.int64)  # [P] into tokens
         if self.masks:
-            tokens, indices, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed)
+            tokens, indices, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed, word_starts)
         uniforms = draw_uniforms(indices, sizes, samples, self.seed) if self.draws else None  # [P]
 
         # Where micro-batches begin: M of them in all steps, and M + 1 edges of each kind.
@@ -194,13 +197,15 @@ class Loader:
         number = micro_batch[mine] // self.world  # counted on this rank
         return mine[np.lexsort((sizes[mine], number))], np.bincount(number).tolist()
 
-    def _read(self, segments: Segments, begins: Ints, size: int) -> Ints:
-        """The tokens of the segments [N], each from its index of `begins` [N] on, in an array of `size`.
+    def _read(self, segments: Segments, begins: Ints, size: int) -> tuple[Ints, Bools | None]:
+        """The tokens of the segments [N], each from its index of `begins` [N] on, in an array of `size`, and
+        in another whether they begin words, where the loader `reads_words`.
 
         What no segment fills ([CLS], [SEP]) is undefined. Reads each shard in one call: the numpy view of a
         shard is on a memory map, and a call costs more than the tokens of a segment.
         """
         tokens = np.empty(size, np.int64)
+        word_starts = np.empty(size, np.bool_) if self.reads_words else None
         shard = np.searchsorted(self.shard_start, segments.start, side="right") - 1  # [N]
         order = np.argsort(shard, kind="stable")
         shard, length = shard[order], segments.length[order]  # [N] by shard
@@ -210,8 +215,17 @@ class Loader:
         token_edges = np.append((np.cumsum(length) - length)[edges], len(source)).tolist()
         for number, begin, end in zip(shard[edges].tolist(), token_edges, token_edges[1:], strict=False):
             # clip: a damaged shard must not end the process; its digest tells.
-            tokens[target[begin:end]] = self.shard_tokens[number].take(source[begin:end], mode="clip")
-        return tokens
+            there = source[begin:end]
+            read = self.shard_tokens[number].take(there, mode="clip")
+            tokens[target[begin:end]] = read
+            if word_starts is not None:
+                bits = self.shard_words[number]
+                word_starts[target[begin:end]] = (
+                    self.rules.starts_word[read]
+                    if bits is None
+                    else bits.take(there >> 3, mode="clip") >> (there & 7).astype(np.uint8) & 1
+                )
+        return tokens, word_starts
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
         """Yields (k, step(k)) for k = start_step .. stop_step - 1, made ahead in a background thread, in

@@ -17,7 +17,8 @@ tokens is `mask_rate` with each of them, in every sample, however short.
 - word: BERT's whole-word masking (its repository, release of 2019-05-31; Cui et al. 2019 for Chinese).
   Each word alone, by chance; then every token of it becomes [MASK], a random piece, or stays, by its own
   chance, as in the code of that release. That code masks shuffled words up to a rounded count instead.
-  `Tokenizer.starts_word` says what a word is: with a vocabulary of single Chinese characters, a character.
+  `Tokenizer.starts_word` says what a word is, each Chinese character one, or the shards do, where a segmenter
+  found the words (`words` of prep).
 - span: SpanBERT (Joshi et al. 2020, section 3.1). Spans of whole words from random words on, their
   lengths geometric, cut off at the longest and scaled to 1, until `mask_rate` is reached; a run of chosen
   words becomes [MASK], random pieces, or stays, together. As in its code, spans that overlap or touch
@@ -183,11 +184,17 @@ def mask_rules(
 
 
 def mask_tokens(
-    tokens: Ints, lengths: Ints, samples: Ints, rules: MaskRules, seed: int
+    tokens: Ints,
+    lengths: Ints,
+    samples: Ints,
+    rules: MaskRules,
+    seed: int,
+    word_starts: Bools | None = None,
 ) -> tuple[Ints, Ints, Ints]:
     """Chooses positions to predict and hides most of them.
 
-    `tokens` [T] are samples laid end to end, of `lengths` [S] and numbers `samples` [S]. What is chosen
+    `tokens` [T] are samples laid end to end, of `lengths` [S] and numbers `samples` [S]; `word_starts` [T]
+    tells which of them begin a word, where that is not a matter of the pieces alone. What is chosen
     depends on (seed, sample, its tokens) and on nothing else in the batch; special tokens are never
     chosen and end a word or span. Returns the masked tokens [T], the indices of the chosen ones, ascending
     [P], and the original ids there [P]. P may be 0.
@@ -203,7 +210,8 @@ def mask_tokens(
         inside = ~rules.special[tokens[index]]
         sample, position, index, fate = sample[inside], position[inside], index[inside], fate[inside]
     else:
-        words = _find_words(tokens, token_start, rules)
+        starts = rules.starts_word[tokens] if word_starts is None else word_starts
+        words = _find_words(tokens, token_start, rules, starts)
         if rules.unit == "word":
             sample, number, _ = _draw_rate(words.count, low, high, rules, seed)
             number += words.first[sample]
@@ -269,11 +277,10 @@ class _Words:
     count: Ints  # [S] words
 
 
-def _find_words(tokens: Ints, token_start: Ints, rules: MaskRules) -> _Words:
-    """The words of `tokens` [T]; `token_start` [S] is where each sample begins."""
+def _find_words(tokens: Ints, token_start: Ints, rules: MaskRules, starts: Bools) -> _Words:
+    """The words of `tokens` [T], which begin with `starts` [T]; each sample begins at `token_start` [S]."""
     special = rules.special[tokens]  # [T]
-    begins = rules.starts_word[tokens]  # [T]; a copy, since the index is an array
-    begins |= special
+    begins = starts | special  # [T]
     begins[1:] |= special[:-1]
     begins[token_start[token_start < len(tokens)]] = True  # an empty sample has no first token
     begin = np.flatnonzero(begins)  # [W]

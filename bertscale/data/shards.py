@@ -11,6 +11,7 @@ A shard is an uncompressed Arrow IPC file of one record batch with a row for eac
     tokens            list<uint16>   pieces of all its sentences (uint32 above 65,535 pieces)
     sentence_lengths  list<uint32>   tokens in each sentence; they add up to the row's tokens
     document          uint64         split number * 2**32 + number of the record in its split
+    word_starts       list<bool>     whether each token begins a word; only in data sets prepared with `words`
 
     dataset = open_dataset("runs/quickstart/data", "train", verify=True)
     shard = dataset.shards[0]
@@ -39,6 +40,7 @@ from bertscale.files import file_digest, json_digest, whole_file, write_json
 from bertscale.tokenizer import find_tokenizer
 
 FORMAT_VERSION = 2
+WORDS_VERSION = 3  # with the column `word_starts`; all else is as in version 2
 MANIFEST_NAME = "manifest.json"
 LARGEST_SHARD = 2**31 - 1  # tokens: list offsets are int32
 
@@ -97,6 +99,7 @@ def write_columns(
     token_offsets: npt.NDArray[np.int32],
     sentence_lengths: npt.NDArray[np.uint32],
     sentence_offsets: npt.NDArray[np.int32],
+    word_starts: npt.NDArray[np.bool_] | None = None,
 ) -> ShardEntry:
     """Writes a shard of these columns (as in `Shard`) without a copy of them; returns its manifest entry.
 
@@ -108,7 +111,9 @@ def write_columns(
         pa.ListArray.from_arrays(pa.array(sentence_offsets), pa.array(sentence_lengths)),
         pa.array(documents),
     ]
-    batch = pa.record_batch(columns, schema=_schema(tokens.dtype))
+    if word_starts is not None:
+        columns.append(pa.ListArray.from_arrays(pa.array(token_offsets), pa.array(word_starts)))
+    batch = pa.record_batch(columns, schema=_schema(tokens.dtype, words=word_starts is not None))
     with whole_file(path) as file:
         sink = _DigestingFile(file)
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
@@ -132,13 +137,15 @@ def write_manifest(
     settings: dict[str, Any],
     counters: dict[str, Any],
     shards: Sequence[ShardEntry],
+    words: bool = False,
 ) -> dict[str, Any]:
     """Writes manifest.json, which makes `folder` a data set, and returns its content.
 
-    Call it last, when every shard lies under its name and the tokenizer's file is there.
+    `words`: whether the shards have the column `word_starts`. Call it last, when every shard lies under its
+    name and the tokenizer's file is there.
     """
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": WORDS_VERSION if words else FORMAT_VERSION,
         "tokenizer": find_tokenizer(folder).name,
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": vocab_size,
@@ -166,6 +173,8 @@ class Shard:
     sentence_lengths: npt.NDArray[np.uint32]  # [sentences]
     sentence_offsets: npt.NDArray[np.int32]  # [rows + 1]
     documents: npt.NDArray[np.uint64]  # [rows]
+    # Whether each token begins a word, a bit each, the lowest first [ceil(tokens / 8)]; None where not kept.
+    word_bits: npt.NDArray[np.uint8] | None
 
     def __init__(self, path: str | Path, entry: ShardEntry) -> None:
         """Raises UserError for a missing or damaged file, or one that is not what `entry` says."""
@@ -184,9 +193,11 @@ class Shard:
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
             batch = reader.get_batch(0)
-            if reader.num_record_batches != 1 or batch.schema not in map(_schema, (np.uint16, np.uint32)):
+            if reader.num_record_batches != 1 or batch.schema not in _SCHEMAS:
                 raise pa.ArrowInvalid("unknown columns")
-            tokens, lengths, documents = batch.columns
+            tokens, lengths, documents, *words = batch.columns
+            if words and len(words[0].values) != len(tokens.values):
+                raise pa.ArrowInvalid("not a bit for each token")
             sizes = (batch.num_rows, len(lengths.values), len(tokens.values))
         except (pa.ArrowException, ValueError, IndexError, OSError) as error:
             reason = str(error).splitlines()[0]
@@ -196,6 +207,8 @@ class Shard:
         self.tokens, self.token_offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
         self.sentence_lengths, self.sentence_offsets = lengths.values.to_numpy(), lengths.offsets.to_numpy()
         self.documents = documents.to_numpy()
+        # numpy has no bits: a view of their bytes.
+        self.word_bits = np.frombuffer(words[0].values.buffers()[1], np.uint8) if words else None
 
     def verify(self) -> None:
         """Reads the whole file; raises UserError if one bit of it changed since it was written.
@@ -275,10 +288,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if type(version) is not int:
         raise damaged(path, f"format_version is {version!r}", remedy)
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, WORDS_VERSION):
         raise UserError(
-            f"{path} has format version {version}, this bertscale reads {FORMAT_VERSION}; "
-            "run `bertscale prep` again"
+            f"{path} has format version {version}, this bertscale reads {FORMAT_VERSION} and "
+            f"{WORDS_VERSION}; run `bertscale prep` again"
         )
     check_table(Manifest, manifest, path, remedy)
     return manifest
@@ -310,14 +323,16 @@ class _DigestingFile:
         self.closed = True  # the caller still has to fsync the file
 
 
-def _schema(dtype: npt.DTypeLike) -> Any:
-    return pa.schema(
-        [
-            ("tokens", pa.list_(pa.from_numpy_dtype(np.dtype(dtype)))),
-            ("sentence_lengths", pa.list_(pa.uint32())),
-            ("document", pa.uint64()),
-        ]
-    )
+def _schema(dtype: npt.DTypeLike, words: bool = False) -> Any:
+    columns = [
+        ("tokens", pa.list_(pa.from_numpy_dtype(np.dtype(dtype)))),
+        ("sentence_lengths", pa.list_(pa.uint32())),
+        ("document", pa.uint64()),
+    ]
+    return pa.schema([*columns, ("word_starts", pa.list_(pa.bool_()))] if words else columns)
+
+
+_SCHEMAS = [_schema(dtype, words) for dtype in (np.uint16, np.uint32) for words in (False, True)]
 
 
 def _offsets(sizes: list[int]) -> npt.NDArray[np.int32]:

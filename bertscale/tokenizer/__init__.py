@@ -11,6 +11,7 @@ from bertscale.tokenizer.base import (
     VOCABULARY_NAME,
     Tokenizer,
     han_or_kana,
+    is_han_or_kana,
     normalize,
 )
 from bertscale.tokenizer.load import find_tokenizer, load_tokenizer

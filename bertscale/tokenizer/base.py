@@ -11,7 +11,7 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -43,6 +43,19 @@ _HAN_AND_KANA = (
     "\\uf900-\\ufaff\\uff66-\\uff9f\\U0001b000-\\U0001b16f\\U00020000-\\U000323af"
 )
 han_or_kana = re.compile(f"[{_HAN_AND_KANA}]")
+
+
+def is_han_or_kana(characters: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    """Whether each of the `characters`, given by their code points [N], is one of those; [N]."""
+    inside: npt.NDArray[np.bool_] = np.searchsorted(_edges(), characters, side="right") % 2 == 1
+    return inside
+
+
+@cache
+def _edges() -> npt.NDArray[np.int64]:
+    """The first of each range of those characters, and the first one behind it."""
+    matches = [bool(han_or_kana.match(chr(code))) for code in range(0x32400)]
+    return np.flatnonzero(np.diff(matches, prepend=False))
 
 
 def normalize(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> str:
@@ -117,6 +130,14 @@ class Tokenizer(ABC):
 
         Spans leave out the space before a word. The bytes of one character all have its span; a piece that
         is nothing but a space has an empty one.
+        """
+
+    @abstractmethod
+    def token_starts(self, texts: list[str], encoded: list[Ids]) -> npt.NDArray[np.int64]:
+        """Where each token of `encoded`, the ids of normalised `texts`, begins: [tokens] of all of them.
+
+        In characters, counted through all texts laid end to end; -1 where a token continues a character, or
+        continues a word by the tokenizer's own rules.
         """
 
     @abstractmethod

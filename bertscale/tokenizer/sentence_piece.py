@@ -13,9 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from bertscale.config import UserError
@@ -99,6 +103,42 @@ class SentencePieceTokenizer(Tokenizer):
                     spans.append((offset, offset))
             results.append((encoded["ids"], spans[::-1]))
         return results
+
+    def token_starts(self, texts: list[str], encoded: list[Ids]) -> npt.NDArray[np.int64]:
+        """Where each token begins, in characters of all `texts`, counted from the bytes of the pieces; -1
+        inside a character."""
+        ids = np.fromiter(chain.from_iterable(encoded), np.int64)
+        counts = np.fromiter(map(len, encoded), np.int64, len(encoded))  # [texts] tokens
+        owner = np.repeat(np.arange(len(texts)), counts)  # [tokens]
+        sizes = self._piece_bytes[ids]
+        first_token = np.cumsum(counts) - counts
+        content = [text.encode() for text in texts]
+        lengths = np.fromiter(map(len, content), np.int64, len(content))  # [texts] bytes
+        # Of pieces that begin with a space, the first of a text has one that is not there.
+        surplus = np.bincount(owner, sizes, len(texts)).astype(np.int64) - lengths
+        before = np.cumsum(np.append(0, sizes))  # [tokens + 1] bytes of all tokens before it
+        place = before[:-1] - (before[first_token] + surplus)[owner]
+        place = np.clip(place, 0, (lengths - 1)[owner]) + (np.cumsum(lengths) - lengths)[owner]
+        begins = np.frombuffer(b"".join(content), np.uint8) & 0xC0 != 0x80  # of characters, [bytes]
+        # [tokens]; -1 inside a character
+        starts: npt.NDArray[np.int64] = np.where(begins, np.cumsum(begins) - 1, -1)[place]
+        # Where bytes do not add up, the model has changed the text or has no piece for some of it.
+        for number in np.flatnonzero((surplus < 0) | (surplus > 1)).tolist():
+            [(pieces, spans)] = self.encode_with_offsets([texts[number]])
+            first, last = sum(map(len, texts[:number])), len(texts[number]) - 1
+            for token, (begin, _) in enumerate(spans):
+                inside = self._model.is_byte(pieces[token]) and token and spans[token - 1] == spans[token]
+                starts[first_token[number] + token] = -1 if inside else first + min(begin, last)
+        return starts
+
+    @cached_property
+    def _piece_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of text that each piece stands for, [vocabulary]; very many where that is not known."""
+        sizes = [
+            1 if self._model.is_byte(i) else len(self.piece(i).replace(SPACE, " ").encode())
+            for i in range(self.vocab_size)
+        ]
+        return np.where(np.isin(np.arange(self.vocab_size), self.special_ids), 2**40, sizes)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special ids give no text."""
@@ -226,6 +266,8 @@ class SentencePieceTokenizer(Tokenizer):
             steps += [normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap), one_space]
         # Not at the start: the text after a [MASK] begins with the space of its first word.
         steps.append(normalizers.Replace(Regex(" $"), ""))
+        if not proto.normalizer_spec.add_dummy_prefix:  # then a space at the start is a piece more
+            steps.append(normalizers.Replace(Regex("^ "), ""))
         return normalizers.Sequence(steps)
 
     def _fast_pre_tokenizer(self, proto: Any) -> Any:

@@ -22,6 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from bertscale.config import UserError
@@ -119,6 +121,20 @@ class WordPieceTokenizer(Tokenizer):
             encoding = self._fast.encode(clean, add_special_tokens=False)
             results.append((encoding.ids, encoding.offsets))
         return results
+
+    def token_starts(self, texts: list[str], encoded: list[Ids]) -> npt.NDArray[np.int64]:
+        """Where the first token of each word begins, in characters of all `texts`; -1 for its others."""
+        words = list(chain.from_iterable(map(_find_words, texts)))
+        if new := set(words).difference(self._known):
+            self._learn(list(new))
+        characters = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+        places = np.flatnonzero(characters != ord(" "))  # words are all that is no space
+        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        counts = np.fromiter(map(len, map(self._known.__getitem__, words)), np.int64, len(words))
+        first = np.cumsum(counts) - counts  # [words] token
+        starts = np.full(counts.sum(), -1)  # [tokens]
+        starts[first[counts > 0]] = places[np.cumsum(lengths) - lengths][counts > 0]
+        return starts
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words of `ids` with a space between them; special ids give no text."""

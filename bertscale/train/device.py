@@ -61,7 +61,7 @@ def _find_obstacle() -> gpus.Obstacle | None:
         if (known := gpus.find_obstacle()) is not None:
             return known
         try:
-            torch.cuda.init()  # type: ignore[no-untyped-call, unused-ignore]
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             said = "torch sees none of this machine's GPUs"
         except (RuntimeError, AssertionError) as error:
             said = f"torch cannot use this machine's GPUs ({str(error).strip().split('. ')[0].rstrip('.')})"
