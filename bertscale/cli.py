@@ -319,7 +319,7 @@ def quickstart(arguments: list[str]) -> int:
         "--run", type=Path, default=Path("runs/quickstart"), help="Folder for all output (%(default)s)."
     )
     parser.add_argument(
-        "--minutes", type=float, default=2.5, help="Minutes of pretraining, more than 0 (%(default)s)."
+        "--minutes", type=float, default=2.0, help="Minutes of pretraining, more than 0 (%(default)g)."
     )
     options = parser.parse_args(arguments)
     if not options.minutes > 0:

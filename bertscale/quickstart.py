@@ -28,7 +28,7 @@ from bertscale.run_folder import CONFIG, RESULT, read_metrics
 
 DEFAULT_RUN = Path("runs/quickstart")
 PRETRAINING = Path("configs/pretrain/quickstart.yaml")
-MINUTES = 2.5  # of pretraining: train.hours of that config
+MINUTES = 2.0  # of pretraining: train.hours of that config
 PARALLEL_SECONDS = 6  # of pretraining on two ranks after it
 FOLDERS = ("corpus", "data", "pretrain", "hugging-face", "finetune")  # in the folder of the run
 TITLES = {
@@ -208,9 +208,9 @@ def _bars(finetune: dict[str, Any]) -> list[str]:
         "random weights": finetune["random"]["accuracy"],
         "one class": finetune["majority_accuracy"],
     }
+    seeds = len(finetune["pretrained"]["per_seed"])
     lines = [
-        f"right answers: which of {len(finetune['classes'])} packages does a sentence document? "
-        f"({finetune['test_examples']:,} held-out sentences, "
-        f"mean of {len(finetune['pretrained']['per_seed'])} seeds)"
+        f"right answers, which of {len(finetune['classes'])}: {' or '.join(finetune['classes'])} "
+        f"({finetune['test_examples']:,} held-out texts, mean of {seeds} seeds)"
     ]
     return lines + [f"{name:<15}{'█' * round(share * WIDTH)} {share:.3f}" for name, share in shares.items()]
