@@ -24,7 +24,7 @@ from bertscale.config import UserError
 from bertscale.errors import INTERRUPTED
 from bertscale.files import write_json
 from bertscale.progress import show_count, show_duration
-from bertscale.run_folder import CONFIG, RESULT, read_metrics
+from bertscale.run_folder import RESULT, read_metrics
 
 DEFAULT_RUN = Path("runs/quickstart")
 PRETRAINING = Path("configs/pretrain/quickstart.yaml")
@@ -78,10 +78,9 @@ def stages(run: Path, gpus: int, minutes: float = MINUTES) -> list[tuple[str, st
 
     One GPU has no room for the two ranks of `parallel`, which is left out there.
     """
-    prep, pretrain, finetune = ([] for _ in range(3))
+    prep, finetune = [], []
     if run != DEFAULT_RUN:
         prep = [f"input=[{run}/corpus]", f"output={run}/data"]
-        pretrain = [f"run={run}/pretrain", f"data={run}/data"]
         finetune = [
             f"encoder={run}/pretrain",
             f"data.train={run}/task/train.jsonl",
@@ -92,18 +91,24 @@ def stages(run: Path, gpus: int, minutes: float = MINUTES) -> list[tuple[str, st
     ranks = ["parallel.ranks=1"] if gpus > 1 else []
     longer = [f"train.hours={(minutes * 60 + PARALLEL_SECONDS) / 3600:.6f}"]
     two_ranks = ["parallel.ranks=2", "parallel.tensor=2", "parallel.zero_stage=3"]
-    bertscale_pretrain = ["bertscale", "pretrain", str(PRETRAINING), *pretrain]
+    pretrain = _pretrain(run)
     commands = {
         "collect": ["python", "-m", "data_prep.docstrings", str(run)],
         "prep": ["bertscale", "prep", "configs/prep/quickstart.yaml", *prep],
-        "pretrain": [*bertscale_pretrain, *budget, *ranks],
-        "parallel": [*bertscale_pretrain, *longer, *two_ranks],
+        "pretrain": [*pretrain, *budget, *ranks],
+        "parallel": [*pretrain, *longer, *two_ranks],
         "convert": ["bertscale", "convert", f"{run}/pretrain", f"{run}/hugging-face"],
         "finetune": ["bertscale", "finetune", "configs/finetune/quickstart.yaml", *finetune],
     }
     if gpus == 1:
         del commands["parallel"]
     return [(name, TITLES[name], command) for name, command in commands.items()]
+
+
+def _pretrain(run: Path) -> list[str]:
+    """The command that pretrains in `run`, or continues there."""
+    paths = [] if run == DEFAULT_RUN else [f"run={run}/pretrain", f"data={run}/data"]
+    return ["bertscale", "pretrain", str(PRETRAINING), *paths]
 
 
 def _run(command: list[str]) -> int:
@@ -179,7 +184,7 @@ def _show(summary: dict[str, Any]) -> str:
     lines += [
         "the curves:      .venv/bin/tensorboard --logdir " + paths["pretrain"],
         "what to try next: train longer, from where this run stopped (here for half an hour in all):",
-        f"  .venv/bin/bertscale pretrain {paths['pretrain']}/{CONFIG} train.hours=0.5",
+        f"  .venv/bin/{shlex.join(_pretrain(Path(paths['data']).parent))} train.hours=0.5",
     ]
     return "\n".join(lines)
 
