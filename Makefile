@@ -49,6 +49,7 @@ clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path "./runs/*" -prune -exec rm -rf {} +
 
+# Compiling every module of every package takes longer than the rest: Python compiles those that are imported.
 # The log keeps all that pip says; the screen gets the large downloads and the steps that take long.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -56,7 +57,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	         "name another one, such as make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "installing into .venv (a few minutes, once; everything pip says is in $(LOG))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile \
 	    -c constraints.txt -e ".[dev,chinese]" 2>&1 | tee $(LOG) | awk ' \
 	    /Downloading .*([0-9][0-9]\.[0-9] MB|GB)\)|Building wheel for .*started/ { sub(/^ +/, ""); print "  " $$0; fflush() } \
 	    /^Installing collected packages/ { print "  Installing " NF - 3 " packages"; fflush() } \

@@ -309,7 +309,7 @@ def finetune(arguments: list[str]) -> int:
 
 
 def quickstart(arguments: list[str]) -> int:
-    """bertscale quickstart [--run FOLDER]"""
+    """bertscale quickstart [--run FOLDER] [--minutes M]"""
     parser = make_parser(
         "quickstart",
         "Runs every stage on the documentation of this machine's Python packages: text, shards, pretraining, "
@@ -318,12 +318,17 @@ def quickstart(arguments: list[str]) -> int:
     parser.add_argument(
         "--run", type=Path, default=Path("runs/quickstart"), help="Folder for all output (%(default)s)."
     )
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, help="Minutes of pretraining, more than 0 (%(default)g)."
+    )
     options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be more than 0, not {options.minutes:g}")
 
     from bertscale.gpus import count_gpus
     from bertscale.quickstart import quickstart as run_stages
 
-    return run_stages(options.run, count_gpus("auto"))
+    return run_stages(options.run, count_gpus("auto"), options.minutes)
 
 
 def submit(arguments: list[str]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import random
-import re
 import sysconfig
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from data_prep.demo import collect as docstrings
 from data_prep.demo.prose import prose
-from data_prep.demo.task import FROM_ONE_MODULE, MASKED_NAME, make_task, mask_names, names_of
+from data_prep.demo.task import FROM_ONE_MODULE, make_task, plain_sentences
 
 NUMPYDOC = """
 Sort the ``items`` of `sequence` [1]_.
@@ -129,60 +128,58 @@ async def g():
     assert list(docstrings._docstrings(topics, "pydoc_data.topics")) == [("if", "The if statement.")]
 
 
-def make_texts() -> list[tuple[str, str, str]]:
+def make_texts() -> list[tuple[str, str]]:
     generator = random.Random(0)
-    words = [f"word{number:c}" for number in range(97, 123)]
-    texts = []
-    for package in ("torch", "numpy", "sklearn", "small"):
-        for module in range(60 if package != "small" else 3):
-            for _ in range(5):
-                text = f"In {package} {' '.join(generator.choices(words, k=30))}."
-                texts.append((text, package, f"{package}.m{module}"))
-    return texts
+    words = [letter * 3 for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return [
+        (f"{' '.join(generator.choices(words, k=9)).capitalize()}. Too short.", f"package.m{module}")
+        for module in range(450)
+        for _ in range(5)
+    ]
 
 
 def test_task_divides_modules() -> None:
     texts = make_texts()
     task = make_task(texts)
     assert task == make_task(texts)
-    assert task.labels == ["numpy", "sklearn", "torch"]
     sides = [{example["module"] for example in side} for side in (task.train, task.test)]
     assert not sides[0] & sides[1]
-    assert sides[1] <= task.test_modules
-    assert not sides[0] & task.test_modules
-    for label in task.labels:
-        assert sum(example["label"] == label for example in task.train) == 32
-        assert sum(example["label"] == label for example in task.test) == 100
+    assert sides[1] == task.test_modules
+    assert (len(task.train), len(task.test)) == (1000, 500)
     for side in (task.train, task.test):
+        assert sum(example["label"] == "shuffled" for example in side) == len(side) / 2
         modules = [example["module"] for example in side]
         assert max(map(modules.count, modules)) <= FROM_ONE_MODULE
-        assert not any(re.search("torch|numpy|sklearn", example["text"]) for example in side)
 
 
-def test_copies_of_training_texts_leave_the_test_set() -> None:
-    texts = [
-        ("This one text is the same in all of the modules of it.", "numpy", f"numpy.m{number}")
-        for number in range(200)
-    ]
-    task = make_task(texts)
-    assert len(task.train) == 32
-    assert task.test == []
+def test_the_words_of_an_example_do_not_tell_its_label() -> None:
+    """A shuffled sentence has the words of one, the first and the last in their places; none comes twice."""
+    task = make_task(make_texts())
+    originals = {sentence for text, _ in make_texts() for sentence in plain_sentences(text)}
+    by_words = {tuple(sorted(sentence.split())): sentence for sentence in originals}
+    seen = set()
+    for example in (*task.train, *task.test):
+        original = by_words[tuple(sorted(example["text"].split()))]
+        assert original not in seen
+        seen.add(original)
+        assert (example["text"] == original) == (example["label"] == "sentence")
+        for place in (0, -1):
+            assert example["text"].split()[place] == original.split()[place]
 
 
 @pytest.mark.parametrize(
-    ("text", "masked"),
+    "text",
     [
-        ("Use PyTorch's torch.nn.Linear, torchvision.", "Use library's library, library."),
-        ("A scikit-learn or scikit learn or sklearn.svm model.", "A library or library or library model."),
-        ("Like np.array, numpy, NumPy and np.", "Like library, library, library and library."),
-        ("The snp and input are no names.", "The snp and input are no names."),
-        ("See my_numpy_helper.", "See library."),
-        ("As scikit-bio does.", "As library does."),
+        "It has too few words.",
+        "It has a word with a Capital letter in it.",
+        "The value x1 is not a word of the language.",
+        "The the the the the the the the the.",
+        "No full stop is at the end of this one",
+        f"A sentence {'that goes on and on ' * 4}is too long.",
     ],
 )
-def test_names_are_masked(text: str, masked: str) -> None:
-    assert MASKED_NAME == "library"
-    assert mask_names(text, names_of(["torch", "sklearn", "numpy"])) == masked
+def test_what_is_no_plain_sentence(text: str) -> None:
+    assert plain_sentences(text) == []
 
 
 def test_collects_from_an_environment(
@@ -195,9 +192,9 @@ def test_collects_from_an_environment(
         folder = tmp_path / "site" / package
         (folder / "tests").mkdir(parents=True)
         (folder / "tests" / "test_it.py").write_text(f'"""A test is not read. {shared * 3}"""')
-        for number in range(140):
+        for number in range(410):
             words = ["".join(generator.choices(letters, k=6)) for _ in range(20)]
-            text = f"The value of {package} is a {' '.join(words)}. And it is the {words[0]}."
+            text = f"The value of {package} is a {' '.join(words)}. And it is the {' '.join(words[:4])}."
             (folder / f"m{number}.py").write_text(f'"""{text}\n\n{shared}\n"""\nraise SystemExit\n')
     (tmp_path / "std").mkdir()
     site = str(tmp_path / "site")
@@ -208,9 +205,13 @@ def test_collects_from_an_environment(
     summary = docstrings.collect(output)
     [corpus] = (output / "corpus").iterdir()
     records = [json.loads(line) for line in corpus.read_text().splitlines()]
-    test = [json.loads(line) for line in (output / "task" / "test.jsonl").read_text().splitlines()]
-    assert summary["documents"] == len(records) == 2 * 40
-    assert summary["labels"] == ["numpy", "torch"]
+    test, train = (
+        [json.loads(line) for line in (output / "task" / f"{side}.jsonl").read_text().splitlines()]
+        for side in ("test", "train")
+    )
+    assert summary["documents"] == len(records)
+    assert len(records) == 2 * docstrings.FILES_OF_PACKAGE - len({example["module"] for example in test})
+    assert (summary["train_examples"], summary["test_examples"]) == (len(train), 500)
     assert records[0].keys() == {"text", "package", "module", "name"}
     assert sum(shared in record["text"] for record in records) <= 1
     assert not {record["module"] for record in records} & {example["module"] for example in test}

@@ -35,11 +35,12 @@ from bertscale.train.checkpoint import write_whole
 
 PAGE = ROOT / "docs/python.md"
 USING = ROOT / "docs/using-models.md"
-# The blocks of checkpoints.md read moments, which only a training leaves: tests/test_checkpoint.py runs them.
+# The blocks of checkpoints.md read moments, which only a training leaves: tests/test_checkpoint.py runs them;
+# tests/test_chinese.py runs those of chinese.md, which read a file of labelled sentences.
 OTHERS = [
     page
     for page in PAGES
-    if page.name not in ("python.md", "using-models.md", "checkpoints.md") and has_python(page)
+    if page.name not in ("python.md", "using-models.md", "checkpoints.md", "chinese.md") and has_python(page)
 ]
 SMALLER = ["train.epochs=1", "train.seeds=[0]", "samples.max_length=32"]  # of the fine-tuning
 
@@ -96,10 +97,10 @@ def _there(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
     notebook = run_python(PAGE)
-    tokens, width = len(notebook["tokens"]), 256
+    tokens, width = len(notebook["tokens"]), 128
     assert notebook["hidden"].shape == (tokens, width)
-    assert notebook["pooled"].shape == (1, width)
-    assert notebook["first"].count(notebook["tokenizer"].sep_id) == 2
+    assert notebook["pooled"] is None
+    assert notebook["first"].count(notebook["tokenizer"].sep_id) >= 1
     assert notebook["label"] in ("the cat", "a boat")
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("there is no folder runs/nowhere: give a run, a checkpoint, or ")
@@ -141,7 +142,7 @@ def test_using_models_runs_from_top_to_bottom() -> None:
     written = {path.name for path in Path("runs/encoder").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= written
     encoder = notebook["AutoModel"].from_pretrained("runs/encoder")
-    assert encoder.config.architectures == ["BertModel"]
+    assert encoder.config.architectures == ["ModernBertModel"]
     both = [notebook["AutoTokenizer"].from_pretrained(path) for path in ("runs/encoder", notebook["folder"])]
     assert both[0](notebook["texts"])["input_ids"] == both[1](notebook["texts"])["input_ids"]
 
@@ -201,7 +202,7 @@ def test_paths_are_text_or_path() -> None:
         assert len({assert_type(tokenizer, Tokenizer).sha256 for tokenizer in tokenizers}) == 1
         assert_type(bertscale.load_model(kind(run)), PretrainingModel)
         assert_type(bertscale.load_classifier(kind("runs/quickstart/finetune/model")), Classifier)
-        batches = bertscale.iterate_batches(kind("configs/pretrain/quickstart.yaml"), "train.micro_batch=8")
+        batches = bertscale.iterate_batches(kind("configs/pretrain/quickstart.yaml"), "train.micro_batch=2")
         step, micro_batches = assert_type(next(batches), tuple[int, list[MicroBatch]])
         assert (step, len(micro_batches)) == (0, 4)
 
@@ -227,11 +228,12 @@ def test_a_model_is_the_newest_of_a_run_in_evaluation_mode() -> None:
 def test_weights_that_do_not_fit_their_config_are_named(tmp_path: Path) -> None:
     shutil.copytree("runs/quickstart/hugging-face", tmp_path / "other")
     path = tmp_path / "other/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 100}))
     with pytest.raises(UserError) as error:
         bertscale.load_model(tmp_path / "other")
-    assert "position_embeddings.weight with the shape [128, 256], config.json asks for [64, 256]" in str(
-        error.value
+    assert (
+        "feed_forward.intermediate.weight with the shape [384, 128], config.json asks for [200, 128]"
+        in str(error.value)
     )
 
 
@@ -261,7 +263,7 @@ def test_batches_are_those_of_the_config_from_any_step_on() -> None:
         (
             ("configs/pretrain/quickstart.yaml", "train.batch_warmup=[[1000, 30]]"),
             {},
-            "a batch of train.batch_warmup=30 is not a multiple of 32",
+            "a batch of train.batch_warmup=30 is not a multiple of 8",
         ),
     ],
 )

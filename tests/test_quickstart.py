@@ -36,10 +36,17 @@ FACTS: dict[str, Any] = {
         "precision": "bfloat16",
     },
     "finetune/result.json": {
-        "pretrained": {"accuracy": 0.71, "macro_f1": 0.7, "per_seed": [{}, {}]},
-        "random": {"accuracy": 0.4, "macro_f1": 0.38, "per_seed": [{}, {}]},
+        "classes": ["sentence", "shuffled"],
+        "test_examples": 1234,
+        "majority_accuracy": 0.5,
+        "pretrained": {"accuracy": 0.75, "macro_f1": 0.7, "per_seed": [{}, {}]},
+        "random": {"accuracy": 0.5, "macro_f1": 0.38, "per_seed": [{}, {}]},
     },
 }
+CURVE = [
+    {"step": step, "train/mlm_loss": loss, "speed/tokens_per_second": 35_000.0}
+    for step, loss in ((1, 8.25), (300, 6.0), (600, 4.3))
+]
 
 
 def write(run: Path, name: str) -> list[str]:
@@ -50,7 +57,10 @@ def write(run: Path, name: str) -> list[str]:
 def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     fake_stages = [(name, f"write {name}", write(tmp_path, name)) for name in FACTS]
-    monkeypatch.setattr(quickstart, "stages", lambda run, gpus: fake_stages)
+    monkeypatch.setattr(quickstart, "stages", lambda run, gpus, minutes: fake_stages)
+    rows = [*CURVE, {"step": 600, "heldout/mlm_loss": 4.1}]
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert quickstart.quickstart(tmp_path, gpus=0) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["corpus"] == FACTS["collected.json"]
@@ -69,12 +79,37 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.
         "=== 1 of 4: write collected.json",
         "17.2 MB",
         "3.50 M tokens",
-        "9.700 at first",
-        "MFU 42.0 %",
+        "600 steps, 35,000 tokens/s; held-out loss 4.100",
+        "which of 2: sentence or shuffled (1,234 held-out texts, mean of 2 seeds)",
+        f"pretrained     {'█' * 45} 0.750",
+        f"random weights {'█' * 30} 0.500",
+        f"one class      {'█' * 30} 0.500",
     ):
         assert text in screen
-    assert "0.710 pretrained, 0.400 from random weights" in screen
     assert f"tensorboard --logdir {tmp_path}/pretrain" in screen
+
+
+def test_the_curve_falls_from_the_highest_loss_to_the_lowest() -> None:
+    title, *rows, axis, steps = quickstart.draw_curve([(0, 8.0), (50, 6.0), (100, 4.0)])
+    assert title == "loss of masked tokens"
+    assert len(rows) == quickstart.HEIGHT
+    assert rows[0] == "  8.00 │•"
+    assert rows[-1] == "  4.00 │" + "•".rjust(quickstart.WIDTH)
+    middle = [row.index("•") for row in rows[1:-1] if "•" in row]
+    assert middle == [8 + 50 * (quickstart.WIDTH - 1) // 100]
+    assert steps.endswith("step 100")
+    assert max(map(len, (*rows, axis, steps))) < 80
+    assert quickstart.draw_curve([(1, 5.0)])  # a run of one step
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 8])
+def test_two_ranks_where_there_is_room(gpus: int) -> None:
+    commands = {name: command for name, _, command in quickstart.stages(quickstart.DEFAULT_RUN, gpus, 3.0)}
+    assert ("parallel" in commands) == (gpus != 1)
+    assert "train.hours=0.050000" in commands["pretrain"]
+    for name, ranks in (("pretrain", 1), ("parallel", 2)):
+        if gpus > 1:
+            assert f"parallel.ranks={ranks}" in commands[name]
 
 
 def test_a_failed_stage_is_the_last(
@@ -85,7 +120,7 @@ def test_a_failed_stage_is_the_last(
         ("one", "fail", ["python", "-c", "import sys; sys.exit(3)"]),
         ("two", "write", write(tmp_path, "collected.json")),
     ]
-    monkeypatch.setattr(quickstart, "stages", lambda run, gpus: fake_stages)
+    monkeypatch.setattr(quickstart, "stages", lambda run, gpus, minutes: fake_stages)
     assert quickstart.quickstart(tmp_path, gpus=0) == 3
     assert "stage 1 of 2 (one) ended with exit code 3" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +135,7 @@ def test_ctrl_c_is_left_to_the_stage(tmp_path: Path) -> None:
     )
     whole = (
         "import sys\nfrom pathlib import Path\nfrom bertscale import quickstart\n"
-        f"quickstart.stages = lambda run, gpus: [('one', 'wait', ['python', '-c', {stage!r}])]\n"
+        f"quickstart.stages = lambda run, gpus, minutes: [('one', 'wait', ['python', '-c', {stage!r}])]\n"
         "sys.exit(quickstart.quickstart(Path('run'), 0))\n"
     )
     process = subprocess.Popen(

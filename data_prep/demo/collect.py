@@ -6,7 +6,7 @@ Reads the docstrings of the Python installation and of the environment's package
 imported) and the language reference in `pydoc_data.topics`; keeps their prose, every paragraph once.
 
     OUTPUT/corpus/docs-00000.jsonl ...  {"text", "package", "module", "name"}, a docstring a line
-    OUTPUT/task/train.jsonl, test.jsonl {"text", "label", "module"}: which package a docstring documents
+    OUTPUT/task/train.jsonl, test.jsonl {"text", "label", "module"}: a sentence, or one with shuffled words
     OUTPUT/collected.json               counts; written last, and reused while the environment is the same
 
 No text of a module of the test set is in the corpus: pretraining never sees what the classifier is tested on.
@@ -25,7 +25,7 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +40,11 @@ from data_prep.demo.task import make_task
 from data_prep.segment import split_sentences
 from data_prep.workers import number_of_cores, worker_pool
 
-COLLECTOR_VERSION = 1  # raise it when the same environment begins to give other texts
+COLLECTOR_VERSION = 2  # raise it when the same environment begins to give other texts
 SHORTEST = 100  # characters
 FILE_BYTES = 8 * 2**20  # of one corpus file, about
 LARGEST_SOURCE = 2 * 2**20  # bytes; larger ones are generated tables
+FILES_OF_PACKAGE = 400  # at most: the largest ones repeat themselves, and reading is most of the time
 # Folders without documentation of their own: tests, and copies of other packages.
 SKIPPED = {"__pycache__", "tests", "test", "testing", "_vendor", "vendor", "third_party"}
 SKIPPED |= {"site-packages", "dist-packages", "idlelib", "lib2to3"}
@@ -77,7 +78,7 @@ def collect(output: str | Path) -> dict[str, Any]:
             old.unlink()
 
     texts, docstrings = _read_all(_sources())
-    task = make_task([(text.text, text.package, text.module) for text in texts])
+    task = make_task((text.text, text.module) for text in texts)
     for split, examples in (("train", task.train), ("test", task.test)):
         _write_jsonl(output / "task" / f"{split}.jsonl", examples)
     corpus = [text for text in texts if text.module not in task.test_modules]
@@ -91,17 +92,14 @@ def collect(output: str | Path) -> dict[str, Any]:
         "packages": len({text.package for text in corpus}),
         "largest_packages": dict(Counter(text.package for text in texts).most_common(12)),
         "held_out_documents": len(texts) - len(corpus),
-        "labels": task.labels,
         "train_examples": len(task.train),
         "test_examples": len(task.test),
         "seconds": round(time.monotonic() - began, 2),
     }
     write_json(summary_path, summary)
     print(
-        "collected {documents:,} documents, {text_bytes:,} bytes, from {packages} packages; task: {train} + "
-        "{test} examples of {labels} packages; {seconds} s".format(
-            **{**summary, "labels": len(task.labels)}, train=len(task.train), test=len(task.test)
-        )
+        "collected {documents:,} documents, {text_bytes:,} bytes, from {packages} packages; task: "
+        "{train_examples:,} + {test_examples:,} examples; {seconds} s".format(**summary)
     )
     return summary
 
@@ -117,7 +115,7 @@ def _environment() -> str:
 
 
 def _sources() -> list[tuple[str, str, str]]:
-    """Lists (file, package, module) of every source file, by module; the standard library is "python"."""
+    """Lists (file, package, module) of the source files, by module; the standard library is "python"."""
     paths = sysconfig.get_paths()
     roots = {paths["stdlib"]: "python", paths["purelib"]: "", paths["platlib"]: ""}
     sources = []
@@ -132,7 +130,16 @@ def _sources() -> list[tuple[str, str, str]]:
                     module = ".".join(path.relative_to(root).with_suffix("").parts)
                     module = module.removesuffix(".__init__")
                     sources.append((str(path), package or module.split(".")[0], module))
-    return sorted(sources, key=lambda source: (source[2], source[0]))
+    of_package: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+    for source in sorted(sources, key=lambda source: _shuffle(source[2])):
+        of_package[source[1]].append(source)
+    chosen = [source for all_of_it in of_package.values() for source in all_of_it[:FILES_OF_PACKAGE]]
+    return sorted(chosen, key=lambda source: (source[2], source[0]))
+
+
+def _shuffle(module: str) -> bytes:
+    """A key that sorts modules in an order that is random but always the same."""
+    return hashlib.blake2b(module.encode(), digest_size=16).digest()
 
 
 def _read_all(sources: list[tuple[str, str, str]]) -> tuple[list[Text], int]:

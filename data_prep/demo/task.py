@@ -1,131 +1,87 @@
-"""Texts with their packages -> a classification task: which package does a docstring document?
+"""Texts with their modules -> a classification task: is this a sentence, or are its words shuffled?
 
-The largest packages are the labels. Modules, not texts, are divided between training and test, so that
-neighbours, which share their wording, stand on one side. What names a package is written out of the text.
+Every example is a sentence of its own; of every second one the words between the first and the last are
+shuffled. The words themselves tell nothing, so a classifier has to know how English puts them together: an
+encoder with random weights learns little of that from some hundred examples, a pretrained one knows it
+already. (Word order as a probe of encoders: the task "bigram shift" of Conneau et al., 2018.)
+
+Modules, not sentences, are divided between training and test, so that neighbours, which share their wording,
+stand on one side.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-LARGEST_PACKAGES = 10
-TRAIN_EXAMPLES, TEST_EXAMPLES = 32, 100  # of each label
-FROM_ONE_MODULE = 4  # examples, so that no module makes a label
-MASKED_NAME = "library"
-LONGEST = 1000  # characters; an example ends with the sentence's paragraph that passes it
+from data_prep.segment import split_sentences
 
-# How texts spell a package beside its import name and the name of its distribution.
-_SPELLINGS = {
-    "torch": ["pytorch", "c10"],
-    "sklearn": ["scikit learn", "scikit"],
-    "numpy": ["np", "numerical python"],
-    "networkx": ["nx"],
-    "scipy": ["sp"],
-    "pyarrow": ["pa"],
-    "pandas": ["pd"],
-    "tensorflow": ["tf"],
-    "matplotlib": ["plt", "mpl"],
-    "transformers": ["transformer", "hugging face", "huggingface", "hf", "🤗"],
-    "huggingface_hub": ["hugging face", "huggingface", "the hub", "hf", "hfapi", "🤗"],
-    "python": ["cpython", "pep"],
-    "deepspeed": ["deep speed", "ds"],
-    "megatron": ["mcore", "nemo", "nvidia"],
-}
+TRAIN_EXAMPLES, TEST_EXAMPLES = 1000, 500
+FROM_ONE_MODULE = 4  # examples, so that no module makes the task
+SHORTEST, LONGEST = 7, 16  # words of an example
+LABELS = ("sentence", "shuffled")
+
+_plain_sentence = re.compile(r"[A-Z][a-z]*(?:,? [a-z]+(?:-[a-z]+)*)+\.")
 
 
 @dataclass(frozen=True)
 class LabelledTask:
-    labels: list[str]
     train: list[dict[str, str]]
     test: list[dict[str, str]]
     test_modules: frozenset[str]
 
 
-def make_task(texts: list[tuple[str, str, str]]) -> LabelledTask:
-    """A task out of (text, package, module) triples; the same triples give the same task."""
-    labels = _choose_labels(texts)
-    names = names_of(labels)
-    by_module: dict[str, dict[str, list[str]]] = {label: defaultdict(list) for label in labels}
-    for text, package, module in texts:
-        if package in by_module:
-            by_module[package][module].append(text)
-    train: list[dict[str, str]] = []
-    test: list[dict[str, str]] = []
-    test_modules = set[str]()
-    for label in labels:
-        modules = iter(sorted(by_module[label], key=_shuffle))
-        for examples, wanted in ((test, TEST_EXAMPLES), (train, TRAIN_EXAMPLES)):
-            missing = wanted
-            for module in modules:
-                chosen = sorted(by_module[label][module], key=_shuffle)[: min(FROM_ONE_MODULE, missing)]
-                examples += [
-                    {"text": mask_names(_shorten(text), names), "label": label, "module": module}
-                    for text in chosen
-                ]
-                missing -= len(chosen)
-                if examples is test:
-                    test_modules.add(module)
-                if missing == 0:
-                    break
-    return LabelledTask(labels, train, _without_copies(test, train), frozenset(test_modules))
+def make_task(texts: Iterable[tuple[str, str]]) -> LabelledTask:
+    """A task out of (text, module) pairs; the same pairs give the same task."""
+    by_module: dict[str, set[str]] = defaultdict(set)
+    for text, module in texts:
+        by_module[module].update(plain_sentences(text))
+    modules = iter(sorted(by_module, key=_shuffle))
+    seen = set[str]()
+    test = _examples(modules, by_module, TEST_EXAMPLES, seen)
+    train = _examples(modules, by_module, TRAIN_EXAMPLES, seen)
+    return LabelledTask(train, test, frozenset(example["module"] for example in test))
 
 
-def names_of(labels: Iterable[str]) -> list[str]:
-    """How a text can name one of the packages: import name, distribution, other spellings."""
-    distributions = importlib.metadata.packages_distributions()
-    names = set[str]()
-    for label in labels:
-        spellings = {label, *distributions.get(label, []), *_SPELLINGS.get(label, [])}
-        names |= {variant.lower() for name in spellings for variant in (name, name.replace("_", "-"))}
-    return sorted(names, key=lambda name: (-len(name), name))  # a pattern takes the first that fits
+def plain_sentences(text: str) -> list[str]:
+    """The sentences of lower-case words, neither short nor long, with different words to be shuffled."""
+    return [
+        sentence
+        for sentence in split_sentences(text)
+        if SHORTEST <= len(words := sentence.split()) <= LONGEST
+        and _plain_sentence.fullmatch(sentence)
+        and len(set(words[1:-1])) > 3
+    ]
 
 
-def mask_names(text: str, names: list[str]) -> str:
-    """`text` with `names`, and words and dotted paths that hold a long one, made one neutral word."""
-    long = "|".join(re.escape(name) for name in names if len(name) > 3 or not name.isascii())
-    short = "|".join(re.escape(name) for name in names if len(name) <= 3 and name.isascii())
-    pattern = rf"[\w.-]*(?:{long})(?:[\w-]|\.(?=\w))*"
-    if short:
-        pattern += rf"|(?<![\w.])(?:{short})(?:[._]\w+)*(?!\w)"
-    return re.sub(pattern, MASKED_NAME, text, flags=re.IGNORECASE)
+def shuffle_words(sentence: str) -> str:
+    """The sentence with the words between its first and last in another order; the same each time."""
+    first, *between, last = sentence.split()
+    shuffled = between.copy()
+    generator = random.Random(sentence)
+    while sum(old != new for old, new in zip(between, shuffled, strict=True)) <= len(between) // 2:
+        generator.shuffle(shuffled)
+    return " ".join([first, *shuffled, last])
 
 
-def _choose_labels(texts: list[tuple[str, str, str]]) -> list[str]:
-    """The packages with the most texts that have modules enough for both sides."""
-    usable: Counter[str] = Counter()
-    for (package, _), count in Counter((package, module) for _, package, module in texts).items():
-        usable[package] += min(count, FROM_ONE_MODULE)
-    enough = {package for package, count in usable.items() if count >= TRAIN_EXAMPLES + TEST_EXAMPLES}
-    sizes = Counter(package for _, package, _ in texts)
-    largest = sorted(enough, key=lambda package: (-sizes[package], package))
-    return sorted(largest[:LARGEST_PACKAGES])
-
-
-def _without_copies(test: list[dict[str, str]], train: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The test examples most of whose five-word phrases no training example has."""
-    known = set[tuple[str, ...]]().union(*(_phrases(example["text"]) for example in train))
-    new = []
-    for example in test:
-        phrases = _phrases(example["text"])
-        if len(phrases & known) <= len(phrases) / 2:
-            new.append(example)
-    return new
-
-
-def _phrases(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"[a-z]+", text.lower())
-    return set(zip(*(words[start:] for start in range(5)), strict=False))
-
-
-def _shorten(text: str) -> str:
-    """The first paragraphs, up to the one that passes LONGEST characters."""
-    end = text.find("\n", LONGEST)
-    return text if end < 0 else text[:end]
+def _examples(
+    modules: Iterable[str], by_module: dict[str, set[str]], wanted: int, seen: set[str]
+) -> list[dict[str, str]]:
+    """`wanted` examples of the next modules, both labels in turn; `seen` are sentences already taken."""
+    examples: list[dict[str, str]] = []
+    for module in modules:
+        for sentence in sorted(by_module[module] - seen, key=_shuffle)[:FROM_ONE_MODULE]:
+            if len(examples) == wanted:
+                return examples
+            seen.add(sentence)
+            label = LABELS[len(examples) % 2]
+            text = sentence if label == "sentence" else shuffle_words(sentence)
+            examples.append({"text": text, "label": label, "module": module})
+    return examples
 
 
 def _shuffle(text: str) -> bytes:
