@@ -277,7 +277,7 @@ def convert(arguments: list[str]) -> int:
         "--show",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Show what the converted model predicts for a few masked words.",
+        help="Show how well an exported model fills masks in sentences of its validation data.",
     )
     parser.add_argument(
         "--replace",

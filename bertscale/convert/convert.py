@@ -32,23 +32,18 @@ from bertscale.convert.hf_names import (
     read_config,
     to_hugging_face,
 )
+from bertscale.convert.masks import show_masks
 from bertscale.convert.output import check_output, is_output_of, write_record
 from bertscale.files import file_digest, whole_folder
 from bertscale.model.layers import Layers
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
-from bertscale.train.checkpoint import open_checkpoint, save_tensors, write_whole
+from bertscale.train.checkpoint import Checkpoint, open_checkpoint, save_tensors, write_whole
 
 WEIGHTS = "model.safetensors"
 LARGEST_DIFFERENCE = 1e-3  # of logits in float32, computed in another order
 TIED = ("decoder.weight", "decoder.bias")  # names of copies of the word embeddings and of the bias
 GENERATOR = "generator"  # the inner folder, and the part of an ELECTRA that it holds
-
-EXAMPLES = (
-    "Return a new [MASK] with the same values.",
-    "If the file does not exist, an error is [MASK].",
-    "The [MASK] of the array along the given axis.",
-)
 
 
 class Weights(Protocol):
@@ -169,9 +164,9 @@ class HuggingFaceWeights:
 def convert(source: Path, output: Path, show: bool, replace: bool = False) -> None:
     """Converts `source` into the folder `output`, written under a temporary name, compared and renamed.
 
-    An output that came from the same source is left as it is; with `show`, an exported model fills a
-    few masks. Raises UserError where the source is damaged, or where `output` holds what no conversion has
-    written, unless `replace` allows to delete it (`output.check_output`).
+    An output that came from the same source is left as it is; with `show`, an exported model fills masks
+    (`masks.show_masks`). Raises UserError where the source is damaged, or where `output` holds what no
+    conversion has written, unless `replace` allows to delete it (`output.check_output`).
     """
     weights = open_weights(source)
     if not find_tokenizer(weights.folder).is_file():
@@ -193,8 +188,8 @@ def convert(source: Path, output: Path, show: bool, replace: bool = False) -> No
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from error
         print(f"converted {weights.folder} -> {output}", *said, sep="\n")
-    if show and not isinstance(weights, HuggingFaceWeights):
-        show_masks(output if weights.model.generator_size is None else output / GENERATOR)
+    if show and isinstance(weights, Checkpoint):
+        show_masks(native_model(weights), weights.table, load_tokenizer(weights.folder))
 
 
 def export_verified(weights: Weights, folder: Path) -> list[str]:
@@ -354,17 +349,6 @@ def largest_difference(weights: Weights, folder: Path) -> float:
         if ours.seq_relationship is not None and "seq_relationship_logits" in output:
             differences.append(ours.seq_relationship(pooled) - output["seq_relationship_logits"])
     return float(torch.stack([values.abs().max() for values in differences]).max())  # NaN where one is
-
-
-def show_masks(folder: Path) -> None:
-    """Lets the pipeline of transformers fill a few masks, and prints the three best pieces for each."""
-    from transformers import pipeline
-
-    _quiet()
-    fill = pipeline("fill-mask", model=str(folder), tokenizer=str(folder), top_k=3, device="cpu")
-    for text in EXAMPLES:
-        best = ", ".join(f"{answer['token_str'].strip()} {answer['score']:.0%}" for answer in fill(text))
-        print(f"  {text}  ->  {best}")
 
 
 def _quiet() -> None:
