@@ -267,7 +267,7 @@ def other_data(data: Path) -> None:
         (folder_for_a_shard, "it was truncated or replaced"),
         (delete_tokenizer, "is missing"),
         (list_for_manifest, "is damaged"),
-        (manifest_of_nothing, "the data is damaged (KeyError('tokenizer_sha256'))"),
+        (manifest_of_nothing, "is damaged: tokenizer is missing"),
         (other_data, "is not the data that the model was trained on"),
     ],
 )
