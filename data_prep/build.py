@@ -3,7 +3,8 @@
 bertscale prep configs/prep/quickstart.yaml workers=2
 
 There are two passes. In the first the input is cut, between documents, into work units. A process takes one,
-writes its documents, sorted by their key, to spill files, and then a done record. In the second pass each
+writes its documents, sorted by their key, to spill files, and then a done record. Where there are fewer units
+than processes, this one takes them, and others encode batches of their documents. In the second pass each
 shard is the work of one process: it takes its range of keys from all spills (see data_prep/shuffle.py), so
 that documents of the whole input are mixed and the same text meets itself. A rerun keeps what has a record
 and is whole, so the bytes depend on the input and the settings alone: not on the number of workers, nor on
@@ -36,7 +37,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,16 @@ from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
 from data_prep.words import spill_dtype, split_words
-from data_prep.workers import worker_pool
+from data_prep.workers import map_in_order, number_of_cores, worker_pool
 
 MISSING_SHOWN = 20  # work units
 # Tokens and sentence lengths take about 0.45 bytes for a byte of text; less is asked for, lest text with much
 # else in its files be refused.
 BYTES_OF_TEXT = 0.35
+# Where work units are few: the start of a process costs as much as the work on so many bytes of text, and
+# one process reads, cleans and writes as fast as so many others find sentences and encode.
+BYTES_WORTH_A_PROCESS = 4 * 2**20
+PROCESSES_FOR_A_READER = 3
 
 
 def prep(config: PrepConfig) -> dict[str, Any]:
@@ -192,10 +197,23 @@ def _encode(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit], tokenizer:
         if len(remaining) < len(units):
             finished = len(units) - len(remaining)
             progress.say(f"encode: {finished:,} of {len(units):,} work units are finished and kept")
+        if processes := _processes_for_batches(plan.config, len(remaining), left * text):
+            map_batches = partial(map_in_order, pool, processes + 1)
+            for unit in remaining:
+                encode_unit(unit, tokenizer.path, map_batches)
+                progress.advance(unit.bytes)
+            return
         futures = {pool.submit(encode_unit, unit, tokenizer.path): unit for unit in remaining}
         for future in as_completed(futures):
             future.result()
             progress.advance(futures[future].bytes)
+
+
+def _processes_for_batches(config: PrepConfig, units: int, text_bytes: float) -> int:
+    """How many processes share the batches of each unit; 0 where a unit is better the work of one."""
+    worth = int(text_bytes) // BYTES_WORTH_A_PROCESS
+    processes = min(config.workers or number_of_cores(), worth, PROCESSES_FOR_A_READER)
+    return processes if units < processes else 0
 
 
 # ----------------------------------------------------------------------------------------- second pass

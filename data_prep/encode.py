@@ -2,20 +2,27 @@
 
     encode_unit(plan.units[0], Path("runs/data/tokenizer.model"))
 
-A process runs it for one unit at a time; memory holds a spill, whatever the size of the unit.
+Memory holds a spill, whatever the size of the unit. A process does the whole of a unit; or, where there are
+fewer units than processes, it reads, cleans and writes, and gives the batches between to others:
+
+    encode_unit(plan.units[0], Path("runs/data/tokenizer.model"), partial(map_in_order, pool, 8))
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from bertscale.config import PrepConfig
 from bertscale.data.shards import Ids, token_dtype
 from bertscale.files import whole_file, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
@@ -32,35 +39,45 @@ LETTERS_OF = (1000, 8)  # documents of a unit whose letters are counted: the fir
 PLACES_SHOWN = 3  # of each kind of bad record
 
 
-def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
+@dataclass(frozen=True)
+class Batch:
+    """Documents that are encoded in one call: number, cleaned text, and whether it is for validation."""
+
+    numbers: list[int]
+    texts: list[str]
+    held_out: list[bool]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The documents of a batch as a SpillBuilder takes them; a row may have no token."""
+
+    rows: Rows
+    held_out: npt.NDArray[np.bool_]
+    sentence_lengths: npt.NDArray[np.uint32]
+    tokens: Ids
+
+
+# Like `map`: the results of a function of each batch, in the order of the batches.
+MapBatches = Callable[[Callable[[Batch], Encoded], Iterable[Batch]], Iterable[Encoded]]
+
+
+def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map) -> None:
     """Writes the spills of one work unit and its bad records, then its done record."""
     try:
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = _load_once(tokenizer_path, unit.plan)
     finally:
         unit.check_plan()  # the better reason where the tokenizer is gone
-    counters, bad, dropped, letters = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    tally = {name: Counter[str]() for name in ("counters", "bad", "dropped", "letters")}
     places: dict[str, list[str]] = {}
     writer = _Writer(unit, tokenizer)
     with whole_file(unit.bad_records) as quarantine:
-        for number, (record, text, reason, held_out) in enumerate(clean_records(unit)):
-            counters["records"] += 1
-            if isinstance(record, Bad):
-                bad[record.reason] += 1
-                if bad[record.reason] <= PLACES_SHOWN:
-                    places.setdefault(record.reason, []).append(record.place)
-                line = {"place": record.place, "reason": record.reason, "excerpt": record.excerpt}
-                quarantine.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                continue
-            counters["cut"] += isinstance(record, Cut)
-            if reason:
-                dropped[reason] += 1
-            else:
-                if number < LETTERS_OF[0] or number % LETTERS_OF[1] == 0:
-                    letters.update(count_letters(text))
-                writer.add(unit.number << 32 | number, text, held_out)
+        batches = _batches(unit, tally, places, quarantine)
+        for encoded in map_batches(partial(encode_batch, unit.config, unit.plan, tokenizer_path), batches):
+            writer.add(encoded)
         quarantine_bytes = quarantine.tell()
     writer.finish()
-    dropped.update(writer.dropped)
+    tally["dropped"].update(writer.dropped)
     unit.check_input()
     unit.check_plan()
     done = {
@@ -68,71 +85,97 @@ def encode_unit(unit: Unit, tokenizer_path: Path) -> None:
         "tokenizer_sha256": tokenizer.sha256,
         "spills": [asdict(spill) for spill in writer.spills],
         "quarantine_bytes": quarantine_bytes,
-        "counters": counters,
-        "bad": bad,
-        "dropped": dropped,
-        "letters": letters,
+        **tally,
         "places": places,
     }
     write_json(unit.record, done)
 
 
+@lru_cache(maxsize=1)
+def _load_once(path: Path, plan: str) -> Tokenizer:
+    """The tokenizer, loaded once by a process; `plan` because another one has another tokenizer."""
+    return load_tokenizer(path)
+
+
+def _batches(
+    unit: Unit, tally: dict[str, Counter[str]], places: dict[str, list[str]], quarantine: BinaryIO
+) -> Iterator[Batch]:
+    """Yields the documents that are kept; counts them all, and writes bad records to `quarantine`."""
+    batch, characters = Batch([], [], []), 0
+    for number, (record, text, reason, held_out) in enumerate(clean_records(unit)):
+        tally["counters"]["records"] += 1
+        if isinstance(record, Bad):
+            tally["bad"][record.reason] += 1
+            if tally["bad"][record.reason] <= PLACES_SHOWN:
+                places.setdefault(record.reason, []).append(record.place)
+            line = {"place": record.place, "reason": record.reason, "excerpt": record.excerpt}
+            quarantine.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            continue
+        tally["counters"]["cut"] += isinstance(record, Cut)
+        if reason:
+            tally["dropped"][reason] += 1
+            continue
+        if number < LETTERS_OF[0] or number % LETTERS_OF[1] == 0:
+            tally["letters"].update(count_letters(text))
+        batch.numbers.append(unit.number << 32 | number)
+        batch.texts.append(text)
+        batch.held_out.append(held_out)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = Batch([], [], []), 0
+    if batch.numbers:
+        yield batch
+
+
+def encode_batch(config: PrepConfig, plan: str, tokenizer_path: Path, batch: Batch) -> Encoded:
+    """Documents -> sentences -> tokens."""
+    tokenizer = _load_once(tokenizer_path, plan)
+    split, digest = splitter(config.language), Digest(config.seed, config.deduplicate)
+    of_documents = list(map(split, batch.texts))
+    sentences = list(chain.from_iterable(of_documents))
+    encoded = tokenizer.encode(sentences)
+    lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
+    size = int(lengths.sum(dtype=np.int64))
+    dtype = spill_dtype(token_dtype(tokenizer.vocab_size), config.words)
+    tokens = np.fromiter(chain.from_iterable(encoded), dtype, size)
+    if config.words:
+        tokens = join_words(tokens, word_starts(tokenizer, sentences, encoded))
+
+    rows = np.zeros(len(batch.numbers), ROW)
+    contents = [text.encode() for text in batch.texts]
+    digests = map(digest, contents, batch.numbers)
+    rows["document"] = batch.numbers
+    rows["key"], rows["check"] = np.array(list(digests), np.uint64).T
+    rows["text_bytes"] = list(map(len, contents))
+    owner = np.repeat(np.arange(len(rows)), list(map(len, of_documents)))
+    rows["tokens"] = np.bincount(owner, weights=lengths, minlength=len(rows))
+    owner, lengths = owner[lengths > 0], lengths[lengths > 0]
+    rows["sentences"] = np.bincount(owner, minlength=len(rows))
+    return Encoded(rows, np.array(batch.held_out), lengths, tokens)
+
+
 class _Writer:
-    """Documents -> sentences -> tokens -> the spills of each split."""
+    """Encoded documents -> the spills of each split."""
 
     def __init__(self, unit: Unit, tokenizer: Tokenizer) -> None:
-        self.unit, self.tokenizer = unit, tokenizer
-        config = unit.config
-        self.split = splitter(config.language)
-        self.digest = Digest(config.seed, config.deduplicate)
-        self.dtype = spill_dtype(token_dtype(tokenizer.vocab_size), config.words)
-        self.builders = {split: SpillBuilder(self.dtype, config.deduplicate) for split in SPLITS}
+        self.unit = unit
+        dtype = spill_dtype(token_dtype(tokenizer.vocab_size), unit.config.words)
+        self.builders = {split: SpillBuilder(dtype, unit.config.deduplicate) for split in SPLITS}
         self.spills: list[Spill] = []
         self.dropped = Counter[str]()
-        self._empty()
 
-    def _empty(self) -> None:
-        self.characters = 0
-        self.sentences: list[str] = []  # of all documents
-        self.documents: list[tuple[int, int, int, int, int]] = []  # number, key, check, bytes, sentences
-        self.validation: list[bool] = []
-
-    def add(self, number: int, text: str, held: bool) -> None:
-        sentences = self.split(text)
-        content = text.encode()
-        self.documents.append((number, *self.digest(content, number), len(content), len(sentences)))
-        self.validation.append(held)
-        self.sentences += sentences
-        self.characters += len(text)
-        if self.characters >= BATCH_CHARACTERS:
-            self._flush()
-
-    def _flush(self) -> None:
-        encoded = self.tokenizer.encode(self.sentences)
-        lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
-        tokens = np.fromiter(chain.from_iterable(encoded), self.dtype, int(lengths.sum(dtype=np.int64)))
-        if self.unit.config.words:
-            tokens = join_words(tokens, word_starts(self.tokenizer, self.sentences, encoded))
-        columns = np.array(self.documents, np.uint64)
-        validation = np.array(self.validation)
-        self._empty()
-        del encoded
-
-        rows = np.zeros(len(columns), ROW)
-        rows["document"], rows["key"], rows["check"], rows["text_bytes"] = columns.T[:4]
-        owner = np.repeat(np.arange(len(rows)), columns[:, 4].astype(np.int64))
-        rows["tokens"] = np.bincount(owner, weights=lengths, minlength=len(rows))
-        owner, lengths = owner[lengths > 0], lengths[lengths > 0]
-        rows["sentences"] = np.bincount(owner, minlength=len(rows))
+    def add(self, encoded: Encoded) -> None:
+        rows, lengths, tokens = encoded.rows, encoded.sentence_lengths, encoded.tokens
         if nothing := int((rows["tokens"] == 0).sum()):
             self.dropped["no token is left of it"] += nothing
-        for split, held in zip(SPLITS, (False, True), strict=True):
-            chosen = (validation == held) & (rows["tokens"] > 0)
+        for split, held_out in zip(SPLITS, (False, True), strict=True):
+            chosen = (encoded.held_out == held_out) & (rows["tokens"] > 0)
             if chosen.all():
                 self._add(split, rows, lengths, tokens)
             elif chosen.any():
-                of_chosen = np.repeat(chosen, rows["tokens"])
-                self._add(split, rows[chosen], lengths[chosen[owner]], tokens[of_chosen])
+                of_lengths, of_tokens = (np.repeat(chosen, rows[kind]) for kind in ("sentences", "tokens"))
+                self._add(split, rows[chosen], lengths[of_lengths], tokens[of_tokens])
 
     def _add(self, split: str, rows: Rows, lengths: npt.NDArray[np.uint32], tokens: Ids) -> None:
         builder = self.builders[split]
@@ -146,8 +189,6 @@ class _Writer:
 
     def finish(self) -> None:
         """Writes what is left."""
-        if self.documents:
-            self._flush()
         for split, builder in self.builders.items():
             if builder.rows:
                 self._write(split)

@@ -2,6 +2,8 @@
 
 with worker_pool(2) as pool:
     pool.submit(function, argument).result()
+    for result in map_in_order(pool, 4, function, arguments):
+        ...
 """
 
 from __future__ import annotations
@@ -10,12 +12,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import TypeVar
 
 from bertscale.config import UserError
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def number_of_cores() -> int:
@@ -48,6 +55,22 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             ) from error
         raise
     pool.shutdown()
+
+
+def map_in_order(
+    pool: ProcessPoolExecutor,
+    ahead: int,
+    function: Callable[[Argument], Result],
+    arguments: Iterable[Argument],
+) -> Iterator[Result]:
+    """Like `map`, with up to `ahead` calls at work: `arguments` are taken, and results held, no further."""
+    at_work = deque[Future[Result]]()
+    for argument in arguments:
+        at_work.append(pool.submit(function, argument))
+        if len(at_work) == ahead:
+            yield at_work.popleft().result()
+    while at_work:
+        yield at_work.popleft().result()
 
 
 def _begin() -> None:

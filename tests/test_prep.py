@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ import pytest
 from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
+from data_prep import build, encode
 from data_prep.build import prep
+from data_prep.encode import Batch, Encoded
 from data_prep.readers.records import LONGEST
+from data_prep.workers import map_in_order
 
 TEXT = "the a red blue old new house tree river runs sings over under with and some many green stone"
 WORDS = TEXT.split()
@@ -87,6 +93,87 @@ def test_bytes_do_not_depend_on_the_workers(corpus: Path) -> None:
     assert len(train.shards) > 3
     assert 10 <= validation.num_documents <= 60
     assert not list((corpus / "1" / ".prep").glob("*.spill"))
+
+
+# ------------------------------------------------------------------- fewer work units than processes
+
+
+@pytest.fixture
+def one_unit(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """All of the input in one work unit, with bad, dropped and double records, and many small batches."""
+    lines = [
+        json.dumps({"text": text}) for text in (*make_documents(40), "short", *make_documents(9, seed=1))
+    ]
+    (corpus / "input" / "d.jsonl").write_text("\n".join([*lines, "[]", lines[-1], "no JSON"]))
+    monkeypatch.setattr(build, "BYTES_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 3_000)
+    return corpus
+
+
+def config_of_one_unit(folder: Path, output: str, **changes: Any) -> PrepConfig:
+    values = {"split_bytes": 2**20, "min_characters": 20, "max_bad_fraction": 0.1, "workers": 2} | changes
+    return config_for(folder, output=str(folder / output), **values)
+
+
+def after_batches(count: int, event: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Calls `event` when `count` batches are encoded; returns how many are, a figure that rises."""
+    batches = {"encoded": 0}
+
+    def watched(
+        pool: ProcessPoolExecutor, ahead: int, function: Callable[[Batch], Encoded], rest: Iterable[Batch]
+    ) -> Iterator[Encoded]:
+        for result in map_in_order(pool, ahead, function, rest):
+            batches["encoded"] += 1
+            if batches["encoded"] == count:
+                event()
+            yield result
+
+    monkeypatch.setattr(build, "map_in_order", watched)
+    return batches
+
+
+def test_processes_share_a_single_unit(one_unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = after_batches(0, list, monkeypatch)
+    summary = prep(config_of_one_unit(one_unit, "1", workers=1))
+    assert batches["encoded"] == 0
+    assert summary["bad"] == {"broken JSON": 1, "not a JSON object": 1}
+    assert summary["dropped"] == {"duplicate": 41, "shorter than min_characters": 1}
+    for workers in (2, 4):
+        batches["encoded"] = 0
+        assert prep(config_of_one_unit(one_unit, str(workers), workers=workers))["documents"] == 309
+        assert batches["encoded"] > 10
+        assert bytes_of(one_unit / str(workers)) == bytes_of(one_unit / "1")
+
+
+def test_text_that_is_not_worth_another_process(one_unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = after_batches(0, list, monkeypatch)
+    monkeypatch.setattr(build, "BYTES_WORTH_A_PROCESS", 100_000)
+    prep(config_of_one_unit(one_unit, "small"))
+    assert batches["encoded"] == 0
+
+
+def test_a_single_unit_that_is_stopped(one_unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill_a_worker() -> None:
+        multiprocessing.active_children()[0].kill()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    config = config_of_one_unit(one_unit, "stopped")
+    after_batches(3, kill_a_worker, monkeypatch)
+    with pytest.raises(UserError, match="a prep worker was killed"):
+        prep(config)
+    after_batches(3, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        prep(config)
+    left = {path.name for path in (one_unit / "stopped" / ".prep").iterdir()}
+    assert left == {"lock", "plan.json", "tokenizer.json"}
+    prep(config)
+    prep(config_of_one_unit(one_unit, "whole"))
+    assert bytes_of(one_unit / "stopped") == bytes_of(one_unit / "whole")
+
+
+# ------------------------------------------------------------------------------ what is in the output
 
 
 def test_the_manifest_counts_what_is_in_the_shards(corpus: Path) -> None:
