@@ -7,7 +7,9 @@ with Progress("encode", total=120_000, unit="documents") as progress:
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -63,6 +65,20 @@ class TimeBudget(NamedTuple):
 
     seconds: float
     spent: float
+
+
+def fold(line: str) -> str:
+    """Folds a line `name      text` at words to the width of a terminal, the text in its column.
+
+    A log keeps the line as it is.
+    """
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    column = " " * 10
+    return textwrap.fill(
+        line, width, subsequent_indent=column, break_long_words=False, break_on_hyphens=False
+    )
 
 
 class Progress:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from dist import run_ranks
 from tiny import pretrain_config
 
 from bertscale import progress
-from bertscale.progress import CopiedStream, Progress, TimeBudget, fitting
+from bertscale.progress import CopiedStream, Progress, TimeBudget, fitting, fold
 
 STAMP = r"\d\d [A-Z][a-z]{2} \d\d:\d\d:\d\d"
 FIGURES = {"loss": "7.310", "tokens/s": "123,456", "MLM": "6.617", "NSP accuracy": "51%", "MFU": "45%"}
@@ -232,3 +233,17 @@ def test_figures_by_the_clock_change_nothing_that_is_kept(tiny_data: Path, tmp_p
     assert [int(found.group(1)) for found in steps if found] == [1, 2, 3, 4, 5, 6]
     assert sum("pretrain:" in line for line in few) == 1
     assert json.dumps(second[0][1]) == "[]"  # the other rank prints nothing
+
+
+def test_first_lines_are_folded_at_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "data      2.40 M tokens, 19,512 documents, 18,300 packed samples of at most 128 tokens; 2 h to go"
+    assert fold(line) == line  # in a log
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for columns in (60, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = fold(line).split("\n")
+        assert max(map(len, lines)) <= columns
+        assert all(part.startswith(" " * 10) and part[10] != " " for part in lines[1:])
+        assert " ".join(part.strip() for part in lines).split() == line.split()
+    monkeypatch.setenv("COLUMNS", "200")
+    assert fold(line) == line

@@ -28,7 +28,7 @@ from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
-from bertscale.progress import Progress, TimeBudget
+from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, LOCK, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.banner import banner, epochs
@@ -106,9 +106,9 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         write_bytes(run / CONFIG, settings.encode())
         (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
-        ranks.say(line)
+        ranks.say(fold(line))
     for line in changed_settings(checkpoint, config) if checkpoint else ():
-        ranks.say(line)
+        ranks.say(fold(line))
     last = False  # whether this step is the last of the budget; all ranks must find the same
 
     hours = TimeBudget(schedule.seconds, clock.elapsed()) if schedule.seconds else None
