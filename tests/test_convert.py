@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from tiny import pretrain_config
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, pipeline
 
 from bertscale.config import ModelConfig, UserError
-from bertscale.convert.convert import convert, largest_difference, native_model, native_shapes, open_weights
+from bertscale.convert.convert import (
+    convert,
+    export,
+    largest_difference,
+    native_model,
+    native_shapes,
+    open_weights,
+)
 from bertscale.convert.hf_names import SENTENCE_HEAD
 from bertscale.finetune.finetune import encoder_tensors
 from bertscale.model.model import ClassificationModel, initial_value
@@ -420,3 +428,29 @@ def test_a_decoder_of_its_own_is_noticed(tiny_data: Path, tmp_path: Path) -> Non
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="is a model that this version does not build"):
         convert(folder, tmp_path / "back", show=False)
+
+
+@pytest.mark.parametrize("preset", ["bert", "modern"])
+def test_an_export_holds_one_tensor_at_a_time(
+    preset: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a tensor is read, only the one before, which was just written, may still be there."""
+    write_checkpoint(tmp_path / "native", tiny_data, {"preset": preset})
+    weights = open_weights(tmp_path / "native")
+    read, live = weights.tensor, list[weakref.ref[torch.Tensor]]()
+
+    def tensor(name: str) -> torch.Tensor:
+        assert sum(value() is not None for value in live) <= 1
+        value = read(name)
+        live.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(type(weights), "tensor", lambda self, name: tensor(name))
+    output = tmp_path / "output"
+    output.mkdir()
+    export(weights, output)
+    assert len(live) == len(weights.parameters)
+    monkeypatch.undo()
+    written = load_file(output / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in written.values())
+    assert json.loads((output / "config.json").read_text())["dtype"] == "float32"

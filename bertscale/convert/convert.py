@@ -5,7 +5,8 @@
 
 Presets become BertForPreTraining, MegatronBertForPreTraining and ModernBertForMaskedLM of transformers, whose
 names are in `hf_names`. A bert with a generator becomes ElectraForPreTraining and, in the folder `generator`
-inside, ElectraForMaskedLM (`electra`). Conversion reads one tensor at a time and needs no GPU.
+inside, ElectraForMaskedLM (`electra`). Weights are read and written one tensor at a time; the comparison with
+transformers then holds one of the two models after the other. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from bertscale.convert.output import check_output, is_output_of, write_record
 from bertscale.files import file_digest, whole_folder
 from bertscale.model.layers import Layers
 from bertscale.model.model import PretrainingModel, initial_value
+from bertscale.run_folder import TABLE
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
-from bertscale.train.checkpoint import Checkpoint, open_checkpoint, save_tensors, write_whole
+from bertscale.train.checkpoint import Checkpoint, open_checkpoint, stream_tensors, write_whole
 
 WEIGHTS = "model.safetensors"
 LARGEST_DIFFERENCE = 1e-3  # of logits in float32, computed in another order
@@ -71,7 +73,14 @@ def open_weights(path: Path) -> Weights:
             f"there is no folder {path}: give a run, a checkpoint, or a model's folder; nothing is "
             "downloaded, so save a published model and its tokenizer first, by save_pretrained(FOLDER)"
         )
-    return HuggingFaceWeights(path) if (path / "config.json").is_file() else open_checkpoint(path)
+    if (path / "config.json").is_file():
+        return HuggingFaceWeights(path)
+    checkpoint = open_checkpoint(path)
+    found = {name: torch.Size(entry["shape"]) for name, entry in checkpoint.parameters.items()}
+    if found != native_shapes(checkpoint.model, checkpoint.vocab_size):
+        reason = "its parameters are not those of its model"
+        raise damaged(checkpoint.folder / TABLE, reason, "use another checkpoint")
+    return checkpoint
 
 
 def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
@@ -224,16 +233,25 @@ def export(weights: Weights, output: Path) -> None:
     if model.generator_size is not None:
         check_exportable(model, str(weights.folder))
     tokenizer = load_tokenizer(weights.folder)
+    shapes = native_shapes(model, vocab_size)
     for part in (None,) if model.generator_size is None else CLASSES:
         folder = output / GENERATOR if part == GENERATOR else output
         folder.mkdir(exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name in weights.parameters:
+
+        def named(name: str, value: Tensor, part: str | None = part) -> dict[str, Tensor]:
             if part is None:
-                tensors |= to_hugging_face(name, weights.tensor(name), model, vocab_size)
-            elif electra_names(name, part):
-                tensors |= to_electra(name, weights.tensor(name), model, vocab_size, part)
-        save_tensors(folder / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
+                return to_hugging_face(name, value, model, vocab_size)
+            return to_electra(name, value, model, vocab_size, part) if electra_names(name, part) else {}
+
+        stream_tensors(
+            folder / WEIGHTS,
+            {
+                theirs: value.shape
+                for name, shape in shapes.items()
+                for theirs, value in named(name, torch.empty(shape, device="meta")).items()
+            },
+            (pair for name in shapes for pair in named(name, weights.tensor(name)).items()),
+        )
         if part is None:
             config = hugging_face_config(model, vocab_size, tokenizer.pad_id)
         else:
@@ -323,28 +341,36 @@ def largest_difference(weights: Weights, folder: Path) -> float:
         except Exception as error:  # the library raises errors of many classes for what it cannot read
             raise damaged(place, f"transformers cannot load it: {error}", "save the model anew") from error
 
-    theirs = load(folder)
-    ours = native_model(weights)
     model = weights.model
-    guesser = load(folder / GENERATOR) if ours.generator is not None else theirs
     # Long enough that a local layer does not see the whole sample.
     longest = max(64, 2 * (model.half_window or 0) + 7)
     generator = torch.Generator().manual_seed(0)
-    differences: list[Tensor] = []
+    samples = []
     for length in sorted({min(length, model.max_position_embeddings) for length in (7, longest)}):
         ids = torch.randint(weights.vocab_size, (length,), generator=generator)
-        types = (torch.arange(length) > length // 2).long()
-        sample = ids, types, torch.arange(length), (length,)
+        samples.append((ids, (torch.arange(length) > length // 2).long(), torch.arange(length), (length,)))
+
+    def ask(place: Path) -> list[Any]:
+        """The outputs of the class in `place`, which is gone afterwards: one model is in memory at a time."""
+        theirs = load(place)
+        outputs = []
+        for ids, types, *_ in samples:
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+            if not model.rotary:
+                inputs["token_type_ids"] = types[None]
+            outputs.append(dict(theirs(**inputs)))
+        return outputs
+
+    outputs = ask(folder)
+    guesses = outputs if model.generator_size is None else ask(folder / GENERATOR)
+    ours = native_model(weights)
+    differences: list[Tensor] = []
+    for sample, output, guess in zip(samples, outputs, guesses, strict=True):
         hidden, pooled = ours.encoder(*sample)
-        inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-        if not model.rotary:
-            inputs["token_type_ids"] = types[None]
-        output = theirs(**inputs)
         if ours.generator is not None and ours.detector is not None:
             differences.append(ours.detector(hidden) - output["logits"][0])
             hidden, _ = ours.generator(*sample, ours.encoder.embeddings)
-            output = guesser(**inputs)
-        logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
+        logits = guess["prediction_logits" if "prediction_logits" in guess else "logits"]
         differences.append(ours.predictions.logits(hidden)[:, : weights.vocab_size] - logits[0])
         if ours.seq_relationship is not None and "seq_relationship_logits" in output:
             differences.append(ours.seq_relationship(pooled) - output["seq_relationship_logits"])

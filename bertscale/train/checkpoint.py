@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +271,25 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors lets the owner alone read it
+
+
+def stream_tensors(path: Path, shapes: dict[str, torch.Size], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes a safetensors file of float32 tensors, of which only one is in memory at a time.
+
+    `tensors` come in the order of `shapes` and have these. Raises OSError.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0  # of the tensors before, in bytes
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for expected, (name, value) in zip(shapes.items(), tensors, strict=True):
+            assert expected == (name, value.shape)
+            file.write(value.contiguous().numpy().data)
 
 
 def write_whole(
