@@ -31,7 +31,7 @@ def test_page_and_recipe_install_as_make_does() -> None:
     [on_page] = re.findall(rf"^{install} (.*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     [in_recipe] = re.findall(rf"{install} --no-cache-dir (.*)$", recipe("post"), flags=re.MULTILINE)
     assert on_page == in_recipe == "-c constraints.txt ."
-    assert '-c constraints.txt -e ".[dev]"' in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert '-c constraints.txt -e ".[dev,chinese]"' in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_the_recipe_copies_all_that_is_installed() -> None:
