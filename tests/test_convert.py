@@ -14,7 +14,13 @@ from conftest import Command
 from dist import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import pretrain_config
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    PreTrainedModel,
+    pipeline,
+)
 
 from bertscale.config import ModelConfig, UserError
 from bertscale.convert.convert import (
@@ -437,13 +443,13 @@ def test_an_export_holds_one_tensor_at_a_time(
     """While a tensor is read, only the one before, which was just written, may still be there."""
     write_checkpoint(tmp_path / "native", tiny_data, {"preset": preset})
     weights = open_weights(tmp_path / "native")
-    read, live = weights.tensor, list[weakref.ref[torch.Tensor]]()
+    read, live = weights.tensor, list[weakref.ref[Any]]()
 
     def tensor(name: str) -> torch.Tensor:
         assert sum(value() is not None for value in live) <= 1
-        value = read(name)
-        live.append(weakref.ref(value))
-        return value
+        values = read(name).numpy().copy()  # lives as long as any view of the tensor
+        live.append(weakref.ref(values))
+        return torch.from_numpy(values)
 
     monkeypatch.setattr(type(weights), "tensor", lambda self, name: tensor(name))
     output = tmp_path / "output"
@@ -454,3 +460,35 @@ def test_an_export_holds_one_tensor_at_a_time(
     written = load_file(output / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in written.values())
     assert json.loads((output / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"generator_size": 1.0, "sentence_head": False}], ids=["bert", "electra"]
+)
+def test_a_comparison_holds_one_model_at_a_time(
+    values: dict[str, Any], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "native", tiny_data, values)
+    weights = open_weights(tmp_path / "native")
+    output = tmp_path / "output"
+    output.mkdir()
+    export(weights, output)
+    load, loaded = PreTrainedModel.from_pretrained.__func__, list[weakref.ref[Any]]()
+
+    def none_is_left() -> bool:
+        return all(model() is None for model in loaded)
+
+    def from_pretrained(kind: type[PreTrainedModel], *args: Any, **keys: Any) -> Any:
+        assert none_is_left()
+        model = load(kind, *args, **keys)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def native(weights: Any) -> Any:
+        assert none_is_left()
+        return native_model(weights)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr("bertscale.convert.convert.native_model", native)
+    assert largest_difference(weights, output) < 1e-4
+    assert len(loaded) == (2 if "generator_size" in values else 1)
