@@ -310,16 +310,16 @@ def finetune(arguments: list[str]) -> int:
 
 def quickstart(arguments: list[str]) -> int:
     """bertscale quickstart [--run FOLDER] [--minutes M]"""
+    from bertscale.quickstart import DEFAULT_RUN, MINUTES
+
     parser = make_parser(
         "quickstart",
         "Runs every stage on the documentation of this machine's Python packages: text, shards, pretraining, "
         "Hugging Face folder, classifier. Output that is already complete is reused.",
     )
+    parser.add_argument("--run", type=Path, default=DEFAULT_RUN, help="Folder for all output (%(default)s).")
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/quickstart"), help="Folder for all output (%(default)s)."
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=2.0, help="Minutes of pretraining, more than 0 (%(default)g)."
+        "--minutes", type=float, default=MINUTES, help="Minutes of pretraining, more than 0 (%(default)g)."
     )
     options = parser.parse_args(arguments)
     if not options.minutes > 0:

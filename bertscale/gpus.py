@@ -38,12 +38,12 @@ def count_gpus(wanted: str) -> int:
     """
     if wanted == "cpu":
         return 0
-    obstacle = find_obstacle()
+    chosen, gpus = _chosen(), _gpus_here()
+    obstacle = _obstacle(chosen, gpus)
     if obstacle is not None:
         refuse(obstacle, wanted)
         return 0
-    chosen = _chosen()
-    return _gpus_here() if chosen is None else min(_gpus_here(), len(chosen))
+    return gpus if chosen is None else min(gpus, len(chosen))
 
 
 def hide_gpus(wanted: str) -> None:
@@ -65,7 +65,11 @@ def refuse(obstacle: Obstacle, wanted: str) -> None:
 
 def find_obstacle() -> Obstacle | None:
     """Tells why torch will see no CUDA device, as far as can be known without it; None: it may see one."""
-    chosen, gpus, build = _chosen(), _gpus_here(), _torch_build()
+    return _obstacle(_chosen(), _gpus_here())
+
+
+def _obstacle(chosen: list[str] | None, gpus: int) -> Obstacle | None:
+    build = _torch_build()
     if chosen is not None and not chosen:
         value = os.environ["CUDA_VISIBLE_DEVICES"].strip()
         said = f"CUDA_VISIBLE_DEVICES={value} hides all GPUs" if value else "CUDA_VISIBLE_DEVICES is empty"

@@ -48,8 +48,8 @@ from bertscale.data.quality import count_pieces, doubts, facts
 from bertscale.data.shards import MANIFEST_NAME, ShardEntry, token_dtype, write_columns, write_manifest
 from bertscale.files import whole_file, write_json
 from bertscale.progress import Progress
-from bertscale.tokenizer import Tokenizer, load_tokenizer
-from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit
+from bertscale.tokenizer import Tokenizer
+from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit, load_once
 from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
 from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
@@ -244,7 +244,7 @@ def _shuffle(
 
 def merge_shard(unit: ShardUnit, dtype: str, tokenizer_path: Path) -> None:
     """Writes one shard, or nothing where no document has its keys, and then its done record."""
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_once(tokenizer_path, unit.plan)
     spills = [spill for spill in _all_spills(unit.spills, unit.plan) if spill.split == unit.split]
     words = unit.config.words
     of_spills = spill_dtype(np.dtype(dtype), words)

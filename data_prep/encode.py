@@ -65,7 +65,7 @@ MapBatches = Callable[[Callable[[Batch], Encoded], Iterable[Batch]], Iterable[En
 def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map) -> None:
     """Writes the spills of one work unit and its bad records, then its done record."""
     try:
-        tokenizer = _load_once(tokenizer_path, unit.plan)
+        tokenizer = load_once(tokenizer_path, unit.plan)
     finally:
         unit.check_plan()  # the better reason where the tokenizer is gone
     tally = {name: Counter[str]() for name in ("counters", "bad", "dropped", "letters")}
@@ -92,7 +92,7 @@ def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map)
 
 
 @lru_cache(maxsize=1)
-def _load_once(path: Path, plan: str) -> Tokenizer:
+def load_once(path: Path, plan: str) -> Tokenizer:
     """The tokenizer, loaded once by a process; `plan` because another one has another tokenizer."""
     return load_tokenizer(path)
 
@@ -130,7 +130,7 @@ def _batches(
 
 def encode_batch(config: PrepConfig, plan: str, tokenizer_path: Path, batch: Batch) -> Encoded:
     """Documents -> sentences -> tokens."""
-    tokenizer = _load_once(tokenizer_path, plan)
+    tokenizer = load_once(tokenizer_path, plan)
     split, digest = splitter(config.language), Digest(config.seed, config.deduplicate)
     of_documents = list(map(split, batch.texts))
     sentences = list(chain.from_iterable(of_documents))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from bertscale.config import UserError, check_language
+from bertscale.config import UserError, check_language, language_code
 from data_prep import segment_cjk, segment_latin
 
 _LATIN = {
@@ -41,7 +41,7 @@ def splitter(language: str) -> Splitter:
         check_language(language)
     except ValueError as error:
         raise UserError(f"language: {error}") from error
-    code = language.lower().replace("_", "-").split("-")[0]
+    code = language_code(language)
     if code == "lines":
         return partial(_split_lines, _whole)
     if code in _LATIN:

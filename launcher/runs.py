@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,11 +279,9 @@ def expected_end(
 
 def planned_steps(place: Place) -> int | None:
     """train.steps of the job's config, or of the run's; of another budget, the steps of a finished run."""
-    for folder in (place.job, place.run):
-        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError, OverflowError):
-            if folder is not None:
-                config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-                return int(config["train"]["steps"])
+    for train in _training(place):
+        if is_number(train.get("steps")):
+            return int(train["steps"])
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError, OverflowError):
         return int(json.loads((place.run / RESULT).read_text(encoding="utf-8"))["steps"])
     return None
@@ -290,12 +289,20 @@ def planned_steps(place: Place) -> int | None:
 
 def planned_hours(place: Place) -> float | None:
     """train.hours of the job's config, or of the run's; None for a run of another budget."""
+    for train in _training(place):
+        if "hours" in train:
+            return float(train["hours"]) if is_number(train["hours"]) else None
+    return None
+
+
+def _training(place: Place) -> Iterator[dict[str, Any]]:
+    """The section `train` of the job's config, then of the run's, of those that can be read."""
     for folder in (place.job, place.run):
         with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             if folder is not None:
-                hours = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["train"]["hours"]
-                return float(hours) if is_number(hours) else None
-    return None
+                train = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["train"]
+                if isinstance(train, dict):
+                    yield train
 
 
 def end_of_hours(hours: float, started: float, checkpoint: Path | None) -> float:

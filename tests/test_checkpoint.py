@@ -9,10 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from damage import edited_table
 from dist import run_ranks
 from pages import ROOT, run_python
 from tiny import pretrain_config
@@ -190,32 +190,6 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(
 # ---------------------------------------------------------------------------------- edits of the table
 
 
-def edits(table: dict[str, Any], draw: random.Random) -> str:
-    """The text of a table in which one thing is otherwise: a value, a key, a type, some bytes."""
-    text = json.dumps(table, indent=1)
-    if draw.random() < 0.4:  # bytes
-        place = draw.randrange(len(text))
-        return draw.choice([text[:place], text[:place] + draw.choice('0"{}[]x,\x00') + text[place + 1 :]])
-    table = json.loads(text)
-    node: Any = table
-    while True:  # a random place
-        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        key = draw.choice(keys)
-        if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
-            break
-        node = node[key]
-    match draw.randrange(4):
-        case 0:
-            del node[key]
-        case 1:
-            node[key] = draw.choice([None, -1, 10**30, 1.5, "x", "../x", [], {}, [[]], True, "\ud800"])
-        case 2 if isinstance(node, dict):
-            node[f"{key}?"] = node.pop(key)
-        case _:
-            node[key] = [node[key]]
-    return json.dumps(table, indent=1)
-
-
 @pytest.mark.parametrize("digest", [True, False], ids=["digest", "no digest"])
 def test_an_edited_table_is_one_line_or_does_no_harm(checkpoint: Path, digest: bool) -> None:
     """`digest`: without one, as the first checkpoints, there is nothing but what the table says."""
@@ -225,8 +199,8 @@ def test_an_edited_table_is_one_line_or_does_no_harm(checkpoint: Path, digest: b
     expected = {name: open_checkpoint(checkpoint).tensor(name) for name in table["parameters"]}
     draw, refused = random.Random(0), 0
     for number in range(300):
-        text = edits(table, draw)
-        (checkpoint / TABLE).write_bytes(text.encode(errors="surrogatepass"))
+        text = edited_table(table, draw)
+        (checkpoint / TABLE).write_bytes(text)
         try:
             opened = open_checkpoint(checkpoint)
             opened.digest()

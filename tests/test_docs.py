@@ -8,27 +8,13 @@ from pathlib import Path
 
 import pytest
 from pages import PAGES, ROOT, blocks
+from test_config import SECTIONS
 
 from bertscale.cli import COMMANDS, main
-from bertscale.config import (
-    ClusterConfig,
-    FinetuneConfig,
-    PipelineConfig,
-    PrepConfig,
-    PretrainConfig,
-    Section,
-    describe_fields,
-)
+from bertscale.config import PretrainConfig, Section, describe_fields
 
-SECTIONS: dict[str, type[Section]] = {
-    "prep": PrepConfig,
-    "pretrain": PretrainConfig,
-    "bench": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "pipeline": PipelineConfig,
-    "cluster": ClusterConfig,
-}
-KEYS = {name: {key for key, _ in describe_fields(section)} for name, section in SECTIONS.items()}
+OF_COMMANDS: dict[str, type[Section]] = {**SECTIONS, "bench": PretrainConfig}
+KEYS = {name: {key for key, _ in describe_fields(section)} for name, section in OF_COMMANDS.items()}
 ALL_KEYS = set().union(*KEYS.values())
 GROUPS = {key.split(".")[0] for key in ALL_KEYS if "." in key}
 PLACEHOLDERS = {"COMMAND", "STAGE", "CONFIG", "..."}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bertscale import quickstart
+from bertscale.config import PretrainConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,6 +111,12 @@ def test_two_ranks_where_there_is_room(gpus: int) -> None:
     for name, ranks in (("pretrain", 1), ("parallel", 2)):
         if gpus > 1:
             assert f"parallel.ranks={ranks}" in commands[name]
+
+
+def test_the_default_budget_is_that_of_the_config() -> None:
+    config = load_config(PretrainConfig, ROOT / quickstart.PRETRAINING, [])
+    assert config.train.hours is not None
+    assert config.train.hours * 60 == pytest.approx(quickstart.MINUTES, rel=1e-5)
 
 
 def test_a_failed_stage_is_the_last(

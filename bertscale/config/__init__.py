@@ -23,6 +23,7 @@ from bertscale.config.prep import (
     TokenizerTraining,
     check_language,
     is_utf8,
+    language_code,
 )
 from bertscale.config.pretrain import (
     PAIRS,

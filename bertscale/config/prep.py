@@ -28,12 +28,17 @@ _LANGUAGE_NAMES = {  # what people write for some codes
 }  # fmt: skip
 
 
+def language_code(language: str) -> str:
+    """The code of a language without region or script: pt of pt-BR."""
+    return language.lower().replace("_", "-").split("-")[0]
+
+
 def check_language(language: str) -> str:
     """Returns `language`: an ISO 639-1 code, also with a region or script (pt-BR), or `lines`.
 
     Raises ValueError that names the nearest codes.
     """
-    code = language.lower().replace("_", "-").split("-")[0]
+    code = language_code(language)
     if code not in LANGUAGES:
         known = (*LANGUAGES, *_LANGUAGE_NAMES)
         near = [
@@ -162,7 +167,7 @@ class PrepConfig(Section):
     @property
     def is_spaced(self) -> bool:
         """Whether the language has spaces between its words."""
-        return self.language.lower().replace("_", "-").split("-")[0] not in UNSPACED
+        return language_code(self.language) not in UNSPACED
 
     @property
     def tokenizer_model(self) -> Literal["unigram", "bpe"]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bertscale.config import language_code
 from bertscale.data.shards import Ids
 
 TOKENS_AT_ONCE = 2**22  # counted together: `bincount` makes an int64 copy of them
@@ -95,7 +96,7 @@ def _length(counters: dict[str, Any]) -> float:
 
 def _of_language(letters: dict[str, int], language: str) -> str:
     """The doubt about `language` where most letters are of a script that it is not written in; or ""."""
-    code = language.lower().replace("_", "-").split("-")[0]
+    code = language_code(language)
     total, counts = sum(letters.values()), Counter(letters)
     counts["han"] += counts.pop("kana", 0)
     [(script, count)] = counts.most_common(1)

@@ -36,7 +36,7 @@ from bertscale.errors import INTERRUPTED, MISTAKE
 from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress
 from data_prep.demo.prose import prose
-from data_prep.demo.task import make_task
+from data_prep.demo.task import make_task, shuffle_key
 from data_prep.segment import split_sentences
 from data_prep.workers import number_of_cores, worker_pool
 
@@ -131,15 +131,10 @@ def _sources() -> list[tuple[str, str, str]]:
                     module = module.removesuffix(".__init__")
                     sources.append((str(path), package or module.split(".")[0], module))
     of_package: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-    for source in sorted(sources, key=lambda source: _shuffle(source[2])):
+    for source in sorted(sources, key=lambda source: shuffle_key(source[2])):
         of_package[source[1]].append(source)
     chosen = [source for all_of_it in of_package.values() for source in all_of_it[:FILES_OF_PACKAGE]]
     return sorted(chosen, key=lambda source: (source[2], source[0]))
-
-
-def _shuffle(module: str) -> bytes:
-    """A key that sorts modules in an order that is random but always the same."""
-    return hashlib.blake2b(module.encode(), digest_size=16).digest()
 
 
 def _read_all(sources: list[tuple[str, str, str]]) -> tuple[list[Text], int]:

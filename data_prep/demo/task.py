@@ -40,7 +40,7 @@ def make_task(texts: Iterable[tuple[str, str]]) -> LabelledTask:
     by_module: dict[str, set[str]] = defaultdict(set)
     for text, module in texts:
         by_module[module].update(plain_sentences(text))
-    modules = iter(sorted(by_module, key=_shuffle))
+    modules = iter(sorted(by_module, key=shuffle_key))
     seen = set[str]()
     test = _examples(modules, by_module, TEST_EXAMPLES, seen)
     train = _examples(modules, by_module, TRAIN_EXAMPLES, seen)
@@ -74,7 +74,7 @@ def _examples(
     """`wanted` examples of the next modules, both labels in turn; `seen` are sentences already taken."""
     examples: list[dict[str, str]] = []
     for module in modules:
-        for sentence in sorted(by_module[module] - seen, key=_shuffle)[:FROM_ONE_MODULE]:
+        for sentence in sorted(by_module[module] - seen, key=shuffle_key)[:FROM_ONE_MODULE]:
             if len(examples) == wanted:
                 return examples
             seen.add(sentence)
@@ -84,6 +84,6 @@ def _examples(
     return examples
 
 
-def _shuffle(text: str) -> bytes:
+def shuffle_key(text: str) -> bytes:
     """A key that sorts texts in an order that is random but always the same."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
