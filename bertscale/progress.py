@@ -70,7 +70,7 @@ class TimeBudget(NamedTuple):
 def fold(line: str) -> str:
     """Folds a line `name      text` at words to the width of a terminal, the text in its column.
 
-    A log keeps the line as it is.
+    Without a terminal the line stays as it is.
     """
     if not sys.stdout.isatty():
         return line

@@ -293,8 +293,8 @@ def on_terminal(data: Path, run: Path, steps: int, ignores: bool) -> subprocess.
 
     def take_terminal() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        if ignores:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Set in both cases: these tests may themselves run under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores else signal.SIG_DFL)
 
     process = subprocess.Popen(
         [sys.executable, "-m", "bertscale", "pretrain", str(config)],
@@ -326,5 +326,5 @@ def test_a_closed_terminal_stops_a_run_like_ctrl_c(tiny_data: Path, tmp_path: Pa
 
 def test_under_nohup_a_run_trains_on(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "nohup"
-    assert on_terminal(tiny_data, run, steps=100, ignores=True).wait(timeout=300) == 0
-    assert open_checkpoint(run).step == 100
+    assert on_terminal(tiny_data, run, steps=300, ignores=True).wait(timeout=120) == 0
+    assert open_checkpoint(run).step == 300

@@ -168,7 +168,7 @@ def test_training_shows_how_far_it_is(
     monkeypatch.setattr(train_tokenizer, "POLL_SECONDS", 0.01)
     prepare(tmp_path, texts(300), train_tokenizer={"model": model})
     shown = capfd.readouterr()
-    assert re.search(r"tokenizer: (\d+)/\1 steps, .* in 0:\d\d", shown.out)
+    assert re.search(r"tokenizer: (\d+)/\1 steps, (?:[\d.,]+/s, )?in 0:\d\d", shown.out)
     assert shown.err == ""
 
 
