@@ -22,6 +22,7 @@ FLOORS = {
         "bertscale",  # the files that all others may import
         "bertscale.config",
         "bertscale.tokenizer",
+        "bertscale.tasks",
         "bertscale.data",
         "bertscale.model",
         "bertscale.optim",
