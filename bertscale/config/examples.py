@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -120,15 +120,24 @@ class EncodingConfig(Section):
         description="What is done with longer texts: cut, or read in overlapping windows; by default cut for "
         "texts with a label, windows for tokens and question_answering.",
     )
-    overlap: int = Field(64, ge=0, description="Tokens that neighbouring windows share.")
+    overlap: int = Field(
+        32, ge=0, description="Tokens that neighbouring windows share; by default a quarter of max_length."
+    )
     answer_length: int = Field(30, ge=1, description="Longest answer in tokens; for question_answering.")
     answers: int = Field(20, ge=1, description="Answers that are kept of a question, the best ones.")
     tag_scheme: Literal["auto", "bio", "bioes", "bmes", "io", "none"] = Field(
         "auto", description="How tags write entities; none: each token has its own class, as in POS."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(longest := values.get("max_length"), int):
+            return {"overlap": longest // 4, **values}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> EncodingConfig:
-        if self.overlap >= self.max_length // 2:
-            raise ValueError(f"overlap={self.overlap} must be less than half of max_length={self.max_length}")
+        if self.overlap > self.max_length // 2:
+            raise ValueError(f"overlap={self.overlap} is more than half of max_length={self.max_length}")
         return self
