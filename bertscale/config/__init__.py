@@ -6,7 +6,8 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
 from bertscale.config.device import Device
-from bertscale.config.finetune import ExamplesConfig, FinetuneConfig
+from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
+from bertscale.config.finetune import FinetuneConfig
 from bertscale.config.model import (
     GPU_POSITIONS,
     MODERN_KEYS,

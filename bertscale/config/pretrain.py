@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -250,6 +251,37 @@ class LaunchConfig(Section):
         return 2 if slurm else 0
 
 
+def compile_obstacle(recompute: str, parallel: ParallelConfig) -> str | None:
+    """Names the setting that keeps layers from being compiled, and the reason; None if they can be.
+
+    `recompute`: train.activation_checkpointing.
+    """
+    if parallel.tensor > 1:
+        return f"parallel.tensor={parallel.tensor} (ranks communicate inside the layers)"
+    if parallel.zero_stage == 3:
+        return "parallel.zero_stage=3 (DeepSpeed gathers the weights by hooks inside the layers)"
+    if recompute != "none":
+        return f"train.activation_checkpointing={recompute} (the recomputed dropout would differ)"
+    return None
+
+
+def check_tensor_degree(degree: int, shapes: Sequence[tuple[str, ModelConfig]]) -> None:
+    """Raises ValueError where `degree` ranks cannot share layers of the `shapes`, (owner, shape) each."""
+    for owner, shape in shapes:
+        for name in ("num_attention_heads", "intermediate_size"):
+            size = getattr(shape, name)
+            if size % degree:
+                fit = [
+                    n
+                    for n in range(1, shapes[0][1].num_attention_heads + 1)
+                    if all(s.num_attention_heads % n == s.intermediate_size % n == 0 for _, s in shapes)
+                ]
+                raise ValueError(
+                    f"parallel.tensor={degree} does not divide {owner}{name}={size}; "
+                    f"sizes that do: {', '.join(map(str, fit))}"
+                )
+
+
 class PretrainConfig(Section):
     """Settings of a pretraining: token shards -> checkpoints."""
 
@@ -284,14 +316,7 @@ class PretrainConfig(Section):
     @property
     def compile_obstacle(self) -> str | None:
         """Names the setting that keeps layers from being compiled, and the reason; None if they can be."""
-        recompute = self.train.activation_checkpointing
-        if self.parallel.tensor > 1:
-            return f"parallel.tensor={self.parallel.tensor} (ranks communicate inside the layers)"
-        if self.parallel.zero_stage == 3:
-            return "parallel.zero_stage=3 (DeepSpeed gathers the weights by hooks inside the layers)"
-        if recompute != "none":
-            return f"train.activation_checkpointing={recompute} (the recomputed dropout would differ)"
-        return None
+        return compile_obstacle(self.train.activation_checkpointing, self.parallel)
 
     def compiles(self, device: str) -> bool:
         """Tells whether layers are compiled on a `cuda` or `cpu` device; `auto`: on a GPU, if they can be."""
@@ -347,20 +372,10 @@ class PretrainConfig(Section):
                 f"model.max_position_embeddings={self.model.max_position_embeddings}; change one of them"
             )
         self._check_objectives()
-        shapes = [("model.", self.model), ("the generator's ", self.model.generator or self.model)]
-        for owner, shape in shapes:
-            for name in ("num_attention_heads", "intermediate_size"):
-                size = getattr(shape, name)
-                if size % self.parallel.tensor:
-                    fit = [
-                        n
-                        for n in range(1, self.model.num_attention_heads + 1)
-                        if all(s.num_attention_heads % n == s.intermediate_size % n == 0 for _, s in shapes)
-                    ]
-                    raise ValueError(
-                        f"parallel.tensor={self.parallel.tensor} does not divide {owner}{name}={size}; "
-                        f"sizes that do: {', '.join(map(str, fit))}"
-                    )
+        check_tensor_degree(
+            self.parallel.tensor,
+            [("model.", self.model), ("the generator's ", self.model.generator or self.model)],
+        )
         if self.train.micro_tokens is not None and self.train.micro_tokens < self.samples.max_length:
             raise ValueError(
                 f"train.micro_tokens={self.train.micro_tokens} is less than one sample of "
