@@ -211,7 +211,7 @@ def measure(
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step: Step
     if side == "ours":
-        engine = Engine(config, vocab_size, ranks, dtype)
+        engine = Engine.of_pretraining(config, vocab_size, ranks, dtype)
         engine.start(config.train.seed)
         assert options.cpu or config.compiles(device.type)
         step = our_step(engine, watch)

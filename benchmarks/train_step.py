@@ -183,7 +183,7 @@ def compare(
     loader = Loader(mixture, tokenizer, micro_batch=batch, rank=0, world=1)
     small = Loader(mixture, tokenizer, micro_batch=max(2, batch // 4), rank=0, world=1)
 
-    engine = Engine(config, vocab_size, ranks, dtype)
+    engine = Engine.of_pretraining(config, vocab_size, ranks, dtype)
     engine.start(0)
     watch = Stopwatch(ranks.device)
     sides: dict[str, Step] = {

@@ -42,7 +42,7 @@ def engine_of(data: str, optimizer: str, precision: str, tensor: int, stage: int
         train={"precision": precision},
     )
     ranks = start_ranks(tensor, local_device())
-    engine = Engine(config, 330, ranks, getattr(torch, precision))
+    engine = Engine.of_pretraining(config, 330, ranks, getattr(torch, precision))
     engine.start(0)
     return config, ranks, engine
 

@@ -246,7 +246,7 @@ def train_each(folder: str) -> list[Any]:
             train={"compile": compiled, "micro_batch": 4},
             parallel={"zero_stage": 2},
         )
-        engine = Engine(config, 330, ranks, torch.float32)
+        engine = Engine.of_pretraining(config, 330, ranks, torch.float32)
         engine.start(0)
         step = our_step(engine, Stopwatch(ranks.device))
         losses = [float(step(batches)) for batches in RandomBatches(config, 330, ranks).steps[:3]]

@@ -57,7 +57,7 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
     from bertscale.train.parallel import take_share
 
     data = open_dataset(config.data, "train")
-    engine = Engine(config, 330, ranks, getattr(torch, config.train.precision))
+    engine = Engine.of_pretraining(config, 330, ranks, getattr(torch, config.train.precision))
     engine.start(0)
     norms: list[float] = []
 

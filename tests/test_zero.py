@@ -48,7 +48,7 @@ def read_strange_layouts() -> list[Any]:
             Zero._addresses = places if change is twice else change  # type: ignore[assignment,method-assign]
             Zero._tensors = twice if change is twice else tensors  # type: ignore[assignment,method-assign]
             try:
-                Engine(config, 330, ranks, torch.float32)
+                Engine.of_pretraining(config, 330, ranks, torch.float32)
             except UserError as error:
                 told.append(f"{change.__name__}: {error}")
     return told
@@ -78,7 +78,7 @@ def follow_wrong_gradients() -> str:
     from bertscale.train.parallel import start_ranks
 
     config = pretrain_config("d", "r", parallel={"zero_stage": 2})
-    engine = Engine(config, 330, start_ranks(1, local_device()), torch.float32)
+    engine = Engine.of_pretraining(config, 330, start_ranks(1, local_device()), torch.float32)
     engine.start(0)
     engine.backward(engine(pair_batch()).mlm, last=True)
     for parameters in engine.zero.wrapper.params_in_partition:
@@ -138,7 +138,7 @@ def gradients(cases: list[list[Any]]) -> list[Any]:
         )
         assert isinstance(config.model, ModelConfig)
         ranks = start_ranks(1, local_device())
-        engine = Engine(config, 330, ranks, getattr(torch, precision))
+        engine = Engine.of_pretraining(config, 330, ranks, getattr(torch, precision))
         engine.start(0)
         mine = batches[ranks.data_rank :: ranks.data]
         for batch in mine:

@@ -91,7 +91,7 @@ class FinetuneTraining(Section):
     )
     metric: str | None = Field(
         None,
-        description="Figure of dev that chooses the checkpoint, the higher the better; by default of the task.",
+        description="Figure of dev that chooses the checkpoint, higher is better; by default the task's.",
     )
     eval_every: int | None = Field(
         None, ge=1, description="Steps between two evaluations on dev (and at the end); by default an epoch."
@@ -115,7 +115,7 @@ class FinetuneTraining(Section):
     save_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between two checkpoints to resume from; by default at evaluations, a minute apart.",
+        description="Steps between checkpoints to resume from; by default at evaluations, a minute apart.",
     )
     keep_checkpoints: int = Field(1, ge=1, description="Number of newest checkpoints that are kept.")
 

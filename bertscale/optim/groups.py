@@ -5,6 +5,7 @@ AdamW (Loshchilov and Hutter, 2019) is torch's own, fused; the others are in `op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,25 +28,38 @@ def is_matrix(name: str) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, matrices: bool = False
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    matrices: bool = False,
+    scale: Callable[[str], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two parameter groups, with and without weight decay, or three: with `matrices` those are the first.
+    """Parameter groups with and without weight decay; with `matrices`, those are the first, apart.
 
-    Empty groups are left out. Each carries the keys that `WholeOptimizer` reads.
+    `scale(name)` is the factor of a parameter's learning rate: groups of one factor stand together, and
+    parameters of factor 0 are in none. Empty groups are left out. Each carries the keys that `WholeOptimizer`
+    reads, and its `scale`.
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for matrix, decay in ((True, True), (False, True), (False, False)):
-        group = {"matrices": matrix, "decays": decay, "weight_decay": weight_decay if decay else 0.0}
-        groups[matrix, decay] = {"params": [], **group}
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        groups[matrices and is_matrix(name), decays(name)]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+        factor = 1.0 if scale is None else scale(name)
+        if factor == 0:
+            continue
+        key = matrices and is_matrix(name), decays(name), factor
+        if key not in groups:
+            decay = weight_decay if key[1] else 0.0
+            groups[key] = {"matrices": key[0], "decays": key[1], "weight_decay": decay, "scale": factor}
+            groups[key]["params"] = []
+        groups[key]["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (not key[0], not key[1], key[2]))]
 
 
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, config: OptimizerConfig, scale: Callable[[str], float] | None = None
+) -> torch.optim.AdamW:
     """Fused AdamW; its learning rate is set before each step from `schedule.learning_rate`."""
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, scale=scale),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -54,15 +68,19 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, sizes: ModelConfig, dtype: torch.dtype
+    model: nn.Module,
+    config: OptimizerConfig,
+    sizes: ModelConfig,
+    dtype: torch.dtype,
+    scale: Callable[[str], float] | None = None,
 ) -> torch.optim.Optimizer:
     """Makes the optimizer of the config; all but AdamW need `lay_out` before their first step.
 
-    `dtype` is that of the run's matrix products, in which Muon iterates.
+    `dtype` is that of the run's matrix products, in which Muon iterates; `scale` as of `parameter_groups`.
     """
     if config.name == "adamw":
-        return adamw(model, config)
-    groups = parameter_groups(model, config.weight_decay, matrices=config.name == "muon")
+        return adamw(model, config, scale)
+    groups = parameter_groups(model, config.weight_decay, matrices=config.name == "muon", scale=scale)
     if config.name == "stable-adamw":
         return StableAdamW(groups, config)
     if config.name == "lamb":

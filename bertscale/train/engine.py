@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bertscale.config import PretrainConfig, UserError
-from bertscale.data.micro_batch import MicroBatch
-from bertscale.model.model import LossSums, PretrainingModel, initial_value
+from bertscale.config import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig, UserError
+from bertscale.model.layers import Layers
+from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.optim.groups import is_matrix, make_optimizer
 from bertscale.optim.layout import Fragment, Layout, Parameter
 from bertscale.optim.optimizers import Muon, WholeOptimizer, first_moments
@@ -20,12 +21,15 @@ from bertscale.train.clipping import set_clipping, whole_norm
 from bertscale.train.parallel import Ranks, take_share, tensor_parallel_dimension
 from bertscale.train.zero import Zero
 
+Scale = Callable[[str], float]  # of the learning rate of a parameter, by its name; 0: it is not trained
 
-def _graph_tokens(config: PretrainConfig, ranks: Ranks) -> int | None:
+
+def _graph_tokens(config: PretrainConfig | FinetuneConfig, ranks: Ranks) -> int | None:
     """The most tokens of a micro-batch, where layers are replayed as CUDA graphs; None elsewhere."""
     train, stage = config.train, config.parallel.zero_stage
     if train.compile != "graphs":
         return None
+    assert isinstance(train, TrainConfig)
     if stage != 2 and train.micro_samples != train.global_batch // ranks.data:
         raise UserError(
             f"train.compile=graphs with parallel.zero_stage={stage} needs each rank's part of a step in one "
@@ -41,18 +45,35 @@ class Engine:
     `norm` and `step_applied`, float32 0-dim, are those of the last step.
     """
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, ranks: Ranks, dtype: torch.dtype) -> None:
-        """Builds the model, each rank its own part; weights are undefined until `start` or `resume`."""
+    def __init__(
+        self,
+        config: PretrainConfig | FinetuneConfig,
+        sizes: ModelConfig,
+        vocab_size: int,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        make_model: Callable[[Layers], nn.Module],
+        scale: Scale | None = None,
+    ) -> None:
+        """Builds the model, each rank its own part; weights are undefined until `start` or `resume`.
+
+        `make_model` makes it of the layers that it is given, with the attributes `encoder` and `parallel`
+        (those layers). `sizes` is the shape of its encoder. Parameters of `scale` 0 are not trained.
+        """
         self.config, self.ranks, self.stage = config, ranks, config.parallel.zero_stage
-        self.vocab_size = vocab_size
+        self.sizes, self.vocab_size = sizes, vocab_size
         self.norm, self.step_applied = torch.zeros(()), torch.ones(())
+        self.frozen: dict[
+            str, nn.Parameter
+        ] = {}  # parameters that are not trained: whole shares, on each rank
 
         # Called inside of DeepSpeed's zero.Init, which under stage 3 shards each weight once it is made: no
         # rank ever holds the whole model.
-        def make_model() -> nn.Module:
-            recompute = config.train.activation_checkpointing
-            layers = ranks.layers(config.parallel.sequence)
-            self.model = PretrainingModel(config.model, vocab_size, layers, recompute)
+        def build() -> nn.Module:
+            self.model: Any = make_model(ranks.layers(config.parallel.sequence))
+            for name, parameter in self.model.named_parameters():
+                if scale is not None and scale(name) == 0:
+                    self.frozen[name] = parameter.requires_grad_(False)
             return self.model
 
         def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -61,19 +82,29 @@ class Engine:
                     fused=dtype != torch.float32 and ranks.device.type == "cuda",
                     graph_tokens=_graph_tokens(config, ranks),
                 )
-            return make_optimizer(model, config.optimizer, config.model, dtype)
+            return make_optimizer(model, config.optimizer, sizes, dtype, scale)
 
-        self.zero = Zero(config, ranks, dtype, make_model, optimizer_of)
+        self.zero = Zero(config, ranks, dtype, build, optimizer_of)
         self.parameters, self.optimizer = self.zero.parameters, self.zero.optimizer
         if isinstance(self.optimizer, WholeOptimizer):
             self._lay_out(self.optimizer)
 
+    @classmethod
+    def of_pretraining(
+        cls, config: PretrainConfig, vocab_size: int, ranks: Ranks, dtype: torch.dtype
+    ) -> Engine:
+        """The engine of a pretraining's encoder and heads."""
+
+        def make_model(layers: Layers) -> nn.Module:
+            return PretrainingModel(config.model, vocab_size, layers, config.train.activation_checkpointing)
+
+        return cls(config, config.model, vocab_size, ranks, dtype, make_model)
+
     # ------------------------------------------------------------------------------------- training
 
-    def __call__(self, batch: MicroBatch) -> LossSums:
-        """Runs the forward pass of a micro-batch that is on the device."""
-        sums: LossSums = self.zero.engine(batch)
-        return sums
+    def __call__(self, batch: Any) -> Any:
+        """Runs the forward pass of a micro-batch that is on the device; returns what the model does."""
+        return self.zero.engine(batch)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradients of `loss`, which nothing here scales (see `train_step`).
@@ -109,12 +140,27 @@ class Engine:
     # ---------------------------------------------------------------------------------------- state
 
     def start(self, seed: int) -> None:
-        """Gives every parameter its first value, `model.initial_value`."""
+        """Gives every parameter of a pretraining its first value, `model.initial_value`."""
+        first = partial(initial_value, config=self.sizes, vocab_size=self.vocab_size, seed=seed)
+        self.start_from(lambda name, shape: first(name, shape))
 
-        def first_value(name: str, state: str) -> Tensor:
-            return initial_value(name, self._global_shape(name), self.config.model, self.vocab_size, seed)
+    def start_from(self, first_value: Callable[[str, list[int]], Tensor]) -> None:
+        """Gives every parameter the value of `first_value(name, shape)`, whole tensors, and forgets
+        moments."""
+        self.optimizer.state.clear()
+        self._fill(lambda name, state: first_value(name, self._global_shape(name)), ("weight",))
+        for name, parameter in self.frozen.items():
+            share = take_share(
+                first_value(name, self._whole(name, list(parameter.shape))),
+                name,
+                self.ranks.tensor,
+                self.ranks.tensor_rank,
+            )
+            parameter.data.copy_(share)
 
-        self._fill(first_value, ("weight",))
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Takes over the weights of a checkpoint of any topology, and nothing else."""
+        self._fill(checkpoint.tensor, ("weight",))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes over weights, moments and step of a checkpoint of any topology.
@@ -166,7 +212,7 @@ class Engine:
     def table(self) -> dict[str, Any]:
         """The entries of a checkpoint's table about the model, the topology and the parameters."""
         return {
-            "model": self.config.model.model_dump(),
+            "model": self.sizes.model_dump(),
             "vocab_size": self.vocab_size,
             "config": self.config.model_dump(),
             "topology": {"tensor": self.ranks.tensor, "data": self.ranks.data, "zero_stage": self.stage},
@@ -242,7 +288,10 @@ class Engine:
 
     def _global_shape(self, name: str) -> list[int]:
         """The shape of the whole parameter, all tensor-parallel shares together."""
-        shape, dim = self.zero.share_shape(name), tensor_parallel_dimension(name)
+        return self._whole(name, self.zero.share_shape(name))
+
+    def _whole(self, name: str, shape: list[int]) -> list[int]:
+        dim = tensor_parallel_dimension(name)
         if dim is not None:
             shape[dim] *= self.ranks.tensor
         return shape

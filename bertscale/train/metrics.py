@@ -16,12 +16,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from bertscale.config import PAIRS, ModelConfig, PretrainConfig
+from bertscale.config import PAIRS, ModelConfig, Section
 from bertscale.files import write_bytes
 from bertscale.model.model import LossSums, attended_pairs, model_flops_per_token
 from bertscale.progress import show_count
 from bertscale.run_folder import METRICS, TENSORBOARD, append_line, read_metrics
-from bertscale.train.objectives import Counts
 from bertscale.train.parallel import Ranks
 
 
@@ -82,23 +81,26 @@ class Rate:
 
 
 class LossAccumulator:
-    """Sums of the losses of the steps since the last log point, left on the device until then.
+    """Sums of the losses of the steps since the last log point, left on the device until then: so many
+    `fields`, and their `divisors`.
 
     A step that was skipped, because its gradient was not finite, is not among them. `skipped` counts such
     steps of the whole run, `newly_skipped` those between the last two calls of `close`, `in_a_row` those
     since the last step that was applied.
     """
 
-    def __init__(self, device: torch.device, skipped: int) -> None:
-        self.sums, self.counts = torch.zeros(len(LossSums._fields), device=device), Counts(0, 0, 0)
-        self.unread: list[tuple[Counts, Tensor]] = []
+    def __init__(
+        self, device: torch.device, skipped: int, fields: int = len(LossSums._fields), divisors: int = 3
+    ) -> None:
+        self.sums, self.counts = torch.zeros(fields, device=device), (0.0,) * divisors
+        self.unread: list[tuple[Sequence[float], Tensor]] = []
         self.skipped, self.newly_skipped, self.in_a_row = skipped, 0, 0
         self.skipped_at_close = skipped
 
-    def add(self, sums: LossSums, counts: Counts, step_applied: Tensor) -> None:
+    def add(self, sums: Sequence[Tensor], counts: Sequence[float], step_applied: Tensor) -> None:
         """Adds a step: this rank's sums, their divisors, and `Engine.step_applied`. Does not wait."""
         # where, not a product: the sums of a skipped step may be NaN, and 0 times NaN is NaN.
-        self.sums += torch.where(step_applied > 0, torch.stack(sums), 0.0)
+        self.sums += torch.where(step_applied > 0, torch.stack(list(sums)), 0.0)
         self.unread.append((counts, step_applied))
 
     def read(self) -> None:
@@ -108,49 +110,52 @@ class LossAccumulator:
         flags = torch.stack([applied for _, applied in self.unread]).tolist()  # one copy for all steps
         for (counts, _), applied in zip(self.unread, flags, strict=True):
             if applied:
-                self.counts = Counts(*map(operator.add, self.counts, counts))
+                self.counts = tuple(map(operator.add, self.counts, counts))
                 self.in_a_row = 0
             else:
                 self.skipped += 1
                 self.in_a_row += 1
         self.unread.clear()
 
-    def so_far(self) -> tuple[Tensor, Counts]:
+    def so_far(self) -> tuple[Tensor, tuple[float, ...]]:
         """Returns the sums and the counts since the last call of `close`. Waits for the device."""
         self.read()
         return self.sums, self.counts
 
-    def close(self) -> tuple[Tensor, Counts]:
+    def close(self) -> tuple[Tensor, tuple[float, ...]]:
         """As `so_far`, and starts again from zero."""
         sums, counts = self.so_far()
         self.newly_skipped, self.skipped_at_close = self.skipped - self.skipped_at_close, self.skipped
-        self.sums, self.counts = torch.zeros_like(sums), Counts(0, 0, 0)
+        self.sums, self.counts = torch.zeros_like(sums), (0.0,) * len(counts)
         return sums, counts
 
 
 class MetricsWriter:
     """Writes one run's figures to metrics.jsonl and TensorBoard; rank 0 only.
 
-    What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is
-    dropped: those steps are done again. TensorBoard shows the run under the name of its folder.
+    What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is dropped: those
+    steps are done again. TensorBoard shows the run under `name`, by default that of its folder; of several
+    runs in one folder it counts the steps of each from its own `begin`.
     """
 
-    def __init__(self, run: Path, first_step: int) -> None:
+    def __init__(self, run: Path, first_step: int, name: str | None = None, begin: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.first_step = first_step
+        self.first_step, self.begin = first_step, begin
         self.path = run / METRICS
         valid = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
         write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
-        self.events = SummaryWriter(str(run / TENSORBOARD / run.resolve().name), purge_step=first_step + 1)
+        folder = run / TENSORBOARD / (name or run.resolve().name)
+        self.events = SummaryWriter(str(folder), purge_step=first_step - begin + 1)
+        self.facts = {"run": name} if name else {}
         self.end: Any = None  # the summary that marks the run as finished
 
-    def introduce(self, config: PretrainConfig) -> None:
+    def introduce(self, config: Section) -> None:
         """Shows the config in TensorBoard, as a text and by its keys in the tab HPARAMS."""
         from torch.utils.tensorboard.summary import hparams
 
         settings = yaml.safe_dump(config.model_dump(), sort_keys=False)
-        self.events.add_text("config", f"```yaml\n{settings}```", self.first_step)
+        self.events.add_text("config", f"```yaml\n{settings}```", self.first_step - self.begin)
         # Without the list of columns: TensorBoard would take that of one run for all of them, whatever their
         # keys, and makes it of all runs where there is none.
         _, begin, self.end = hparams(hyperparameters(config), {})  # type: ignore[no-untyped-call]
@@ -158,9 +163,9 @@ class MetricsWriter:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Writes the figures after `step` steps; keys such as `train/mlm_loss` become TensorBoard's tags."""
-        append_line(self.path, {"step": step, **figures})
+        append_line(self.path, {"step": step, **self.facts, **figures})
         for key, value in figures.items():
-            self.events.add_scalar(key, value, step)
+            self.events.add_scalar(key, value, step - self.begin)
         self.events.flush()
 
     def close(self) -> None:
@@ -170,9 +175,9 @@ class MetricsWriter:
         self.events.close()
 
 
-def hyperparameters(config: PretrainConfig) -> dict[str, float | str]:
-    """The keys of a config and their values, numbers or texts; without the run folder, the section `launch`,
-    and keys that have no value."""
+def hyperparameters(config: Section) -> dict[str, float | str]:
+    """The keys of a config and their values, numbers or texts; without the folder of the run, the section
+    `launch`, and keys that have no value."""
     flat: dict[str, float | str] = {}
 
     def add(prefix: str, values: dict[str, Any]) -> None:
@@ -184,7 +189,7 @@ def hyperparameters(config: PretrainConfig) -> dict[str, float | str]:
             elif value is not None:
                 flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
 
-    add("", config.model_dump(mode="json", exclude={"run", "launch"}))
+    add("", config.model_dump(mode="json", exclude={"run", "output", "launch"}))
     return flat
 
 

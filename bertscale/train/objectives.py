@@ -27,7 +27,7 @@ class Counts(NamedTuple):
     tokens: float  # those that may be replaced ones: all
 
 
-def training_loss(objectives: ObjectivesConfig, sums: Sequence[Number], counts: Counts) -> Number:
+def training_loss(objectives: ObjectivesConfig, sums: Sequence[Number], counts: Sequence[float]) -> Number:
     """The loss, of the type of the `sums`, which begin with those of the losses, as `LossSums` do.
 
     An objective without predictions adds 0.
@@ -37,7 +37,7 @@ def training_loss(objectives: ObjectivesConfig, sums: Sequence[Number], counts: 
 
 
 def mean_losses(
-    prefix: str, config: PretrainConfig, sums: Tensor, counts: Counts, ranks: Ranks
+    prefix: str, config: PretrainConfig, sums: Tensor, counts: Sequence[float], ranks: Ranks
 ) -> dict[str, float]:
     """Mean losses and accuracies, named such as `PREFIX/mlm_loss`, from this rank's sums, a tensor of the
     `LossSums`; objectives that are not trained are missing. Waits for the device."""

@@ -6,15 +6,8 @@ torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or is one rank 
 
 from __future__ import annotations
 
-import fcntl
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import IO
 
 import torch
 import yaml
@@ -29,7 +22,7 @@ from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
 from bertscale.progress import Progress, TimeBudget, fold
-from bertscale.run_folder import CONFIG, LOCK, RESULT, check_run_folder, checkpoint_folder
+from bertscale.run_folder import CONFIG, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
@@ -42,6 +35,7 @@ from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.train.resume import changed_settings, check_same_run, newest_sound, remove_leftovers
 from bertscale.train.schedule import Clock, TrainingSchedule
 from bertscale.train.step import train_step
+from bertscale.train.stop import StopSignal, only_one
 
 MOST_SKIPPED = 10  # steps in a row: with so many gradients that are not finite the run ends
 
@@ -88,7 +82,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             ranks.say(f"already pretrained: {checkpoint.folder} is the end of {schedule.text}")
             return 0
     start = saved = sound = done = checkpoint.step if checkpoint else 0
-    engine = Engine(config, tokenizer.vocab_size, ranks, dtype)
+    engine = Engine.of_pretraining(config, tokenizer.vocab_size, ranks, dtype)
     if checkpoint is not None:
         engine.resume(checkpoint)
     else:
@@ -191,51 +185,6 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
 
 # ---------------------------------------------------------------------------------------- its parts
-
-
-class StopSignal:
-    """Set by SIGTERM, SIGINT or SIGUSR1; the ranks agree on it at the next step."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-
-@contextmanager
-def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Makes the run folder and keeps a second job from training in it at the same time.
-
-    A Slurm job takes over the lock of an earlier attempt of its own that still holds it on a node that was
-    lost: that one can make no step, since a step needs all ranks. Raises UserError where another job trains.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if ranks.rank == 0:
-            path, job = run / LOCK, os.environ.get("SLURM_JOB_ID", "")
-            file = stack.enter_context(path.open("a+"))
-            if not _lock(file):
-                file.seek(0)
-                if not job or file.read() != job or ranks.world == 1:
-                    raise UserError(f"another job is training in {run}; stop it or choose another run folder")
-                path.unlink()
-                file = stack.enter_context(path.open("a+"))
-                _lock(file)
-            file.truncate(0)
-            file.write(job)
-            file.flush()
-        yield
-
-
-def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.dis
 # Its shared-memory all-reduce for CPUs needs a compiler and a minute at the first start; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-from bertscale.config import PretrainConfig, UserError  # noqa: E402
+from bertscale.config import FinetuneConfig, PretrainConfig, UserError  # noqa: E402
 from bertscale.optim.optimizers import Lamb, Muon, StableAdamW, gradient_of  # noqa: E402
 from bertscale.train.parallel import ModelParallelUnit, Ranks, tensor_parallel_dimension  # noqa: E402
 
@@ -60,7 +60,7 @@ class Zero:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: PretrainConfig | FinetuneConfig,
         ranks: Ranks,
         dtype: torch.dtype,
         make_model: Callable[[], nn.Module],
@@ -89,7 +89,9 @@ class Zero:
         self.wrapper: Any = self.engine.optimizer  # DeepSpeed's, around torch's
         self.optimizer: torch.optim.Optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
         self.optimizer.state.clear()  # without ZeRO, under bfloat16, set-up has made a step on zero gradients
-        self.parameters: dict[str, Any] = dict(model.named_parameters())
+        # Those that are trained; others are in no group of the optimizer and never change.
+        named: dict[str, Any] = dict(model.named_parameters())
+        self.parameters = {name: value for name, value in named.items() if value.requires_grad}
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         try:
             self.tensors = self._tensors()
@@ -98,14 +100,16 @@ class Zero:
             raise unknown_layout(f"{type(error).__name__}: {error}") from error
         self.check()
 
-    def _settings(self, config: PretrainConfig, dtype: torch.dtype) -> dict[str, Any]:
+    def _settings(self, config: PretrainConfig | FinetuneConfig, dtype: torch.dtype) -> dict[str, Any]:
         """DeepSpeed's configuration. Where it clips, the host waits for the device in each step."""
         train, ranks = config.train, self.ranks
-        micro = train.micro_samples or 1  # `backward` is told when a step ends, however many there are
+        micro = train.micro_samples or 1
+        # `backward` is told when a step ends, whatever number of micro-batches is named here.
+        per_rank = max(1, train.global_batch // (micro * ranks.data))
         return {
-            "train_batch_size": train.global_batch,
+            "train_batch_size": per_rank * micro * ranks.data,
             "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": train.global_batch // (micro * ranks.data),
+            "gradient_accumulation_steps": per_rank,
             "gradient_clipping": config.optimizer.gradient_clipping if self.clips else 0.0,
             "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": self.clips},
             "zero_optimization": {
@@ -132,7 +136,7 @@ class Zero:
     def step(self, learning_rate: float) -> None:
         """Ends a micro-batch; at the end of the global step: all-reduce, clip where it `clips`, update."""
         for group in self.wrapper.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("scale", 1.0)
         self.engine.step()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
