@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bertscale.errors import UserError
 
 if TYPE_CHECKING:
-    from bertscale.config import PretrainConfig
+    from bertscale.config import FinetuneConfig, PretrainConfig
 
 
 def array_task(index: int | None, count: int | None) -> tuple[int, int] | None:
@@ -65,4 +65,19 @@ def check_comparison(config: PretrainConfig, count: int) -> None:
         raise UserError(
             "--against transformers compares masked tokens and sentence pairs, not a generator; add "
             "model.generator_size=null objectives.mlm=1"
+        )
+
+
+def check_examples(config: FinetuneConfig) -> None:
+    """Refuses a fine-tuning whose files or encoder are missing, before anything is imported for it."""
+    data = config.data
+    files = [("data.train", file.path) for file in data.training_files]
+    files += [(f"data.{name}", path) for name in ("dev", "test") if (path := getattr(data, name)) is not None]
+    for key, path in files:
+        if not os.path.isfile(path):
+            raise UserError(f"{key}={path}: there is no such file")
+    if not os.path.isdir(config.source):
+        key = "encoder" if config.encoder else "init"
+        raise UserError(
+            f"{key}={config.source}: there is no such folder; give a run, a checkpoint, or a model's folder"
         )

@@ -22,7 +22,7 @@ from bertscale.console import complain, disk_errors_in_one_line, make_parser
 from bertscale.errors import INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
-    from bertscale.config import PretrainConfig
+    from bertscale.config import Device, LaunchConfig, ParallelConfig, PretrainConfig
     from launcher.ranks import Rank
 
 
@@ -161,20 +161,25 @@ def pretrain(arguments: list[str]) -> int:
         return ranks.run_as_rank(partial(_train, options, rank))
 
     from bertscale.run_folder import LOGS, check_run_folder
-    from launcher.supervise import Limits, run_here
 
     config, count = _checked(options.config, options.overrides, None, options.verify)
-    launch, run = config.launch, Path(config.run)
-    check_run_folder(run)
+    check_run_folder(Path(config.run))
+    again = ["pretrain", options.config, *options.overrides]
+    return _supervised(again, count, config.launch, Path(config.run), LOGS)
+
+
+def _supervised(again: list[str], count: int, launch: LaunchConfig, run: Path, logs: str) -> int:
+    """Runs the command `again` as `count` ranks of this machine, with logs in the folder `logs` of `run`."""
+    from launcher.supervise import Limits, run_here
+
     limits = Limits(
         start_seconds=launch.start_seconds,
         hang_seconds=launch.hang_seconds,
         restarts=launch.restarts,
         restarts_without_progress=launch.restarts_in_a_row(slurm=False),
     )
-    again = ["pretrain", options.config, *options.overrides]
     command = [sys.executable, "-m", "bertscale", *again]
-    return run_here(command, count, run / LOGS, limits, run, shlex.join(["bertscale", *again]))
+    return run_here(command, count, run / logs, limits, run, shlex.join(["bertscale", *again]))
 
 
 def _train(options: argparse.Namespace, rank: Rank) -> int:
@@ -294,18 +299,42 @@ def convert(arguments: list[str]) -> int:
 
 def finetune(arguments: list[str]) -> int:
     """bertscale finetune CONFIG [key=value ...]"""
+    from bertscale.checks import check_examples
     from bertscale.config import FinetuneConfig, load_config
-    from bertscale.gpus import hide_gpus
+    from launcher import ranks
 
-    parser = make_parser("finetune", "Fine-tunes a pretrained encoder as a classifier.", FinetuneConfig)
+    parser = make_parser(
+        "finetune",
+        "Fine-tunes an encoder on labelled examples; goes on where an earlier start was stopped. Starts the "
+        "ranks of this machine; under torchrun or srun each process is one rank. Ctrl-C finishes the "
+        f"training step, saves a checkpoint and exits with {STOPPED_AND_SAVED}: the same command resumes.",
+        FinetuneConfig,
+    )
     options = parser.parse_intermixed_args(arguments)
+    rank = ranks.from_environment()
+    if rank is not None:
+        return ranks.run_as_rank(partial(_finetune, options, rank))
+
+    from bertscale.run_folder import LOGS
+
     config = load_config(FinetuneConfig, options.config, options.overrides)
-    hide_gpus(config.device)
+    check_examples(config)
+    count = _count_ranks(config.device, config.parallel, None)
+    return _supervised(
+        ["finetune", options.config, *options.overrides], count, config.launch, Path(config.output), LOGS
+    )
 
-    from bertscale.finetune.finetune import finetune as train_classifier
 
-    train_classifier(config)
-    return 0
+def _finetune(options: argparse.Namespace, rank: Rank) -> int:
+    from bertscale.config import FinetuneConfig, load_config
+
+    config = load_config(FinetuneConfig, options.config, options.overrides)
+    _count_ranks(config.device, config.parallel, rank.world_size)
+
+    from bertscale.finetune.finetune import finetune as finetune_as_rank
+
+    with disk_errors_in_one_line():
+        return finetune_as_rank(config)
 
 
 def quickstart(arguments: list[str]) -> int:
@@ -351,7 +380,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "inspect": ("what a prepared folder holds: counts, lengths, digests, samples", inspect),
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
-    "finetune": ("encoder and labelled text -> classifier", finetune),
+    "finetune": ("encoder and labelled examples -> task model", finetune),
     "bench": ("how fast a training config runs on this machine, and where its time goes", bench),
     "submit": ("any of these as a Slurm job: checked, frozen, queued, requeued, resumed", submit),
     "status": ("what is queued or running, how far, how fast, and why it waits", partial(ask, "status")),
@@ -382,22 +411,31 @@ def _checked(
     `world_size` is the number of running ranks, None where they are not yet started. The shards are opened
     if `data`, and compared with their digests if `verify`.
     """
-    from bertscale.config import PretrainConfig, UserError, load_config
+    from bertscale.config import PretrainConfig, load_config
     from bertscale.data.samples import check_batches
     from bertscale.data.shards import check_tokenizers, open_dataset
-    from bertscale.gpus import count_gpus, hide_gpus
 
     config = load_config(PretrainConfig, path, overrides)
-    hide_gpus(config.device)
-    gpus = 0 if world_size else count_gpus(config.device)  # running ranks ask torch
-    count = world_size or config.parallel.ranks or gpus or config.parallel.tensor
-    if count % config.parallel.tensor:
-        raise UserError(
-            f"{count} rank{'s' if count > 1 else ''} cannot be grouped by "
-            f"parallel.tensor={config.parallel.tensor}: the number of ranks (parallel.ranks, or one for "
-            "each GPU) must be a multiple of it"
-        )
+    count = _count_ranks(config.device, config.parallel, world_size)
     check_batches(config, count // config.parallel.tensor)
     if data:
         check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
     return config, count
+
+
+def _count_ranks(device: Device, parallel: ParallelConfig, world_size: int | None) -> int:
+    """Returns the number of ranks, `world_size` where they are running. Raises UserError where they cannot be
+    grouped."""
+    from bertscale.config import UserError
+    from bertscale.gpus import count_gpus, hide_gpus
+
+    hide_gpus(device)
+    gpus = 0 if world_size else count_gpus(device)  # running ranks ask torch
+    count = world_size or parallel.ranks or gpus or parallel.tensor
+    if count % parallel.tensor:
+        raise UserError(
+            f"{count} rank{'s' if count > 1 else ''} cannot be grouped by "
+            f"parallel.tensor={parallel.tensor}: the number of ranks (parallel.ranks, or one for "
+            "each GPU) must be a multiple of it"
+        )
+    return count

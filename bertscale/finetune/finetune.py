@@ -1,532 +1,264 @@
-"""Trains a classifier on an encoder and labelled text: the fine-tuning loop, in one process.
+"""Fine-tunes an encoder on labelled examples: one process of it for each rank.
 
-    bertscale finetune configs/finetune/quickstart.yaml
+    bertscale finetune configs/finetune/sst2.yaml                   # starts the ranks of this machine
+    torchrun --nproc-per-node 2 -m bertscale finetune CONFIG.yaml   # or is one rank of torchrun, srun, ...
 
 Each seed is one run from the pretrained weights and, with `train.compare_random`, one of the same
 architecture from random weights, with the same examples in the same order, to show what pretraining is worth.
-The output folder gets
-    result.json         mean and spread over the seeds; written last
-    predictions.jsonl   the test set with the predictions of the classifier of the first seed
-    model/              that classifier, for `load_classifier`
-    config.yaml         every setting
-A finished output of the same settings, encoder and examples is reused.
+The engine is that of pretraining; `loop` is one run, `output` says what comes out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-import yaml
-from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
-from bertscale.config import Device, FinetuneConfig, ModelConfig, OptimizerConfig, UserError, check_config
-from bertscale.config.table import Count, Table, check_table, damaged, read_object
-from bertscale.convert.convert import Weights, open_weights
-from bertscale.files import file_digest, json_digest, whole_folder, write_bytes, write_json
-from bertscale.finetune.tasks import (
-    Batch,
-    Example,
-    Label,
-    all_batches,
-    encode,
-    find_classes,
-    majority_accuracy,
-    read_examples,
-    score,
-    training_batches,
+from bertscale.config import FinetuneConfig, UserError
+from bertscale.errors import STOPPED_AND_SAVED
+from bertscale.files import file_digest, json_digest
+from bertscale.finetune.evaluate import HeldOut, evaluate, hold_out
+from bertscale.finetune.loop import Job, Run, Stopped, train_run
+from bertscale.finetune.output import (
+    finished_result,
+    finished_runs,
+    make_folder,
+    remove_other_work,
+    write_model,
+    write_predictions,
+    write_quarantine,
+    write_result,
+    write_run,
 )
-from bertscale.model.model import ClassificationModel, initial_value
-from bertscale.optim.groups import adamw
-from bertscale.progress import Progress
-from bertscale.run_folder import CONFIG, RESULT, TABLE
+from bertscale.finetune.report import make_result, run_line, table
+from bertscale.finetune.start import Source, open_source
+from bertscale.progress import fold
+from bertscale.run_folder import TABLE, TENSORBOARD
+from bertscale.tasks.read import TaskData, describe, read_task_data
+from bertscale.tasks.task import Samples, Task
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from bertscale.train.checkpoint import save_tensors
 from bertscale.train.device import choose_precision, device_line, local_device
-from bertscale.train.schedule import learning_rate
-
-DIGEST = "digest"  # in result.json, of all the rest of it
-LOSS_EVERY = 10  # steps between two readings of the loss, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class Task:
-    """Holds what all runs of a fine-tuning share. N: examples; lists and arrays are in their order."""
-
-    config: FinetuneConfig
-    weights: Weights
-    tokenizer: Tokenizer
-    train: list[Example]
-    test: list[Example]
-    classes: list[Label]
-    samples: list[list[int]]  # ids of the training examples
-    test_samples: list[list[int]]
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def steps(self) -> int:
-        """Counts the training steps of one run."""
-        return self.config.train.epochs * math.ceil(len(self.samples) / self.config.train.global_batch)
-
-    @property
-    def starts(self) -> list[str]:
-        return ["pretrained", "random"] if self.config.train.compare_random else ["pretrained"]
-
-    def targets(self, examples: Sequence[Example]) -> Tensor:
-        """Returns class numbers, int64 [N]."""
-        return torch.tensor([self.classes.index(example.label) for example in examples])
+from bertscale.train.device import describe as describe_device
+from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
+from bertscale.train.stop import StopSignal, only_one
 
 
-@dataclass
-class Findings:
-    """Holds the scores of all runs by start, and of the first seed's pretrained run the weights and the
-    probabilities [N, C] of the test examples."""
+def finetune(config: FinetuneConfig) -> int:
+    """Runs this rank of the fine-tuning to its end; returns 0, or STOPPED_AND_SAVED when a signal stopped it.
 
-    scores: dict[str, list[dict[str, float]]]
-    classifier: dict[str, Tensor] = field(default_factory=dict)
-    probabilities: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-
-
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Trains and tests a classifier for each seed; returns what result.json holds.
-
-    Raises UserError for what the user can mend: an encoder, examples and a config that do not fit
-    together, a loss that is not finite.
+    Raises UserError for what the user can mend: an encoder, examples and a config that do not fit together, a
+    full disk.
     """
-    began = time.monotonic()
+    stop = StopSignal()
     device = local_device(config.device)
-    print(device_line(device, config.device), flush=True)
-    weights = open_weights(Path(config.encoder))
-    tokenizer = load_tokenizer(weights.folder)
-    check_fit(config, weights, tokenizer)
-    data = config.data
-    train, test = (read_examples(path, data.text_field, data.label_field) for path in (data.train, data.test))
-    classes = find_classes(train, test)
+    ranks = start_ranks(config.parallel.tensor, device)
+    ranks.say(device_line(device, config.device, ranks.world))
+    try:
+        make_folder(Path(config.output))
+        with only_one(Path(config.output), ranks):
+            train_all(config, ranks, stop)
+        return 0
+    except Stopped:
+        return STOPPED_AND_SAVED
+    finally:
+        stop_ranks()
 
-    output = Path(config.output)
-    made_of = fingerprint(config, weights)
-    if (finished := finished_result(output, made_of)) is not None:
-        print(f"already fine-tuned: {output} holds the result of these settings, encoder and examples")
-        print(table(finished))
-        return finished
 
-    samples, test_samples = (
-        encode(
-            [example.text for example in examples],
-            tokenizer,
-            config.samples.max_length,
-            [f"{example.place}: {data.text_field!r}" for example in examples],
-        )
-        for examples in (train, test)
-    )
-    make_folder(output)
-    dtype, reason = choose_precision("auto", device)
-    task = Task(config, weights, tokenizer, train, test, classes, samples, test_samples, device, dtype)
-    announce(task, reason)
-    findings = train_all(task)
-    result = {
-        "classes": classes,
-        "train_examples": len(train),
-        "test_examples": len(test),
-        "majority_accuracy": majority_accuracy(train, test),
-        **{start: summarize(runs) for start, runs in findings.scores.items()},
-        "seconds": round(time.monotonic() - began, 1),
-        "made_of": made_of,
-    }
-    write_output(output, task, findings, result)
-    print(table(result))
+def train_all(config: FinetuneConfig, ranks: Ranks, stop: StopSignal) -> dict[str, Any]:
+    """Trains and evaluates a model for each seed and start; returns what result.json holds.
+
+    Finished runs of the same settings, encoder and examples are used again, an unfinished one goes on. Raises
+    Stopped after a signal, UserError as `finetune`.
+    """
+    began, output = time.monotonic(), Path(config.output)
+    source = open_source(config)
+    config.check_encoder(source.model)
+    tokenizer = load_tokenizer(source.folder)
+    check_tokenizer(source, tokenizer)
+    made_of = ranks.broadcast(fingerprint(config, source) if ranks.rank == 0 else None)
+    finished = ranks.broadcast(finished_result(output, made_of) if ranks.rank == 0 else None)
+    if finished is not None:
+        ranks.say(f"already fine-tuned: {output} holds the result of these settings, encoder and examples")
+        ranks.say(table(finished))
+        return dict(finished)
+    if ranks.rank == 0:
+        remove_other_work(output, made_of)
+    ranks.barrier()
+
+    job, data = prepare(config, source, tokenizer, made_of, ranks)
+    records = ranks.broadcast(finished_runs(output, made_of) if ranks.rank == 0 else None)
+    starts = ["pretrained", "random"] if config.train.compare_random else ["pretrained"]
+    wanted = [(seed, start) for seed in config.train.seeds for start in starts]
+    begin = 0
+    for number, (seed, start) in enumerate(wanted):
+        run = Run(seed, start, number, begin)
+        if run.name not in records:
+            record = train_run(job, run, len(wanted), stop)
+            records[run.name] = conclude(job, data, run, record)
+            ranks.say(run_line(run.name, records[run.name], job.task.metric))
+        begin += records[run.name]["steps"]
+    result = make_result(config, job.task, data, records, made_of, time.monotonic() - began)
+    if ranks.rank == 0:
+        write_result(output, config, result)
+    ranks.say(table(result))
     return result
 
 
-def announce(task: Task, reason: str) -> None:
-    """Prints two lines on data and runs; `reason` tells why this precision was chosen."""
-    runs = len(task.config.train.seeds) * len(task.starts)
-    print(
-        f"data      {len(task.train):,} training and {len(task.test):,} test examples "
-        f"of {len(task.classes)} classes\n"
-        f"runs      {runs} of {task.steps:,} steps, {f'{task.dtype}'.removeprefix('torch.')} ({reason})",
-        flush=True,
-    )
-
-
-def train_all(task: Task) -> Findings:
-    """Trains one run for each seed and start, and tests each after its last step."""
-    seeds, findings = task.config.train.seeds, Findings({start: [] for start in task.starts})
-    pretrained = encoder_tensors(task.weights)
-    targets = task.targets(task.test).numpy()
-    with Progress("fine-tune", len(seeds) * len(task.starts) * task.steps, "steps") as progress:
-        for seed in seeds:
-            for start in task.starts:
-                model = make_model(task.config, task.weights, len(task.classes), seed).to(task.device)
-                if start == "pretrained":
-                    model.load_state_dict(pretrained, strict=False)
-                train_one(task, model, start, seed, progress)
-                predicted = predict(model, task.test_samples, task.device, task.dtype)
-                scored = score(targets, predicted.argmax(axis=1))
-                findings.scores[start].append({"seed": seed, **scored})
-                accuracy, macro_f1 = scored["accuracy"], scored["macro_f1"]
-                progress.say(f"{start}, seed {seed}: accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f}")
-                if start == "pretrained" and not findings.classifier:
-                    findings.classifier = {name: value.cpu() for name, value in model.state_dict().items()}
-                    findings.probabilities = predicted
-    return findings
-
-
-def train_one(task: Task, model: ClassificationModel, start: str, seed: int, progress: Progress) -> None:
-    """Runs the loop: all epochs of one run. Raises UserError for a loss that is not finite."""
-    config, steps = task.config, task.steps
-    settings = optimizer_settings(config, start)
-    optimizer = adamw(model, settings)
-    torch.manual_seed(seed)  # dropout
-    model.train()
-    frozen = config.model.freeze_encoder
-    features = freeze(model, task.samples, task.device, task.dtype) if frozen else None
-    targets, step = task.targets(task.train), 0
-    for epoch in range(config.train.epochs):
-        for batch in training_batches(task.samples, config.train.global_batch, seed, epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, step + 1, steps, settings)
-            if features is None:
-                logits = forward(model, batch, task.device, task.dtype)
-            else:
-                logits = model.classify(features[batch.rows])
-            loss = F.cross_entropy(logits, targets[batch.rows].to(task.device))
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step % LOSS_EVERY == 0 or step == steps:
-                value = loss.item()  # waits for the device
-                check_finite(value, start, seed, step)
-                done = LOSS_EVERY if step % LOSS_EVERY == 0 else step % LOSS_EVERY
-                progress.advance(done, run=f"{start}, seed {seed}", loss=f"{value:.3f}")
-
-
-def write_output(output: Path, task: Task, findings: Findings, result: dict[str, Any]) -> None:
-    """Writes the files of the output folder; result.json comes last and gets the digests of the others."""
-    (output / RESULT).unlink(missing_ok=True)  # it describes files that are now replaced
-    facts = {
-        "labels": task.classes,
-        "model": model_config(task.config, task.weights).model_dump(),
-        "pooling": task.config.model.pooling,
-        "vocab_size": task.weights.vocab_size,
-        "max_length": task.config.samples.max_length,
-        "tokenizer_sha256": task.tokenizer.sha256,
+def prepare(
+    config: FinetuneConfig, source: Source, tokenizer: Tokenizer, made_of: dict[str, str], ranks: Ranks
+) -> tuple[Job, TaskData[Any]]:
+    """Reads the examples and makes samples of them; says what there is, and what is wrong with it."""
+    data = read_task_data(config.task, config.data, config.samples)
+    task, encoding = data.task, config.samples
+    samples: dict[str, Samples] = {
+        name: task.encode(examples, tokenizer, encoding)
+        for name, examples in (("train", data.train), ("dev", data.dev), ("test", data.test))
+        if examples
     }
-    model = output / "model"
-    write_model(model, facts, findings.classifier, task.tokenizer)
-    rows = [
-        {
-            "text": example.text,
-            "label": example.label,
-            "predicted": task.classes[int(probabilities.argmax())],
-            "probability": round(float(probabilities.max()), 6),
-        }
-        for example, probabilities in zip(task.test, findings.probabilities, strict=True)
-    ]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(output / "predictions.jsonl", lines.encode("utf-8", "surrogatepass"))
-    settings = yaml.safe_dump(task.config.model_dump(), sort_keys=False)
-    write_bytes(output / CONFIG, settings.encode())
-    files = ["predictions.jsonl", CONFIG, *sorted(f"model/{path.name}" for path in model.iterdir())]
-    result["files"] = {name: file_digest(output / name) for name in files}
-    result[DIGEST] = json_digest(result)
-    write_json(output / RESULT, result)
+    if ranks.rank == 0:
+        write_quarantine(Path(config.output), data.broken)
+    dtype, reason = choose_precision(config.train.precision, ranks.device)
+    held: dict[str, HeldOut] = {
+        name: hold_out(task, examples, samples[name], config.train.micro_tokens, ranks)
+        for name, examples in (("dev", data.dev), ("test", data.test))
+        if examples
+    }
+    job = Job(
+        config=config,
+        source=source,
+        tokenizer=tokenizer,
+        task=task,
+        train=samples["train"],
+        repeats=None if (data.repeats == 1).all() else data.repeats,
+        dev=held.get("dev"),
+        test=held.get("test"),
+        ranks=ranks,
+        dtype=dtype,
+        made_of=made_of,
+        class_weights=class_weights(config, task, samples["train"]),
+    )
+    for line in [*banner(job, reason), *describe(data, samples)]:
+        ranks.say(fold(line))
+    return job, data
 
 
-# --------------------------------------------------------------------------------------- the parts
+def banner(job: Job, reason: str) -> Iterator[str]:
+    """The first lines: the model, the task, the ranks."""
+    config, ranks, sizes = job.config, job.ranks, job.source.model
+    precision = f"{job.dtype}".removeprefix("torch.")
+    kept = "its head is kept" if job.source.keeps_head(config, job.task) else "a new head"
+    yield (
+        f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}, from "
+        f"{job.source.folder}; {kept}; {precision} ({reason})"
+    )
+    outputs = f", {len(job.task.labels)} labels" if job.task.labels else ""
+    yield (
+        f"task      {job.task.kind}{outputs}; dev chooses by {config.train.metric or job.task.metric}"
+        if (job.dev)
+        else f"task      {job.task.kind}{outputs}; no dev examples: the last weights are taken"
+    )
+    yield (
+        f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
+        f"ZeRO-{config.parallel.zero_stage}, on {describe_device(ranks.device)} each"
+    )
+    yield f"watch     tensorboard --logdir {config.output}/{TENSORBOARD}"
 
 
-def check_fit(config: FinetuneConfig, weights: Weights, tokenizer: Tokenizer) -> None:
-    """Refuses examples longer than the encoder's positions, and the tokenizer of another encoder."""
-    config.check_length(weights.model.max_position_embeddings)
-    if tokenizer.vocab_size != weights.vocab_size:
+def conclude(job: Job, data: TaskData[Any], run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates the run's weights, which are in the engine, on dev and, this once, on test; writes its files.
+
+    Those of the first run are the output's model and predictions.
+    """
+    sets = {"dev": job.dev, "test": job.test}
+    steps = run.begin + record["steps"]
+    found = {name: evaluate(job.engine, held, job.config, steps) for name, held in sets.items() if held}
+    record |= {name: each.figures for name, each in found.items()}
+    if job.ranks.rank == 0:
+        if run.number == 0:
+            for name, each in found.items():
+                held = sets[name]
+                assert held is not None
+                write_predictions(job.output, name, held.examples, each.predictions)
+            write_model(job, run, record, data)
+        write_run(job, run, record)
+    job.ranks.barrier()
+    return record
+
+
+# ------------------------------------------------------------------------------------------- the parts
+
+
+def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Refuses the tokenizer of another encoder."""
+    if tokenizer.vocab_size != source.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} pieces, the encoder beside it "
-            f"{weights.vocab_size:,}; put the tokenizer of this encoder there"
+            f"{source.vocab_size:,}; put the tokenizer of this encoder there"
         )
 
 
-def model_config(config: FinetuneConfig, weights: Weights) -> ModelConfig:
-    """Returns the shape of the encoder, with the dropout of fine-tuning."""
-    dropout = {"hidden_dropout_prob": config.model.hidden_dropout_prob, "attention_probs_dropout_prob": 0.0}
-    return weights.model.model_copy(update=dropout)
+def class_weights(config: FinetuneConfig, task: Task[Any], train: Samples) -> Tensor | None:
+    """Returns the weight of each label in the loss, float32 [C] on the CPU; None where all weigh 1.
 
-
-def make_model(config: FinetuneConfig, weights: Weights, classes: int, seed: int) -> ClassificationModel:
-    """Makes a classifier with the random weights of `seed`."""
-    shape = model_config(config, weights)
-    model = ClassificationModel(shape, weights.vocab_size, classes, config.model.pooling)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = initial_value(name, list(parameter.shape), shape, weights.vocab_size, seed)
-            parameter.copy_(value)
-    return model
-
-
-def encoder_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Returns the encoder's pretrained weights, for `load_state_dict`. Raises UserError if one is missing.
-
-    A pooler that the encoder was trained without keeps its initial values.
+    balanced: N / (C n) for a label that n of the N targets have, as scikit-learn's `class_weight`.
     """
-    with torch.device("meta"):
-        encoder = ClassificationModel(weights.model, weights.vocab_size, classes=2).encoder
-    tensors = {}
-    for name, parameter in encoder.named_parameters(prefix="encoder"):
-        if name.startswith("encoder.pooler.") and not weights.model.sentence_head:
-            continue
-        if name not in weights.parameters:
-            raise UserError(f"the encoder {weights.folder} has no parameter {name}; convert it again")
-        tensors[name] = weights.tensor(name)
-        if tensors[name].shape != parameter.shape:
-            raise UserError(
-                f"{name} of the encoder {weights.folder} has the shape {list(tensors[name].shape)}, "
-                f"its config asks for {list(parameter.shape)}; convert it again"
-            )
-    return tensors
+    given = config.model.class_weights
+    if given is None:
+        return None
+    if task.kind not in ("classification", "multi_label", "tokens"):
+        raise UserError(f"model.class_weights is for tasks with labels, and task={task.kind} has none")
+    if isinstance(given, dict):
+        if unknown := [label for label in given if label not in task.labels]:
+            known = ", ".join(task.labels[:10])
+            raise UserError(f"model.class_weights names the label {unknown[0]!r}; the labels are {known}")
+        return torch.tensor([given.get(label, 1.0) for label in task.labels])
+    assert train.targets is not None
+    targets = torch.from_numpy(train.targets)
+    if task.kind == "multi_label":
+        counts = targets.sum(dim=0)
+        total = float(len(targets))
+    else:
+        counts = torch.bincount(targets[targets >= 0], minlength=len(task.labels)).float()
+        total = float(counts.sum())
+    return total / (len(task.labels) * counts.clamp(min=1.0))
 
 
-def optimizer_settings(config: FinetuneConfig, start: str) -> OptimizerConfig:
-    """Returns the settings of AdamW for BERT fine-tuning (beta2 0.999), with the learning rate of `start`."""
-    settings = config.optimizer
-    of_random = settings.random_learning_rate or settings.learning_rate
-    return OptimizerConfig(
-        learning_rate=of_random if start == "random" else settings.learning_rate,
-        warmup_fraction=settings.warmup_fraction,
-        weight_decay=settings.weight_decay,
-        beta2=0.999,
-    )
-
-
-def forward(model: Callable[..., Tensor], batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns what the model, or a method of it, makes of a batch. Matrix products are in `dtype`, although
-    weights are float32."""
-    batch = batch.to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(batch.tokens, batch.token_types, batch.positions, batch.lengths)
-
-
-@torch.no_grad()
-def freeze(
-    model: ClassificationModel, samples: Sequence[list[int]], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Fixes the encoder, without dropout; returns its features of all samples [N, H], computed once."""
-    model.encoder.requires_grad_(False).eval()
-    features = torch.empty(len(samples), model.config.hidden_size, device=device)
-    for batch in all_batches(samples, 128):
-        features[batch.rows] = forward(model.features, batch, device, dtype).float()
-    return features
-
-
-@torch.no_grad()
-def predict(
-    model: ClassificationModel, samples: Sequence[list[int]], device: torch.device, dtype: torch.dtype
-) -> npt.NDArray[np.float32]:
-    """Returns the probability of each class for each sample, [N, C]. Leaves the model in evaluation mode."""
-    model.eval()
-    probabilities = torch.empty(len(samples), model.classifier.out_features, device=device)
-    for batch in all_batches(samples, 128):
-        probabilities[batch.rows] = forward(model, batch, device, dtype).softmax(dim=-1)
-    array: npt.NDArray[np.float32] = probabilities.cpu().numpy()
-    return array
-
-
-def check_finite(loss: float, start: str, seed: int, step: int) -> None:
-    if not np.isfinite(loss):
-        key = "optimizer.random_learning_rate" if start == "random" else "optimizer.learning_rate"
-        raise UserError(f"the loss is {loss} at step {step} ({start}, seed {seed}); take a lower {key}")
-
-
-def summarize(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Returns mean and sample standard deviation (None for one run) of each figure over the seeds."""
-    summary: dict[str, Any] = {}
-    for key in ("accuracy", "macro_f1"):
-        values = [run[key] for run in runs]
-        summary[key] = statistics.mean(values)
-        summary[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-    return {**summary, "per_seed": list(runs)}
-
-
-def table(result: dict[str, Any]) -> str:
-    """Formats the figures for the screen."""
-
-    def cell(figures: dict[str, Any], key: str) -> str:
-        spread = figures[f"{key}_std"]
-        return f"{figures[key]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-
-    lines = [f"{'':<16}{'accuracy':<16}macro-F1"]
-    for start, name in (("pretrained", "pretrained"), ("random", "random weights")):
-        if start in result:
-            figures = result[start]
-            lines.append(f"{name:<16}{cell(figures, 'accuracy'):<16}{cell(figures, 'macro_f1')}")
-    lines.append(f"{'majority class':<16}{result['majority_accuracy']:.3f}")
-    seeds = len(result["pretrained"]["per_seed"])
-    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    return "\n".join([*lines, f"({spread}; {result['test_examples']:,} test examples)"])
-
-
-# ------------------------------------------------------------------------------------------- the files
-
-
-class _Figures(Table):
-    accuracy: float
-    accuracy_std: float | None
-    macro_f1: float
-    macro_f1_std: float | None
-    per_seed: list[dict[str, Any]]
-
-
-class _Result(Table):
-    made_of: dict[str, str]
-    files: dict[str, str]
-    test_examples: Count
-    majority_accuracy: float
-    pretrained: _Figures
-    random: _Figures | None = None
-
-
-class _Facts(Table):
-    """Of a classifier, its config.json."""
-
-    labels: list[Label] = Field(min_length=2)
-    model: dict[str, Any]
-    pooling: Literal["first", "mean"]
-    vocab_size: Annotated[int, Field(ge=1, lt=2**24)]
-    max_length: Annotated[int, Field(ge=3)]
-    tokenizer_sha256: str
-
-
-def make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot make the folder {output}: {error.strerror}") from error
-
-
-def fingerprint(config: FinetuneConfig, weights: Weights) -> dict[str, str]:
+def fingerprint(config: FinetuneConfig, source: Source) -> dict[str, str]:
     """Returns digests of all that a result depends on: settings, encoder and examples."""
-    elsewhere: dict[str, Any] = {"encoder": True, "output": True, "device": True, "data": {"train", "test"}}
-    settings = config.model_dump(exclude=elsewhere)
-    table_file = weights.folder / TABLE  # it holds the digests of a checkpoint's shards
-    files = [table_file] if table_file.exists() else sorted(weights.folder.glob("*.safetensors"))
-    others = [weights.folder / "config.json", find_tokenizer(weights.folder)]
-    digests = [file_digest(file) for file in (*files, *others) if file.exists()]
+    data = config.data
+    elsewhere: dict[str, Any] = {
+        **dict.fromkeys(("encoder", "init", "output", "device", "parallel", "launch"), True),
+        "data": {"train", "dev", "test"},
+        "train": {"log_every", "save_every", "keep_checkpoints", "micro_tokens", "compile"},
+    }
+    settings = config.model_dump(mode="json", exclude=elsewhere)
+    settings["weights"] = [file.weight for file in data.training_files]
+    files = {f"train-{number}": file.path for number, file in enumerate(data.training_files)}
+    files |= {name: path for name in ("dev", "test") if (path := getattr(data, name)) is not None}
     return {
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32],
-        "encoder": hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32],
-        "train": file_digest(config.data.train),
-        "test": file_digest(config.data.test),
+        "settings": json_digest(settings),
+        "encoder": _digest_of(source.folder),
+        **{name: _file_digest(name, path) for name, path in files.items()},
     }
 
 
-def finished_result(output: Path, made_of: dict[str, str]) -> dict[str, Any] | None:
-    """Returns the result of an output with the same digests whose files are all as they were written."""
+def _digest_of(folder: Path) -> str:
+    table_file = folder / TABLE  # it holds the digests of a checkpoint's shards
+    files: Sequence[Path] = [table_file] if table_file.exists() else sorted(folder.glob("*.safetensors"))
+    others = [folder / "config.json", find_tokenizer(folder)]
+    digests = [file_digest(file) for file in (*files, *others) if file.exists()]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
+
+
+def _file_digest(name: str, path: str) -> str:
     try:
-        result = read_object(output / RESULT, "")
-        rest = {key: value for key, value in result.items() if key != DIGEST}
-        if result.get(DIGEST, json_digest(rest)) != json_digest(rest):  # earlier versions wrote none
-            return None
-        files = check_table(_Result, result, output / RESULT, "").files
-        whole = all(file_digest(output / name) == digest for name, digest in files.items())
-    except (OSError, UserError):
-        return None
-    return result if whole and result["made_of"] == made_of else None
-
-
-def write_model(
-    folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer
-) -> None:
-    """Writes model.safetensors, config.json and the tokenizer; `folder` is complete or absent."""
-    with whole_folder(folder) as partial:
-        save_tensors(partial / "model.safetensors", tensors)
-        write_json(partial / "config.json", facts)
-        tokenizer.save(partial)
-
-
-class Classifier:
-    """Runs a fine-tuned model on this machine's device.
-
-    classifier = load_classifier("runs/quickstart/finetune/model")
-    classifier(["Adds two matrices."])        # [("numpy", 0.91)]
-    """
-
-    def __init__(
-        self,
-        model: ClassificationModel,
-        tokenizer: Tokenizer,
-        facts: dict[str, Any],
-        device: Device = "auto",
-    ) -> None:
-        self.device = local_device(device)
-        self.dtype, _ = choose_precision("auto", self.device)
-        self.model = model.to(self.device)
-        self.tokenizer = tokenizer
-        self.labels: list[Label] = facts["labels"]
-        self.max_length: int = facts["max_length"]  # tokens
-
-    def __call__(self, texts: str | Sequence[str]) -> list[tuple[Label, float]]:
-        """Returns the most probable label of each text and its probability; a text alone is a list of one.
-
-        No texts give no answers. Raises UserError for a text that is blank, or that leaves no token.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        places = [f"text {number} of {len(texts)}" for number in range(1, len(texts) + 1)]
-        samples = encode(texts, self.tokenizer, self.max_length, places)
-        predicted = predict(self.model, samples, self.device, self.dtype)  # [N, C]
-        return [(self.labels[int(row.argmax())], float(row.max())) for row in predicted]
-
-
-def load_classifier(folder: str | Path, device: Device = "auto") -> Classifier:
-    """Loads a classifier that `bertscale finetune` wrote, onto this machine's GPU or CPU.
-
-    `folder` is the folder `model` of its output, `device` auto, cpu or cuda, as in a config. Called with S
-    texts, of any length, the classifier returns S pairs (label, probability); one text alone is as a list of
-    it. A text that is blank raises UserError.
-
-    Raises UserError where `folder` holds no classifier, or another tokenizer than the classifier's, or the
-    device cannot be used.
-
-        load_classifier("runs/quickstart/finetune/model")(["Adds two matrices."])    # [("numpy", 0.91)]
-    """
-    folder = Path(folder)
-    path, remedy = folder / "config.json", "take another copy of the classifier, or fine-tune it again"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no classifier: it has no config.json")
-    facts = read_object(path, remedy)
-    check_table(_Facts, facts, path, remedy)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.sha256 != facts["tokenizer_sha256"]:
-        raise UserError(f"{tokenizer.path} is not the tokenizer that the classifier was trained with")
-    shape = check_config(ModelConfig, facts["model"], str(path))
-    sizes = shape, facts["vocab_size"], len(facts["labels"]), facts["pooling"]
-    weights = folder / "model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise damaged(weights, error, remedy) from error
-    with torch.device("meta"):  # nothing is allocated for a config that does not belong to the weights
-        wanted = {
-            name: (value.shape, value.dtype)
-            for name, value in ClassificationModel(*sizes).state_dict().items()
-        }
-    if {name: (value.shape, value.dtype) for name, value in tensors.items()} != wanted:
-        raise damaged(weights, "its tensors are not those that config.json beside it asks for", remedy)
-    model = ClassificationModel(*sizes)
-    model.load_state_dict(tensors)
-    return Classifier(model, tokenizer, facts, device)
+        return file_digest(path)
+    except OSError as error:
+        key = name.partition("-")[0]
+        raise UserError(f"cannot read data.{key}={path}: {error.strerror or error}") from error

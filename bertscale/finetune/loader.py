@@ -9,7 +9,6 @@ else a single sample; K steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +37,9 @@ class TaskLoader:
     """The micro-batches of rank `rank` of the `world` data-parallel ones.
 
     Each epoch has all units in an order of its own, that `seed` and the epoch decide; its last step may be
-    smaller. `repeats` [E], of each example: how often an epoch has it; the fraction of a number is the share of
-    such examples that an epoch has once more, each time others. A micro-batch holds at most `micro_tokens` tokens.
+    smaller. `repeats` [E], of each example: how often an epoch has it; the fraction of a number is the share
+    of such examples that an epoch has once more, each time others. A micro-batch holds at most `micro_tokens`
+    tokens.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class TaskLoader:
         self.sizes = np.diff(samples.starts[self.unit_start])  # [U] tokens
         if self.sizes.max() > micro_tokens:
             raise UserError(
-                f"train.micro_tokens={micro_tokens} is less than the {self.sizes.max():,} tokens of one example "
-                "with all its options; give more"
+                f"train.micro_tokens={micro_tokens} is less than the {self.sizes.max():,} tokens of one "
+                "example with all its options; give more"
             )
         shares = np.ones(self.units) if repeats is None else repeats[samples.example[self.unit_start[:-1]]]
         self.whole, rest = np.divmod(shares, 1.0)
         # Units whose number of repeats has the same fraction, and how many of them an epoch has once more.
-        self.partly = [(mine := np.flatnonzero(rest == share), round(share * len(mine))) for share in set(rest)]
+        alike = [(share, np.flatnonzero(rest == share)) for share in np.unique(rest)]
+        self.partly = [(units, round(share * len(units))) for share, units in alike]
         self.epoch_units = int(self.whole.sum()) + sum(more for _, more in self.partly)
         if not self.epoch_units:
             raise UserError("the weights of data.train leave no example in an epoch; give a larger weight")
@@ -104,14 +105,14 @@ class TaskLoader:
 
     def _divide(self, units: Ints) -> list[Part]:
         """Divides units among the ranks, and those of this rank among its micro-batches."""
-        number = balance(self.sizes[units], self.micro_tokens, self.world)  # of the micro-batch, over all ranks
+        number = balance(self.sizes[units], self.micro_tokens, self.world)  # of the micro-batch, on all ranks
         mine = [units[number == m] for m in range(self.rank, number.max() + 1, self.world)]
         # balance makes a multiple of `world`, of which the last may be empty.
         rounds = number.max() // self.world + 1
         return [self._part(of) for of in mine] + [self._part(units[:0])] * (rounds - len(mine))
 
     def _part(self, units: Ints) -> Part:
-        if not len(units):  # the ranks take their steps together: one without samples repeats one, for nothing
+        if not len(units):  # ranks take their steps together: one without samples repeats one, for nothing
             part = self._part(np.array([int(self.sizes.argmin())]))
             return Part(part.batch._replace(weight=0.0), 0.0, part.samples[:0])
         # Equal lengths are neighbours, so that attention takes them as one batch.
@@ -119,7 +120,7 @@ class TaskLoader:
         counts = self.unit_start[units + 1] - self.unit_start[units]
         rows = spread(self.unit_start[units], counts)  # numbers of the samples
         groups = tuple(counts.tolist()) if self.kind == "multiple_choice" else None
-        batch = lay_out(self.samples, rows, groups)
+        batch = lay_out(self.samples, self.kind, rows, groups)
         count = 0.0
         if batch.targets is not None:
             count = loss_count(self.kind, batch.targets, self.class_weights)
@@ -133,7 +134,7 @@ def unit_starts(samples: Samples, kind: TaskKind) -> Ints:
     return np.append(np.flatnonzero(np.diff(samples.example, prepend=-1)), len(samples))
 
 
-def lay_out(samples: Samples, rows: Ints, groups: tuple[int, ...] | None = None) -> TaskBatch:
+def lay_out(samples: Samples, kind: TaskKind, rows: Ints, groups: tuple[int, ...] | None = None) -> TaskBatch:
     """Lays the samples `rows` end to end, as tensors."""
     lengths = samples.lengths[rows]
     places = spread(samples.starts[rows], lengths)  # [T]
@@ -141,11 +142,9 @@ def lay_out(samples: Samples, rows: Ints, groups: tuple[int, ...] | None = None)
     types = positions >= np.repeat(samples.second[rows], lengths)
     targets = None
     if samples.targets is not None:
-        of_what = rows
+        of_what = places if kind == "tokens" else rows
         if groups is not None:
             of_what = samples.example[rows[np.cumsum(groups) - 1]]
-        elif len(samples.targets) == len(samples.tokens) and len(samples) != len(samples.tokens):
-            of_what = places
         targets = torch.from_numpy(samples.targets[of_what])
     return TaskBatch(
         tokens=torch.from_numpy(samples.tokens[places].astype(np.int64)),
@@ -155,16 +154,3 @@ def lay_out(samples: Samples, rows: Ints, groups: tuple[int, ...] | None = None)
         targets=targets,
         groups=groups,
     )
-
-
-def gather_outputs(
-    samples: Samples, parts: Sequence[Part], outputs: Sequence[npt.NDArray[np.float32]], of_tokens: bool
-) -> Iterator[tuple[Ints, npt.NDArray[np.float32]]]:
-    """Yields, for each part, where its outputs belong among those of all samples, and these."""
-    for part, values in zip(parts, outputs, strict=True):
-        if not len(part.samples):
-            continue
-        places = part.samples
-        if of_tokens:
-            places = spread(samples.starts[places], samples.lengths[places])
-        yield places, values

@@ -56,6 +56,7 @@ class TaskBatch(NamedTuple):
     lengths: tuple[int, ...]  # S lengths in tokens, on the host
     targets: Tensor | None = None  # int64 or float32
     groups: tuple[int, ...] | None = None  # multiple_choice: samples of each of the E examples, on the host
+    weight: float = 1.0  # 0 for a micro-batch that only keeps step with those of other ranks
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """The micro-batch on `device`; from pinned memory the copy runs beside the computation."""
@@ -83,7 +84,8 @@ class TaskModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.head_config = config, vocab_size, head
-        self.encoder = Encoder(config, vocab_size, layers or Layers(), has_pooler(config, head), recompute)
+        self.parallel = layers or Layers()
+        self.encoder = Encoder(config, vocab_size, self.parallel, has_pooler(config, head), recompute)
         self.head = TaskHead(config, head)
 
     def forward(self, batch: TaskBatch) -> Tensor:

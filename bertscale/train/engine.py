@@ -162,8 +162,9 @@ class Engine:
         """Takes over the weights of a checkpoint of any topology, and nothing else."""
         self._fill(checkpoint.tensor, ("weight",))
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Takes over weights, moments and step of a checkpoint of any topology.
+    def resume(self, checkpoint: Checkpoint, begin: int = 0) -> None:
+        """Takes over weights, moments and step of a checkpoint of any topology; its steps until `begin` are
+        those of earlier runs.
 
         Raises UserError where it is of another model, or lacks a moment that the optimizer needs.
         """
@@ -185,7 +186,7 @@ class Engine:
         self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
         # Skipped steps did not change the moments, so they do not count in the bias correction.
         for state in self.optimizer.state.values():
-            state["step"].fill_(checkpoint.step - checkpoint.skipped_steps)
+            state["step"].fill_(checkpoint.step - begin - checkpoint.skipped_steps)
 
     def fragments(self) -> list[StateFragment]:
         """This rank's part of the state, as views: training continues from what is written into them."""

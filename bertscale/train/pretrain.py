@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from bertscale.config import PretrainConfig, UserError
+from bertscale.config import PretrainConfig
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
 from bertscale.data.loader import Loader
@@ -35,9 +35,7 @@ from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.train.resume import changed_settings, check_same_run, newest_sound, remove_leftovers
 from bertscale.train.schedule import Clock, TrainingSchedule
 from bertscale.train.step import train_step
-from bertscale.train.stop import StopSignal, only_one
-
-MOST_SKIPPED = 10  # steps in a row: with so many gradients that are not finite the run ends
+from bertscale.train.stop import StopSignal, only_one, skipped
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -205,26 +203,6 @@ def evaluate(engine: Engine, loader: Loader, samples: int, done: int) -> dict[st
     all_masked, all_tokens = ranks.sum_over_data(masked, tokens)
     counts = Counts(all_masked, steps * loader.global_batch, all_tokens)
     return mean_losses("heldout", engine.config, totals, counts, ranks)
-
-
-def skipped(losses: LossAccumulator, done: int, saved: int, sound: int) -> str:
-    """The line to print at step `done` about the steps that were skipped since the last log point.
-
-    `saved` and `sound` are the steps of the newest checkpoint, and of the newest before this row of skipped
-    steps. Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
-    """
-    if losses.in_a_row >= min(MOST_SKIPPED, done):
-        remedy = (
-            f"resume from the checkpoint of step {sound}" if sound else "nothing is saved before: start again"
-        )
-        if saved > sound:  # a resume takes the newest
-            remedy = f"delete the checkpoints after that of step {sound}, then {remedy}"
-        times = f", {losses.in_a_row} times in a row" if losses.in_a_row > 1 else ""
-        raise UserError(
-            f"step {done}: the gradient was not finite{times}; {remedy} with a lower optimizer.learning_rate"
-        )
-    steps = "a step" if losses.newly_skipped == 1 else f"{losses.newly_skipped:,} steps"
-    return f"step {done}: skipped {steps} whose gradient was not finite ({losses.skipped:,} in all)"
 
 
 def save(

@@ -1,4 +1,4 @@
-"""How a run is stopped, and kept from being made twice at the same time."""
+"""How a run ends early: by a signal, by steps that learn nothing, by a second job in its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import IO
 
 from bertscale.config import UserError
 from bertscale.run_folder import LOCK
+from bertscale.train.metrics import LossAccumulator
 from bertscale.train.parallel import Ranks
+
+MOST_SKIPPED = 10  # steps in a row: with so many gradients that are not finite the run ends
 
 
 class StopSignal:
@@ -59,3 +62,23 @@ def _lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def skipped(losses: LossAccumulator, done: int, saved: int, sound: int) -> str:
+    """The line to print at step `done` about the steps that were skipped since the last log point.
+
+    `saved` and `sound` are the steps of the newest checkpoint, and of the newest before this row of skipped
+    steps. Raises UserError where they have been `MOST_SKIPPED` in a row, or all that the run has had.
+    """
+    if losses.in_a_row >= min(MOST_SKIPPED, done):
+        remedy = (
+            f"resume from the checkpoint of step {sound}" if sound else "nothing is saved before: start again"
+        )
+        if saved > sound:  # a resume takes the newest
+            remedy = f"delete the checkpoints after that of step {sound}, then {remedy}"
+        times = f", {losses.in_a_row} times in a row" if losses.in_a_row > 1 else ""
+        raise UserError(
+            f"step {done}: the gradient was not finite{times}; {remedy} with a lower optimizer.learning_rate"
+        )
+    steps = "a step" if losses.newly_skipped == 1 else f"{losses.newly_skipped:,} steps"
+    return f"step {done}: skipped {steps} whose gradient was not finite ({losses.skipped:,} in all)"

@@ -1,0 +1,99 @@
+"""What a model says of held-out examples, on all ranks together, and how right it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bertscale.config import FinetuneConfig
+from bertscale.data.samples import spread
+from bertscale.finetune.loader import Part, TaskLoader
+from bertscale.model.heads import OF_TOKENS, task_loss
+from bertscale.tasks.task import Example, Samples, Task
+from bertscale.train.engine import Engine
+from bertscale.train.heartbeat import beat
+from bertscale.train.parallel import Ranks
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Examples to be predicted: their samples, and this rank's micro-batches of them."""
+
+    task: Task[Any]
+    examples: Sequence[Example]
+    samples: Samples
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found: figures, on all ranks; the predictions on the first, else none."""
+
+    figures: dict[str, float]
+    predictions: list[dict[str, Any]]
+
+
+def hold_out(
+    task: Task[Any], examples: Sequence[Example], samples: Samples, micro_tokens: int, ranks: Ranks
+) -> HeldOut:
+    """Divides samples among the ranks, for `evaluate`."""
+    loader = TaskLoader(
+        samples,
+        task.kind,
+        global_batch=len(samples),
+        micro_tokens=micro_tokens,
+        seed=0,
+        rank=ranks.data_rank,
+        world=ranks.data,
+    )
+    return HeldOut(task, examples, samples, loader.all())
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, held_out: HeldOut, config: FinetuneConfig, step: int) -> Found:
+    """Predicts all examples and scores the predictions; leaves the model in evaluation mode.
+
+    The figures are those of the task and `loss`. All ranks must call; `step` is for the sign of life.
+    """
+    ranks, task, samples = engine.ranks, held_out.task, held_out.samples
+    engine.model.eval()
+    total = torch.zeros((), device=ranks.device)
+    outputs = []
+    for part in held_out.parts:
+        batch = part.batch.to(ranks.device)
+        logits = engine(batch)
+        if batch.targets is not None:
+            total += batch.weight * task_loss(task.kind, logits, batch)
+        outputs.append(logits.float())
+        beat(step)
+    (loss,) = ranks.sum_over_data(float(total))
+    (count,) = ranks.sum_over_data(sum(part.count for part in held_out.parts))
+    mine = [
+        (part.samples, values.cpu().numpy())
+        for part, values in zip(held_out.parts, outputs, strict=True)
+        if len(part.samples)
+    ]
+    everyone = ranks.gather(mine if ranks.tensor_rank == 0 else [])
+    if ranks.rank == 0:
+        logits = join([piece for pieces in everyone for piece in pieces], samples, task)
+        predictions = task.predict(held_out.examples, samples, logits)
+        figures = {**task.score(held_out.examples, predictions), "loss": loss / (count or 1.0)}
+        return Found(ranks.broadcast(figures), predictions)
+    return Found(ranks.broadcast(None), [])
+
+
+def join(pieces: Sequence[tuple[npt.NDArray[np.int64], Floats]], samples: Samples, task: Task[Any]) -> Floats:
+    """Puts the outputs of micro-batches in the order of the samples: [N, C], or [T, C] of tokens."""
+    of_tokens = task.kind in OF_TOKENS
+    whole = np.zeros((len(samples.tokens) if of_tokens else len(samples), task.outputs), np.float32)
+    for rows, values in pieces:
+        places = spread(samples.starts[rows], samples.lengths[rows]) if of_tokens else rows
+        whole[places] = values
+    return whole
