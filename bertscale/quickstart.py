@@ -209,13 +209,13 @@ def draw_curve(points: list[tuple[int, float]]) -> list[str]:
 def _bars(finetune: dict[str, Any]) -> list[str]:
     """Draws the accuracies of the classifiers as bars, beside that of always naming the same class."""
     shares = {
-        "pretrained": finetune["pretrained"]["accuracy"],
-        "random weights": finetune["random"]["accuracy"],
-        "one class": finetune["majority_accuracy"],
+        "pretrained": finetune["pretrained"]["test"]["accuracy"]["mean"],
+        "random weights": finetune["random"]["test"]["accuracy"]["mean"],
+        "one class": finetune["majority"]["test"]["accuracy"],
     }
-    seeds = len(finetune["pretrained"]["per_seed"])
+    seeds, labels = len(finetune["pretrained"]["runs"]), finetune["labels"]
     lines = [
-        f"right answers, which of {len(finetune['classes'])}: {' or '.join(finetune['classes'])} "
-        f"({finetune['test_examples']:,} held-out texts, mean of {seeds} seeds)"
+        f"right answers, which of {len(labels)}: {' or '.join(labels)} "
+        f"({finetune['examples']['test']:,} held-out texts, mean of {seeds} seeds)"
     ]
     return lines + [f"{name:<15}{'█' * round(share * WIDTH)} {share:.3f}" for name, share in shares.items()]

@@ -15,6 +15,7 @@ from bertscale.run_folder import CODE, EVENTS, batch_log_name
 from launcher.records import from_json
 
 STAGES = ("prep", "pretrain", "convert", "finetune")
+TRAINING = ("pretrain", "finetune")  # those that ranks make together, with checkpoints
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from bertscale.run_folder import (
     target_of,
 )
 from launcher.history import Attempt, attempt_folders, changed, read_attempts, slurm_ids
-from launcher.job import JobSpec
+from launcher.job import TRAINING, JobSpec
 
 TAIL_BYTES = 2**18  # of metrics.jsonl: some hundred lines, however long the run
 STEADY_SECONDS = 60.0  # a rate over less than this is a guess
@@ -207,7 +207,7 @@ def look(place: Place) -> Facts:
         logs=logs,
         following=list(spec.following) if spec else [],
     )
-    if stage == "pretrain":
+    if stage in TRAINING:
         _look_at_training(place, facts)
     return facts
 

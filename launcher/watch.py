@@ -36,7 +36,7 @@ from bertscale.run_folder import (
     read_events,
 )
 from launcher import slurm
-from launcher.job import JobSpec
+from launcher.job import TRAINING, JobSpec
 from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
 from launcher.rank_groups import SlurmStep
 from launcher.ranks import job_port
@@ -86,7 +86,7 @@ class Job:
         # The number alone would mean the whole array where it is also the number of this task.
         self.name = f"{env['SLURM_ARRAY_JOB_ID']}_{self.index}" if self.index else self.number
         self.events = Events(self.folder / EVENTS, job=self.name)
-        self.run_folder = Path(spec.target) if spec.stage == "pretrain" else None
+        self.run_folder = Path(spec.target) if spec.stage in TRAINING else None
         self.done = self.folder / done_marks(spec.array)[int(self.index or 0)]
         self.nodes = slurm.hosts(env["SLURM_JOB_NODELIST"])  # in the order in which srun fills them
         self.last: SlurmStep | None = None

@@ -47,7 +47,7 @@ OPEN_TO = {
     },
     "launcher": {
         *("bertscale", "bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
-        *("bertscale.run_folder", "bertscale.data.samples", "bertscale.data.shards"),
+        *("bertscale.run_folder", "bertscale.data.samples", "bertscale.data.shards", "bertscale.tasks.read"),
     },
 }
 # Who may import a library that the rest of the code is not to know.

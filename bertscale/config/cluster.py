@@ -94,7 +94,7 @@ class PipelineStage(Section):
     cluster: str | None = Field(None, description="Cluster file of this job; by default the pipeline's.")
     nodes: int = Field(1, ge=1, description="Number of nodes.")
     ranks_per_node: int | None = Field(
-        None, ge=1, description="Ranks of a pretraining on a node; by default all that the cluster file has."
+        None, ge=1, description="Ranks of a training on a node; by default all that the cluster file has."
     )
     array: int = Field(0, ge=0, description="Tasks of a prep array; 0 for a single job.")
     spares: int = Field(0, ge=0, description="Number of spare nodes, which replace nodes that fail.")
@@ -110,8 +110,10 @@ class PipelineStage(Section):
         given = [name for name in ("prep", "pretrain", "convert", "finetune") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"a stage is one of prep, pretrain, convert and finetune, not {given or 'none'}")
-        if self.ranks_per_node is not None and not self.pretrain:
-            raise ValueError(f"ranks_per_node={self.ranks_per_node} is for pretrain, not {given[0]}")
+        if self.ranks_per_node is not None and not (self.pretrain or self.finetune):
+            raise ValueError(
+                f"ranks_per_node={self.ranks_per_node} is for pretrain and finetune, not {given[0]}"
+            )
         return self
 
 

@@ -29,7 +29,7 @@ from bertscale.config import PipelineConfig, PipelineStage, UserError, load_conf
 from bertscale.errors import MISTAKE
 from bertscale.run_folder import CANCELLED, EVENTS, SCRIPT, Events
 from launcher import slurm
-from launcher.job import STAGES, JobSpec, render
+from launcher.job import STAGES, TRAINING, JobSpec, render
 from launcher.nodes.check import bad_nodes
 from launcher.runs import shown
 from launcher.submit.freeze import about_now, freeze
@@ -241,7 +241,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     if stage != "pipeline":
         text = "The time limit, such as 12:00:00 or 1-12, instead of the cluster file's."
         parser.add_argument("--time", metavar="T", help=text)
-    if stage == "pretrain":
+    if stage in TRAINING:
         parser.add_argument("--nodes", metavar="N", type=_positive, default=1, help="Nodes (%(default)s).")
         text = "Ranks on each node, if not all of its GPUs, or tasks, of the cluster file."
         parser.add_argument("--ranks-per-node", metavar="N", type=_positive, help=text)

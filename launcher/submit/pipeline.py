@@ -30,7 +30,7 @@ from bertscale.config import (
     load_config,
 )
 from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, existing_marks, job_folder
-from launcher.job import JobSpec
+from launcher.job import TRAINING, JobSpec
 from launcher.queue_jobs import from_record
 from launcher.runs import is_done, read_spec, shown
 from launcher.submit.freeze import config_text, version
@@ -45,7 +45,7 @@ SECTIONS: dict[str, type[Config]] = {
 PATHS = {  # keys of a config that name files or folders
     "prep": ("input", "output", "tokenizer"),
     "pretrain": ("run", "data"),
-    "finetune": ("encoder", "data", "output"),
+    "finetune": ("encoder", "init", "data", "output"),
 }
 # What a finished stage has written last.
 RESULTS = {"prep": "manifest.json", "pretrain": RESULT, "convert": "", "finetune": RESULT}
@@ -108,8 +108,15 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, Corpus):
         return value.model_copy(update={"path": os.path.abspath(value.path)})
     if isinstance(value, ExamplesConfig):
-        paths = {"train": os.path.abspath(value.train), "test": os.path.abspath(value.test)}
-        return value.model_copy(update=paths)
+        files = [
+            file.model_copy(update={"path": os.path.abspath(file.path)}) for file in value.training_files
+        ]
+        held = {
+            name: path and os.path.abspath(path)
+            for name in ("dev", "test")
+            for path in [getattr(value, name)]
+        }
+        return value.model_copy(update={"train": files, **held})
     return value and os.path.abspath(value)
 
 
@@ -171,7 +178,8 @@ def _job(
     tasks_per_node, cpus_per_task, gpus_per_node = _share_of_node(stage, site)
     of_site: dict[str, Any] = {key: getattr(site, key) for key in OF_SITE}
     of_site |= {key: tuple(getattr(site, key)) for key in LISTS_OF_SITE}
-    launch = config.launch if isinstance(config, PretrainConfig) else LaunchConfig.model_validate({})
+    trains = isinstance(config, PretrainConfig | FinetuneConfig)
+    launch = config.launch if trains else LaunchConfig.model_validate({})
     spec = JobSpec(
         stage=kind,
         name=name,
@@ -190,7 +198,7 @@ def _job(
         time=stage.time or site.time,
         array=array,
         **of_site,
-        start_seconds=launch.start_seconds if kind == "pretrain" else 0.0,
+        start_seconds=launch.start_seconds if trains else 0.0,
         hang_seconds=launch.hang_seconds,
         restarts=launch.restarts,
         restarts_without_progress=launch.restarts_in_a_row(slurm=True),
@@ -204,13 +212,11 @@ def _share_of_node(stage: PipelineStage, site: ClusterConfig) -> tuple[int, int,
     other stages. Raises UserError where a node has fewer ranks."""
     key = "gpus_per_node" if site.gpus_per_node else "tasks_per_node"
     ranks = getattr(site, key)
-    if stage.stage == "pretrain":
+    if stage.stage in TRAINING:
         wanted = stage.ranks_per_node or ranks
         if wanted > ranks:
             raise UserError(f"ranks_per_node={wanted}, and the cluster file has {key}={ranks}: ask for less")
         return wanted, site.cpus_per_task, wanted if site.gpus_per_node else 0
-    if stage.stage == "finetune" and site.gpus_per_node:
-        return 1, site.cpus_per_task, 1
     return 1, ranks * site.cpus_per_task, 0
 
 

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from bertscale.tasks.read import read_task_data
+
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
@@ -130,7 +132,7 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
     elif isinstance(config, PrepConfig):
         _check_prep(config, promises, report)
     elif isinstance(config, FinetuneConfig):
-        _check_finetune(config, promises, report)
+        _check_finetune(job, config, promises, report)
     elif job.source is not None:
         _check_weights("SOURCE", job.source, promises, report)
         _check_convert_output(Path(spec.target), report)
@@ -215,26 +217,29 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
     _check_space(f"output={config.output}", Path(config.output), size, why, report)
 
 
-def _check_finetune(config: FinetuneConfig, promises: Promises, report: Report) -> None:
-    _check_weights("encoder", config.encoder, promises, report)
-    longest, data = _positions_of(config.encoder, promises), config.data
-    if longest is not None:
-        _collect(report, lambda: config.check_length(longest))
-    for key, name in (("data.train", data.train), ("data.test", data.test)):
-        if promises.hold(name) or not _check_readable(f"{key}={name}", Path(name), report):
-            continue
-        try:
-            with open(name, encoding="utf-8-sig") as file:  # without a byte order mark
-                record = json.loads(file.readline())
-        except (OSError, ValueError):
-            record = None
-        wanted = (data.text_field, data.label_field)
-        if not isinstance(record, dict) or (lacking := [needed for needed in wanted if needed not in record]):
-            lack = f"no field {lacking[0]!r}" if isinstance(record, dict) else "no JSON object"
-            report.problems.append(
-                f"{key}={name}: its first line has {lack}; each line is an object with the fields "
-                f"data.text_field={data.text_field} and data.label_field={data.label_field}"
-            )
+def _check_finetune(job: StageJob, config: FinetuneConfig, promises: Promises, report: Report) -> None:
+    spec, degree = job.spec, config.parallel.tensor
+    if spec.ranks % degree:
+        report.problems.append(
+            f"parallel.tensor={degree} does not divide the {spec.ranks} ranks ({spec.nodes} nodes x "
+            f"{spec.tasks_per_node}): ask for another number of nodes, or give another parallel.tensor"
+        )
+    _check_weights("encoder" if config.encoder else "init", config.source, promises, report)
+    longest, data = _positions_of(config.source, promises), config.data
+    if longest is not None and config.samples.max_length > longest:
+        report.problems.append(
+            f"samples.max_length={config.samples.max_length} is longer than the encoder {config.source} "
+            f"takes: {longest} tokens (its max_position_embeddings)"
+        )
+    files = [("data.train", file.path) for file in data.training_files]
+    files += [(f"data.{name}", path) for name in ("dev", "test") if (path := getattr(data, name)) is not None]
+    there = [
+        name
+        for key, name in files
+        if not promises.hold(name) and _check_readable(f"{key}={name}", Path(name), report)
+    ]
+    if len(there) == len(files):
+        _collect(report, lambda: read_task_data(config.task, data, config.samples))
 
 
 def _check_weights(key: str, name: str, promises: Promises, report: Report) -> None:
