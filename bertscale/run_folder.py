@@ -10,6 +10,8 @@
         .lock                      held while the run trains
         job/                       its job folder, if it was submitted
 
+    OUTPUT/                        a fine-tuning: the same, and what bertscale/finetune/output.py says
+
     JOB/                           RUN/job, or OUTPUT.job beside the output of another stage
         job.json  config.yaml  script.sh  environment.json  code/
         events.jsonl               what happened, a JSON line each
@@ -45,6 +47,7 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
+BEST = "best"  # of a fine-tuning: the weights that dev chose, of each of its runs
 TABLE = "bertscale.json"  # of a checkpoint, written last
 LOGS = "logs"
 EVENTS = "events.jsonl"

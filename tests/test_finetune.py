@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from bertscale.convert.task_models import open_task_model, task_shapes
+from bertscale.tasks.texts import text_task
+from dist import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bertscale.cli import main
 from bertscale.config import FinetuneConfig, ModelConfig, UserError, load_config
-from bertscale.finetune.finetune import encoder_tensors, finetune, fingerprint, load_classifier, make_model
-from bertscale.finetune.tasks import encode, find_classes, read_examples, score, training_batches
+from bertscale.finetune.finetune import class_weights, fingerprint
+from bertscale.finetune.loop import Run
+from bertscale.finetune.start import open_source, scale_of
 from bertscale.model.model import PretrainingModel, initial_value
+from bertscale.tasks.task import Samples
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, write_whole
 
@@ -118,8 +123,49 @@ def configure(world: Path, output: Path, *overrides: str) -> FinetuneConfig:
     return load_config(FinetuneConfig, path, list(overrides))
 
 
-def without_time(result: Row) -> Row:
-    return {key: value for key, value in result.items() if key not in ("seconds", "files", "digest")}
+def tune(configs: list[dict[str, Any]], tensor: int = 1) -> list[Any]:
+    """Runs on each rank: one fine-tuning for each config; their results, or the mistake that ended one."""
+    from bertscale.finetune.finetune import train_all
+    from bertscale.finetune.output import make_folder
+    from bertscale.train.device import local_device
+    from bertscale.train.parallel import start_ranks
+    from bertscale.train.stop import StopSignal
+
+    results: list[Any] = []
+    for values in configs:
+        config = FinetuneConfig.model_validate(values)
+        ranks = start_ranks(tensor, local_device())
+        try:
+            make_folder(Path(config.output))
+            results.append(train_all(config, ranks, StopSignal()))
+        except UserError as error:
+            results.append({"error": str(error)})
+    return results
+
+
+def run(*configs: FinetuneConfig, world: int = 1) -> list[Any]:
+    """The results of fine-tunings, one after another, on `world` ranks."""
+    values = [config.model_dump(mode="json") for config in configs]
+    tensor = configs[0].parallel.tensor
+    results: list[Any] = run_ranks(__file__, "tune", world=world, configs=values, tensor=tensor)[0]
+    return results
+
+
+def plain(result: Row) -> Row:
+    """A result without what another run of the same has otherwise: times and digests of files with times."""
+    if isinstance(result, dict):
+        times = ("seconds", "files", "digest", "tokens_per_second", "mfu")
+        return {key: plain(value) for key, value in result.items() if key not in times}
+    return [plain(value) for value in result] if isinstance(result, list) else result
+
+
+def read_lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def mean(result: Row, start: str = "pretrained", figure: str = "accuracy") -> float:
+    value: float = result[start]["test"][figure]["mean"]
+    return value
 
 
 # -------------------------------------------------------------------------------------------- the loop
@@ -127,139 +173,178 @@ def without_time(result: Row) -> Row:
 
 def test_it_learns_and_writes_what_it_says(world: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "output"
-    result = finetune(configure(world, output, "train.epochs=15"))
-    assert result["pretrained"]["accuracy"] > 0.9
-    assert result["classes"] == ["fruit", "metal", "river"]
-    assert (result["train_examples"], result["test_examples"]) == (96, 60)
-    assert result["majority_accuracy"] == pytest.approx(1 / 3)
-    assert result["pretrained"]["accuracy_std"] is None  # one seed has no spread
+    changes = ["train.epochs=15", f"data.dev={world}/test.jsonl", "train.eval_every=18"]
+    (result,) = run(configure(world, output, *changes))
+    assert mean(result) > 0.9
+    assert result["labels"] == ["fruit", "metal", "river"]
+    assert result["examples"] == {"train": 96, "dev": 60, "test": 60}
+    assert result["majority"]["test"]["accuracy"] == pytest.approx(1 / 3)
+    assert result["pretrained"]["test"]["accuracy"]["std"] is None  # one seed has no spread
     assert json.loads((output / "result.json").read_text()) == result
 
     test = rows(60, seed=2)
-    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    predictions = read_lines(output / "predictions-test.jsonl")
     assert [(row["text"], row["label"]) for row in predictions] == [(r["text"], r["label"]) for r in test]
-    right = np.mean([row["predicted"] == row["label"] for row in predictions])
-    assert right == pytest.approx(result["pretrained"]["accuracy"])
+    right = np.mean([row["prediction"]["label"] == row["label"] for row in predictions])
+    assert right == pytest.approx(mean(result))
+    assert read_lines(output / "predictions-dev.jsonl") == predictions
 
-    model = output / "model"
-    files = ["config.json", "model.safetensors", "tokenizer.model"]
-    assert sorted(path.name for path in model.iterdir()) == files
-    assert sorted(path.name for path in output.iterdir()) == [
-        "config.yaml",
-        "model",
-        "predictions.jsonl",
-        "result.json",
-    ]
-    assert "encoder.layers.1.feed_forward.dense.weight" in load_file(model / "model.safetensors")
-    answers = load_classifier(model)([row["text"] for row in test])
-    assert [label for label, _ in answers] == [row["predicted"] for row in predictions]
-    given = [row["probability"] for row in predictions]
-    assert [probability for _, probability in answers] == pytest.approx(given, abs=1e-5)
+    names = {path.name for path in output.iterdir()}
+    assert names == {
+        *("config.yaml", "metrics.jsonl", "model", "predictions-dev.jsonl", "predictions-test.jsonl"),
+        *("result.json", "runs", "tensorboard"),
+    }
+    (record,) = result["pretrained"]["runs"]
+    assert record["steps"] == 90
+    evaluations = record["evaluations"]
+    assert [found["step"] for found in evaluations] == [18, 36, 54, 72, 90]
+    best = max(evaluations, key=lambda found: found["accuracy"])  # the first of equal ones
+    assert record["best_step"] == best["step"]
+    assert record["dev"] == {key: pytest.approx(best[key]) for key in record["dev"]}
+
+
+def test_dev_stops_a_run_and_chooses_its_weights(world: Path, tmp_path: Path) -> None:
+    changes = [f"data.dev={world}/test.jsonl", "train.epochs=30", "train.eval_every=6", "train.patience=3"]
+    (result,) = run(configure(world, tmp_path, *changes))
+    (record,) = result["pretrained"]["runs"]
+    assert record["steps"] == record["best_step"] + 18 < 180
+    assert max(found["accuracy"] for found in record["evaluations"]) == record["dev"]["accuracy"]
 
 
 @pytest.mark.parametrize(
-    ("preset", "pooling"), [("megatron-bert", "first"), ("modern", "first"), ("modern", "mean")]
+    ("preset", "pooling"), [("megatron-bert", "cls"), ("modern", "cls"), ("modern", "mean")]
 )
 def test_every_preset_learns(world: Path, tmp_path: Path, preset: str, pooling: str) -> None:
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     shape = ModelConfig.model_validate({**sizes, "preset": preset, "initializer_range": 0.1})
     write_encoder(tmp_path / "encoder", load_tokenizer(world / "tokenizer.model"), shape=shape)
-    output = tmp_path / "output"
     changes = [f"encoder={tmp_path}/encoder", f"model.pooling={pooling}", "train.epochs=15"]
-    result = finetune(configure(world, output, *changes))
-    assert result["pretrained"]["accuracy"] > 0.8
-    test = rows(60, seed=2)
-    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-    answers = load_classifier(output / "model")([row["text"] for row in test])
-    assert [label for label, _ in answers] == [row["predicted"] for row in predictions]
+    (result,) = run(configure(world, tmp_path / "output", *changes))
+    assert mean(result) > 0.8
 
 
-def test_it_starts_from_the_encoder_and_repeats_itself(world: Path, tmp_path: Path) -> None:
-    results = [
-        finetune(
-            configure(
-                world, tmp_path / name, "train.seeds=[3, 4]", "train.epochs=6", "train.compare_random=true"
-            )
-        )
-        for name in "ab"
-    ]
-    assert without_time(results[0]) == without_time(results[1])
-    one, other = results[0]["pretrained"]["per_seed"]
-    assert one["accuracy"] != other["accuracy"]
+def test_it_repeats_itself_and_compares_with_random_weights(world: Path, tmp_path: Path) -> None:
+    changes = ["train.seeds=[3, 4]", "train.epochs=6", "train.compare_random=true"]
+    results = run(*(configure(world, tmp_path / name, *changes) for name in "ab"))
+    assert plain(results[0]) == plain(results[1])
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-    # Steps too small to move it leave the encoder's own weights.
-    finetune(configure(world, tmp_path / "c", "optimizer.learning_rate=1.0e-12"))
-    still = load_file(tmp_path / "c" / "model" / "model.safetensors")
-    encoder = open_checkpoint(world / "encoder")
-    for name in ("encoder.layers.1.attention.query_key_value.weight", "encoder.pooler.weight"):
-        assert torch.allclose(still[name], encoder.tensor(name), rtol=0, atol=1e-8)
-
-
-def test_compared_with_random_weights(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = finetune(configure(world, tmp_path, "train.seeds=[0, 1, 2]", "train.compare_random=true"))
     for start in ("pretrained", "random"):
-        runs = result[start]["per_seed"]
-        assert [run["seed"] for run in runs] == [0, 1, 2]
+        runs = results[0][start]["runs"]
+        assert [run["seed"] for run in runs] == [3, 4]
+        assert runs[0]["test"] != runs[1]["test"]
         for key in ("accuracy", "macro_f1"):
-            values = [run[key] for run in runs]
-            assert result[start][key] == pytest.approx(np.mean(values))
-            assert result[start][f"{key}_std"] == pytest.approx(np.std(values, ddof=1))
-    screen = capsys.readouterr().out
-    row = f"{result['random']['accuracy']:.3f} ± {result['random']['accuracy_std']:.3f}"
-    assert any(line.startswith("random weights") and row in line for line in screen.splitlines())
-    assert "majority class  0.333" in screen
+            values = [run["test"][key] for run in runs]
+            figure = results[0][start]["test"][key]
+            assert figure["mean"] == pytest.approx(np.mean(values))
+            assert figure["std"] == pytest.approx(np.std(values, ddof=1))
+            assert (figure["min"], figure["max"]) == (min(values), max(values))
 
 
 def test_random_weights_have_their_own_learning_rate(world: Path, tmp_path: Path) -> None:
-    still = finetune(
-        configure(
-            world,
-            tmp_path,
-            "train.compare_random=true",
-            "optimizer.random_learning_rate=1.0e-12",
-            "train.epochs=12",
-            "model.hidden_dropout_prob=0.0",
-        )
-    )
-    assert still["random"]["accuracy"] < 0.6 < still["pretrained"]["accuracy"]
+    changes = ["train.compare_random=true", "optimizer.random_learning_rate=1.0e-12", "train.epochs=12"]
+    (still,) = run(configure(world, tmp_path, *changes, "model.hidden_dropout_prob=0.0"))
+    assert mean(still, "random") < 0.6 < mean(still)
 
 
-def test_random_start_has_nothing_of_the_encoder(world: Path, tmp_path: Path) -> None:
-    weights = open_checkpoint(world / "encoder")
-    config = configure(world, tmp_path, "model.hidden_dropout_prob=0.25")
-    model = make_model(config, weights, classes=3, seed=0)
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
-    own = dict(model.named_parameters())
-    pretrained = encoder_tensors(weights)
-    assert pretrained.keys() == {name for name in own if name.startswith("encoder.")}
+# ------------------------------------------------------------------------------------ what a run starts from
+
+
+def test_what_a_run_starts_from(world: Path, tmp_path: Path) -> None:
+    config = configure(world, tmp_path)
+    source, weights = open_source(config), open_checkpoint(world / "encoder")
+    task = text_task("classification", ["fruit", "metal", "river"])
+
+    def values(seed: int, start: str) -> dict[str, Tensor]:
+        first = source.first_values(config, task, Run(seed, start, 0, 0))
+        shapes = task_shapes(source.model, source.vocab_size, source.head(config, task))
+        return {name: first(name, list(shape)) for name, shape in shapes.items()}
+
+    pretrained, other = values(0, "pretrained"), values(1, "pretrained")
+    random = values(0, "random")
     for name, value in pretrained.items():
-        alike = torch.equal(own[name], value)
-        assert alike == (name.endswith("bias") or "LayerNorm" in name)
+        constant = name.endswith("bias") or "LayerNorm" in name
+        if name.startswith("head."):
+            assert torch.equal(value, random[name])
+            assert torch.equal(value, other[name]) == constant
+        else:
+            assert torch.equal(value, weights.tensor(name))
+            assert torch.equal(value, random[name]) == constant
+    # A head begins as transformers', whatever range the encoder was pretrained with (here 0.1).
+    assert pretrained["head.output.weight"].std().item() == pytest.approx(0.02, rel=0.25)
+
+
+def test_learning_rates_of_layers_and_head(world: Path, tmp_path: Path) -> None:
+    names = [
+        "encoder.embeddings.LayerNorm.bias",
+        "encoder.layers.0.x",
+        "encoder.layers.1.x",
+        "head.output.bias",
+    ]
+
+    def scales(*changes: str) -> list[float]:
+        scale = scale_of(configure(world, tmp_path, *changes), SHAPE)
+        return [scale(name) for name in [*names, "encoder.pooler.bias"]]
+
+    assert scales() == [1, 1, 1, 1, 1]
+    assert scales("optimizer.layer_decay=0.5") == [0.125, 0.25, 0.5, 1, 1]
+    assert scales("optimizer.head_learning_rate=0.02") == [1, 1, 1, 2, 2]
+    assert scales("model.freeze_layers=1") == [0, 0, 1, 1, 1]
+    assert scales("model.freeze_layers=2") == scales("model.freeze_layers=all") == [0, 0, 0, 1, 1]
+
+
+def test_frozen_layers_stay_and_others_move(world: Path, tmp_path: Path) -> None:
+    changes = ["model.freeze_layers=1", "parallel.zero_stage=1"]
+    still, whole = run(
+        configure(world, tmp_path / "one", *changes),
+        configure(world, tmp_path / "all", "model.freeze_layers=all"),
+    )
+    weights = open_checkpoint(world / "encoder")
+    for folder, frozen in (("one", 1), ("all", 2)):
+        found = open_task_model(tmp_path / folder / "model")
+        for name in found.names:
+            below = name.startswith(("encoder.embeddings.", *(f"encoder.layers.{n}." for n in range(frozen))))
+            if not name.startswith("head."):
+                assert torch.equal(found.tensor(name), weights.tensor(name)) == below, name
+    assert still["pretrained"]["runs"][0]["steps"] == whole["pretrained"]["runs"][0]["steps"]
+
+
+def test_a_task_model_is_a_start(world: Path, tmp_path: Path) -> None:
+    """Its head is kept where the labels are the same, and is a new one where they are others."""
+    run(configure(world, tmp_path / "first", "train.epochs=12"))
+    init = ["encoder=null", f"init={tmp_path}/first", "optimizer.learning_rate=1.0e-12"]
+    others = write_rows(
+        tmp_path / "others.jsonl", [{**row, "label": row["label"] + "s"} for row in rows(48, 1)]
+    )
+    same, other = run(
+        configure(world, tmp_path / "same", *init),
+        configure(world, tmp_path / "other", *init, f"data.train={others}", "data.test=null"),
+    )
+    assert mean(same) > 0.8
+    first, second, third = (open_task_model(tmp_path / name / "model") for name in ("first", "same", "other"))
+    assert third.labels == ["fruits", "metals", "rivers"]
+    for name in first.names:
+        assert torch.allclose(first.tensor(name), second.tensor(name), rtol=0, atol=1e-8)
+        if name != "head.output.weight":
+            assert torch.allclose(first.tensor(name), third.tensor(name), rtol=0, atol=1e-8)
+    assert not torch.allclose(first.tensor("head.output.weight"), third.tensor("head.output.weight"))
+    assert "error" not in other
 
 
 # ------------------------------------------------------------------------------------------- used again
 
 
-def test_a_finished_output_is_used_again(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = finetune(configure(world, tmp_path))
-    capsys.readouterr()
-    assert finetune(configure(world, tmp_path)) == first  # the seconds too
-    assert "already fine-tuned" in capsys.readouterr().out
-
-    with (tmp_path / "predictions.jsonl").open("a") as file:
+def test_a_finished_output_is_used_again(world: Path, tmp_path: Path) -> None:
+    config = configure(world, tmp_path)
+    first, again = run(config, config)
+    assert first == again  # the seconds too
+    with (tmp_path / "predictions-test.jsonl").open("a") as file:
         file.write("changed\n")
-    assert without_time(finetune(configure(world, tmp_path))) == without_time(first)
-    assert "already" not in capsys.readouterr().out
-    assert "changed" not in (tmp_path / "predictions.jsonl").read_text()
-
-    finetune(configure(world, tmp_path, "train.global_batch=32"))
-    assert "already" not in capsys.readouterr().out
+    (repaired,) = run(config)
+    assert plain(repaired) == plain(first)
+    assert "changed" not in (tmp_path / "predictions-test.jsonl").read_text()
+    (other,) = run(configure(world, tmp_path, "train.global_batch=32"))
+    assert plain(other) != plain(first)
 
 
 def test_another_encoder_or_other_examples_are_another_task(world: Path, tmp_path: Path) -> None:
@@ -269,165 +354,95 @@ def test_another_encoder_or_other_examples_are_another_task(world: Path, tmp_pat
     changed = write_rows(tmp_path / "train.jsonl", rows(97, seed=1))
 
     def made_of(encoder: Path, *changes: str) -> dict[str, str]:
-        return fingerprint(configure(world, tmp_path / "output", *changes), open_checkpoint(encoder))
+        config = configure(world, tmp_path / "output", f"encoder={encoder}", *changes)
+        return fingerprint(config, open_source(config))
 
     before = made_of(world / "encoder")
     assert made_of(tmp_path / "same") == before
     assert made_of(tmp_path / "other") != before
     assert made_of(tmp_path / "same", f"data.train={changed}") != before
+    # What moves no figure makes no other task.
+    assert made_of(tmp_path / "same", "train.log_every=7", "device=cpu", "parallel.ranks=2") == before
 
 
 # ----------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{not json}", "not JSON"),
-        ('["a list"]', "not a JSON object"),
-        ('{"text": "an apple"}', "no field 'label'"),
-        ('{"body": "an apple", "label": "fruit"}', "no field 'text'; the fields are: body, label"),
-        ('{"text": " \\u0000\\t", "label": "fruit"}', "'text' is blank"),
-        ('{"text": 7, "label": "fruit"}', "'text' is not text but 7"),
-        ('{"text": "an apple", "label": 1.5}', "'label' is 1.5"),
-        ('{"text": "an apple", "label": true}', "'label' is True"),
-        ('{"text": "an apple", "label": " "}', "'label' is blank"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path: Path, line: str, said: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f'{{"text": "a pear", "label": "fruit"}}\n\n{line}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 3: ") as raised:
-        read_examples(path, "text", "label")
-    assert said in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_files_without_examples(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the examples .*none\.jsonl: No such file"):
-        read_examples(tmp_path / "none.jsonl", "text", "label")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"empty\.jsonl has no examples"):
-        read_examples(tmp_path / "empty.jsonl", "text", "label")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}\n')
-    with pytest.raises(UserError, match=r"latin\.jsonl are not UTF-8"):
-        read_examples(tmp_path / "latin.jsonl", "text", "label")
-
-
-def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": text, "label": 0}) + "\n" for text in ("a pear", "a plum", "\ufeffa grape")]
-    (tmp_path / "marked.jsonl").write_text("\ufeff" + lines[0] + lines[1] + "\ufeff" + lines[2], "utf-8")
-    examples = read_examples(tmp_path / "marked.jsonl", "text", "label")
-    assert [example.text for example in examples] == ["a pear", "a plum", "\ufeffa grape"]
-
-
-def test_a_text_that_leaves_no_token_gets_no_answer(world: Path, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    finetune(configure(world, output, "train.epochs=1"))
-    classifier = load_classifier(output / "model")
-    for blank in ("", " \n", "\ufeff", "\u00ad\x00"):
-        with pytest.raises(UserError, match=r"text 2 of 3 is blank \(.*\): leave it out"):
-            classifier(["a pear", blank, "iron"])
-        with pytest.raises(UserError, match="text 1 of 1 is blank"):
-            classifier(blank)
-    with pytest.raises(UserError, match="text 2 of 2 is not text but nan"):
-        classifier(["a pear", float("nan")])  # type: ignore[list-item]  # as pandas gives an empty cell
-    assert classifier([]) == []
-    assert len(classifier(np.array(["a pear", "iron"]))) == 2  # type: ignore[arg-type]
-
-
-def test_a_row_of_which_the_tokenizer_leaves_nothing_is_named(world: Path, tmp_path: Path) -> None:
-    """WordPiece drops more characters than SentencePiece: a zero-width space is blank to it."""
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "pear", "iron"]
-    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
-    write_encoder(tmp_path / "encoder", load_tokenizer(tmp_path / "vocab.txt"))
-    write_rows(
-        tmp_path / "train.jsonl", [{"text": text, "label": text} for text in ("pear", "iron", "\u200b")]
-    )
-    overrides = [f"encoder={tmp_path / 'encoder'}", f"data.train={tmp_path / 'train.jsonl'}"]
-    overrides.append(f"data.test={tmp_path / 'train.jsonl'}")
-    with pytest.raises(UserError, match=r"train\.jsonl, line 3: 'text' is blank \('\\u200b'\)"):
-        finetune(configure(world, tmp_path / "output", *overrides))
-    assert not (tmp_path / "output").exists()
-
-
-def test_classes(tmp_path: Path) -> None:
-    def examples(*labels: str | int) -> Any:
-        path = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": label} for label in labels])
-        return read_examples(path, "text", "label")
-
-    assert find_classes(examples(10, 2, 2, 1), examples(2)) == [1, 2, 10]
-    assert find_classes(examples("b", "a"), []) == ["a", "b"]
-    with pytest.raises(UserError, match=r"line 2: no training example has the label 'c'; they have 'a', 'b'"):
-        find_classes(examples("b", "a"), examples("a", "c"))
-    with pytest.raises(UserError, match="every training example has the label 'a'"):
-        find_classes(examples("a", "a"), [])
-
-
-def test_an_encoder_that_does_not_fit(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no folder .*none: .* nothing is downloaded"):
-        finetune(configure(world, tmp_path, f"encoder={tmp_path}/none"))
-    with pytest.raises(UserError, match=r"samples\.max_length=33 is longer than .*: 32 tokens"):
-        finetune(configure(world, tmp_path, "samples.max_length=33"))
+def test_what_does_not_fit(world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot make the folder"):
-        finetune(configure(world, tmp_path / "file"))
-
-
-def test_a_loss_that_is_not_finite_is_said(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"the loss is nan at step \d+ .*take a lower optimizer\.learning_rate"
+    found = run(
+        configure(world, tmp_path / "a", f"encoder={tmp_path}/none"),
+        configure(world, tmp_path / "b", "samples.max_length=33", "samples.overlap=4"),
+        configure(world, tmp_path / "file"),
+        configure(world, tmp_path / "c", "model.pooling=mean"),
+        configure(world, tmp_path / "d", "model.freeze_layers=3"),
+        configure(world, tmp_path / "e", "encoder=null", f"init={world}/encoder"),
+        configure(world, tmp_path / "f", "model.class_weights={iron: 2}"),
+    )
+    for said, wanted in zip(
+        found,
+        [
+            "there is no folder .*none: .* nothing is downloaded",
+            "samples.max_length=33 is longer than .*: 32 tokens",
+            "cannot make the folder",
+            "model.pooling=mean is for preset modern; .* is bert",
+            "model.freeze_layers=3, and the encoder .* has 2 layers",
+            "init=.*encoder is no task model",
+            "model.class_weights names the label 'iron'; the labels are fruit, metal, river",
+        ],
+        strict=True,
     ):
-        finetune(configure(world, tmp_path, "optimizer.learning_rate=1.0e+30", "train.epochs=4"))
+        assert re.search(wanted, said["error"]), said
+        assert "\n" not in said["error"]
+
+
+def test_gradients_that_are_not_finite_end_a_run(world: Path, tmp_path: Path) -> None:
+    changes = ["optimizer.learning_rate=1.0e+30", "train.epochs=40"]
+    (said,) = run(configure(world, tmp_path, *changes))
+    assert re.search(r"the gradient was not finite.* lower optimizer\.learning_rate", said["error"])
     assert not (tmp_path / "result.json").exists()
 
 
-def test_command(world: Path, tmp_path: Path, bertscale: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_output_of_other_settings_is_kept(world: Path, tmp_path: Path) -> None:
+    config = configure(
+        world, tmp_path, "train.save_every=3", "optimizer.learning_rate=1.0e+30", "train.epochs=9"
+    )
+    run(config)
+    if not (tmp_path / "checkpoints").exists():
+        pytest.fail("the run was to leave a checkpoint")
+    (said,) = run(configure(world, tmp_path))
+    assert "holds an unfinished fine-tuning of other settings" in said["error"]
+
+
+def test_class_weights(world: Path, tmp_path: Path) -> None:
+    task = text_task("classification", ["a", "b", "c"])
+    targets = np.array([0, 0, 0, 1, 1, 2])
+    samples = Samples(*(np.zeros(1, np.int64) for _ in range(4)), targets)  # type: ignore[arg-type]
+
+    def weights(given: str) -> list[float]:
+        found = class_weights(configure(world, tmp_path, f"model.class_weights={given}"), task, samples)
+        assert found is not None
+        return found.tolist()
+
+    assert weights("balanced") == pytest.approx([6 / 9, 1, 2])
+    assert weights("{b: 3}") == [1, 3, 1]
+
+
+def test_command(world: Path, tmp_path: Path, bertscale: Any) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("samples: {max_length: 32}\ntrain: {epochs: 1}\n")
     paths = [f"data.{key}={world / key}.jsonl" for key in ("train", "test")]
-    done = bertscale("finetune", str(config), *paths, f"encoder={world}/encoder", f"output={tmp_path}/output")
+    ends = [f"encoder={world}/encoder", f"output={tmp_path}/output"]
+    done = bertscale("finetune", str(config), *paths, *ends)
     assert done.returncode == 0, done.stderr
     assert "pretrained" in done.stdout
     assert done.stderr == ""
     write_rows(tmp_path / "bad.jsonl", [*rows(3, seed=1), {"text": "a", "label": "new"}])
     paths[1] = f"data.test={tmp_path / 'bad.jsonl'}"
-    assert (
-        main(["finetune", str(config), *paths, f"encoder={world}/encoder", f"output={tmp_path}/output"]) == 2
-    )
-    complaint = capsys.readouterr().err
-    assert "bad.jsonl, line 4: no training example has the label 'new'" in complaint
-    assert complaint.count("\n") == 1
-
-
-# -------------------------------------------------------------------------------------- batches, metrics
-
-
-def test_batches(world: Path) -> None:
-    tokenizer = load_tokenizer(world / "tokenizer.model")
-    texts = [row["text"] for row in rows(50, seed=5)]
-    samples = encode(texts, tokenizer, 8, texts)
-    assert max(map(len, samples)) == 8
-    assert all((ids[0], ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id) for ids in samples)
-    batches = list(training_batches(samples, 16, seed=0, epoch=0))
-    assert [len(batch.rows) for batch in batches] == [16, 16, 16, 2]
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(50))
-    for batch in batches:
-        assert list(batch.lengths) == sorted(len(samples[row]) for row in batch.rows)
-        pieces = torch.split(batch.tokens, list(batch.lengths))
-        assert [piece.tolist() for piece in pieces] == [samples[row] for row in batch.rows]
-        counted = [list(range(length)) for length in batch.lengths]
-        assert [p.tolist() for p in torch.split(batch.positions, list(batch.lengths))] == counted
-    again, other, later = (
-        [batch.rows for batch in training_batches(samples, 16, seed, epoch)]
-        for seed, epoch in ((0, 0), (1, 0), (0, 1))
-    )
-    assert again == [batch.rows for batch in batches]
-    assert again not in (other, later)
-
-
-def test_score() -> None:
-    # Class 0: precision 2/3, recall 1 -> 0.8; class 1: 1, 1/2 -> 2/3; class 2: 1.
-    scored = score(np.array([0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 2]))
-    assert scored["accuracy"] == pytest.approx(0.8)
-    assert scored["macro_f1"] == pytest.approx((0.8 + 2 / 3 + 1) / 3)
+    refused = bertscale("finetune", str(config), *paths, *ends)
+    assert refused.returncode == 2
+    assert "bad.jsonl, line 4: the label 'new' is none of" in refused.stderr
+    assert refused.stderr.strip().count("\n") == 0
+    missing = bertscale("finetune", str(config), *paths, ends[1], "encoder=nowhere")
+    assert missing.returncode == 2
+    assert "encoder=nowhere: there is no such folder" in missing.stderr

@@ -46,6 +46,7 @@ from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from bertscale.train.device import choose_precision, device_line, local_device
 from bertscale.train.device import describe as describe_device
 from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
+from bertscale.train.resume import remove_leftovers
 from bertscale.train.stop import StopSignal, only_one
 
 
@@ -88,6 +89,7 @@ def train_all(config: FinetuneConfig, ranks: Ranks, stop: StopSignal) -> dict[st
         ranks.say(table(finished))
         return dict(finished)
     if ranks.rank == 0:
+        remove_leftovers(output)
         remove_other_work(output, made_of)
     ranks.barrier()
 

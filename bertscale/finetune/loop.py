@@ -25,7 +25,7 @@ from bertscale.finetune.start import Source, scale_of
 from bertscale.model.heads import TaskBatch, TaskModel, task_loss
 from bertscale.model.layers import Layers
 from bertscale.progress import Progress, TimeBudget
-from bertscale.run_folder import checkpoint_folder
+from bertscale.run_folder import BEST, checkpoint_folder
 from bertscale.tasks.task import Samples, Task
 from bertscale.tokenizer import Tokenizer
 from bertscale.train.checkpoint import Checkpoint, StateFragment, open_checkpoint, prune, save_checkpoint
@@ -39,7 +39,6 @@ from bertscale.train.schedule import Clock, learning_rate
 from bertscale.train.step import global_step
 from bertscale.train.stop import StopSignal, skipped
 
-BEST = "best"  # in the output: the weights that dev chose, of each run
 SAVE_SECONDS = 60.0  # between two checkpoints that nobody has asked for
 
 

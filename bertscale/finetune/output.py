@@ -25,8 +25,8 @@ from bertscale.config.table import Count, Table, check_table, read_object
 from bertscale.convert.task_models import task_shapes, write_task_model
 from bertscale.files import file_digest, json_digest, whole_folder, write_bytes, write_json
 from bertscale.finetune.card import model_card
-from bertscale.finetune.loop import BEST, Job, Run, best_folder, forget_worse
-from bertscale.run_folder import CHECKPOINTS, CONFIG, METRICS, RESULT, TENSORBOARD, checkpoints
+from bertscale.finetune.loop import Job, Run, best_folder, forget_worse
+from bertscale.run_folder import BEST, CHECKPOINTS, CONFIG, METRICS, RESULT, TENSORBOARD, checkpoints
 from bertscale.tasks.read import TaskData
 from bertscale.tasks.task import Example
 from bertscale.train.checkpoint import open_checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset
-from bertscale.run_folder import CHECKPOINTS, CONFIG, METRICS, RESULT, checkpoints
+from bertscale.run_folder import BEST, CHECKPOINTS, CONFIG, METRICS, RESULT, checkpoints
 from bertscale.train.checkpoint import Checkpoint, open_checkpoint
 from bertscale.train.parallel import Ranks
 from bertscale.train.schedule import TrainingSchedule
@@ -17,9 +17,10 @@ from bertscale.train.schedule import TrainingSchedule
 
 def remove_leftovers(run: Path) -> None:
     """Removes what a killed attempt has left half-written; only where the run's lock is held."""
-    for folder in (run / CHECKPOINTS).glob(".step-*.partial"):
-        if re.fullmatch(r"\.step-[0-9]+\.partial", folder.name):
-            shutil.rmtree(folder, ignore_errors=True)
+    for parent in (CHECKPOINTS, BEST):
+        for folder in (run / parent).glob(".*step-*.partial"):
+            if re.fullmatch(r"\.([\w-]+-)?step-[0-9]+\.partial", folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
     for name in (CONFIG, METRICS, RESULT):
         for file in run.glob(f"{name}.tmp-*"):
             if file.name.removeprefix(f"{name}.tmp-").isdigit():
