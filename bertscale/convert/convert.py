@@ -11,21 +11,24 @@ transformers then holds one of the two models after the other. It needs no GPU.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
 from bertscale.config.table import damaged
 from bertscale.convert.electra import CLASSES, check_exportable, electra_config, electra_names, to_electra
+from bertscale.convert.hf_folder import (
+    WEIGHTS,
+    HuggingFaceFolder,
+    write_config,
+    write_tokenizer,
+)
 from bertscale.convert.hf_names import (
     SENTENCE_HEAD,
-    from_hugging_face,
     hugging_face_config,
     hugging_face_names,
     masked_class,
@@ -35,14 +38,13 @@ from bertscale.convert.hf_names import (
 )
 from bertscale.convert.masks import show_masks
 from bertscale.convert.output import check_output, is_output_of, write_record
-from bertscale.files import file_digest, whole_folder
+from bertscale.files import whole_folder
 from bertscale.model.layers import Layers
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.run_folder import TABLE
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint import Checkpoint, open_checkpoint, stream_tensors, write_whole
 
-WEIGHTS = "model.safetensors"
 LARGEST_DIFFERENCE = 1e-3  # of logits in float32, computed in another order
 TIED = ("decoder.weight", "decoder.bias")  # names of copies of the word embeddings and of the bias
 GENERATOR = "generator"  # the inner folder, and the part of an ELECTRA that it holds
@@ -90,27 +92,19 @@ def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in skeleton.named_parameters()}
 
 
-class HuggingFaceWeights:
+class HuggingFaceWeights(HuggingFaceFolder):
     """Reads native tensors from a Hugging Face model for pretraining or masked language modelling.
 
     A bert or megatron-bert without pooler and next-sentence head gets initial values for them; `missing`
     names them.
     """
 
+    wanted = "model for pretraining or masked language modelling"
+
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        origin = folder / "config.json"
-        self.config = read_config(origin)
-        self.model: ModelConfig = model_of(self.config, str(origin))
-        self.vocab_size: int = self.config["vocab_size"]
-        try:
-            self.file: Any = safe_open(folder / WEIGHTS, framework="pt")
-            self.names: set[str] = set(self.file.keys())  # type: ignore[no-untyped-call,unused-ignore]
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot read {folder / WEIGHTS}: {error}; save the model there with "
-                "model.save_pretrained(folder), which writes safetensors"
-            ) from error
+        super().__init__(folder)
+        self.model: ModelConfig = model_of(self.config, str(self.origin))
+        self.open_file()
         self.parameters = native_shapes(self.model, self.vocab_size)
         self.missing = [
             name
@@ -124,47 +118,17 @@ class HuggingFaceWeights:
         """Returns the native parameter `name`, float32; raises UserError where it is missing or misshapen."""
         if name in self.missing:
             return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
-        values = []
-        for theirs in hugging_face_names(name, self.model.preset):
-            name_in_file = self._find(theirs)
-            if name_in_file is None:
-                raise UserError(
-                    f"{self.folder / WEIGHTS} lacks {theirs}: it is not a complete model for pretraining or "
-                    "masked language modelling; save such a model there with model.save_pretrained(folder)"
-                )
-            stored = self.file.get_tensor(name_in_file)
-            if not stored.is_floating_point():
-                raise UserError(f"{self.folder / WEIGHTS}: {name_in_file} has the data type {stored.dtype}")
-            values.append(stored.float())
-        value = from_hugging_face(name, values, self.model)
-        if not bool(value.isfinite().all()):
-            raise UserError(f"{self.folder / WEIGHTS}: {name} has values that are not finite")
-        if value.shape != self.parameters[name]:
-            raise UserError(
-                f"{self.folder / WEIGHTS} has {name} with the shape {list(value.shape)}, config.json asks "
-                f"for {list(self.parameters[name])}: they do not belong together"
-            )
-        return value
+        theirs = hugging_face_names(name, self.model.preset)
+        return self.read(name, theirs, self.model, self.parameters[name])
 
     def unused(self) -> list[str]:
         """Lists the tensors of the file that no parameter is read from, but for copies of tied ones."""
         used = {theirs for name in self.parameters for theirs in hugging_face_names(name, self.model.preset)}
-        in_file = {self._find(theirs) for theirs in used}
-        return sorted(name for name in self.names - in_file if not name.endswith(("position_ids", *TIED)))
-
-    def digest(self) -> str:
-        """One of the digests of config, weights and tokenizer."""
-        files = (self.folder / "config.json", self.folder / WEIGHTS, find_tokenizer(self.folder))
-        return "-".join(file_digest(file) for file in files)
+        rest = self.names_in_file - {self.find(theirs) for theirs in used}
+        return sorted(name for name in rest if not name.endswith(("position_ids", *TIED)))
 
     def _has(self, name: str) -> bool:
-        return all(self._find(theirs) for theirs in hugging_face_names(name, self.model.preset) or [""])
-
-    def _find(self, name: str) -> str | None:
-        """Returns the name in the file, which is another one in the oldest exports; None if it is missing."""
-        older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
-        older = older.replace("LayerNorm.bias", "LayerNorm.beta")
-        return next((candidate for candidate in (name, older) if candidate in self.names), None)
+        return all(self.find(theirs) for theirs in hugging_face_names(name, self.model.preset) or [""])
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -256,15 +220,8 @@ def export(weights: Weights, output: Path) -> None:
             config = hugging_face_config(model, vocab_size, tokenizer.pad_id)
         else:
             config = electra_config(model, vocab_size, tokenizer.pad_id, part)
-        config["dtype"] = "float32"
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.export_hugging_face(folder, model.max_position_embeddings)
-        if model.rotary:  # its class takes no token types
-            path = folder / "tokenizer_config.json"
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            settings["model_input_names"] = ["input_ids", "attention_mask"]
-            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(folder)
+        write_config(folder, config)
+        write_tokenizer(folder, tokenizer, model.max_position_embeddings, token_types=not model.rotary)
 
 
 def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from torch import Tensor
 
-from bertscale.config import ModelConfig
+from bertscale.config import ModelConfig, UserError
 from bertscale.config.examples import TaskKind
-from bertscale.convert.hf_names import CLASSES, hugging_face_names, to_hugging_face
+from bertscale.convert.hf_names import CLASSES, hugging_face_names, model_of, to_hugging_face
 from bertscale.model.heads import head_family
 
 SUFFIXES: dict[TaskKind, str] = {  # of the class
@@ -31,6 +34,8 @@ ELECTRA_HEADS = {
     "ForSequenceClassification": {"head.dense": "classifier.dense", "head.output": "classifier.out_proj"},
     "ForMultipleChoice": {"head.dense": "sequence_summary.summary", "head.output": "classifier"},
 }
+# Keys that change an Electra, as its classes have them by default.
+ELECTRA_FORM = {"summary_type": "first", "summary_use_proj": True, "summary_activation": "gelu"}
 
 
 def task_class(model: ModelConfig, kind: TaskKind) -> str:
@@ -38,16 +43,23 @@ def task_class(model: ModelConfig, kind: TaskKind) -> str:
     return PREFIXES[head_family(model)] + SUFFIXES[kind]
 
 
-def task_names(name: str, model: ModelConfig, kind: TaskKind) -> list[str]:
-    """Returns the names of a task model's native parameter in transformers' class: one, or three for a query,
+def encoder_names(name: str, model: ModelConfig) -> list[str]:
+    """Returns the names of an encoder's native parameter in transformers' class: one, or three for a query,
     key and value in one."""
+    names = hugging_face_names(name, model.preset)
+    if head_family(model) == "electra":
+        return [theirs.replace("bert.", "electra.", 1) for theirs in names]
+    return names
+
+
+def task_names(name: str, model: ModelConfig, kind: TaskKind) -> list[str]:
+    """Returns the names of a task model's native parameter in transformers' class: one or three."""
     family = head_family(model)
     if name.startswith("head."):
         module, _, part = name.rpartition(".")
         heads = {"modern": dict.fromkeys(HEADS, MODERN_HEAD), "electra": ELECTRA_HEADS}.get(family, HEADS)
         return [f"{heads[SUFFIXES[kind]][module]}.{part}"]
-    names = hugging_face_names(name, model.preset)
-    return [theirs.replace("bert.", "electra.", 1) for theirs in names] if family == "electra" else names
+    return encoder_names(name, model)
 
 
 def to_task(
@@ -58,3 +70,21 @@ def to_task(
     if name.startswith("head."):
         return dict.fromkeys(names, value)
     return dict(zip(names, to_hugging_face(name, value, model, vocab_size).values(), strict=True))
+
+
+def encoder_model_of(config: dict[str, Any], origin: Path) -> ModelConfig:
+    """Reads the native config of the encoder from a config.json. Raises UserError where no preset equals it.
+
+    An Electra becomes a `bert` with a generator, of which the config of a discriminator does not tell the
+    size: 1 stands for any.
+    """
+    if config.get("model_type") != "electra":
+        return model_of(config, str(origin))
+    given = {"embedding_size": 128, **ELECTRA_FORM, **config}
+    for key, value in {"embedding_size": config["hidden_size"], **ELECTRA_FORM}.items():
+        if given[key] != value:
+            raise UserError(
+                f"{origin}: {key}={given[key]!r}; this version reads an electra with {key}={value!r}"
+            )
+    as_bert = {**config, "model_type": "bert", "sentence_head": False, "generator_size": 1.0}
+    return model_of(as_bert, str(origin))
