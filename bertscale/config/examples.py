@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bertscale.config.prep import check_encoding
 from bertscale.config.section import Section
 
 Column = str | int
@@ -94,6 +95,11 @@ class ExamplesConfig(Section):
         if not train:
             raise ValueError("no file of training examples; give one or several")
         return train
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, encoding: str) -> str:
+        return check_encoding(encoding)
 
     @field_validator("labels")
     @classmethod
