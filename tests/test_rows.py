@@ -54,7 +54,7 @@ ROWS = [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
         ("a.csv", '\ufefftext,label\r\n"a, b",x\r\nc,y\r\n'),
         ("a.tsv", "text\tlabel\na, b\tx\nc\ty"),
         ("a.txt", "\ufefftext\tlabel\r\n\r\na, b\tx\r\nc\ty\r\n"),
-        ("a.jsonl", '{"text": "a, b", "label": "x"}\n\n{"text": "c", "label": "y"}\n'),
+        ("a.jsonl", '{"text": "a, b", "label": "x"}\n\n\ufeff{"text": "c", "label": "y"}\n'),
         ("a.json", '{"text": "a, b", "label": "x"}\n{"text": "c", "label": "y"}\n'),
         ("a.json", json.dumps(ROWS, indent=1)),
         ("a.json", "\ufeff" + json.dumps({"version": 1, "data": ROWS})),
@@ -72,14 +72,19 @@ def test_parquet(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet", label="labels")
 
 
+def zstd(content: bytes) -> bytes:
+    packed: bytes = pa.compress(content, "zstd", asbytes=True)
+    return packed
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_compressed(tmp_path: Path, suffix: str) -> None:
     content = b"text\tlabel\na, b\tx\nc\ty\n"
-    if suffix == ".zst":
-        packed = pa.compress(content, "zstd", asbytes=True)
-    else:
-        packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](content)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
+    packed: bytes = pack(content)
     assert values(written(tmp_path / f"a.tsv{suffix}", packed)) == ROWS
+    with pytest.raises(UserError, match=r"cannot read .*a\.tsv.*damaged"):
+        read(written(tmp_path / f"a.tsv{suffix}", b"x" + packed))
     if suffix != ".zst":
         with pytest.raises(UserError, match=r"cannot read .*a\.tsv.*damaged"):
             read(written(tmp_path / f"a.tsv{suffix}", packed[:-9]))

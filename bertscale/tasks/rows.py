@@ -99,15 +99,18 @@ def column(row: Row, name: Column, key: str) -> Any:
     return row.values[str(name)]
 
 
-def read_rows(path: str, data: ExamplesConfig, wanted: Wanted | None = None) -> Iterator[Row | BrokenRow]:
+def read_rows(
+    path: str | Path, data: ExamplesConfig, wanted: Wanted | None = None
+) -> Iterator[Row | BrokenRow]:
     """Yields the rows of one file, in order.
 
     `wanted` are the columns that the rows must have, by default those of texts and labels. Raises UserError
     for a file that is missing or damaged, an unknown format, or a table without these columns.
     """
+    path = str(path)
     form = format_of(path, data)
     wanted = wanted_columns(data) if wanted is None else wanted
-    with _readable(path, data.encoding):
+    with _readable(path):
         if form in ("csv", "tsv"):
             yield from _read_table(path, data, form, wanted)
         elif form == "jsonl":
@@ -135,18 +138,19 @@ def wanted_columns(data: ExamplesConfig, label: bool = True) -> list[tuple[str, 
     return wanted
 
 
-def format_of(path: str, data: ExamplesConfig) -> Format:
+def format_of(path: str | Path, data: ExamplesConfig) -> Format:
     """Returns the format of a file: data.format, or by the ending of its name, and for .json by content.
 
     Raises UserError if the ending tells nothing, or the file cannot be read.
     """
     if data.format != "auto":
         return data.format
+    path = str(path)
     ending = Path(path.lower().removesuffix(compression_of(path))).suffix
     if ending in ENDINGS:
         return ENDINGS[ending]
     if ending == ".json":
-        with _readable(path, data.encoding):
+        with _readable(path):
             return _kind_of_json(path, data.encoding)
     raise UserError(
         f"{path}: the ending {ending or '(there is none)'} does not tell the format; set data.format to csv, "
@@ -162,7 +166,7 @@ def _no_column(name: Column, names: list[str], key: str) -> str:
 
 
 @contextmanager
-def _readable(path: str, encoding: str) -> Iterator[None]:
+def _readable(path: str) -> Iterator[None]:
     """Raises UserError for what the system, or a damaged compressed file, does not let us read."""
     try:
         open(path, "rb").close()
@@ -176,6 +180,12 @@ def _readable(path: str, encoding: str) -> Iterator[None]:
             else f"the file is damaged ({error})"
         )
         raise UserError(f"cannot read {path}: {reason}") from error
+
+
+def read_content(path: str | Path, encoding: str = "utf-8") -> bytes:
+    """Returns a whole file, decompressed, in UTF-8. Raises UserError if it cannot be read."""
+    with _readable(str(path)), open_text(str(path), encoding) as stream:
+        return stream.read()
 
 
 # ------------------------------------------------------------------------------------------------ lines
@@ -327,8 +337,9 @@ def _read_jsonl(path: str, data: ExamplesConfig) -> Iterator[Row | BrokenRow]:
     for number, line in read_lines(path, data.encoding):
         if isinstance(line, bytes):
             yield not_text(path, number, line, data.encoding)
-        elif line.strip():
-            yield _row_of_json(f"{path}, line {number}", line)
+        elif line.strip("\ufeff \t\r"):
+            # Of files that were put together each may begin with a byte order mark.
+            yield _row_of_json(f"{path}, line {number}", line.removeprefix("\ufeff"))
 
 
 def _row_of_json(place: str, line: str) -> Row | BrokenRow:
@@ -344,8 +355,7 @@ def _row_of_json(place: str, line: str) -> Row | BrokenRow:
 
 
 def _read_json(path: str, data: ExamplesConfig) -> Iterator[Row | BrokenRow]:
-    with open_text(path, data.encoding) as stream:
-        content = stream.read()
+    content = read_content(path, data.encoding)
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
