@@ -34,6 +34,7 @@ from bertscale.tasks.tags import (
     entities_of,
     find_scheme,
     inside_of,
+    is_iob1,
     is_tag,
     spread,
     tags_of,
@@ -87,6 +88,17 @@ class TokenTask(Task[TokenExample]):
         elif labels is None:
             labels = sorted({label for tag in counts for _, _, label in entities_of([tag])})
         return cls(tags_of_labels(labels, scheme), scheme)
+
+    def note(self, examples: Sequence[TokenExample]) -> str:
+        """Says in a line what the tags of the training examples are, and what is learnt of them."""
+        tags = [example.tags or () for example in examples]
+        if self.scheme == "none":
+            return f"tags are classes of words, {self.outputs} of them"
+        found: str = find_scheme(tag for some in tags for tag in some)
+        if found == "bio" and is_iob1(tags):
+            found = "iob1 (B only between entities of one label)"
+        learnt = "" if found == self.scheme else f", and are learnt as {self.scheme}"
+        return f"tags are in the scheme {found}{learnt}: {self.outputs} tags"
 
     @property
     def outputs(self) -> int:
