@@ -95,6 +95,10 @@ class Samples:
     targets: npt.NDArray[Any] | None
     cut: int = 0  # examples that lost a part of their text
     unknown: int = 0  # tokens that are the unknown piece
+    # For answers out of a text: the characters of the raw text that each token stands for (-1, -1: none), and
+    # whether no other window of the example gives the token more context.
+    spans: npt.NDArray[np.int32] | None = None  # [T, 2]
+    central: npt.NDArray[np.bool_] | None = None  # [T]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
