@@ -83,8 +83,8 @@ class ExamplesConfig(Section):
     context: Column = Field("context", description="Column of the text that the answer stands in.")
     answers: Column = Field(
         "answers",
-        description="Column of the answers, {text: [...], answer_start: [...]} as Hugging Face has them, or a "
-        "list of {text, answer_start}.",
+        description="Column of the answers: {text: [...], answer_start: [...]}, or a list of {text, "
+        "answer_start}.",
     )
     salvage: bool = Field(
         False, description="Whether the whole articles of a SQuAD file that is cut off are taken."
