@@ -50,7 +50,7 @@ from bertscale.bench.timed_steps import (
 )
 from bertscale.config import ModelConfig, PretrainConfig, UserError
 from bertscale.train.device import choose_precision, data_sheet_peak, measured_peak, synchronize
-from bertscale.train.engine import Engine
+from bertscale.train.engine import pretraining_engine
 from bertscale.train.metrics import Rate
 from bertscale.train.parallel import Ranks, start_ranks
 
@@ -211,7 +211,7 @@ def measure(
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step: Step
     if side == "ours":
-        engine = Engine.of_pretraining(config, vocab_size, ranks, dtype)
+        engine = pretraining_engine(config, vocab_size, ranks, dtype)
         engine.start(config.train.seed)
         assert options.cpu or config.compiles(device.type)
         step = our_step(engine, watch)

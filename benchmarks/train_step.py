@@ -54,7 +54,7 @@ from bertscale.data.mixture import Mixture
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.device import choose_precision, measured_peak
-from bertscale.train.engine import Engine
+from bertscale.train.engine import pretraining_engine
 from bertscale.train.metrics import Rate
 from bertscale.train.parallel import Ranks, start_ranks
 
@@ -183,7 +183,7 @@ def compare(
     loader = Loader(mixture, tokenizer, micro_batch=batch, rank=0, world=1)
     small = Loader(mixture, tokenizer, micro_batch=max(2, batch // 4), rank=0, world=1)
 
-    engine = Engine.of_pretraining(config, vocab_size, ranks, dtype)
+    engine = pretraining_engine(config, vocab_size, ranks, dtype)
     engine.start(0)
     watch = Stopwatch(ranks.device)
     sides: dict[str, Step] = {

@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "UserError": "bertscale.errors",
     "iterate_batches": "bertscale.data.batches",
-    "load_classifier": "bertscale.finetune.finetune",
     "load_model": "bertscale.convert.convert",
     "load_tokenizer": "bertscale.tokenizer",
     "open_dataset": "bertscale.data.shards",
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from bertscale.data.batches import iterate_batches
     from bertscale.data.shards import open_dataset
     from bertscale.errors import UserError
-    from bertscale.finetune.finetune import load_classifier
     from bertscale.tokenizer import load_tokenizer
 else:
 

@@ -31,7 +31,7 @@ READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select
 
 def engine_of(data: str, optimizer: str, precision: str, tensor: int, stage: int) -> tuple[Any, Any, Any]:
     from bertscale.train.device import local_device
-    from bertscale.train.engine import Engine
+    from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import start_ranks
 
     config = pretrain_config(
@@ -42,7 +42,7 @@ def engine_of(data: str, optimizer: str, precision: str, tensor: int, stage: int
         train={"precision": precision},
     )
     ranks = start_ranks(tensor, local_device())
-    engine = Engine.of_pretraining(config, 330, ranks, getattr(torch, precision))
+    engine = pretraining_engine(config, 330, ranks, getattr(torch, precision))
     engine.start(0)
     return config, ranks, engine
 
@@ -236,8 +236,8 @@ def train_with_bad_steps(data: str, run: str, bad: list[int], parallel: dict[str
     checkpoint = newest_sound(Path(run), ranks)
     calls = [each * (checkpoint.step if checkpoint else 0)]
 
-    def poisoned(engine: Engine, batch: Any) -> LossSums:
-        sums = forward(engine, batch)
+    def poisoned(engine: Engine[Any], batch: Any) -> LossSums:
+        sums: LossSums = forward(engine, batch)
         if not torch.is_grad_enabled():
             return sums
         calls[0] += 1

@@ -233,7 +233,7 @@ def train_each(folder: str) -> list[Any]:
     a CPU replays as it runs any compiled layer."""
     from bertscale.bench.timed_steps import Stopwatch, our_step
     from bertscale.train.device import local_device
-    from bertscale.train.engine import Engine
+    from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import leave_subgroups, start_ranks
 
     results: list[Any] = []
@@ -246,7 +246,7 @@ def train_each(folder: str) -> list[Any]:
             train={"compile": compiled, "micro_batch": 4},
             parallel={"zero_stage": 2},
         )
-        engine = Engine.of_pretraining(config, 330, ranks, torch.float32)
+        engine = pretraining_engine(config, 330, ranks, torch.float32)
         engine.start(0)
         step = our_step(engine, Stopwatch(ranks.device))
         losses = [float(step(batches)) for batches in RandomBatches(config, 330, ranks).steps[:3]]

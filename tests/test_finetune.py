@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from bertscale.convert.task_models import open_task_model, task_shapes
-from bertscale.tasks.texts import text_task
 from dist import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bertscale.config import FinetuneConfig, ModelConfig, UserError, load_config
+from bertscale.convert.task_models import open_task_model, task_shapes
 from bertscale.finetune.finetune import class_weights, fingerprint
 from bertscale.finetune.loop import Run
 from bertscale.finetune.start import open_source, scale_of
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.tasks.task import Samples
+from bertscale.tasks.texts import text_task
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, write_whole
 
@@ -325,7 +325,7 @@ def test_a_task_model_is_a_start(world: Path, tmp_path: Path) -> None:
     assert third.labels == ["fruits", "metals", "rivers"]
     for name in first.names:
         assert torch.allclose(first.tensor(name), second.tensor(name), rtol=0, atol=1e-8)
-        if name != "head.output.weight":
+        if not name.startswith("head.output."):
             assert torch.allclose(first.tensor(name), third.tensor(name), rtol=0, atol=1e-8)
     assert not torch.allclose(first.tensor("head.output.weight"), third.tensor("head.output.weight"))
     assert "error" not in other
@@ -408,8 +408,7 @@ def test_an_unfinished_output_of_other_settings_is_kept(world: Path, tmp_path: P
         world, tmp_path, "train.save_every=3", "optimizer.learning_rate=1.0e+30", "train.epochs=9"
     )
     run(config)
-    if not (tmp_path / "checkpoints").exists():
-        pytest.fail("the run was to leave a checkpoint")
+    assert list((tmp_path / "checkpoints").glob("step-*"))
     (said,) = run(configure(world, tmp_path))
     assert "holds an unfinished fine-tuning of other settings" in said["error"]
 
@@ -417,7 +416,8 @@ def test_an_unfinished_output_of_other_settings_is_kept(world: Path, tmp_path: P
 def test_class_weights(world: Path, tmp_path: Path) -> None:
     task = text_task("classification", ["a", "b", "c"])
     targets = np.array([0, 0, 0, 1, 1, 2])
-    samples = Samples(*(np.zeros(1, np.int64) for _ in range(4)), targets)  # type: ignore[arg-type]
+    nothing = np.zeros(1, np.int64)
+    samples = Samples(np.zeros(1, np.int32), nothing, nothing, nothing, targets)
 
     def weights(given: str) -> list[float]:
         found = class_weights(configure(world, tmp_path, f"model.class_weights={given}"), task, samples)

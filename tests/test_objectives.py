@@ -114,7 +114,8 @@ def train_each(data: str, folder: str, cases: list[str]) -> None:
     """Runs in a process of its own: one training for each case."""
     from bertscale.train.device import local_device
     from bertscale.train.parallel import start_ranks
-    from bertscale.train.pretrain import StopSignal, train
+    from bertscale.train.pretrain import train
+    from bertscale.train.stop import StopSignal
 
     ranks = start_ranks(1, local_device())
     for case in cases:
@@ -250,7 +251,8 @@ def stop_and_go(data: str, folder: str) -> list[Any]:
     """Runs on each of two ranks: TP 2 x ZeRO-3, once through and once in two parts; what is refused then."""
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import StopSignal, train
+    from bertscale.train.pretrain import train
+    from bertscale.train.stop import StopSignal
 
     results: list[Any] = []
     changes: dict[str, Any] = {

@@ -52,7 +52,8 @@ def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
     from bertscale.run_folder import read_metrics
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import StopSignal, train
+    from bertscale.train.pretrain import train
+    from bertscale.train.stop import StopSignal
 
     results = []
     for kind, tensor, size, stage, recompute, sequence in cases:

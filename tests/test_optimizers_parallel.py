@@ -53,11 +53,11 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
     """Five steps of prescribed gradients through DeepSpeed; a checkpoint of the end; the norms."""
     from bertscale.data.shards import open_dataset
     from bertscale.train.checkpoint import save_checkpoint
-    from bertscale.train.engine import Engine
+    from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import take_share
 
     data = open_dataset(config.data, "train")
-    engine = Engine.of_pretraining(config, 330, ranks, getattr(torch, config.train.precision))
+    engine = pretraining_engine(config, 330, ranks, getattr(torch, config.train.precision))
     engine.start(0)
     norms: list[float] = []
 
@@ -87,7 +87,8 @@ def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     from bertscale.run_folder import read_metrics
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import StopSignal, train
+    from bertscale.train.pretrain import train
+    from bertscale.train.stop import StopSignal
 
     results: list[Any] = []
     for optimizer, precision, (tensor, size, stage) in cases:

@@ -22,7 +22,8 @@ def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int 
     from bertscale.train import zero
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import StopSignal, train
+    from bertscale.train.pretrain import train
+    from bertscale.train.stop import StopSignal
 
     results = []
     for tensor, size, stage in topologies:

@@ -55,7 +55,7 @@ def test_an_epoch_has_each_sample_once(lengths: list[int], batch: int, world: in
         for part in (part for parts in steps for part in parts):
             seen.update(part.samples.tolist())
             assert len(part.batch.tokens) <= 24
-            assert part.count == len(part.samples)
+            assert part.divisor == len(part.samples)
             assert part.batch.weight == (1.0 if len(part.samples) else 0.0)
             if len(part.samples):
                 assert part.batch.targets is not None
@@ -101,7 +101,7 @@ def test_targets_of_tokens() -> None:
     (part,) = make_loader(make_samples([6, 4], kind="tokens"), "tokens", global_batch=2).step(0)
     assert part.batch.targets is not None
     assert part.batch.targets.tolist() == [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
-    assert part.count == 10
+    assert part.divisor == 10
 
 
 def test_options_of_a_question_stay_together() -> None:
@@ -113,7 +113,7 @@ def test_options_of_a_question_stay_together() -> None:
     assert part.samples.tolist() == [5, 3, 4, 0, 1, 2]
     assert part.batch.targets is not None
     assert part.batch.targets.tolist() == [2, 1, 0]
-    assert part.count == 3
+    assert part.divisor == 3
     with pytest.raises(UserError, match=r"train.micro_tokens=8 is less than the 12 tokens of one example"):
         make_loader(samples, "multiple_choice", micro_tokens=8)
 
@@ -136,4 +136,4 @@ def test_class_weights_count() -> None:
     samples = make_samples([4, 4, 4])
     weights = torch.tensor([1.0, 2.0, 4.0])
     parts = make_loader(samples, class_weights=weights).step(0)
-    assert sum(part.count for part in parts) == 7.0
+    assert sum(part.divisor for part in parts) == 7.0

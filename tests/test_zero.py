@@ -19,7 +19,7 @@ def read_strange_layouts() -> list[Any]:
     """Runs on each of two ranks: what is said of a DeepSpeed whose attributes mean something else."""
     from bertscale.config import UserError
     from bertscale.train.device import local_device
-    from bertscale.train.engine import Engine
+    from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import start_ranks
     from bertscale.train.zero import Zero
 
@@ -48,7 +48,7 @@ def read_strange_layouts() -> list[Any]:
             Zero._addresses = places if change is twice else change  # type: ignore[assignment,method-assign]
             Zero._tensors = twice if change is twice else tensors  # type: ignore[assignment,method-assign]
             try:
-                Engine.of_pretraining(config, 330, ranks, torch.float32)
+                pretraining_engine(config, 330, ranks, torch.float32)
             except UserError as error:
                 told.append(f"{change.__name__}: {error}")
     return told
@@ -74,11 +74,11 @@ def follow_wrong_gradients() -> str:
 
     from bertscale.config import UserError
     from bertscale.train.device import local_device
-    from bertscale.train.engine import Engine
+    from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import start_ranks
 
     config = pretrain_config("d", "r", parallel={"zero_stage": 2})
-    engine = Engine.of_pretraining(config, 330, start_ranks(1, local_device()), torch.float32)
+    engine = pretraining_engine(config, 330, start_ranks(1, local_device()), torch.float32)
     engine.start(0)
     engine.backward(engine(pair_batch()).mlm, last=True)
     for parameters in engine.zero.wrapper.params_in_partition:
@@ -106,7 +106,7 @@ def gradients(cases: list[list[Any]]) -> list[Any]:
     from bertscale.config import ModelConfig
     from bertscale.data.micro_batch import MicroBatch
     from bertscale.train.device import local_device
-    from bertscale.train.engine import Engine
+    from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import leave_subgroups, start_ranks
 
     draw = torch.Generator().manual_seed(0)
@@ -138,7 +138,7 @@ def gradients(cases: list[list[Any]]) -> list[Any]:
         )
         assert isinstance(config.model, ModelConfig)
         ranks = start_ranks(1, local_device())
-        engine = Engine.of_pretraining(config, 330, ranks, getattr(torch, precision))
+        engine = pretraining_engine(config, 330, ranks, getattr(torch, precision))
         engine.start(0)
         mine = batches[ranks.data_rank :: ranks.data]
         for batch in mine:

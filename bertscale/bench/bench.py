@@ -52,7 +52,7 @@ from bertscale.train.device import (
     measured_peak,
     synchronize,
 )
-from bertscale.train.engine import Engine
+from bertscale.train.engine import pretraining_engine
 from bertscale.train.metrics import Rate
 from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
 
@@ -131,7 +131,7 @@ def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
             batches = make_loader(config, tokenizer, "train", data, ranks).iterate(0, total)
         stack.enter_context(closing(batches))  # ends the loader's thread
 
-        engine = Engine.of_pretraining(config, vocab_size, ranks, dtype)
+        engine = pretraining_engine(config, vocab_size, ranks, dtype)
         engine.start(config.train.seed)
         if first:
             _introduce(config, options, ranks, vocab_size, f"{dtype}".removeprefix("torch."), reason)

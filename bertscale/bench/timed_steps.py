@@ -180,7 +180,7 @@ def padded(batch: MicroBatch, rows: Sequence[int]) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------- steps
 
 
-def our_step(engine: Engine, watch: Stopwatch) -> Step:
+def our_step(engine: Engine[PretrainConfig], watch: Stopwatch) -> Step:
     """Returns a step as `bertscale pretrain` makes it, on micro-batches of this rank."""
 
     def step(micro_batches: Sequence[MicroBatch]) -> Tensor:

@@ -9,7 +9,7 @@ from bertscale.convert.task_names import task_class
 
 if TYPE_CHECKING:
     from bertscale.finetune.loop import Job, Run
-    from bertscale.tasks.read import TaskData
+    from bertscale.tasks.task import TaskData
 
 PIPELINES = {
     "classification": "text-classification",

@@ -57,7 +57,7 @@ def hold_out(
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, held_out: HeldOut, config: FinetuneConfig, step: int) -> Found:
+def evaluate(engine: Engine[FinetuneConfig], held_out: HeldOut, config: FinetuneConfig, step: int) -> Found:
     """Predicts all examples and scores the predictions; leaves the model in evaluation mode.
 
     The figures are those of the task and `loss`. All ranks must call; `step` is for the sign of life.
@@ -74,7 +74,7 @@ def evaluate(engine: Engine, held_out: HeldOut, config: FinetuneConfig, step: in
         outputs.append(logits.float())
         beat(step)
     (loss,) = ranks.sum_over_data(float(total))
-    (count,) = ranks.sum_over_data(sum(part.count for part in held_out.parts))
+    (count,) = ranks.sum_over_data(sum(part.divisor for part in held_out.parts))
     mine = [
         (part.samples, values.cpu().numpy())
         for part, values in zip(held_out.parts, outputs, strict=True)

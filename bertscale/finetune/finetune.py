@@ -40,8 +40,9 @@ from bertscale.finetune.report import make_result, run_line, table
 from bertscale.finetune.start import Source, open_source
 from bertscale.progress import fold
 from bertscale.run_folder import TABLE, TENSORBOARD
-from bertscale.tasks.read import TaskData, describe, read_task_data
-from bertscale.tasks.task import Samples, Task
+from bertscale.tasks.describe import describe
+from bertscale.tasks.read import read_task_data
+from bertscale.tasks.task import Samples, Task, TaskData
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from bertscale.train.device import choose_precision, device_line, local_device
 from bertscale.train.device import describe as describe_device
@@ -145,7 +146,7 @@ def prepare(
         made_of=made_of,
         class_weights=class_weights(config, task, samples["train"]),
     )
-    for line in [*banner(job, reason), *describe(data, samples)]:
+    for line in [*banner(job, reason), *describe(data, samples, encoding.max_length)]:
         ranks.say(fold(line))
     return job, data
 

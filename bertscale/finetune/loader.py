@@ -29,7 +29,7 @@ class Part(NamedTuple):
     """A micro-batch and where it comes from."""
 
     batch: TaskBatch
-    count: float  # what the sum of its losses is divided by, together with the others of the step
+    divisor: float  # what the sum of its losses is divided by, together with the others of the step
     samples: Ints  # [S] their numbers, in the order of the batch
 
 
@@ -88,7 +88,7 @@ class TaskLoader:
         begin = place * self.global_batch
         return self._divide(self._order[1][begin : begin + self.global_batch])
 
-    def epoch(self, k: float) -> float:
+    def epoch(self, k: int) -> float:
         """Epochs that `k` steps are."""
         whole, place = divmod(k, self.epoch_steps)
         return whole + min(1.0, place * self.global_batch / self.epoch_units)

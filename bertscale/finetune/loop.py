@@ -94,7 +94,7 @@ class Job:
         return Path(self.config.output)
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine[FinetuneConfig]:
         """The engine, which all runs use one after another."""
         config, source = self.config, self.source
         head = source.head(config, self.task)
@@ -188,7 +188,7 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
             parts = loader.step(step)
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
             count, samples, tokens, stopping, asked, *times = ranks.sum_over_data(
-                sum(part.count for part in parts),
+                sum(part.divisor for part in parts),
                 sum(len(part.samples) for part in parts),
                 sum(len(part.batch.tokens) for part in parts),
                 float(stop.asked),
@@ -209,7 +209,7 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
                 step=step,
                 learning_rate=current_rate,
             )
-            losses.add(sums, (count, samples, tokens), engine.step_applied)
+            losses.add([*sums], (count, samples, tokens), engine.step_applied)
             _count(rate, parts)
             clock.stepped()
             done = step + 1
@@ -303,7 +303,7 @@ def _loss_of(
     return loss_of
 
 
-def _train_mode(engine: Engine) -> None:
+def _train_mode(engine: Engine[FinetuneConfig]) -> None:
     """Switches dropout on, but not in layers that are not trained."""
     engine.model.train()
     for module in engine.model.modules():

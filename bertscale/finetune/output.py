@@ -11,6 +11,7 @@ metrics.jsonl  tensorboard/  config.yaml  logs/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,7 @@ from bertscale.files import file_digest, json_digest, whole_folder, write_bytes,
 from bertscale.finetune.card import model_card
 from bertscale.finetune.loop import Job, Run, best_folder, forget_worse
 from bertscale.run_folder import BEST, CHECKPOINTS, CONFIG, METRICS, RESULT, TENSORBOARD, checkpoints
-from bertscale.tasks.read import TaskData
-from bertscale.tasks.task import Example
+from bertscale.tasks.task import Example, TaskData
 from bertscale.train.checkpoint import open_checkpoint
 
 DIGEST = "digest"  # in result.json, of all the rest of it
@@ -173,25 +173,31 @@ def finished_runs(output: Path, made_of: dict[str, str]) -> dict[str, dict[str, 
 
 
 def remove_other_work(output: Path, made_of: dict[str, str]) -> None:
-    """Removes what is left of a finished fine-tuning of other settings; keeps an unfinished one of these.
+    """Removes a finished fine-tuning, which is of other settings or damaged; keeps an unfinished one of
+    these.
 
     Raises UserError where an unfinished one of others is there, which a person may want to go on with.
     """
-    for folder in checkpoints(output):
-        try:
-            before = open_checkpoint(folder).table["finetune"]["made_of"]
-        except (UserError, KeyError, TypeError):
-            continue
+    if (output / RESULT).is_file():
+        (output / RESULT).unlink()  # first: it describes files that are now replaced
+        (output / METRICS).unlink(missing_ok=True)
+        for folder in (RUNS, BEST, CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(output / folder, ignore_errors=True)
+        return
+    for before in _begun(output):
         if before != made_of:
             what = [name for name in sorted({*before, *made_of}) if before.get(name) != made_of.get(name)]
             raise UserError(
                 f"{output} holds an unfinished fine-tuning of other {' and '.join(what)}; go on with it by "
                 "its own command, choose another output, or remove the folder"
             )
-        return
-    (output / RESULT).unlink(missing_ok=True)  # it describes files that are now replaced
-    if any((output / RUNS).glob("seed-*.json")) and not finished_runs(output, made_of):
-        shutil.rmtree(output / RUNS, ignore_errors=True)
-        (output / METRICS).unlink(missing_ok=True)
-        for folder in (BEST, TENSORBOARD):
-            shutil.rmtree(output / folder, ignore_errors=True)
+
+
+def _begun(output: Path) -> Iterator[dict[str, Any]]:
+    """Of what the runs and checkpoints of an unfinished fine-tuning were made."""
+    for folder in checkpoints(output):
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            yield open_checkpoint(folder).table["finetune"]["made_of"]
+    for path in sorted((output / RUNS).glob("seed-*.json")):
+        with contextlib.suppress(OSError, UserError, KeyError):
+            yield read_object(path, "")["made_of"]

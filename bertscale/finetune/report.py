@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertscale.config import FinetuneConfig
-from bertscale.tasks.read import TaskData
-from bertscale.tasks.task import Task
+from bertscale.tasks.task import Task, TaskData
 
 # Figures for the screen, of each kind of task; result.json has all.
 SHOWN = {

@@ -58,7 +58,7 @@ class Source:
 
     def head(self, config: FinetuneConfig, task: Task[Any]) -> HeadConfig:
         """The head of the task on this encoder."""
-        of_source = self.task_model.head.pooling if self.task_model else self.encoder.pooling
+        of_source = self.task_model.head.pooling if self.task_model else None
         pooling = config.model.pooling or of_source or "cls"
         dropout = config.model.classifier_dropout
         if dropout is None:
@@ -78,14 +78,14 @@ class Source:
         From the source where it has the parameter and the run is `pretrained`; else random, an encoder's by
         its own recipe, a head's by that of transformers.
         """
-        keeps, head_is = self.keeps_head(config, task), self.task_model
+        keeps, head_is, known = self.keeps_head(config, task), self.task_model, set(self.encoder.names)
 
         def first_value(name: str, shape: list[int]) -> Tensor:
             of_head = name.startswith("head.")
             if run.start == "pretrained":
                 if of_head and keeps and head_is is not None:
                     return _checked(head_is.tensor(name), name, shape, self.folder)
-                if self.encoder.has(name) and not name.startswith("head.output."):
+                if name in known:
                     return _checked(self.encoder.tensor(name), name, shape, self.folder)
             if of_head or name.startswith("encoder.pooler."):
                 return head_initial_value(name, shape, self.model, run.seed)

@@ -437,47 +437,6 @@ class PretrainingModel(nn.Module):
         return loss, (relation.detach().argmax(dim=-1) == next_sentence_label).sum().float()
 
 
-class ClassificationModel(nn.Module):
-    """Encoder with a linear classifier on one vector a sample.
-
-    `pooling` is `first`, BERT's own (a dense layer and tanh on the first token), or `mean`: the mean of the
-    sample's hidden states (Reimers and Gurevych, 2019), each feature standardised (batch normalisation
-    without weights), since what all samples share is most of such a mean and hides where they differ.
-    """
-
-    def __init__(self, config: ModelConfig, vocab_size: int, classes: int, pooling: str = "first") -> None:
-        super().__init__()
-        self.config, self.vocab_size, self.pooling = config, vocab_size, pooling
-        self.encoder = Encoder(config, vocab_size, Layers(), config.sentence_head or pooling == "first")
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.standardize = nn.BatchNorm1d(config.hidden_size, affine=False)
-        self.classifier = Linear(config.hidden_size, classes)
-
-    def forward(
-        self, tokens: Tensor, token_types: Tensor, positions: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
-        """Ids [T] each and S lengths -> logits, float32 [S, classes]."""
-        return self.classify(self.features(tokens, token_types, positions, lengths))
-
-    def features(
-        self, tokens: Tensor, token_types: Tensor, positions: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
-        """Ids [T] each and S lengths -> one vector a sample [S, H], not yet standardised."""
-        hidden, pooled = self.encoder(tokens, token_types, positions, lengths)
-        if self.pooling == "first":
-            assert pooled is not None
-            first: Tensor = pooled
-            return first
-        return torch.stack([part.mean(dim=0) for part in torch.split(hidden, list(lengths))])
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Vectors [S, H] -> logits, float32 [S, classes]."""
-        if self.pooling == "mean":
-            features = self.standardize(features.float())
-        logits: Tensor = self.classifier(self.dropout(features))
-        return logits.float()
-
-
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_size: int, seed: int) -> Tensor:
     """The whole first value (float32, on the CPU) of the parameter `name` of global `shape`.
 

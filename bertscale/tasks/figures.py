@@ -26,8 +26,9 @@ def mean_by_example(samples: Samples, logits: Floats) -> Doubles:
 
 def softmax(scores: Doubles) -> Doubles:
     """Returns probabilities, of [E, C] over C."""
-    powers: Doubles = np.exp(scores - scores.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+    powers = np.exp(scores - scores.max(1, keepdims=True))
+    probabilities: Doubles = powers / powers.sum(1, keepdims=True)
+    return probabilities
 
 
 def precision_recall_f1(right: Any, said: Any, true: Any) -> tuple[Any, Any, Any]:

@@ -197,6 +197,15 @@ class Task(ABC, Generic[AnyExample]):
     ) -> dict[str, float]:
         """Returns the figures of the predictions, each between -1 and 1."""
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what a saved model must know beside its labels, as JSON values, to make the task again."""
+        return {}
+
+    def majority(self, train: Sequence[AnyExample], examples: Sequence[AnyExample]) -> dict[str, float]:
+        """Returns the figures of one answer for all `examples`, the most frequent one of `train`, where there
+        is such an answer."""
+        return {}
+
     def label_counts(self, examples: Sequence[AnyExample]) -> dict[str, int]:
         """Counts the examples of each label, of all the task's labels; empty where it has none."""
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,10 @@ def _graph_tokens(config: PretrainConfig | FinetuneConfig, ranks: Ranks) -> int 
     return train.micro_tokens or train.micro_batch * config.samples.max_length
 
 
-class Engine:
+AnyConfig = TypeVar("AnyConfig", PretrainConfig, FinetuneConfig)
+
+
+class Engine(Generic[AnyConfig]):
     """The sharded model and optimizer; `start` or `resume` fills their state, `fragments` gives it out.
 
     `norm` and `step_applied`, float32 0-dim, are those of the last step.
@@ -47,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        config: PretrainConfig | FinetuneConfig,
+        config: AnyConfig,
         sizes: ModelConfig,
         vocab_size: int,
         ranks: Ranks,
@@ -60,7 +63,8 @@ class Engine:
         `make_model` makes it of the layers that it is given, with the attributes `encoder` and `parallel`
         (those layers). `sizes` is the shape of its encoder. Parameters of `scale` 0 are not trained.
         """
-        self.config, self.ranks, self.stage = config, ranks, config.parallel.zero_stage
+        self.config: AnyConfig = config
+        self.ranks, self.stage = ranks, config.parallel.zero_stage
         self.sizes, self.vocab_size = sizes, vocab_size
         self.norm, self.step_applied = torch.zeros(()), torch.ones(())
         self.frozen: dict[
@@ -70,11 +74,12 @@ class Engine:
         # Called inside of DeepSpeed's zero.Init, which under stage 3 shards each weight once it is made: no
         # rank ever holds the whole model.
         def build() -> nn.Module:
-            self.model: Any = make_model(ranks.layers(config.parallel.sequence))
-            for name, parameter in self.model.named_parameters():
+            made = make_model(ranks.layers(config.parallel.sequence))
+            self.model: Any = made
+            for name, parameter in made.named_parameters():
                 if scale is not None and scale(name) == 0:
                     self.frozen[name] = parameter.requires_grad_(False)
-            return self.model
+            return made
 
         def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
             if config.compiles(ranks.device.type):
@@ -88,17 +93,6 @@ class Engine:
         self.parameters, self.optimizer = self.zero.parameters, self.zero.optimizer
         if isinstance(self.optimizer, WholeOptimizer):
             self._lay_out(self.optimizer)
-
-    @classmethod
-    def of_pretraining(
-        cls, config: PretrainConfig, vocab_size: int, ranks: Ranks, dtype: torch.dtype
-    ) -> Engine:
-        """The engine of a pretraining's encoder and heads."""
-
-        def make_model(layers: Layers) -> nn.Module:
-            return PretrainingModel(config.model, vocab_size, layers, config.train.activation_checkpointing)
-
-        return cls(config, config.model, vocab_size, ranks, dtype, make_model)
 
     # ------------------------------------------------------------------------------------- training
 
@@ -296,3 +290,14 @@ class Engine:
         if dim is not None:
             shape[dim] *= self.ranks.tensor
         return shape
+
+
+def pretraining_engine(
+    config: PretrainConfig, vocab_size: int, ranks: Ranks, dtype: torch.dtype
+) -> Engine[PretrainConfig]:
+    """The engine of a pretraining's encoder and heads."""
+
+    def make_model(layers: Layers) -> nn.Module:
+        return PretrainingModel(config.model, vocab_size, layers, config.train.activation_checkpointing)
+
+    return Engine(config, config.model, vocab_size, ranks, dtype, make_model)

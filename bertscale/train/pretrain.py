@@ -27,7 +27,7 @@ from bertscale.tokenizer import load_tokenizer
 from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
-from bertscale.train.engine import Engine
+from bertscale.train.engine import Engine, pretraining_engine
 from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
 from bertscale.train.objectives import Counts, mean_losses
@@ -80,7 +80,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             ranks.say(f"already pretrained: {checkpoint.folder} is the end of {schedule.text}")
             return 0
     start = saved = sound = done = checkpoint.step if checkpoint else 0
-    engine = Engine.of_pretraining(config, tokenizer.vocab_size, ranks, dtype)
+    engine = pretraining_engine(config, tokenizer.vocab_size, ranks, dtype)
     if checkpoint is not None:
         engine.resume(checkpoint)
     else:
@@ -186,7 +186,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, loader: Loader, samples: int, done: int) -> dict[str, float]:
+def evaluate(engine: Engine[PretrainConfig], loader: Loader, samples: int, done: int) -> dict[str, float]:
     """Mean losses and accuracies of held-out documents, always over the same masked samples."""
     ranks = engine.ranks
     engine.model.eval()
@@ -206,7 +206,7 @@ def evaluate(engine: Engine, loader: Loader, samples: int, done: int) -> dict[st
 
 
 def save(
-    engine: Engine,
+    engine: Engine[PretrainConfig],
     step: int,
     data: list[Dataset],
     schedule: TrainingSchedule,

@@ -17,7 +17,7 @@ from bertscale.train.parallel import seed_dropout
 
 
 def global_step(
-    engine: Engine,
+    engine: Engine[Any],
     micro_batches: Sequence[Any],
     loss_of: Callable[[Any, Any], tuple[Tensor, Tensor]],
     *,
@@ -52,7 +52,7 @@ def global_step(
 
 
 def train_step(
-    engine: Engine,
+    engine: Engine[PretrainConfig],
     micro_batches: Sequence[MicroBatch],
     counts: Counts,
     *,
@@ -63,7 +63,6 @@ def train_step(
     """Trains a global step of a pretraining; `counts` are those of the whole global batch, the rest is as of
     `global_step`. Returns this rank's sums over all micro-batches."""
     config = engine.config
-    assert isinstance(config, PretrainConfig)
 
     def loss_of(sums: LossSums, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         return training_loss(config.objectives, sums, counts), torch.stack(sums)

@@ -179,7 +179,7 @@ def _job(
     of_site: dict[str, Any] = {key: getattr(site, key) for key in OF_SITE}
     of_site |= {key: tuple(getattr(site, key)) for key in LISTS_OF_SITE}
     trains = isinstance(config, PretrainConfig | FinetuneConfig)
-    launch = config.launch if trains else LaunchConfig.model_validate({})
+    launch = config.launch if isinstance(config, PretrainConfig | FinetuneConfig) else LaunchConfig()
     spec = JobSpec(
         stage=kind,
         name=name,
@@ -248,7 +248,9 @@ def _inputs(job: StageJob) -> list[str]:
     if isinstance(config, PretrainConfig):
         return [corpus.path for corpus in config.corpora]
     if isinstance(config, FinetuneConfig):
-        return [config.encoder, config.data.train, config.data.test]
+        data = config.data
+        held_out = [path for path in (data.dev, data.test) if path is not None]
+        return [config.source, *(file.path for file in data.training_files), *held_out]
     assert job.source is not None
     return [job.source]
 
