@@ -224,6 +224,10 @@ def test_folders_without_a_task_model_are_one_line(tokenizer: Tokenizer, tmp_pat
     with pytest.raises(UserError, match=r"none is no task model: it has no config\.json"):
         open_task_model(tmp_path / "none")
     written(tmp_path / "model", "bert", "regression", tokenizer)
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer\.model, tokenizer\.json or vocab\.txt"):
+        open_task_model(tmp_path / "model").digest()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"{}")
     with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
         open_task_model(tmp_path / "model")

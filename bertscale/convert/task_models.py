@@ -78,6 +78,7 @@ def write_task_model(
     `tensors`: native names and whole float32 values on the CPU, in the order of `TaskModel`'s parameters;
     one is in memory at a time. `max_length` and `facts` (JSON values) are read back as `TaskWeights.facts`.
     """
+    assert len(labels) == (head.outputs if head.kind in LABELLED else 0)
 
     def named(name: str, value: Tensor) -> dict[str, Tensor]:
         return to_task(name, value, model, vocab_size, head.kind)
