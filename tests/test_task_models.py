@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_convert import write_checkpoint
+from test_damaged_files import damage, header_edit, json_edit
 from test_heads import FAMILIES, KINDS, OUTPUTS, SIZES, head_of, random_model, sizes_of
 from torch import Tensor
 
@@ -193,6 +194,7 @@ def read_all(folder: Path) -> dict[str, Tensor]:
         ({"problem_type": "regression"}, "has a head with 5 outputs, and regression needs 1; save"),
         ({"problem_type": "other"}, "problem_type='other': input should be"),
         ({"bertscale": "no"}, "bertscale='no': input should be a valid dictionary"),
+        ({"bertscale": {"max_length": 0}}, "bertscale.max_length=0: input should be greater than"),
     ],
 )
 def test_a_config_of_something_else_is_one_line(
@@ -224,6 +226,10 @@ def test_folders_without_a_task_model_are_one_line(tokenizer: Tokenizer, tmp_pat
     with pytest.raises(UserError, match=r"none is no task model: it has no config\.json"):
         open_task_model(tmp_path / "none")
     written(tmp_path / "model", "bert", "regression", tokenizer)
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer\.model, tokenizer\.json or vocab\.txt"):
+        open_task_model(tmp_path / "model").digest()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"{}")
     with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
         open_task_model(tmp_path / "model")
@@ -241,6 +247,25 @@ def test_an_electra_with_embeddings_of_another_width_is_refused(tokenizer: Token
             UserError, match="embedding_size=18; this version reads an electra with embedding"
         ):
             opened(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
+@pytest.mark.parametrize("family", ["modern mean", "electra"])
+def test_damaged_files_are_one_line(
+    family: str, kind: TaskKind, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    written(tmp_path / "model", family, kind, tokenizer)
+
+    def read() -> Any:
+        encoder = open_encoder(tmp_path / "model")
+        assert all(len(encoder.tensor(name)) for name in encoder.names)
+        weights = open_task_model(tmp_path / "model")
+        assert weights.max_length > 0
+        assert json.dumps(weights.facts)
+        return {name: weights.tensor(name).tolist() for name in weights.names}
+
+    assert damage(tmp_path / "model" / "config.json", read, json_edit, 60) > 10
+    assert damage(tmp_path / "model" / "model.safetensors", read, header_edit, 30) > 20
 
 
 # ------------------------------------------------------------------------------------------------ encoders

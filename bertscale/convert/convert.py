@@ -24,6 +24,7 @@ from bertscale.convert.electra import CLASSES, check_exportable, electra_config,
 from bertscale.convert.hf_folder import (
     WEIGHTS,
     HuggingFaceFolder,
+    tokenizer_of,
     write_config,
     write_tokenizer,
 )
@@ -42,7 +43,7 @@ from bertscale.files import whole_folder
 from bertscale.model.layers import Layers
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.run_folder import TABLE
-from bertscale.tokenizer import find_tokenizer, load_tokenizer
+from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import Checkpoint, open_checkpoint, stream_tensors, write_whole
 
 LARGEST_DIFFERENCE = 1e-3  # of logits in float32, computed in another order
@@ -142,10 +143,7 @@ def convert(source: Path, output: Path, show: bool, replace: bool = False) -> No
     conversion has written, unless `replace` allows to delete it (`output.check_output`).
     """
     weights = open_weights(source)
-    if not find_tokenizer(weights.folder).is_file():
-        raise UserError(
-            f"{weights.folder} holds no tokenizer.model, tokenizer.json or vocab.txt; put its tokenizer there"
-        )
+    tokenizer_of(weights.folder)
     digest = weights.digest()
     if is_output_of(output, digest):
         print(f"already converted: {output} is {weights.folder}")
@@ -226,7 +224,7 @@ def export(weights: Weights, output: Path) -> None:
 
 def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
     """Writes a checkpoint of whole weights, one rank, no optimizer state; says what it lacks."""
-    tokenizer = find_tokenizer(weights.folder)
+    tokenizer = tokenizer_of(weights.folder)
     table = {
         "model": weights.model.model_dump(),
         "vocab_size": weights.vocab_size,

@@ -80,8 +80,18 @@ class HuggingFaceFolder:
 
     def digest(self) -> str:
         """One of the digests of config, weights and tokenizer."""
-        files = (self.origin, self.folder / WEIGHTS, find_tokenizer(self.folder))
+        files = (self.origin, self.folder / WEIGHTS, tokenizer_of(self.folder))
         return "-".join(file_digest(file) for file in files)
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """Returns the path of the folder's tokenizer. Raises UserError where it has none."""
+    path = find_tokenizer(folder)
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no tokenizer.model, tokenizer.json or vocab.txt; put its tokenizer there"
+        )
+    return path
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

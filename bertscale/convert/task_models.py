@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
 from bertscale.config.examples import TaskKind
-from bertscale.config.table import Table, check_table, damaged, parse_object
+from bertscale.config.table import Size, Table, check_table, damaged, parse_object
 from bertscale.convert.hf_folder import (
     CONFIG_FILE,
     WEIGHTS,
@@ -78,6 +78,7 @@ def write_task_model(
     `tensors`: native names and whole float32 values on the CPU, in the order of `TaskModel`'s parameters;
     one is in memory at a time. `max_length` and `facts` (JSON values) are read back as `TaskWeights.facts`.
     """
+    assert len(labels) == (head.outputs if head.kind in LABELLED else 0)
 
     def named(name: str, value: Tensor) -> dict[str, Tensor]:
         return to_task(name, value, model, vocab_size, head.kind)
@@ -129,6 +130,12 @@ def dropout_key(model: ModelConfig, kind: TaskKind) -> str:
 # ------------------------------------------------------------------------------------------- reading
 
 
+class _Facts(Table):
+    """What this room reads of our own facts."""
+
+    max_length: Size | None = None
+
+
 class _TaskConfig(Table):
     """The keys of a task model's config.json that are read here; `read_config` checks the encoder's."""
 
@@ -140,7 +147,7 @@ class _TaskConfig(Table):
     classifier_pooling: Literal["cls", "mean"] = "cls"
     classifier_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     summary_last_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    bertscale: dict[str, Any] | None = None
+    bertscale: _Facts | None = None
 
 
 class TaskWeights(HuggingFaceFolder):
@@ -155,7 +162,7 @@ class TaskWeights(HuggingFaceFolder):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         given = check_table(_TaskConfig, self.config, self.origin, REMEDY)
-        self.facts: dict[str, Any] = given.bertscale or {}
+        self.facts: dict[str, Any] = self.config.get(FACTS) or {}
         suffix = next((suffix for suffix in SUFFIXES.values() if given.architectures[0].endswith(suffix)), "")
         if not suffix:
             raise UserError(
@@ -195,8 +202,8 @@ class TaskWeights(HuggingFaceFolder):
     @property
     def max_length(self) -> int:
         """The longest sample, in tokens, that the model was fine-tuned for; else that it takes."""
-        longest = self.facts.get("max_length")
-        return longest if isinstance(longest, int) else self.model.max_position_embeddings
+        longest: int | None = self.facts.get("max_length")
+        return min(longest or self.model.max_position_embeddings, self.model.max_position_embeddings)
 
     def tensor(self, name: str) -> Tensor:
         """Returns the native parameter `name`, float32; raises UserError where it is missing or misshapen."""
