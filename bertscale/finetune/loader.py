@@ -70,10 +70,10 @@ class TaskLoader:
         # Units whose number of repeats has the same fraction, and how many of them an epoch has once more.
         alike = [(share, np.flatnonzero(rest == share)) for share in np.unique(rest)]
         self.partly = [(units, round(share * len(units))) for share, units in alike]
-        self.epoch_units = int(self.whole.sum()) + sum(more for _, more in self.partly)
+        self.epoch_units: int = int(self.whole.sum()) + sum(more for _, more in self.partly)
         if not self.epoch_units:
             raise UserError("the weights of data.train leave no example in an epoch; give a larger weight")
-        self.epoch_steps = -(-self.epoch_units // global_batch)
+        self.epoch_steps: int = -(-self.epoch_units // global_batch)
         self._order: tuple[int, Ints] = (-1, np.empty(0, np.int64))
 
     @property

@@ -78,7 +78,8 @@ class Engine(Generic[AnyConfig]):
             self.model: Any = made
             for name, parameter in made.named_parameters():
                 if scale is not None and scale(name) == 0:
-                    self.frozen[name] = parameter.requires_grad_(False)
+                    parameter.requires_grad = False
+                    self.frozen[name] = parameter
             return made
 
         def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
