@@ -337,6 +337,9 @@ def score(arguments: list[str]) -> int:
     parser.add_argument(
         "--label", metavar="COLUMN", default="label", help="classification: column in GOLD (%(default)s)."
     )
+    parser.add_argument(
+        "--salvage", action="store_true", help="squad: take the whole articles of a GOLD that is cut off."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(arguments)
 
@@ -349,6 +352,7 @@ def score(arguments: list[str]) -> int:
         no_answer=options.no_answer,
         chinese=options.chinese,
         label=int(options.label) if options.label.isdecimal() else options.label,
+        salvage=options.salvage,
         say=lambda line: print(line, file=sys.stderr),
     )
     if options.json:

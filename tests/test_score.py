@@ -101,6 +101,18 @@ def test_predictions_that_do_not_fit(tmp_path: Path, gold: Path, predictions: An
         score_files("squad", gold, write(tmp_path / "p.json", predictions))
 
 
+def test_gold_that_is_cut_off(tmp_path: Path, gold: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = gold.read_text()
+    gold.write_text(text[:-2] + ', {"title": "B", "para')
+    path = write(tmp_path / "p.json", {"1": "cat", "2": "", "3": "Paris"})
+    assert main(["score", "squad", str(gold), str(path)]) == 2
+    assert "after 1 whole article, the last one 'A'" in capsys.readouterr().err
+    assert main(["score", "squad", str(gold), str(path), "--salvage"]) == 0
+    output = capsys.readouterr()
+    assert "f1                      1.0000" in output.out
+    assert "takes the 1 whole article" in output.err
+
+
 def test_gold_without_answers(tmp_path: Path) -> None:
     rows = lines(tmp_path / "gold.jsonl", {"id": "1", "question": "?", "context": "a"})
     with pytest.raises(UserError, match="it has no answers"):

@@ -233,7 +233,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, form: str) -> None:
     assert message.startswith(f"{path} is cut off at line 1, character ")
     assert message.endswith(
         "after 2 whole articles, the last one 'B'; get a whole copy of the file, or take the whole articles "
-        "with data.salvage=true"
+        "with data.salvage=true (`bertscale score`: --salvage)"
     )
     said: list[str] = []
     examples, broken = read(path, said, salvage=True)

@@ -34,15 +34,16 @@ def score_files(
     no_answer: str | Path | None = None,
     chinese: bool | None = None,
     label: str | int = "label",
+    salvage: bool = False,
     say: Say = print,
 ) -> dict[str, float]:
     """Returns the figures of `predictions`; raises UserError, in one line, for files that do not go together.
 
     Of squad `no_answer` is a file {id: how likely there is no answer}, and `chinese` says by which rules, by
-    default by the gold answers. Of classification `label` is the column of the gold labels.
+    default by the gold answers; `salvage` takes the whole articles of a file that is cut off. Of classification `label` is the column of the gold labels.
     """
     if kind == "squad":
-        return _score_squad(str(gold), str(predictions), no_answer, chinese, say)
+        return _score_squad(str(gold), str(predictions), no_answer, chinese, salvage, say)
     return _score_classification(str(gold), str(predictions), label, say)
 
 
@@ -50,9 +51,9 @@ def score_files(
 
 
 def _score_squad(
-    gold: str, predictions: str, no_answer: str | Path | None, chinese: bool | None, say: Say
+    gold: str, predictions: str, no_answer: str | Path | None, chinese: bool | None, salvage: bool, say: Say
 ) -> dict[str, float]:
-    answers = _gold_answers(gold)
+    answers = _gold_answers(gold, salvage, say)
     given = _predicted_answers(predictions)
     known = {identity for identity, _ in answers}
     _check_ids(given, known, predictions, gold)
@@ -80,10 +81,10 @@ def _score_squad(
     )
 
 
-def _gold_answers(path: str) -> list[tuple[str, list[str]]]:
+def _gold_answers(path: str, salvage: bool, say: Say) -> list[tuple[str, list[str]]]:
     """The id and the right answers of each question; where they stand in the context plays no part."""
     answers: list[tuple[str, list[str]]] = []
-    for asked in asked_questions(path, ExamplesConfig(train=path)):
+    for asked in asked_questions(path, ExamplesConfig(train=path, salvage=salvage), say):
         if isinstance(asked, BrokenRow):
             raise UserError(f"{asked.place}: {asked.reason}")
         if asked.answers is None:
