@@ -39,8 +39,9 @@ def score_files(
 ) -> dict[str, float]:
     """Returns the figures of `predictions`; raises UserError, in one line, for files that do not go together.
 
-    Of squad `no_answer` is a file {id: how likely there is no answer}, and `chinese` says by which rules, by
-    default by the gold answers; `salvage` takes the whole articles of a file that is cut off. Of classification `label` is the column of the gold labels.
+    Of squad `no_answer` is a file {id: how likely there is no answer}, `chinese` says by which rules, by
+    default by the gold answers, and `salvage` takes the whole articles of a file that is cut off. Of
+    classification `label` is the column of the gold labels.
     """
     if kind == "squad":
         return _score_squad(str(gold), str(predictions), no_answer, chinese, salvage, say)
