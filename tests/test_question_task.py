@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from bertscale.config import UserError
@@ -40,7 +42,9 @@ def encoding(**values: int | str) -> EncodingConfig:
     return EncodingConfig.model_validate(values)
 
 
-def logits_for(samples: Samples, scores: dict[tuple[int, int], tuple[float, float]]) -> np.ndarray:
+def logits_for(
+    samples: Samples, scores: dict[tuple[int, int], tuple[float, float]]
+) -> npt.NDArray[np.float32]:
     """Scores of -5 but for those given: (sample, token of it) -> (begin, end)."""
     logits = np.full((len(samples.tokens), 2), -5.0, np.float32)
     for (sample, token), pair in scores.items():
@@ -118,7 +122,7 @@ def test_questions_without_known_answers_have_no_targets(letters: Tokenizer) -> 
 
 @pytest.mark.parametrize("blank", ["question", "context"])
 def test_nothing_left_of_a_text_is_told_with_its_place(letters: Tokenizer, blank: str) -> None:
-    values = {"context": "a b", "question": "q", blank: "\u00ad"}
+    values: dict[str, Any] = {"context": "a b", "question": "q", blank: "\u00ad"}
     with pytest.raises(UserError, match=f"here: the tokenizer leaves nothing of the {blank}"):
         QuestionTask(False).encode([example(**values)], letters, encoding())
 
@@ -237,6 +241,7 @@ def test_figures_with_a_threshold(letters: Tokenizer) -> None:
     predictions = task.predict(examples, samples, logits)
     figures = task.score(examples, predictions)
     assert (figures["exact_match"], figures["no_answer_f1"], figures["has_answer_f1"]) == (0.5, 1, 0)
-    assert (figures["best_f1"], figures["best_threshold"]) == (1.0, pytest.approx(2))
+    assert figures["best_f1"] == 1.0
+    assert figures["best_threshold"] == pytest.approx(2)
     better = QuestionTask(True, threshold=figures["best_threshold"])
     assert better.score(examples, better.predict(examples, samples, logits))["f1"] == 1.0

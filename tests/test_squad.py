@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def read(
     path: Path, said: list[str] | None = None, **keys: Any
 ) -> tuple[list[QuestionExample], list[dict[str, Any]]]:
     data = ExamplesConfig.model_validate({"train": str(path), **keys})
-    return read_questions(str(path), data, [].append if said is None else said.append)
+    return read_questions(path, data, (said if said is not None else []).append)
 
 
 def write(path: Path, *articles: dict[str, Any]) -> Path:
@@ -74,7 +75,7 @@ def test_compressed_and_with_a_byte_order_mark(tmp_path: Path, ending: str) -> N
     content = (
         b"\xef\xbb\xbf" + write(tmp_path / "a.json", article("Lamb", asked("1", ("Mary", 0)))).read_bytes()
     )
-    compress = {
+    compress: dict[str, Callable[[bytes], bytes]] = {
         "": bytes,
         ".gz": gzip.compress,
         ".bz2": bz2.compress,
@@ -232,7 +233,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, form: str) -> None:
     assert message.startswith(f"{path} is cut off at line 1, character ")
     assert message.endswith(
         "after 2 whole articles, the last one 'B'; get a whole copy of the file, or take the whole articles "
-        "with data.salvage=true"
+        "with data.salvage=true (`bertscale score`: --salvage)"
     )
     said: list[str] = []
     examples, broken = read(path, said, salvage=True)

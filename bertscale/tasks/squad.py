@@ -313,7 +313,9 @@ def _salvaged(
     before = count + (f", the last one {last!r}" if last else "")
     if not data.salvage or not articles:
         remedy = "get a whole copy of the file" + (
-            ", or take the whole articles with data.salvage=true" if articles else ""
+            ", or take the whole articles with data.salvage=true (`bertscale score`: --salvage)"
+            if articles
+            else ""
         )
         raise UserError(f"{name} {where}, after {before}; {remedy}")
     say(f"{name} {where}; data.salvage takes the {before}")
