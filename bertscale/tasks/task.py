@@ -30,6 +30,11 @@ class Example:
     place: str  # file and line, for messages
     row: dict[str, Any] = field(default_factory=dict, repr=False)  # its columns as read, for predictions
 
+    @property
+    def content(self) -> tuple[str, ...]:
+        """The texts that must not lie in training and dev examples alike."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextExample(Example):
@@ -37,6 +42,10 @@ class TextExample(Example):
 
     texts: tuple[str, ...]  # one or two, as they stand in the file
     target: str | tuple[str, ...] | float | None
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        return self.texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,10 @@ class ChoiceExample(Example):
     options: tuple[str, ...]
     target: int | None  # number of the right option, from 0
 
+    @property
+    def content(self) -> tuple[str, ...]:
+        return (self.text, *self.options)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenExample(Example):
@@ -55,6 +68,10 @@ class TokenExample(Example):
     text: str
     words: Spans  # ascending, not empty, not overlapping
     tags: tuple[str, ...] | None  # of each word
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        return (self.text,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +83,10 @@ class QuestionExample(Example):
     context: str
     answers: tuple[tuple[str, int], ...]  # text and first character in the context; none: no answer there
     known: bool = True  # whether answers are given; False for questions that are only to be answered
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        return (self.context,)
 
 
 AnyExample = TypeVar("AnyExample", bound=Example)
@@ -169,6 +190,10 @@ class Task(ABC, Generic[AnyExample]):
     ) -> dict[str, float]:
         """Returns the figures of the predictions, each between -1 and 1."""
 
+    def label_counts(self, examples: Sequence[AnyExample]) -> dict[str, int]:
+        """Counts the examples of each label, of all the task's labels; empty where it has none."""
+        return {}
+
 
 @dataclass(frozen=True)
 class TaskData(Generic[AnyExample]):
@@ -180,3 +205,4 @@ class TaskData(Generic[AnyExample]):
     dev: list[AnyExample]
     test: list[AnyExample]
     broken: list[dict[str, Any]]  # rows that were left out: {"place", "reason", "row"}
+    notes: list[str] = field(default_factory=list)  # what the start says of the files

@@ -1,0 +1,349 @@
+"""Tasks of one text or a pair: classification, several labels at once (multi_label), and regression.
+
+    task = text_task("classification", ["entailment", "neutral", "contradiction"])
+    samples = task.encode(examples, tokenizer, encoding)
+    figures = task.score(examples, task.predict(examples, samples, logits))
+
+A pair that is too long loses tokens of its longer text, as in the tokenizers of Hugging Face
+(`longest_first`). With `long_texts=windows` a single text, or the second one of a pair, becomes several
+samples that overlap, each with the target of the example; a prediction is made of the mean of their logits.
+
+N samples, E examples, C labels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from bertscale.config import UserError
+from bertscale.config.examples import EncodingConfig, TaskKind
+from bertscale.tasks.figures import (
+    average_precision,
+    correlation,
+    matthews,
+    mean_by_example,
+    precision_recall_f1,
+    ranks,
+    softmax,
+    table_of_labels,
+)
+from bertscale.tasks.task import Floats, Ints, Samples, Task, TextExample, lay_out
+from bertscale.tokenizer import Tokenizer
+
+Predictions = Sequence[dict[str, Any]]
+
+
+def text_task(kind: TaskKind, labels: list[str]) -> TextTask:
+    """Returns the task of a kind of texts; `labels` are those of its outputs, none for regression."""
+    match kind:
+        case "classification":
+            return ClassificationTask(labels)
+        case "multi_label":
+            return MultiLabelTask(labels)
+        case "regression":
+            return RegressionTask(labels)
+    raise ValueError(f"{kind} is no kind of task whose examples are a text or a pair")
+
+
+class TextTask(Task[TextExample]):
+    """What the three kinds have in common."""
+
+    def __init__(self, labels: list[str]) -> None:
+        self.labels = labels
+        self.numbers = {label: number for number, label in enumerate(labels)}
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels)
+
+    def encode(
+        self, examples: Sequence[TextExample], tokenizer: Tokenizer, encoding: EncodingConfig
+    ) -> Samples:
+        parts = encode_texts([list(example.texts) for example in examples], tokenizer)
+        sequences: list[tuple[Sequence[int], Sequence[int] | None]] = []
+        numbers: list[int] = []
+        cut = 0
+        for number, (example, ids) in enumerate(zip(examples, parts, strict=True)):
+            if not all(ids):
+                raise UserError(f"{example.place}: a text of which the tokenizer leaves nothing")
+            if encoding.long_texts == "windows":
+                made, lost = windows_of(ids, encoding.max_length, encoding.overlap)
+            else:
+                made, lost = cut_to(ids, encoding.max_length)
+            sequences += made
+            numbers += [number] * len(made)
+            cut += lost
+        targets = None
+        if all(example.target is not None for example in examples):
+            targets = self.targets(examples)[numbers]
+        return lay_out(sequences, numbers, targets, tokenizer, cut=cut)
+
+    def targets(self, examples: Sequence[TextExample]) -> npt.NDArray[Any]:
+        """Returns the target of each example as a row of an array, see `Samples`; all must be known."""
+        raise NotImplementedError
+
+    def number(self, label: str, place: str) -> int:
+        """Returns the number of a label; raises UserError, with the place, if the task has none."""
+        if label not in self.numbers:
+            raise UserError(f"{place}: the label {label!r} is none of {', '.join(map(repr, self.labels))}")
+        return self.numbers[label]
+
+    def majority(self, train: Sequence[TextExample], examples: Sequence[TextExample]) -> dict[str, float]:
+        """Returns the figures of one answer for all `examples`: the most frequent, or mean, of `train`."""
+        return self.score(examples, [self.usual(train)] * len(examples))
+
+    def usual(self, train: Sequence[TextExample]) -> dict[str, Any]:
+        """Returns the prediction of who knows nothing but the targets of the training examples."""
+        raise NotImplementedError
+
+    def confusion(
+        self, examples: Sequence[TextExample], predictions: Predictions
+    ) -> tuple[list[str], Ints] | None:
+        """Returns the labels, and how many examples of each (row) were taken for each (column); [C, C]."""
+        return None
+
+    def per_label(self, examples: Sequence[TextExample], predictions: Predictions) -> list[dict[str, Any]]:
+        """Returns a row for each label: label, precision, recall, f1, support (examples that have it)."""
+        return []
+
+
+# ------------------------------------------------------------------------------------------- three kinds
+
+
+class ClassificationTask(TextTask):
+    """Exactly one label of each example."""
+
+    kind: ClassVar[TaskKind] = "classification"
+
+    @property
+    def metric(self) -> str:
+        return "accuracy"
+
+    def targets(self, examples: Sequence[TextExample]) -> Ints:
+        return np.array([self.number(str(e.target), e.place) for e in examples], np.int64)
+
+    def predict(
+        self, examples: Sequence[TextExample], samples: Samples, logits: Floats
+    ) -> list[dict[str, Any]]:
+        scores = mean_by_example(samples, logits)
+        best = scores.argmax(1).tolist()
+        return [
+            {
+                "label": self.labels[label],
+                "probability": row[label],
+                "probabilities": dict(zip(self.labels, row, strict=True)),
+            }
+            for label, row in zip(best, softmax(scores).tolist(), strict=True)
+        ]
+
+    def score(self, examples: Sequence[TextExample], predictions: Predictions) -> dict[str, float]:
+        matrix = self._counts(examples, predictions)
+        right = matrix.diagonal()
+        _, _, f1 = precision_recall_f1(right, matrix.sum(0), matrix.sum(1))
+        seen = (matrix.sum(0) + matrix.sum(1)) > 0  # as scikit-learn: the labels that occur
+        accuracy = float(right.sum() / matrix.sum())
+        figures = {"accuracy": accuracy, "macro_f1": float(f1[seen].mean()), "micro_f1": accuracy}
+        if len(self.labels) == 2:
+            figures["f1"] = float(f1[1])
+        return {**figures, "matthews": matthews(matrix)}
+
+    def label_counts(self, examples: Sequence[TextExample]) -> dict[str, int]:
+        counts = Counter(example.target for example in examples)
+        return {label: counts[label] for label in self.labels}
+
+    def usual(self, train: Sequence[TextExample]) -> dict[str, Any]:
+        counts = self.label_counts(train)
+        return {
+            "label": max(counts, key=counts.__getitem__),
+            "probabilities": {label: count / len(train) for label, count in counts.items()},
+        }
+
+    def confusion(
+        self, examples: Sequence[TextExample], predictions: Predictions
+    ) -> tuple[list[str], Ints] | None:
+        return self.labels, self._counts(examples, predictions)
+
+    def per_label(self, examples: Sequence[TextExample], predictions: Predictions) -> list[dict[str, Any]]:
+        matrix = self._counts(examples, predictions)
+        return table_of_labels(self.labels, matrix.diagonal(), matrix.sum(0), matrix.sum(1))
+
+    def _counts(self, examples: Sequence[TextExample], predictions: Predictions) -> Ints:
+        truth = self.targets(examples)
+        said = np.array([self.numbers[prediction["label"]] for prediction in predictions], np.int64)
+        size = len(self.labels)
+        return np.bincount(truth * size + said, minlength=size * size).reshape(size, size)  # [C, C]
+
+
+class MultiLabelTask(TextTask):
+    """Any number of labels of each example, none as well."""
+
+    kind: ClassVar[TaskKind] = "multi_label"
+
+    @property
+    def metric(self) -> str:
+        return "micro_f1"
+
+    def targets(self, examples: Sequence[TextExample]) -> Floats:
+        return self._matrix([labels_of(example) for example in examples], [e.place for e in examples])
+
+    def predict(
+        self, examples: Sequence[TextExample], samples: Samples, logits: Floats
+    ) -> list[dict[str, Any]]:
+        scores = mean_by_example(samples, logits)
+        probabilities = 1 / (1 + np.exp(-np.clip(scores, -700, 700)))
+        return [
+            {
+                "labels": [label for label, p in zip(self.labels, row, strict=True) if p >= 0.5],
+                "probabilities": dict(zip(self.labels, row, strict=True)),
+            }
+            for row in probabilities.tolist()
+        ]
+
+    def score(self, examples: Sequence[TextExample], predictions: Predictions) -> dict[str, float]:
+        truth, right, said = self._counts(examples, predictions)
+        _, _, f1 = precision_recall_f1(right, said, truth.sum(0))
+        _, _, micro = precision_recall_f1(right.sum(), said.sum(), truth.sum())
+        exact = [
+            set(labels_of(example)) == set(prediction["labels"])
+            for example, prediction in zip(examples, predictions, strict=True)
+        ]
+        given = [[prediction["probabilities"][label] for label in self.labels] for prediction in predictions]
+        probabilities = np.array(given, np.float64).reshape(truth.shape)
+        return {
+            "micro_f1": float(micro),
+            "macro_f1": float(f1.mean()),
+            "exact_match": float(np.mean(exact)),
+            **average_precision(truth, probabilities),
+        }
+
+    def label_counts(self, examples: Sequence[TextExample]) -> dict[str, int]:
+        counts = Counter(label for example in examples for label in labels_of(example))
+        return {label: counts[label] for label in self.labels}
+
+    def usual(self, train: Sequence[TextExample]) -> dict[str, Any]:
+        counts = self.label_counts(train)
+        return {
+            "labels": [max(counts, key=counts.__getitem__)],
+            "probabilities": {label: count / len(train) for label, count in counts.items()},
+        }
+
+    def per_label(self, examples: Sequence[TextExample], predictions: Predictions) -> list[dict[str, Any]]:
+        truth, right, said = self._counts(examples, predictions)
+        return table_of_labels(self.labels, right, said, truth.sum(0))
+
+    def _counts(self, examples: Sequence[TextExample], predictions: Predictions) -> tuple[Ints, Ints, Ints]:
+        """Returns what is true [E, C], and of each label how often it was said rightly, and said at all."""
+        places = [example.place for example in examples]
+        truth = self.targets(examples).astype(np.int64)
+        said = self._matrix([prediction["labels"] for prediction in predictions], places).astype(np.int64)
+        return truth, (truth * said).sum(0), said.sum(0)
+
+    def _matrix(self, labels: Sequence[Sequence[str]], places: Sequence[str]) -> Floats:
+        matrix = np.zeros((len(labels), len(self.labels)), np.float32)
+        for row, (names, place) in enumerate(zip(labels, places, strict=True)):
+            matrix[row, [self.number(name, place) for name in names]] = 1
+        return matrix
+
+
+class RegressionTask(TextTask):
+    """A number for each example; it is learnt as it is."""
+
+    kind: ClassVar[TaskKind] = "regression"
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    @property
+    def metric(self) -> str:
+        return "pearson_spearman"  # their mean, which GLUE quotes for STS-B
+
+    def targets(self, examples: Sequence[TextExample]) -> Floats:
+        return np.array([example.target for example in examples], np.float32)
+
+    def predict(
+        self, examples: Sequence[TextExample], samples: Samples, logits: Floats
+    ) -> list[dict[str, Any]]:
+        return [{"score": score} for score in mean_by_example(samples, logits)[:, 0].tolist()]
+
+    def score(self, examples: Sequence[TextExample], predictions: Predictions) -> dict[str, float]:
+        truth = np.array([example.target for example in examples], np.float64)
+        said = np.array([prediction["score"] for prediction in predictions], np.float64)
+        pearson = correlation(truth, said)
+        spearman = correlation(ranks(truth), ranks(said))
+        both = (pearson + spearman) / 2
+        return {"pearson": pearson, "spearman": spearman, "pearson_spearman": both}
+
+    def usual(self, train: Sequence[TextExample]) -> dict[str, Any]:
+        return {"score": float(self.targets(train).mean())}
+
+
+# ------------------------------------------------------------------------------------------- texts to ids
+
+
+def encode_texts(texts: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Returns the ids of each text of each example, without special pieces."""
+    flat = iter(tokenizer.encode([tokenizer.normalize(text) for several in texts for text in several]))
+    return [[next(flat) for _ in several] for several in texts]
+
+
+Sequences = list[tuple[Sequence[int], Sequence[int] | None]]
+
+
+def cut_to(ids: Sequence[Sequence[int]], max_length: int) -> tuple[Sequences, bool]:
+    """Returns the sample of one text or a pair, cut to `max_length` tokens, and whether it was cut."""
+    if len(ids) == 1:
+        room = max_length - 2
+        return [(ids[0][:room], None)], len(ids[0]) > room
+    first, second = ids
+    room = max_length - 3
+    keep = longest_first(len(first), len(second), room)
+    return [(first[: keep[0]], second[: keep[1]])], len(first) + len(second) > room
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Returns how many tokens are kept of each text of a pair, `room` at most.
+
+    Of two texts that both have more than half of it each keeps half; a token that is over goes to the longer
+    one, or to the second. Formula of `truncate_encodings` in https://github.com/huggingface/tokenizers.
+    """
+    if first + second <= room:
+        return first, second
+    short, long = min(first, second), max(first, second)
+    if short > room // 2:
+        short = room // 2
+    long = room - short
+    return (long, short) if first > second else (short, long)
+
+
+def windows_of(ids: Sequence[Sequence[int]], max_length: int, overlap: int) -> tuple[Sequences, bool]:
+    """Returns samples that show all of the last text, neighbours sharing `overlap` of its tokens.
+
+    The first text of a pair is in each of them; where that leaves less than half of the room, and not enough,
+    it is cut, and the second value says so.
+    """
+    if sum(map(len, ids)) <= max_length - len(ids) - 1:
+        return cut_to(ids, max_length)
+    text = ids[-1]
+    room = max_length - len(ids) - 1
+    first: Sequence[int] = []
+    if len(ids) == 2:
+        first = ids[0][: max(room // 2, room - len(text))]
+        room -= len(first)
+    step = room - min(overlap, room // 2)
+    begins = range(0, max(len(text) - room + step, 1), step)
+    parts = [text[begin : begin + room] for begin in begins]
+    if len(ids) == 1:
+        return [(part, None) for part in parts], False
+    return [(first, part) for part in parts], len(first) < len(ids[0])
+
+
+def labels_of(example: TextExample) -> tuple[str, ...]:
+    """Returns the labels of an example of multi_label."""
+    assert isinstance(example.target, tuple)
+    return example.target
