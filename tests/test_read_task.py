@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
-from bertscale.tasks.describe import describe
-from bertscale.tasks.read import draw_dev, read_file, read_task_data, together
+from bertscale.tasks.read import describe, draw_dev, read_file, read_task_data, together
 from bertscale.tasks.task import TaskData, TextExample
 from bertscale.tasks.text_rows import find_labels
 from bertscale.tokenizer import load_tokenizer
