@@ -437,7 +437,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled examples -> task model", finetune),
-    "score": ("the figures of anybody's predictions, by the rules of the field", score),
+    "score": ("a file of predictions -> its figures: answers or labels, of any program", score),
     "bench": ("how fast a training config runs on this machine, and where its time goes", bench),
     "submit": ("any of these as a Slurm job: checked, frozen, queued, requeued, resumed", submit),
     "status": ("what is queued or running, how far, how fast, and why it waits", partial(ask, "status")),

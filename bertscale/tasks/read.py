@@ -10,7 +10,7 @@ the same texts, are on one side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
 from bertscale.tasks.choice import ChoiceTask
 from bertscale.tasks.rows import Row, column
-from bertscale.tasks.task import Example, Task, TaskData, TextExample
+from bertscale.tasks.task import Example, Samples, Task, TaskData, TextExample
 from bertscale.tasks.text_rows import check_labels, find_labels, read_text_examples
 from bertscale.tasks.texts import text_task
+
+SHOWN = 8  # labels of a set in the lines of the start, the most frequent ones
 
 
 @dataclass(frozen=True)
@@ -193,3 +195,55 @@ def _group_of(example: Example, data: ExamplesConfig) -> str:
     numbered = isinstance(data.group, int) and str(data.group) not in example.row
     value = column(Row(example.place, example.row, numbered), data.group, "data.group")
     return example.place if value is None else str(value)  # of a row without a group: it is one of its own
+
+
+# ------------------------------------------------------------------------------- what the start says
+
+
+def describe(data: TaskData[Any], samples: Mapping[str, Samples], max_length: int) -> list[str]:
+    """Returns lines of text; `samples` are those of "train", "dev" and "test", as far as they are made."""
+    sets: dict[str, list[Any]] = {"train": data.train, "dev": data.dev, "test": data.test}
+    lines = list(data.notes)
+    for name, examples in sets.items():
+        if examples:
+            lines.append(f"{name}: {_examples(data.task, examples)}")
+            if name in samples:
+                lines.append(f"{name}: {_samples(samples[name], len(examples), max_length)}")
+    lines += [
+        f"warning: no training example has the label {label!r}; the model will not learn it"
+        for label, count in data.task.label_counts(data.train).items()
+        if not count and data.task.labels
+    ]
+    train = {plain_content(example) for example in data.train}
+    for name in ("dev", "test"):
+        alike = sum(plain_content(example) in train for example in sets[name])
+        if alike:
+            lines.append(
+                f"warning: {_count(alike, len(sets[name]))} of the {name} examples have the texts of a "
+                "training example: figures on them flatter"
+            )
+    return lines
+
+
+def _examples(task: Task[Any], examples: Sequence[Example]) -> str:
+    counts = task.label_counts(examples)
+    if not counts:
+        return f"{len(examples):,} examples"
+    frequent = sorted(counts, key=lambda label: -counts[label])[:SHOWN]
+    shown = ", ".join(f"{label} {counts[label]:,}" for label in frequent)
+    more = f", and {len(counts) - SHOWN:,} more" if len(counts) > SHOWN else ""
+    return f"{len(examples):,} examples; {shown}{more}"
+
+
+def _samples(samples: Samples, examples: int, max_length: int) -> str:
+    tokens = len(samples.tokens)
+    parts = [f"{tokens / len(samples):.1f} tokens in a sample"]
+    if len(samples) != examples:
+        parts.insert(0, f"{len(samples):,} samples")
+    parts.append(f"{_count(samples.cut, examples)} of the examples are cut at max_length={max_length}")
+    parts.append(f"{_count(samples.unknown, tokens)} of the tokens are unknown pieces")
+    return ", ".join(parts)
+
+
+def _count(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})" if part else "none"
