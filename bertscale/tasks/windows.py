@@ -31,7 +31,7 @@ def most_context(windows: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.bool
     context = np.full((len(windows), tokens), -1)
     for row, (begin, end) in zip(context, windows, strict=True):
         before = place[begin:end] - (begin if begin else -tokens)
-        behind = (end if end < tokens else 2 * tokens) - place[begin:end]
+        behind = (end - 1 if end < tokens else 2 * tokens) - place[begin:end]
         row[begin:end] = np.minimum(before, behind)
     owner = context.argmax(0)
     return [owner[begin:end] == number for number, (begin, end) in enumerate(windows)]
