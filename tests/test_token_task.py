@@ -225,7 +225,7 @@ class OnePieceEach(Tokenizer):
     )
 
 
-OnePieceEach.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+OnePieceEach.__abstractmethods__ = frozenset()
 
 
 @pytest.mark.parametrize("scheme", ["bio", "bioes", "bmes"])
