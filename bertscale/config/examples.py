@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -75,6 +76,11 @@ class ExamplesConfig(Section):
     )
     tokens: Column = Field("tokens", description="Column of the tokens (conll, or a list in other formats).")
     tags: Column = Field("tags", description="Column of the tags (conll: by default the last one).")
+    strip_tokens: str | None = Field(
+        None,
+        description="Regular expression of what is taken out of each token; [0-9]$ for Weibo NER, which has "
+        "the place in a word behind each character.",
+    )
     spans: Column | None = Field(
         None,
         description="Column of character spans in the text, [{start, end, label}, ...], in place of tags.",
@@ -100,6 +106,15 @@ class ExamplesConfig(Section):
     @classmethod
     def _check_encoding(cls, encoding: str) -> str:
         return check_encoding(encoding)
+
+    @field_validator("strip_tokens")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+        return pattern
 
     @field_validator("labels")
     @classmethod

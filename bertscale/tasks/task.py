@@ -116,6 +116,9 @@ class Samples:
     targets: npt.NDArray[Any] | None
     cut: int = 0  # examples that lost a part of their text
     unknown: int = 0  # tokens that are the unknown piece
+    # For tags: the words of its example that each token gives the tag of, the first and the one behind the
+    # last; none where the two are equal. Of a word in several windows, only one has a token that does.
+    words: Ints | None = None  # [T, 2]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -133,6 +136,7 @@ def lay_out(
     tokenizer: Tokenizer,
     *,
     cut: int = 0,
+    words: Ints | None = None,
 ) -> Samples:
     """Lays samples end to end: each is the ids of A and those of B, or None, without special pieces."""
     cls, sep = [tokenizer.cls_id], [tokenizer.sep_id]
@@ -146,9 +150,8 @@ def lay_out(
     tokens = np.fromiter((token for part in parts for token in part), np.int32, total)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     unknown = int((tokens == tokenizer.unk_id).sum())
-    return Samples(
-        tokens, starts, np.array(second, np.int64), np.array(example, np.int64), targets, cut, unknown
-    )
+    ints = np.array(second, np.int64), np.array(example, np.int64)
+    return Samples(tokens, starts, *ints, targets, cut, unknown, words)
 
 
 class Task(ABC, Generic[AnyExample]):
