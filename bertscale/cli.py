@@ -1,6 +1,6 @@
 """The `bertscale` command: reads the command line, checks the arguments and the config, starts the work.
 
-bertscale prep|pretrain|convert|finetune|bench|quickstart --help
+bertscale prep|pretrain|convert|finetune|score|bench|quickstart --help
 
 No large library is imported before the work begins, so that help texts and error messages come at once.
 Exit codes are those of bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import shlex
 import sys
 import tempfile
@@ -308,6 +309,61 @@ def finetune(arguments: list[str]) -> int:
     return 0
 
 
+def score(arguments: list[str]) -> int:
+    """bertscale score KIND GOLD PREDICTIONS [--no-answer FILE] [--chinese | --no-chinese] [--json]"""
+    parser = make_parser(
+        "score",
+        "Scores a file of predictions, of bertscale or of any other program, against the gold answers: "
+        "squad by the rules of SQuAD v1.1 and v2.0, or of CMRC 2018 where the answers are Chinese.",
+    )
+    parser.add_argument("kind", metavar="KIND", choices=["squad", "classification"], help="%(choices)s.")
+    parser.add_argument(
+        "gold", metavar="GOLD", help="SQuAD json, or a table: jsonl, json, csv, tsv, parquet."
+    )
+    parser.add_argument(
+        "predictions",
+        metavar="PREDICTIONS",
+        help="A json object {id: answer}, or a table: of answers with the columns id and answer, of labels "
+        "with a column predicted, prediction or label, matched by a column id or by order.",
+    )
+    parser.add_argument(
+        "--no-answer", metavar="FILE", help="squad: a json object {id: how likely there is no answer}."
+    )
+    parser.add_argument(
+        "--chinese",
+        action=argparse.BooleanOptionalAction,
+        help="squad: the rules for Chinese, or those for English (default: by the gold answers).",
+    )
+    parser.add_argument(
+        "--label", metavar="COLUMN", default="label", help="classification: column in GOLD (%(default)s)."
+    )
+    parser.add_argument(
+        "--salvage", action="store_true", help="squad: take the whole articles of a GOLD that is cut off."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    options = parser.parse_args(arguments)
+
+    from bertscale.tasks.score import score_files
+
+    figures = score_files(
+        options.kind,
+        options.gold,
+        options.predictions,
+        no_answer=options.no_answer,
+        chinese=options.chinese,
+        label=int(options.label) if options.label.isdecimal() else options.label,
+        salvage=options.salvage,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    if options.json:
+        print(json.dumps(figures, indent=2))
+        return 0
+    width = max(map(len, figures)) + 2
+    for name, value in figures.items():
+        print(f"{name:<{width}}{value:.4f}")
+    return 0
+
+
 def quickstart(arguments: list[str]) -> int:
     """bertscale quickstart [--run FOLDER] [--minutes M]"""
     from bertscale.quickstart import DEFAULT_RUN, MINUTES
@@ -352,6 +408,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled text -> classifier", finetune),
+    "score": ("a file of predictions -> its figures: answers or labels, of any program", score),
     "bench": ("how fast a training config runs on this machine, and where its time goes", bench),
     "submit": ("any of these as a Slurm job: checked, frozen, queued, requeued, resumed", submit),
     "status": ("what is queued or running, how far, how fast, and why it waits", partial(ask, "status")),

@@ -85,6 +85,16 @@ class ExamplesConfig(Section):
         None,
         description="Column of character spans in the text, [{start, end, label}, ...], in place of tags.",
     )
+    question: Column = Field("question", description="Column of the question, for question_answering.")
+    context: Column = Field("context", description="Column of the text that the answer stands in.")
+    answers: Column = Field(
+        "answers",
+        description="Column of the answers: {text: [...], answer_start: [...]}, or a list of {text, "
+        "answer_start}.",
+    )
+    salvage: bool = Field(
+        False, description="Whether the whole articles of a SQuAD file that is cut off are taken."
+    )
     broken_share: float = Field(
         0.01, ge=0, lt=1, description="Largest share of rows that may be broken; more end the run."
     )

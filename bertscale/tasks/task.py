@@ -119,6 +119,10 @@ class Samples:
     # For tags: the words of its example that each token gives the tag of, the first and the one behind the
     # last; none where the two are equal. Of a word in several windows, only one has a token that does.
     words: Ints | None = None  # [T, 2]
+    # For answers out of a text: the characters of the raw text that each token stands for (-1, -1: none), and
+    # whether no other window of the example gives the token more context.
+    spans: npt.NDArray[np.int32] | None = None  # [T, 2]
+    central: npt.NDArray[np.bool_] | None = None  # [T]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
