@@ -45,6 +45,9 @@ ELSEWHERE = {
     "output_dir": ("run", "output"),
     "lang": ("language",),
     "num_workers": ("workers",),
+    "text_field": ("text",),
+    "label_field": ("label",),
+    "freeze_encoder": ("freeze_layers",),
 }
 
 
