@@ -104,7 +104,7 @@ def _sentences(path: str, data: ExamplesConfig, tagged: bool) -> Iterator[_Sente
     lines = _lines(path, data.encoding)
     split, width = _columns(lines, data.separator)
     token_column = _number(data.tokens, "tokens", 0, width, path)
-    tag_column = _number(data.tags, "tags", width - 1, width, path)
+    tag_column: int | None = _number(data.tags, "tags", width - 1, width, path)
     if not tagged or tag_column == token_column:
         tag_column = None
     strip = re.compile(data.strip_tokens) if data.strip_tokens else None
@@ -118,10 +118,9 @@ def _sentences(path: str, data: ExamplesConfig, tagged: bool) -> Iterator[_Sente
             sentence = None
             continue
         cells = split(line) if isinstance(line, str) else []
-        if isinstance(line, str) and line.startswith("#"):
+        if isinstance(line, str) and (line.startswith("# ") or line == "#") and len(cells) != width:
             document += line.startswith("# newdoc")
-            if len(cells) < width or (line.startswith("# ") and len(cells) != width):
-                continue
+            continue
         if cells and cells[0] == "-DOCSTART-":
             document += 1
             continue

@@ -160,8 +160,8 @@ def _span(row: Row, text: str, span: Any) -> tuple[int, int, str]:
     if not 0 <= start < end <= len(text):
         raise BadRowError(row, f"the span {start} to {end} is outside of the text, of {len(text)} characters")
     marked = text[start:end]
+    if not marked.strip():
+        raise BadRowError(row, f"the span {start} to {end} is white space")
     start += len(marked) - len(marked.lstrip())
     end = start + len(marked.strip())
-    if start == end:
-        raise BadRowError(row, f"the span {start} to {end} is white space")
     return start, end, label
