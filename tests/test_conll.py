@@ -11,7 +11,7 @@ import pytest
 
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig
-from bertscale.tasks.conll import read_token_examples
+from bertscale.examples.conll import read_token_examples
 from bertscale.tasks.task import TokenExample
 
 

@@ -18,6 +18,7 @@ from typing import Any, assert_type
 
 import pytest
 import torch
+from dist import run_ranks
 from pages import PAGES, ROOT, blocks, has_python, run_python
 from tiny import pretrain_config
 
@@ -27,7 +28,6 @@ from bertscale.config import FinetuneConfig, ModelConfig, PretrainConfig, UserEr
 from bertscale.convert.convert import convert
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.shards import Dataset
-from bertscale.finetune.finetune import finetune
 from bertscale.finetune.predict import TaskPredictor
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.run_folder import checkpoint_folder
@@ -74,8 +74,14 @@ def quickstart(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "samples": {"max_length": 32},
         "train": {"epochs": 1, "global_batch": 8},
     }
-    finetune(FinetuneConfig.model_validate(settings))
+    run_ranks(__file__, "tune", world=1, settings=settings)
     return folder
+
+
+def tune(settings: dict[str, Any]) -> int:
+    """Runs on a rank."""
+
+    return finetune(FinetuneConfig.model_validate(settings))
 
 
 def write_model(folder: Path, shape: ModelConfig, tokenizer: Tokenizer, seed: int) -> None:

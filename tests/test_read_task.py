@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
-from bertscale.tasks.read import describe, draw_dev, read_file, read_task_data, together
+from bertscale.examples.read import describe, draw_dev, read_file, read_task_data, together
+from bertscale.examples.text_rows import find_labels
 from bertscale.tasks.task import TaskData, TextExample
-from bertscale.tasks.text_rows import find_labels
 from bertscale.tokenizer import load_tokenizer
 
 DATA = os.environ.get("BERTSCALE_DATA", "")  # the fixture of all tests takes such variables away

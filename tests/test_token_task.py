@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig
-from bertscale.tasks.conll import read_token_examples
+from bertscale.examples.conll import read_token_examples
 from bertscale.tasks.tags import Scheme, entities_of, tags_of
 from bertscale.tasks.task import NO_TARGET, Floats, Samples, TokenExample
 from bertscale.tasks.tokens import TokenTask

@@ -20,7 +20,7 @@ from bertscale.config import Device
 from bertscale.config.examples import EncodingConfig
 from bertscale.convert.hf_folder import tokenizer_of
 from bertscale.convert.task_models import TaskWeights, find_task_model, open_task_model
-from bertscale.finetune.inputs import examples_of
+from bertscale.examples.inputs import examples_of
 from bertscale.finetune.loader import by_length, join
 from bertscale.finetune.start import check_tokenizer
 from bertscale.model.heads import TaskModel

@@ -213,9 +213,9 @@ class TokenTask(Task[TokenExample]):
         for i in reversed(range(len(tags) - 1)):
             behind[i] = tags[i + 1] or behind[i + 1]
         whole: list[str] = []
-        for said, other in zip(tags, behind, strict=True):
+        for own, other in zip(tags, behind, strict=True):
             inside = inside_of(whole[-1] if whole else OUTSIDE, other, self.scheme)
-            whole.append(said or (self._outside if inside == OUTSIDE else inside))
+            whole.append(own or (self._outside if inside == OUTSIDE else inside))
         entities = []
         for first, end, label in entities_of(whole) if self.scheme != "none" else []:
             start, stop = example.words[first][0], example.words[end - 1][1]

@@ -13,10 +13,10 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import TaskKind
-from bertscale.tasks.rows import Row
+from bertscale.examples.rows import Row
+from bertscale.examples.text_rows import is_blank
+from bertscale.examples.token_rows import example_of_tokens
 from bertscale.tasks.task import ChoiceExample, Example, QuestionExample, TextExample, TokenExample
-from bertscale.tasks.text_rows import is_blank
-from bertscale.tasks.token_rows import example_of_tokens
 from bertscale.tasks.words import are_characters, split_words
 
 FORMS = {

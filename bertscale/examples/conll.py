@@ -22,7 +22,7 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import Column, ExamplesConfig
-from bertscale.tasks.rows import (
+from bertscale.examples.rows import (
     EXCERPT,
     BadRowError,
     BrokenRow,
@@ -30,9 +30,9 @@ from bertscale.tasks.rows import (
     not_text,
     read_content,
 )
+from bertscale.examples.token_rows import example_of_tokens, read_token_rows
 from bertscale.tasks.tags import OUTSIDE, is_tag
 from bertscale.tasks.task import TokenExample
-from bertscale.tasks.token_rows import example_of_tokens, read_token_rows
 from bertscale.tasks.words import are_characters
 
 DOCUMENT = "document"  # the column of a CoNLL file that has the number of a sentence's document

@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
+from bertscale.examples.conll import read_token_examples
+from bertscale.examples.rows import Row, column
+from bertscale.examples.squad import read_questions
+from bertscale.examples.text_rows import check_labels, find_labels, read_text_examples
 from bertscale.tasks.choice import ChoiceTask
-from bertscale.tasks.conll import read_token_examples
 from bertscale.tasks.questions import QuestionTask
-from bertscale.tasks.rows import Row, column
-from bertscale.tasks.squad import read_questions
 from bertscale.tasks.task import Example, Samples, Task, TaskData, TextExample
-from bertscale.tasks.text_rows import check_labels, find_labels, read_text_examples
 from bertscale.tasks.texts import text_task
 from bertscale.tasks.tokens import TokenTask
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import Column, ExamplesConfig
-from bertscale.tasks.rows import BadRowError, BrokenRow, Row, column, read_rows
+from bertscale.examples.rows import BadRowError, BrokenRow, Row, column, read_rows
 from bertscale.tasks.tags import tags_of
 from bertscale.tasks.task import TokenExample
 from bertscale.tasks.words import are_characters, join_tokens, split_words
