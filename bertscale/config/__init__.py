@@ -8,6 +8,7 @@ from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStag
 from bertscale.config.device import Device
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
 from bertscale.config.finetune import FinetuneConfig
+from bertscale.config.glue import GlueConfig
 from bertscale.config.model import (
     GPU_POSITIONS,
     MODERN_KEYS,
