@@ -372,7 +372,7 @@ def score(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(arguments)
 
-    from bertscale.tasks.score import score_files
+    from bertscale.examples.score import score_files
 
     figures = score_files(
         options.kind,

@@ -23,6 +23,7 @@ FLOORS = {
         "bertscale.config",
         "bertscale.tokenizer",
         "bertscale.tasks",
+        "bertscale.examples",
         "bertscale.data",
         "bertscale.model",
         "bertscale.optim",
@@ -47,9 +48,14 @@ OPEN_TO = {
     },
     "launcher": {
         *("bertscale", "bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
-        *("bertscale.run_folder", "bertscale.data.samples", "bertscale.data.shards", "bertscale.tasks.read"),
+        *(
+            "bertscale.run_folder",
+            "bertscale.data.samples",
+            "bertscale.data.shards",
+            "bertscale.examples.read",
+        ),
     },
-    "bertscale.tasks": {
+    "bertscale.examples": {
         *("data_prep.readers.compressed", "data_prep.readers.encodings", "data_prep.readers.tables"),
     },
 }

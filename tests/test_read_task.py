@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
-from bertscale.tasks.read import describe, draw_dev, read_file, read_task_data, together
+from bertscale.examples.read import describe, draw_dev, read_file, read_task_data, together
+from bertscale.examples.text_rows import find_labels
 from bertscale.tasks.task import TaskData, TextExample
-from bertscale.tasks.text_rows import find_labels
 from bertscale.tokenizer import load_tokenizer
 
 DATA = os.environ.get("BERTSCALE_DATA", "")  # the fixture of all tests takes such variables away
@@ -308,6 +308,40 @@ def test_what_the_start_says(tmp_path: Path) -> None:
         "warning: 1 (50.0%) of the dev examples have the texts of a training example: figures "
         "on them flatter",
     ]
+
+
+# -------------------------------------------------------------------------------- tokens and questions
+
+
+def test_tokens_by_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    documents = [f"-DOCSTART- O\n\nAnna{i} B-PER\nsings O\n\nBonn{i} B-LOC\n\n" for i in range(2)]
+    path.write_text("".join(documents))
+    data = read("tokens", train=str(path), dev_share=0.5, group="document")
+    assert {example.row["document"] for example in data.dev} != {
+        example.row["document"] for example in data.train
+    }
+    assert len(data.dev) == len(data.train) == 2
+    assert describe(data, {}, 128)[0] == "tags are in the scheme bio: 5 tags"
+    path.write_text("Anna B-PER\nsings\n\nBonn B-LOC\n")
+    with pytest.raises(UserError, match=r"a\.conll, line 2: .*1 of 2 rows of the file are broken"):
+        read("tokens", train=str(path))
+
+
+def test_questions_by_article(tmp_path: Path) -> None:
+    def article(title: str, text: str) -> dict[str, Any]:
+        answers = [{"text": "Bonn", "answer_start": text.index("Bonn")}]
+        asked = [{"id": f"{title}{i}", "question": "Where?", "answers": answers} for i in range(3)]
+        return {"title": title, "paragraphs": [{"context": text, "qas": asked}]}
+
+    path = tmp_path / "a.json"
+    articles = [article(f"T{i}", f"Anna sings in Bonn {i}.") for i in range(4)]
+    path.write_text(json.dumps({"version": "1.1", "data": articles}))
+    for group in ("title", None):
+        data = read("question_answering", train=str(path), dev_share=0.25, group=group)
+        assert (len(data.train), len(data.dev)) == (9, 3)
+        assert len({example.row["title"] for example in data.dev}) == 1
+    assert describe(data, {}, 128) == ["train: 9 examples", "dev: 3 examples"]
 
 
 # ------------------------------------------------------------------------------------------- real sets

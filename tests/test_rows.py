@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig
-from bertscale.tasks.rows import BadRowError, BrokenRow, Row, column, format_of, read_rows
+from bertscale.examples.rows import BadRowError, BrokenRow, Row, column, format_of, read_rows
 
 DATA = os.environ.get("BERTSCALE_DATA", "")  # the fixture of all tests takes such variables away
 

@@ -10,7 +10,7 @@ import pytest
 
 from bertscale.cli import main
 from bertscale.config import UserError
-from bertscale.tasks.score import score_files
+from bertscale.examples.score import score_files
 
 GOLD = {"1": ["the big cat", "cat"], "2": [], "3": ["Paris"]}
 

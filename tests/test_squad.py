@@ -16,8 +16,8 @@ import pytest
 
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig
+from bertscale.examples.squad import read_questions
 from bertscale.tasks.questions import QuestionTask
-from bertscale.tasks.squad import read_questions
 from bertscale.tasks.task import QuestionExample
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from bertscale.config import FinetuneConfig, UserError
 from bertscale.errors import STOPPED_AND_SAVED
+from bertscale.examples.describe import describe
+from bertscale.examples.read import read_task_data
 from bertscale.files import file_digest, json_digest
 from bertscale.finetune.evaluate import HeldOut, evaluate, hold_out
 from bertscale.finetune.loop import Job, Run, Stopped, train_run
@@ -40,8 +42,6 @@ from bertscale.finetune.report import make_result, run_line, table
 from bertscale.finetune.start import Source, open_source
 from bertscale.progress import fold
 from bertscale.run_folder import TABLE, TENSORBOARD
-from bertscale.tasks.describe import describe
-from bertscale.tasks.read import read_task_data
 from bertscale.tasks.task import Samples, Task, TaskData
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from bertscale.train.device import choose_precision, device_line, local_device

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, TaskKind
 from bertscale.tasks.task import Floats, Ints, Samples, Task, TextExample, lay_out
+from bertscale.tasks.windows import cut_to, windows_of
 from bertscale.tokenizer import Tokenizer
 
 Doubles = npt.NDArray[np.float64]
@@ -281,57 +282,6 @@ def encode_texts(texts: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[l
     """Returns the ids of each text of each example, without special pieces."""
     flat = iter(tokenizer.encode([tokenizer.normalize(text) for several in texts for text in several]))
     return [[next(flat) for _ in several] for several in texts]
-
-
-Sequences = list[tuple[Sequence[int], Sequence[int] | None]]
-
-
-def cut_to(ids: Sequence[Sequence[int]], max_length: int) -> tuple[Sequences, bool]:
-    """Returns the sample of one text or a pair, cut to `max_length` tokens, and whether it was cut."""
-    if len(ids) == 1:
-        room = max_length - 2
-        return [(ids[0][:room], None)], len(ids[0]) > room
-    first, second = ids
-    room = max_length - 3
-    keep = longest_first(len(first), len(second), room)
-    return [(first[: keep[0]], second[: keep[1]])], len(first) + len(second) > room
-
-
-def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Returns how many tokens are kept of each text of a pair, `room` at most.
-
-    Of two texts that both have more than half of it each keeps half; a token that is over goes to the longer
-    one, or to the second. Formula of `truncate_encodings` in https://github.com/huggingface/tokenizers.
-    """
-    if first + second <= room:
-        return first, second
-    short, long = min(first, second), max(first, second)
-    if short > room // 2:
-        short = room // 2
-    long = room - short
-    return (long, short) if first > second else (short, long)
-
-
-def windows_of(ids: Sequence[Sequence[int]], max_length: int, overlap: int) -> tuple[Sequences, bool]:
-    """Returns samples that show all of the last text, neighbours sharing `overlap` of its tokens.
-
-    The first text of a pair is in each of them; where that leaves less than half of the room, and not enough,
-    it is cut, and the second value says so.
-    """
-    if sum(map(len, ids)) <= max_length - len(ids) - 1:
-        return cut_to(ids, max_length)
-    text = ids[-1]
-    room = max_length - len(ids) - 1
-    first: Sequence[int] = []
-    if len(ids) == 2:
-        first = ids[0][: max(room // 2, room - len(text))]
-        room -= len(first)
-    step = room - min(overlap, room // 2)
-    begins = range(0, max(len(text) - room + step, 1), step)
-    parts = [text[begin : begin + room] for begin in begins]
-    if len(ids) == 1:
-        return [(part, None) for part in parts], False
-    return [(first, part) for part in parts], len(first) < len(ids[0])
 
 
 def labels_of(example: TextExample) -> tuple[str, ...]:

@@ -206,13 +206,13 @@ class TokenTask(Task[TokenExample]):
         for first, end, tag, probability in answers:
             tags[first:end] = spread(tag, end - first, self.scheme)
             probabilities[first:end] = [probability] * (end - first)
-        for i, tag in enumerate(tags):
-            if tag is None:
-                before = tags[i - 1] if i else None
-                behind = next((other for other in tags[i:] if other is not None), None)
-                inside = inside_of(before or OUTSIDE, behind or OUTSIDE, self.scheme)
-                tags[i] = self._outside if inside == OUTSIDE else inside
-        whole = [tag or self._outside for tag in tags]
+        behind = [OUTSIDE] * len(tags)  # of each word, the tag of the next one that has any
+        for i in reversed(range(len(tags) - 1)):
+            behind[i] = tags[i + 1] or behind[i + 1]
+        whole: list[str] = []
+        for own, other in zip(tags, behind, strict=True):
+            inside = inside_of(whole[-1] if whole else OUTSIDE, other, self.scheme)
+            whole.append(own or (self._outside if inside == OUTSIDE else inside))
         entities = []
         for first, end, label in entities_of(whole) if self.scheme != "none" else []:
             start, stop = example.words[first][0], example.words[end - 1][1]

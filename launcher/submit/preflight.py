@@ -24,8 +24,8 @@ from typing import TypeVar
 from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
+from bertscale.examples.read import read_task_data
 from bertscale.run_folder import TABLE, check_run_folder, checkpoints
-from bertscale.tasks.read import read_task_data
 from launcher import slurm
 from launcher.job import JobSpec, render
 from launcher.queue_jobs import own_jobs

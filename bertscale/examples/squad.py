@@ -20,7 +20,7 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig
-from bertscale.tasks.rows import BadRowError, BrokenRow, column, read_rows
+from bertscale.examples.rows import BadRowError, BrokenRow, column, read_rows
 from bertscale.tasks.task import QuestionExample
 from bertscale.tokenizer.base import normalize, normalize_with_offsets
 from data_prep.readers.compressed import DAMAGE

@@ -30,7 +30,7 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import Column, ExamplesConfig, TaskKind
-from bertscale.tasks.rows import BadRowError, BrokenRow, Row, column, read_rows, wanted_columns
+from bertscale.examples.rows import BadRowError, BrokenRow, Row, column, read_rows, wanted_columns
 from bertscale.tasks.task import ChoiceExample, TextExample
 
 YES, NO = ("1", "1.0", "true"), ("0", "0.0", "false")  # in a column of its own for each label

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig
+from bertscale.examples.rows import BrokenRow, Row, column, format_of, read_content, read_rows
+from bertscale.examples.squad import asked_questions
 from bertscale.tasks.questions import best_text
-from bertscale.tasks.rows import BrokenRow, Row, column, format_of, read_content, read_rows
-from bertscale.tasks.squad import asked_questions
 from bertscale.tasks.squad_scores import squad_scores
 
 Kind = Literal["squad", "classification"]

@@ -22,7 +22,7 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import Column, ExamplesConfig
-from bertscale.tasks.rows import (
+from bertscale.examples.rows import (
     EXCERPT,
     BadRowError,
     BrokenRow,
@@ -30,9 +30,9 @@ from bertscale.tasks.rows import (
     not_text,
     read_content,
 )
+from bertscale.examples.token_rows import example_of_tokens, read_token_rows
 from bertscale.tasks.tags import OUTSIDE, is_tag
 from bertscale.tasks.task import TokenExample
-from bertscale.tasks.token_rows import example_of_tokens, read_token_rows
 from bertscale.tasks.words import are_characters
 
 DOCUMENT = "document"  # the column of a CoNLL file that has the number of a sentence's document
@@ -104,7 +104,7 @@ def _sentences(path: str, data: ExamplesConfig, tagged: bool) -> Iterator[_Sente
     lines = _lines(path, data.encoding)
     split, width = _columns(lines, data.separator)
     token_column = _number(data.tokens, "tokens", 0, width, path)
-    tag_column = _number(data.tags, "tags", width - 1, width, path)
+    tag_column: int | None = _number(data.tags, "tags", width - 1, width, path)
     if not tagged or tag_column == token_column:
         tag_column = None
     strip = re.compile(data.strip_tokens) if data.strip_tokens else None
@@ -118,10 +118,9 @@ def _sentences(path: str, data: ExamplesConfig, tagged: bool) -> Iterator[_Sente
             sentence = None
             continue
         cells = split(line) if isinstance(line, str) else []
-        if isinstance(line, str) and line.startswith("#"):
+        if isinstance(line, str) and (line.startswith("# ") or line == "#") and len(cells) != width:
             document += line.startswith("# newdoc")
-            if len(cells) < width or (line.startswith("# ") and len(cells) != width):
-                continue
+            continue
         if cells and cells[0] == "-DOCSTART-":
             document += 1
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bertscale.tasks.read import plain_content
+from bertscale.examples.read import plain_content
 from bertscale.tasks.task import Example, Samples, Task, TaskData
 
 SHOWN = 8  # labels of a set, the most frequent ones

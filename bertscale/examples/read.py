@@ -10,6 +10,7 @@ the same texts, are on one side.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,15 @@ import numpy.typing as npt
 
 from bertscale.config import UserError
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
+from bertscale.examples.conll import read_token_examples
+from bertscale.examples.rows import Row, column
+from bertscale.examples.squad import read_questions
+from bertscale.examples.text_rows import check_labels, find_labels, read_text_examples
 from bertscale.tasks.choice import ChoiceTask
-from bertscale.tasks.rows import Row, column
+from bertscale.tasks.questions import QuestionTask
 from bertscale.tasks.task import Example, Samples, Task, TaskData, TextExample
-from bertscale.tasks.text_rows import check_labels, find_labels, read_text_examples
 from bertscale.tasks.texts import text_task
+from bertscale.tasks.tokens import TokenTask
 
 SHOWN = 8  # labels of a set in the lines of the start, the most frequent ones
 
@@ -58,6 +63,9 @@ def read_task_data(kind: TaskKind, data: ExamplesConfig, encoding: EncodingConfi
         train = [example for example, taken in zip(train, chosen, strict=True) if not taken]
         repeats = repeats[~chosen]
     files = [*parts, *held_out.values()]
+    notes = [note for part in files for note in part.notes]
+    if isinstance(task, TokenTask):
+        notes.append(task.note(train))
     return TaskData(
         task=task,
         train=train,
@@ -65,7 +73,7 @@ def read_task_data(kind: TaskKind, data: ExamplesConfig, encoding: EncodingConfi
         dev=dev,
         test=held_out["test"].examples if "test" in held_out else [],
         broken=[row for part in files for row in part.broken],
-        notes=[note for part in files for note in part.notes],
+        notes=notes,
     )
 
 
@@ -77,8 +85,15 @@ def read_file(
     Raises UserError if it has none, or if more than `data.broken_share` of its rows are broken.
     """
     notes: list[str] = []
-    grouped = training and data.dev_share > 0
-    examples, broken, skipped = read_text_examples(path, kind, data, labelled=labelled, grouped=grouped)
+    examples: Sequence[Any]
+    skipped: Counter[str] = Counter()
+    if kind == "tokens":
+        examples, broken = read_token_examples(path, data, tagged=labelled)
+    elif kind == "question_answering":
+        examples, broken = read_questions(path, data, notes.append)
+    else:
+        grouped = training and data.dev_share > 0
+        examples, broken, skipped = read_text_examples(path, kind, data, labelled=labelled, grouped=grouped)
     notes += [
         f"{path}: rows with the label {label!r} are left out (data.skip_labels): {count:,}"
         for label, count in skipped.items()
@@ -105,6 +120,10 @@ def make_task(
     """Makes the task of training examples. Raises UserError for labels that make none."""
     if kind == "multiple_choice":
         return ChoiceTask()
+    if kind == "tokens":
+        return TokenTask.of(train, data, encoding)
+    if kind == "question_answering":
+        return QuestionTask.of(train, encoding)
     return text_task(kind, _labels(kind, train, data))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import Column, ExamplesConfig
-from bertscale.tasks.rows import BadRowError, BrokenRow, Row, column, read_rows
+from bertscale.examples.rows import BadRowError, BrokenRow, Row, column, read_rows
 from bertscale.tasks.tags import tags_of
 from bertscale.tasks.task import TokenExample
 from bertscale.tasks.words import are_characters, join_tokens, split_words
@@ -160,8 +160,8 @@ def _span(row: Row, text: str, span: Any) -> tuple[int, int, str]:
     if not 0 <= start < end <= len(text):
         raise BadRowError(row, f"the span {start} to {end} is outside of the text, of {len(text)} characters")
     marked = text[start:end]
+    if not marked.strip():
+        raise BadRowError(row, f"the span {start} to {end} is white space")
     start += len(marked) - len(marked.lstrip())
     end = start + len(marked.strip())
-    if start == end:
-        raise BadRowError(row, f"the span {start} to {end} is white space")
     return start, end, label

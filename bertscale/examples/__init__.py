@@ -1,0 +1,1 @@
+"""Labelled files, as people have them, -> examples of a task; files of predictions -> figures. No torch."""
