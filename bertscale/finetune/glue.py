@@ -23,7 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from bertscale.config import FinetuneConfig, GlueConfig, UserError, load_config
-from bertscale.config.glue import (
+from bertscale.config.glue_tasks import (
     DEV_SHARE,
     MAX_LENGTH,
     RECIPES,
@@ -242,7 +242,9 @@ def finish(config: GlueConfig, found: Found, starts: Sequence[Start], recipe: Re
     write_bytes(output / TABLE_TEXT, text.encode())
     scalars = {step_of(start): scalars_of(row) for start, row in zip(starts, rows, strict=True)}
     write_overview(output / TENSORBOARD, "glue", scalars, {"glue": text})
-    print(f"\n{text}\nthis table: {output / TABLE_TEXT}; the curves: tensorboard --logdir {output}/{TENSORBOARD}")
+    print(
+        f"\n{text}\nthis table: {output / TABLE_TEXT}; the curves: tensorboard --logdir {output}/{TENSORBOARD}"
+    )
     return FAULT if any(row.failed for row in rows) else 0
 
 
@@ -262,7 +264,9 @@ def scores_of(start: Start, found: Found) -> Scores:
             scores.failed[task.name] = str(note["reason"])
             continue
         try:
-            scores.tasks[task.name] = figures_of(task.task, read_object(start.folder / task.name / RESULT, ""))
+            scores.tasks[task.name] = figures_of(
+                task.task, read_object(start.folder / task.name / RESULT, "")
+            )
         except (OSError, UserError, KeyError, TypeError):
             scores.failed[task.name] = f"{start.folder / task.name} holds no finished fine-tuning"
     return scores

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bertscale.config.glue import TASKS, GlueTask
+from bertscale.config.glue_tasks import TASKS, GlueTask
 
 Figure = dict[str, float | None]  # mean, std, min, max over the seeds
 SHORT = {"matthews": "Matthews", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
@@ -67,9 +67,7 @@ REFERENCES = (
         _MODERNBERT,
         _single(cola=59.0, sst2=93.1, mnli=85.4, qnli=91.6, rte=78.2),
     ),
-    Reference(
-        "RoBERTa-base", _MODERNBERT, _single(cola=63.6, sst2=94.8, mnli=87.6, qnli=92.8, rte=78.7)
-    ),
+    Reference("RoBERTa-base", _MODERNBERT, _single(cola=63.6, sst2=94.8, mnli=87.6, qnli=92.8, rte=78.7)),
     Reference("DeBERTa-v3-base", _MODERNBERT, _single(cola=69.2, sst2=95.6, mnli=90.0, rte=83.8)),
     Reference("ModernBERT-base", _MODERNBERT, _single(sst2=96.0, mnli=89.1, qnli=93.9, rte=87.4)),
     _electra(
@@ -194,9 +192,33 @@ def _table(suite: str, rows: Sequence[Scores], names: Sequence[str]) -> str:
         lines.append([row.name, *cells, "" if average is None else f"{100 * average:.1f}"])
     for reference in references:
         cells = [_theirs(reference, TASKS[name], second) for name in names]
-        lines.append([f"{reference.model} ({letters[reference.source]})", *cells, ""])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        average = average_of(reference, names, second)
+        lines.append(
+            [
+                f"{reference.model} ({letters[reference.source]})",
+                *cells,
+                "" if average is None else f"{average:.1f}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    table = "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
     return "\n".join([table, "", *(f"{letters[source]}: {source}" for source in sources)])
+
+
+def average_of(reference: Reference, names: Sequence[str], second: bool) -> float | None:
+    """The average of a published model over these tasks; None if it lacks a figure of one of them."""
+    scores = []
+    for task in (TASKS[name] for name in names if TASKS[name].averaged):
+        known = reference.figures.get(task.name, {})
+        wanted = _figures(task, second)
+        if not known.keys() >= set(wanted):
+            return None
+        scores.append(statistics.mean(known[name] for name in wanted))
+    return statistics.mean(scores) if scores else None
+
+
+def _figures(task: GlueTask, second: bool) -> list[str]:
+    return [*task.figures, *([SECOND] if task.name == "mnli" and second else [])]
 
 
 def _title(task: GlueTask, second: bool) -> str:
@@ -219,5 +241,5 @@ def _figure(figure: Figure) -> str:
 
 def _theirs(reference: Reference, task: GlueTask, second: bool) -> str:
     known = reference.figures.get(task.name, {})
-    names = [*task.figures, *([SECOND] if task.name == "mnli" and second else [])]
+    names = _figures(task, second)
     return " / ".join(f"{known[name]:.1f}" if name in known else "–" for name in names) if known else ""
