@@ -2,8 +2,8 @@
 
     code = run_child(["finetune", "runs/base-glue/cola.yaml"])
 
-The child is in a session of its own, and gets every signal from this process alone, once: Ctrl-C, the end of a
-job, pre-emption. It dies with this process.
+The child is in a session of its own, and gets every signal from this process alone, once: Ctrl-C, the end of
+a job, pre-emption. It dies with this process.
 """
 
 from __future__ import annotations

@@ -242,9 +242,7 @@ def finish(config: GlueConfig, found: Found, starts: Sequence[Start], recipe: Re
     write_bytes(output / TABLE_TEXT, text.encode())
     scalars = {step_of(start): scalars_of(row) for start, row in zip(starts, rows, strict=True)}
     write_overview(output / TENSORBOARD, "glue", scalars, {"glue": text})
-    print(
-        f"\n{text}\nthis table: {output / TABLE_TEXT}; the curves: tensorboard --logdir {output}/{TENSORBOARD}"
-    )
+    print(f"\n{text}\nthis table: {output / TABLE_TEXT}; curves: tensorboard --logdir {output}/{TENSORBOARD}")
     return FAULT if any(row.failed for row in rows) else 0
 
 

@@ -33,8 +33,8 @@ def _single(**figures: float) -> dict[str, dict[str, float]]:
 
 _TRANSFORMERS = "transformers, examples/pytorch/text-classification/README.md"
 _MODERNBERT = (
-    "ModernBERT paper (arXiv 2412.13663), table 5; its MRPC, STS-B and QQP are left out: it does not say which "
-    "figures they are"
+    "ModernBERT paper (arXiv 2412.13663), table 5; its MRPC, STS-B and QQP are left out: it does not say "
+    "which figures they are"
 )
 _DEBERTA = "microsoft/DeBERTa, README.md"
 _ELECTRA = "google-research/electra, README.md (medians over many seeds)"
