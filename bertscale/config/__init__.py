@@ -38,5 +38,12 @@ from bertscale.config.pretrain import (
     SamplesConfig,
     TrainConfig,
 )
-from bertscale.config.section import Config, Section, check_config, describe_fields, load_config
+from bertscale.config.section import (
+    Config,
+    Section,
+    check_config,
+    describe_fields,
+    load_config,
+    overridden,
+)
 from bertscale.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from bertscale.config.glue_tasks import RECIPES, TASKS, Recipe, plain
+from bertscale.config.glue_tasks import RECIPES, TASKS, Found, FoundTask, Recipe, plain
 from bertscale.config.section import Section, check_config
 from bertscale.errors import UserError
 
@@ -105,3 +105,30 @@ def _number(option: str, word: str, others: str = "") -> int:
     if not word.isdecimal():
         raise UserError(f"{option} {word}: {word!r} is not a number{others}")
     return int(word)
+
+
+def words_of(config: GlueConfig) -> list[str]:
+    """The words behind `bertscale glue` that ask for just this."""
+    words = [config.model, config.folder, *config.set, "--output", config.target]
+    if config.tasks is not None:
+        words += ["--tasks", *config.tasks]
+    words += ["--seeds", *map(str, config.seeds), "--checkpoints", str(config.checkpoints)]
+    if config.recipe is not None:
+        words += ["--recipe", config.recipe]
+    return words if config.intermediate else [*words, "--no-intermediate"]
+
+
+# ------------------------------------------------------------------------------ what starts from what
+
+
+def shares(config: GlueConfig, found: Found) -> tuple[list[FoundTask], list[FoundTask]]:
+    """The tasks that others start from, and the others."""
+    needed = {start for task in found.tasks if (start := start_of(config, found, task))}
+    first = [task for task in found.tasks if task.name in needed]
+    return first, [task for task in found.tasks if task.name not in needed]
+
+
+def start_of(config: GlueConfig, found: Found, task: FoundTask) -> str | None:
+    """Names the task whose model a task starts from, where that is among them."""
+    there = any(other.name == task.task.starts_from for other in found.tasks)
+    return task.task.starts_from if config.intermediate and there else None

@@ -63,7 +63,7 @@ def _json(*, train: tuple[str, ...] = ("train.json",), **data: Any) -> Layout:
     return Layout(train, ("dev.json",), {"format": "jsonl", **data})
 
 
-_PAIR = {"text": "sentence1", "text_pair": "sentence2"}
+_PAIR: dict[str, Any] = {"text": "sentence1", "text_pair": "sentence2"}
 # 0 to 5; the csv files are those of https://github.com/PhilipMay/stsb-multi-mt.
 _STSB = (
     Layout(("train.tsv",), ("dev.tsv",), {"quoting": False, **_PAIR, "label": "score"}),

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from bertscale.config import FinetuneConfig, GlueConfig, UserError, load_config
+from bertscale.config.glue import shares, start_of
 from bertscale.config.glue_tasks import (
     DEV_SHARE,
     MAX_LENGTH,
@@ -96,19 +97,6 @@ def tasks_of(part: Part, config: GlueConfig, found: Found) -> list[FoundTask]:
     if isinstance(part, tuple):
         return rest[part[0] :: part[1]]
     return first if part == "intermediate" else []
-
-
-def shares(config: GlueConfig, found: Found) -> tuple[list[FoundTask], list[FoundTask]]:
-    """The tasks that others start from, and the others."""
-    needed = {start for task in found.tasks if (start := start_of(config, found, task))}
-    first = [task for task in found.tasks if task.name in needed]
-    return first, [task for task in found.tasks if task.name not in needed]
-
-
-def start_of(config: GlueConfig, found: Found, task: FoundTask) -> str | None:
-    """Names the task whose model a task starts from, where that is among them."""
-    there = any(other.name == task.task.starts_from for other in found.tasks)
-    return task.task.starts_from if config.intermediate and there else None
 
 
 # --------------------------------------------------------------------------------------------- what to run
