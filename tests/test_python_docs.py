@@ -80,6 +80,7 @@ def quickstart(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def tune(settings: dict[str, Any]) -> int:
     """Runs on a rank."""
+    from bertscale.finetune.finetune import finetune
 
     return finetune(FinetuneConfig.model_validate(settings))
 

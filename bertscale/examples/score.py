@@ -175,13 +175,13 @@ def _score_tokens(gold: str, predictions: str) -> dict[str, float]:
 def _tagged(path: str) -> list[tuple[str, Sequence[str]]]:
     """The place and the tags of each sentence."""
     data = ExamplesConfig(train=path)
+    found: list[tuple[str, Sequence[str]]] = []
     if is_conll(path, data):
         examples, broken = read_token_examples(path, data)
         if broken:
             raise UserError(f"{broken[0]['place']}: {broken[0]['reason']}")
         found = [(example.place, example.tags or ()) for example in examples]
     else:
-        found = []
         for row in read_rows(path, data, []):
             if isinstance(row, BrokenRow):
                 raise UserError(f"{row.place}: {row.reason}")
