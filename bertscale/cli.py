@@ -343,17 +343,23 @@ def score(arguments: list[str]) -> int:
     parser = make_parser(
         "score",
         "Scores a file of predictions, of bertscale or of any other program, against the gold answers: "
-        "squad by the rules of SQuAD v1.1 and v2.0, or of CMRC 2018 where the answers are Chinese.",
+        "squad by the rules of SQuAD v1.1 and v2.0, or of CMRC 2018 where the answers are Chinese; tokens as "
+        "seqeval counts entities.",
     )
-    parser.add_argument("kind", metavar="KIND", choices=["squad", "classification"], help="%(choices)s.")
     parser.add_argument(
-        "gold", metavar="GOLD", help="SQuAD json, or a table: jsonl, json, csv, tsv, parquet."
+        "kind", metavar="KIND", choices=["squad", "tokens", "classification"], help="%(choices)s."
+    )
+    parser.add_argument(
+        "gold",
+        metavar="GOLD",
+        help="SQuAD json, CoNLL columns, or a table: jsonl, json, csv, tsv, parquet.",
     )
     parser.add_argument(
         "predictions",
         metavar="PREDICTIONS",
         help="A json object {id: answer}, or a table: of answers with the columns id and answer, of labels "
-        "with a column predicted, prediction or label, matched by a column id or by order.",
+        "with a column predicted, prediction or label, matched by a column id or by order; CoNLL columns of "
+        "the same words, or lists of tags.",
     )
     parser.add_argument(
         "--no-answer", metavar="FILE", help="squad: a json object {id: how likely there is no answer}."
