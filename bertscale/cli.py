@@ -402,10 +402,18 @@ def score(arguments: list[str]) -> int:
 def glue(arguments: list[str]) -> int:
     """bertscale glue MODEL FOLDER [--output RUN] [--seeds N ...] [--tasks NAME ...] [key=value ...]"""
     from bertscale.checks import array_task, check_glue
+    from bertscale.config import UserError
     from bertscale.config.glue import from_options
+    from launcher import ranks
 
     options = _glue_parser().parse_intermixed_args(arguments)
     config = from_options(options)
+    rank = ranks.from_environment()
+    if rank is not None and rank.world_size > 1:
+        raise UserError(
+            f"{rank.world_size} processes would each run all tasks: start glue once, without torchrun; it "
+            "starts the ranks of each fine-tuning itself"
+        )
     check_glue(config)
 
     from bertscale.finetune.glue import Part

@@ -423,7 +423,9 @@ def test_the_command(world: Path, tasks: Path, tmp_path: Path, bertscale: Any) -
     assert row["tasks"]["rte"]["score"] == result["pretrained"]["dev"]["accuracy"]["mean"]
 
 
-def test_mistakes_of_the_command(world: Path, tasks: Path, bertscale: Any) -> None:
+def test_mistakes_of_the_command(
+    world: Path, tasks: Path, bertscale: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bertscale.cli import main
 
     def said(*words: str) -> str:
@@ -437,6 +439,11 @@ def test_mistakes_of_the_command(world: Path, tasks: Path, bertscale: Any) -> No
     assert "--seeds x: 'x' is not a number" in said(encoder, str(tasks), "--seeds", "x")
     assert "is not a number, all or last" in said(encoder, str(tasks), "--checkpoints", "some")
     assert main(["glue", encoder, str(tasks), "--tasks", "colla"]) == 2
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert "2 processes would each run all tasks: start glue once" in said(encoder, str(tasks))
 
 
 CHILD = """\

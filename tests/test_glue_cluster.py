@@ -44,7 +44,7 @@ def test_a_pretraining_and_its_table(cluster: Cluster, tmp_path: Path, tiny_data
         "folder": str(tmp_path / "glue"),
         "tasks": ["mnli", "rte", "cola"],
     }
-    # CoLA: no encoder of so few layers.
+    # The encoder has two layers: CoLA is refused.
     settings = ["train.epochs=1", "cola.model.freeze_layers=9"]
     pipeline = {
         "name": "tiny",

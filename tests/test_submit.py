@@ -205,7 +205,7 @@ def test_glue_is_its_first_task_an_array_and_a_table(tmp_path: Path, monkeypatch
         *((1, 6, 1), (1, 6, 1), (1, 6, 0))
     ]
     assert {job.spec.target for job in jobs} == {target}
-    words = ("-m", "bertscale", "glue", str(tmp_path / "runs/base"), str(tmp_path / "glue"))
+    words: tuple[str, ...] = ("-m", "bertscale", "glue", str(tmp_path / "runs/base"), str(tmp_path / "glue"))
     words += ("train.epochs=1", "device=cuda", "--output", target, "--tasks", "mnli", "rte", "wnli")
     words += ("--seeds", "1", "2", "--checkpoints", "last")
     ends = [("--intermediate-only",), ("--task-count", "2"), ("--finish",)]

@@ -215,6 +215,9 @@ def finish(config: GlueConfig, found: Found, starts: Sequence[Start], recipe: Re
             notes.append(f"{task.task.title} starts from the model of {TASKS[start].title}")
     text = markdown(rows, [task.name for task in found.tasks], notes)
     output = Path(config.target)
+    write_bytes(output / TABLE_TEXT, text.encode())
+    scalars = {step_of(start): scalars_of(row) for start, row in zip(starts, rows, strict=True)}
+    write_overview(output / TENSORBOARD, "glue", scalars, {"glue": text})
     write_json(
         output / TABLE_JSON,
         {
@@ -227,9 +230,6 @@ def finish(config: GlueConfig, found: Found, starts: Sequence[Start], recipe: Re
             "references": [vars(reference) for reference in REFERENCES],
         },
     )
-    write_bytes(output / TABLE_TEXT, text.encode())
-    scalars = {step_of(start): scalars_of(row) for start, row in zip(starts, rows, strict=True)}
-    write_overview(output / TENSORBOARD, "glue", scalars, {"glue": text})
     print(f"\n{text}\nthis table: {output / TABLE_TEXT}; curves: tensorboard --logdir {output}/{TENSORBOARD}")
     return FAULT if any(row.failed for row in rows) else 0
 
