@@ -3,7 +3,7 @@
 bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
 bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
 bertscale submit convert SOURCE OUTPUT --cluster FILE
-bertscale submit finetune CONFIG [key=value ...] --cluster FILE
+bertscale submit finetune CONFIG [key=value ...] --cluster FILE [--nodes N] [--spares K]
 bertscale submit pipeline PIPELINE [key=value ...] [--cluster FILE]
 
 Each takes --time T, --after JOB, --exclude NODES and --dry-run.
@@ -43,7 +43,7 @@ Checks all that can be checked now, freezes code and config, and queues the stag
   prep CONFIG             raw text -> token shards; with --array N on N nodes at the same time
   pretrain CONFIG         token shards -> checkpoints, on --nodes N
   convert SOURCE OUTPUT   checkpoint <-> Hugging Face folder
-  finetune CONFIG         encoder and labelled text -> classifier
+  finetune CONFIG         encoder and labelled examples -> task model, on --nodes N
   pipeline PIPELINE       several of these, one after another
 
 bertscale submit STAGE --help tells more; examples are in configs/cluster and configs/pipeline."""
