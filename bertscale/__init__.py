@@ -15,6 +15,7 @@ _HOMES = {
     "UserError": "bertscale.errors",
     "iterate_batches": "bertscale.data.batches",
     "load_model": "bertscale.convert.convert",
+    "load_task_model": "bertscale.finetune.predict",
     "load_tokenizer": "bertscale.tokenizer",
     "open_dataset": "bertscale.data.shards",
 }
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from bertscale.data.batches import iterate_batches
     from bertscale.data.shards import open_dataset
     from bertscale.errors import UserError
+    from bertscale.finetune.predict import load_task_model
     from bertscale.tokenizer import load_tokenizer
 else:
 

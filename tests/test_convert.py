@@ -31,9 +31,10 @@ from bertscale.convert.convert import (
     native_shapes,
     open_weights,
 )
+from bertscale.convert.encoders import open_encoder
 from bertscale.convert.hf_names import SENTENCE_HEAD
-from bertscale.finetune.finetune import encoder_tensors
-from bertscale.model.model import ClassificationModel, initial_value
+from bertscale.model.heads import HeadConfig, TaskModel
+from bertscale.model.model import initial_value
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, write_whole
 
@@ -262,11 +263,13 @@ def test_a_generator_and_its_discriminator_become_electra(
     with pytest.raises(UserError, match="for an electra that was trained here, give its checkpoint"):
         open_weights(tmp_path / "hf")
 
-    encoder = encoder_tensors(before)  # of fine-tuning
-    classifier = ClassificationModel(before.model, 330, classes=2)
-    missing, unexpected = classifier.load_state_dict(encoder, strict=False)
-    assert not unexpected
-    assert all(not name.startswith("encoder.") or name.startswith("encoder.pooler.") for name in missing)
+    encoder = open_encoder(tmp_path / "native")  # of fine-tuning
+    classifier = TaskModel(before.model, 330, HeadConfig("classification", 2))
+    values = {name: encoder.tensor(name) for name in encoder.names}
+    missing, unexpected = classifier.load_state_dict(values, strict=False)
+    # An electra's head has no pooler, which one that was trained with sentence pairs has.
+    assert all(name.startswith("encoder.pooler.") for name in unexpected)
+    assert all(not name.startswith("encoder.") for name in missing)
 
 
 @pytest.mark.parametrize("preset", ["megatron-bert", "modern"])
@@ -279,7 +282,7 @@ def test_what_transformers_has_no_electra_for_is_refused(
     assert f"is a {preset} with a generator (generator_size=1)" in str(caught.value)
     assert "`bertscale finetune` reads the checkpoint itself" in str(caught.value)
     assert not (tmp_path / "hf").exists()
-    assert encoder_tensors(open_checkpoint(tmp_path / "native"))
+    assert open_encoder(tmp_path / "native").names
 
 
 @pytest.mark.parametrize("preset", ["bert", "megatron-bert"])

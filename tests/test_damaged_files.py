@@ -18,17 +18,20 @@ from typing import Any
 import pytest
 from damage import edited_bytes, edited_table
 from rich.console import Console
-from safetensors.torch import save_file
 from test_convert import SIZES, write_checkpoint
+from test_heads import random_model
 
 from bertscale.config import ModelConfig, UserError
 from bertscale.console import disk_errors_in_one_line
 from bertscale.convert.convert import convert, open_weights
+from bertscale.convert.task_models import write_task_model
 from bertscale.data.inspect import inspect
 from bertscale.data.shards import MANIFEST_NAME, open_dataset
 from bertscale.files import json_digest
-from bertscale.finetune.finetune import finished_result, load_classifier, table
-from bertscale.model.model import ClassificationModel
+from bertscale.finetune.output import finished_result
+from bertscale.finetune.predict import load_task_model
+from bertscale.finetune.report import table
+from bertscale.model.heads import HeadConfig
 from bertscale.run_folder import read_events, read_lines, read_metrics
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.metrics import MetricsWriter
@@ -178,65 +181,54 @@ def test_a_tokenizer(name: str, edit: Edit, least: int, tiny_data: Path, tmp_pat
     assert damage(tmp_path / name, lambda: read_tokenizer(tmp_path), edit, 30) > least
 
 
-# ---------------------------------------------------------------------------------- a classifier
+# ---------------------------------------------------------------------------------- a task model
 
 
-def test_a_classifier(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_task_model(tiny_data: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_data)
     shape = ModelConfig.model_validate(SIZES)
-    facts = {
-        "labels": ["a", "b"],
-        "model": shape.model_dump(),
-        "pooling": "first",
-        "vocab_size": tokenizer.vocab_size,
-        "max_length": 32,
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(facts))
-    save_file(
-        ClassificationModel(shape, tokenizer.vocab_size, 2).state_dict(), tmp_path / "model.safetensors"
+    head = HeadConfig("tokens", 3)
+    model = random_model(shape, head, tokenizer.vocab_size)
+    tensors = ((name, value.detach()) for name, value in model.named_parameters())
+    facts = {"scheme": "bio", "overlap": 8, "data": {"label": "x"}}
+    write_task_model(
+        tmp_path, shape, tokenizer.vocab_size, head, ["O", "B-x", "I-x"], tensors, tokenizer, 32, facts
     )
-    tokenizer.save(tmp_path)
 
     def read() -> int:
-        return len(load_classifier(tmp_path)(TEXTS))
+        return len(load_task_model(tmp_path)(TEXTS))
 
-    assert damage(tmp_path / "config.json", read, json_edit, 40) > 10
-    assert damage(tmp_path / "model.safetensors", read, header_edit) > 10
+    assert damage(tmp_path / "config.json", read, json_edit, 40) > 8
+    assert damage(tmp_path / "model.safetensors", read, header_edit, 20) > 10
 
 
 def test_the_result_of_a_fine_tuning(tmp_path: Path) -> None:
-    figures: dict[str, Any] = {
-        "accuracy": 0.5,
-        "accuracy_std": None,
-        "macro_f1": 0.4,
-        "macro_f1_std": None,
-        "per_seed": [],
-    }
-    result = {
-        "pretrained": figures,
-        "test_examples": 4,
-        "majority_accuracy": 0.5,
+    """A damaged one is none, so that it is made again; a sound one is shown."""
+    figure = {"accuracy": {"mean": 0.5, "std": None, "min": 0.5, "max": 0.5}}
+    result: dict[str, Any] = {
+        "task": "classification",
+        "labels": ["a", "b"],
+        "metric": "accuracy",
+        "examples": {"train": 8, "dev": 0, "test": 4},
+        "majority": {"test": {"accuracy": 0.5}},
+        "pretrained": {"test": figure, "runs": []},
         "made_of": {"train": "x"},
         "files": {},
     }
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result))
-    sound = finished_result(tmp_path, {"train": "x"})
-    assert sound == result
-    draw, refused = random.Random(0), 0
-    for _ in range(25):
-        path.write_bytes(edited_table(result, draw))
-        found = finished_result(tmp_path, {"train": "x"})
-        refused += found is None  # so that it is made again
-        if found is not None:
-            table(found)
-    assert refused > 5
+    assert finished_result(tmp_path, {"train": "x"}) is None  # it is not signed
     signed = {**result, "digest": json_digest(result)}
     path.write_text(json.dumps(signed))
     assert finished_result(tmp_path, {"train": "x"}) == signed
-    path.write_text(json.dumps({**signed, "test_examples": 5}))
-    assert finished_result(tmp_path, {"train": "x"}) is None
+    assert "0.500" in table(signed)
+    draw = random.Random(0)
+    for _ in range(25):
+        path.write_bytes(edited_table(signed, draw))
+        assert finished_result(tmp_path, {"train": "x"}) in (None, signed)
+    for broken in ({**result, "examples": {"test": "4"}}, {**result, "labels": "ab"}):
+        path.write_text(json.dumps({**broken, "digest": json_digest(broken)}))
+        assert finished_result(tmp_path, {"train": "x"}) is None
 
 
 # ----------------------------------------------------------------------------------- a run's folder

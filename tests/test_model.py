@@ -16,7 +16,6 @@ from bertscale.convert.hf_names import from_hugging_face, hugging_face_config, h
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.model.kernels import Packing, _attend_padded, attend, rotate, rotation
 from bertscale.model.model import (
-    ClassificationModel,
     PretrainingModel,
     attended_pairs,
     initial_value,
@@ -265,21 +264,6 @@ def test_rotary_positions_leave_products_to_the_distance_alone() -> None:
         diagonal = products.diagonal(distance, dim1=1, dim2=2)
         torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     assert float((products[:, 0, 0] - products[:, 0, 1]).abs().min()) > 1e-3
-
-
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_a_classifier_on_every_preset(sizes: ModelConfig, pooling: str) -> None:
-    model = ClassificationModel(sizes, VOCAB, classes=3, pooling=pooling)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, sizes, VOCAB, 5))
-    ids, types, _, _ = batch()
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    logits = model(torch.cat(ids), torch.cat(types), positions, LENGTHS)
-    assert logits.shape == (len(LENGTHS), 3)
-    logits.sum().backward()
-    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert unused <= ({"encoder.pooler.weight", "encoder.pooler.bias"} if pooling == "mean" else set())
 
 
 def test_first_values_follow_the_table_and_the_name_alone() -> None:

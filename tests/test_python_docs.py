@@ -18,6 +18,7 @@ from typing import Any, assert_type
 
 import pytest
 import torch
+from dist import run_ranks
 from pages import PAGES, ROOT, blocks, has_python, run_python
 from tiny import pretrain_config
 
@@ -27,7 +28,7 @@ from bertscale.config import FinetuneConfig, ModelConfig, PretrainConfig, UserEr
 from bertscale.convert.convert import convert
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.shards import Dataset
-from bertscale.finetune.finetune import Classifier, finetune
+from bertscale.finetune.predict import TaskPredictor
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.run_folder import checkpoint_folder
 from bertscale.tokenizer import Tokenizer
@@ -73,8 +74,15 @@ def quickstart(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "samples": {"max_length": 32},
         "train": {"epochs": 1, "global_batch": 8},
     }
-    finetune(FinetuneConfig.model_validate(settings))
+    run_ranks(__file__, "tune", world=1, settings=settings)
     return folder
+
+
+def tune(settings: dict[str, Any]) -> int:
+    """Runs on a rank."""
+    from bertscale.finetune.finetune import finetune
+
+    return finetune(FinetuneConfig.model_validate(settings))
 
 
 def write_model(folder: Path, shape: ModelConfig, tokenizer: Tokenizer, seed: int) -> None:
@@ -173,7 +181,7 @@ def test_batches_and_models_need_neither_deepspeed_nor_megatron() -> None:
         "import sys, bertscale; before = set(sys.modules)\n"
         "next(bertscale.iterate_batches('configs/pretrain/quickstart.yaml'))\n"
         "bertscale.load_model('runs/quickstart/pretrain')\n"
-        "bertscale.load_classifier('runs/quickstart/finetune/model')\n"
+        "bertscale.load_task_model('runs/quickstart/finetune/model')\n"
         "print('torch' in before, *[name for name in ('deepspeed', 'megatron') if name in sys.modules])"
     )
     assert python("-c", code).split() == ["False"]
@@ -181,7 +189,7 @@ def test_batches_and_models_need_neither_deepspeed_nor_megatron() -> None:
 
 def test_help_begins_each_name_with_a_sentence() -> None:
     text = pydoc.plain(pydoc.render_doc(bertscale))
-    for name in ("iterate_batches", "load_classifier", "load_model", "load_tokenizer", "open_dataset"):
+    for name in ("iterate_batches", "load_model", "load_task_model", "load_tokenizer", "open_dataset"):
         sentence = getattr(bertscale, name).__doc__.splitlines()[0]
         assert sentence.endswith("."), name
         assert sentence in text
@@ -201,7 +209,9 @@ def test_paths_are_text_or_path() -> None:
         tokenizers = [bertscale.load_tokenizer(kind(path)) for path in (data, run, f"{data}/tokenizer.model")]
         assert len({assert_type(tokenizer, Tokenizer).sha256 for tokenizer in tokenizers}) == 1
         assert_type(bertscale.load_model(kind(run)), PretrainingModel)
-        assert_type(bertscale.load_classifier(kind("runs/quickstart/finetune/model")), Classifier)
+        model = assert_type(bertscale.load_task_model(kind("runs/quickstart/finetune")), TaskPredictor)
+        assert_type(model(["the cat 3"]), list[dict[str, Any]])
+        assert_type(model("the cat 3"), dict[str, Any])
         batches = bertscale.iterate_batches(kind("configs/pretrain/quickstart.yaml"), "train.micro_batch=2")
         step, micro_batches = assert_type(next(batches), tuple[int, list[MicroBatch]])
         assert (step, len(micro_batches)) == (0, 4)
@@ -279,8 +289,7 @@ def test_what_is_wrong_is_said_at_the_call(
     assert "\n" not in str(error.value)
 
 
-def test_one_text_to_a_classifier_is_a_list_of_it() -> None:
-    classifier = bertscale.load_classifier("runs/quickstart/finetune/model")
-    assert classifier("the cat 3") == classifier(["the cat 3"])
-    assert len(classifier("the cat 3")) == 1
-    assert classifier([]) == []
+def test_one_text_to_a_task_model_gets_its_prediction_alone() -> None:
+    model = bertscale.load_task_model("runs/quickstart/finetune/model")
+    assert [model("the cat 3")] == model(["the cat 3"])
+    assert model([]) == []

@@ -167,3 +167,61 @@ def test_the_command(tmp_path: Path, gold: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)["f1"] == 1
     assert main(["score", "squad", str(gold), str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- tokens, and our own files
+
+WORDS = [["Ada", "met", "Alan", "Turing"], ["Rome"]]
+TRUE_TAGS = [["B-PER", "O", "B-PER", "I-PER"], ["B-LOC"]]
+SAID_TAGS = [["B-PER", "O", "B-PER", "O"], ["B-LOC"]]
+
+
+def conll(path: Path, tags: list[list[str]]) -> Path:
+    sentences = [
+        "".join(f"{word} {tag}\n" for word, tag in zip(*pair, strict=True))
+        for pair in zip(WORDS, tags, strict=True)
+    ]
+    path.write_text("\n".join(sentences))
+    return path
+
+
+@pytest.mark.parametrize("form", ["conll", "lists", "ours"])
+def test_tags_of_any_program(tmp_path: Path, form: str) -> None:
+    gold = conll(tmp_path / "gold.txt", TRUE_TAGS)
+    if form == "conll":
+        said = conll(tmp_path / "said.txt", SAID_TAGS)
+    elif form == "lists":
+        said = lines(tmp_path / "said.jsonl", *({"tags": tags} for tags in SAID_TAGS))
+    else:
+        rows = [
+            {"tokens": words, "tags": true, "prediction": {"tags": tags}}
+            for words, true, tags in zip(WORDS, TRUE_TAGS, SAID_TAGS, strict=True)
+        ]
+        said = lines(tmp_path / "said.jsonl", *rows)
+    figures = score_files("tokens", gold, said, say=silent)
+    assert figures["entity_f1"] == pytest.approx(2 / 3)  # two of three, and three were said
+    assert figures["token_accuracy"] == pytest.approx(4 / 5)
+
+
+def test_tags_of_other_sentences(tmp_path: Path) -> None:
+    gold = conll(tmp_path / "gold.txt", TRUE_TAGS)
+    fewer = lines(tmp_path / "fewer.jsonl", {"tags": TRUE_TAGS[0]})
+    with pytest.raises(UserError, match=r"has 2 sentences and .*fewer\.jsonl 1"):
+        score_files("tokens", gold, fewer)
+    short = lines(tmp_path / "short.jsonl", {"tags": ["O"]}, {"tags": ["O"]})
+    with pytest.raises(UserError, match=r"short\.jsonl, line 1 has 1 tags, and .*gold\.txt, line 1 4 words"):
+        score_files("tokens", gold, short)
+
+
+def test_our_own_predictions(tmp_path: Path, gold: Path) -> None:
+    answers = {"1": "big cat", "2": "", "3": "London"}
+    rows = [{"id": i, "prediction": {"id": i, "answer": text}} for i, text in answers.items()]
+    figures = score_files("squad", gold, lines(tmp_path / "predictions.jsonl", *rows), say=silent)
+    assert figures["f1"] == pytest.approx(2 / 3)
+    labels = lines(tmp_path / "gold.jsonl", {"label": "a"}, {"label": "b"})
+    said = lines(
+        tmp_path / "said.jsonl",
+        {"label": "a", "prediction": {"label": "a"}},
+        {"label": "b", "prediction": {"label": "a"}},
+    )
+    assert score_files("classification", labels, said, say=silent)["accuracy"] == 0.5

@@ -42,6 +42,7 @@ from bertscale.tokenizer import Tokenizer
 from bertscale.train.checkpoint import stream_tensors
 
 FACTS = "bertscale"  # key of config.json
+MODEL = "model"  # the folder of the task model in the output of a fine-tuning
 REMEDY = "save the model there again with model.save_pretrained(folder)"
 PROBLEMS: dict[TaskKind, str] = {
     "classification": "single_label_classification",
@@ -238,6 +239,22 @@ def is_task_model(folder: Path) -> bool:
         return False
     architectures = config.get("architectures")
     return isinstance(architectures, list) and str([*architectures, ""][0]).endswith(tuple(SUFFIXES.values()))
+
+
+def find_task_model(path: Path) -> Path:
+    """Returns the folder of the task model at `path`: itself, or `model` in the output of a fine-tuning.
+
+    Raises UserError where there is none.
+    """
+    for folder in (path, path / MODEL):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path} with a task model; nothing is downloaded")
+    raise UserError(
+        f"{path} holds no task model: neither it nor {path / MODEL} has a {CONFIG_FILE}; give the output of "
+        "`bertscale finetune`, or a folder that transformers saved"
+    )
 
 
 def open_task_model(folder: Path) -> TaskWeights:

@@ -15,13 +15,16 @@ from typing import Any, Literal
 
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig
+from bertscale.examples.conll import is_conll, read_token_examples
 from bertscale.examples.rows import BrokenRow, Row, column, format_of, read_content, read_rows
 from bertscale.examples.squad import asked_questions
+from bertscale.tasks.entity_scores import entity_scores
 from bertscale.tasks.questions import best_text
 from bertscale.tasks.squad_scores import squad_scores
+from bertscale.tasks.tags import find_scheme
 
-Kind = Literal["squad", "classification"]
-KINDS: tuple[Kind, ...] = ("squad", "classification")
+Kind = Literal["squad", "tokens", "classification"]
+KINDS: tuple[Kind, ...] = ("squad", "tokens", "classification")
 PREDICTED = ("predicted", "prediction", "label")  # names of the column of predicted labels, the first found
 Say = Callable[[str], None]
 
@@ -41,10 +44,12 @@ def score_files(
 
     Of squad `no_answer` is a file {id: how likely there is no answer}, `chinese` says by which rules, by
     default by the gold answers, and `salvage` takes the whole articles of a file that is cut off. Of
-    classification `label` is the column of the gold labels.
+    classification `label` is the column of the gold labels. Of tokens both files have the same words.
     """
     if kind == "squad":
         return _score_squad(str(gold), str(predictions), no_answer, chinese, salvage, say)
+    if kind == "tokens":
+        return _score_tokens(str(gold), str(predictions))
     return _score_classification(str(gold), str(predictions), label, say)
 
 
@@ -106,6 +111,7 @@ def _predicted_answers(path: str) -> dict[str, dict[str, Any]]:
     for row in read_rows(path, ExamplesConfig(train=path), [("id", "id")]):
         if isinstance(row, BrokenRow):
             raise UserError(f"{row.place}: {row.reason}")
+        row = ours(row)
         # prediction_text is the name in the metrics of Hugging Face.
         answer = row.values.get("answer", row.values.get("prediction_text"))
         found[str(column(row, "id", "id"))] = {**row.values, **_prediction(row.place, answer)}
@@ -147,12 +153,60 @@ def _json_object(path: str) -> dict[str, Any]:
     return values
 
 
+# -------------------------------------------------------------------------------------------- tokens
+
+
+def _score_tokens(gold: str, predictions: str) -> dict[str, float]:
+    """The figures of tags: both files CoNLL columns, or rows with lists of tokens and tags, ours included."""
+    right, given = _tagged(gold), _tagged(predictions)
+    if len(right) != len(given):
+        raise UserError(
+            f"{gold} has {len(right):,} sentences and {predictions} {len(given):,}: both must have the same "
+            "ones in the same order"
+        )
+    for (place, words), (other, said) in zip(right, given, strict=True):
+        if len(words) != len(said):
+            raise UserError(f"{other} has {len(said)} tags, and {place} {len(words)} words")
+    truth, said_tags = [tags for _, tags in right], [tags for _, tags in given]
+    scheme = find_scheme({tag for tags in (*truth, *said_tags) for tag in tags})
+    return entity_scores(truth, said_tags, scheme)
+
+
+def _tagged(path: str) -> list[tuple[str, Sequence[str]]]:
+    """The place and the tags of each sentence."""
+    data = ExamplesConfig(train=path)
+    found: list[tuple[str, Sequence[str]]] = []
+    if is_conll(path, data):
+        examples, broken = read_token_examples(path, data)
+        if broken:
+            raise UserError(f"{broken[0]['place']}: {broken[0]['reason']}")
+        found = [(example.place, example.tags or ()) for example in examples]
+    else:
+        for row in read_rows(path, data, []):
+            if isinstance(row, BrokenRow):
+                raise UserError(f"{row.place}: {row.reason}")
+            tags = column(ours(row), "tags", "data.tags")
+            if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+                raise UserError(f"{row.place}: 'tags' is no list of tags")
+            found.append((row.place, tags))
+    if not found:
+        raise UserError(f"{path} has no sentence")
+    return found
+
+
+def ours(row: Row) -> Row:
+    """A row of our own predictions with what the model says in place of the example's columns; else
+    itself."""
+    said = row.values.get("prediction")
+    return Row(row.place, {**row.values, **said}) if isinstance(said, dict) else row
+
+
 # ------------------------------------------------------------------------------------- classification
 
 
 def _score_classification(gold: str, predictions: str, label: str | int, say: Say) -> dict[str, float]:
     right = _rows(gold, [label])
-    given = _rows(predictions, [])
+    given = [_labelled(row) for row in _rows(predictions, [])]
     name = next((name for name in PREDICTED if name in given[0].values), None)
     if name is None:
         names = ", ".join(map(repr, given[0].values))
@@ -174,6 +228,12 @@ def _score_classification(gold: str, predictions: str, label: str | int, say: Sa
     else:
         said = [str(column(row, name, "--label")) for row in given]
     return classification_scores(truth, said)
+
+
+def _labelled(row: Row) -> Row:
+    """A row with the label that was predicted as its column `prediction`."""
+    said = row.values.get("prediction")
+    return Row(row.place, {**row.values, "prediction": said.get("label")}) if isinstance(said, dict) else row
 
 
 def classification_scores(truth: Sequence[str], said: Sequence[str]) -> dict[str, float]:

@@ -141,10 +141,14 @@ def _text(row: Row, value: Any, key: str) -> str:
         raise BadRowError(row, f"the text ({key}) is null")
     if not isinstance(value, str):
         raise BadRowError(row, f"the text ({key}) is no text but {value!r}")
-    # Spaces, controls and marks alone: a tokenizer that cleans texts leaves nothing of them.
-    if all(character == "\ufffd" or unicodedata.category(character)[0] in "ZCM" for character in value):
+    if is_blank(value):
         raise BadRowError(row, f"the text ({key}) is blank")
     return value
+
+
+def is_blank(text: str) -> bool:
+    """Whether there are spaces, controls and marks alone, of which a tokenizer that cleans leaves nothing."""
+    return all(character == "\ufffd" or unicodedata.category(character)[0] in "ZCM" for character in text)
 
 
 def _target(row: Row, kind: TaskKind, data: ExamplesConfig) -> str | tuple[str, ...] | float:

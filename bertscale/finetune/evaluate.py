@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from bertscale.config import FinetuneConfig
-from bertscale.data.samples import spread
-from bertscale.finetune.loader import Part, TaskLoader
-from bertscale.model.heads import OF_TOKENS, task_loss
+from bertscale.finetune.loader import Part, TaskLoader, join
+from bertscale.model.heads import task_loss
 from bertscale.tasks.task import Example, Samples, Task
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
 from bertscale.train.parallel import Ranks
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,3 @@ def evaluate(engine: Engine[FinetuneConfig], held_out: HeldOut, config: Finetune
         figures = {**task.score(held_out.examples, predictions), "loss": loss / (count or 1.0)}
         return Found(ranks.broadcast(figures), predictions)
     return Found(ranks.broadcast(None), [])
-
-
-def join(pieces: Sequence[tuple[npt.NDArray[np.int64], Floats]], samples: Samples, task: Task[Any]) -> Floats:
-    """Puts the outputs of micro-batches in the order of the samples: [N, C], or [T, C] of tokens."""
-    of_tokens = task.kind in OF_TOKENS
-    whole = np.zeros((len(samples.tokens) if of_tokens else len(samples), task.outputs), np.float32)
-    for rows, values in pieces:
-        places = spread(samples.starts[rows], samples.lengths[rows]) if of_tokens else rows
-        whole[places] = values
-    return whole

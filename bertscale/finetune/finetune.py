@@ -41,7 +41,7 @@ from bertscale.finetune.output import (
     write_run,
 )
 from bertscale.finetune.report import make_result, run_line, table
-from bertscale.finetune.start import Source, open_source
+from bertscale.finetune.start import Source, check_tokenizer, open_source
 from bertscale.progress import fold
 from bertscale.run_folder import TABLE, TENSORBOARD
 from bertscale.tasks.task import Samples, Task, TaskData
@@ -84,7 +84,7 @@ def train_all(config: FinetuneConfig, ranks: Ranks, stop: StopSignal) -> dict[st
     source = open_source(config)
     config.check_encoder(source.model)
     tokenizer = load_tokenizer(source.folder)
-    check_tokenizer(source, tokenizer)
+    check_tokenizer(source.vocab_size, tokenizer)
     made_of = ranks.broadcast(fingerprint(config, source) if ranks.rank == 0 else None)
     finished = ranks.broadcast(finished_result(output, made_of) if ranks.rank == 0 else None)
     if finished is not None:
@@ -198,15 +198,6 @@ def conclude(job: Job, data: TaskData[Any], run: Run, record: dict[str, Any]) ->
 
 
 # ------------------------------------------------------------------------------------------- the parts
-
-
-def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
-    """Refuses the tokenizer of another encoder."""
-    if tokenizer.vocab_size != source.vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} pieces, the encoder beside it "
-            f"{source.vocab_size:,}; put the tokenizer of this encoder there"
-        )
 
 
 def class_weights(config: FinetuneConfig, task: Task[Any], train: Samples) -> Tensor | None:

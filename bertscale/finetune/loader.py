@@ -9,7 +9,9 @@ else a single sample; K steps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +21,8 @@ from torch import Tensor
 from bertscale.config import TaskKind, UserError
 from bertscale.data.loader import balance
 from bertscale.data.samples import spread
-from bertscale.model.heads import TaskBatch, loss_count
-from bertscale.tasks.task import Samples
+from bertscale.model.heads import OF_TOKENS, TaskBatch, loss_count
+from bertscale.tasks.task import Floats, Samples, Task
 
 Ints = npt.NDArray[np.int64]
 
@@ -154,3 +156,29 @@ def lay_out(samples: Samples, kind: TaskKind, rows: Ints, groups: tuple[int, ...
         targets=targets,
         groups=groups,
     )
+
+
+def by_length(samples: Samples, kind: TaskKind, micro_tokens: int) -> Iterator[tuple[Ints, TaskBatch]]:
+    """Yields all samples once, without targets, the longest first: their numbers, and the micro-batch.
+
+    Samples of one length are neighbours, which attention takes as one batch. A micro-batch holds at most
+    `micro_tokens` tokens, or one sample.
+    """
+    samples = replace(samples, targets=None)
+    order = np.argsort(-samples.lengths, kind="stable")
+    ends = np.cumsum(samples.lengths[order])
+    begin = done = 0
+    while begin < len(order):
+        end = max(begin + 1, int(np.searchsorted(ends, done + micro_tokens, "right")))
+        yield order[begin:end], lay_out(samples, kind, order[begin:end])
+        begin, done = end, int(ends[end - 1])
+
+
+def join(pieces: Sequence[tuple[npt.NDArray[np.int64], Floats]], samples: Samples, task: Task[Any]) -> Floats:
+    """Puts the outputs of micro-batches in the order of the samples: [N, C], or [T, C] of tokens."""
+    of_tokens = task.kind in OF_TOKENS
+    whole = np.zeros((len(samples.tokens) if of_tokens else len(samples), task.outputs), np.float32)
+    for rows, values in pieces:
+        places = spread(samples.starts[rows], samples.lengths[rows]) if of_tokens else rows
+        whole[places] = values
+    return whole

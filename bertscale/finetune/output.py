@@ -23,17 +23,17 @@ from torch import Tensor
 
 from bertscale.config import FinetuneConfig, UserError
 from bertscale.config.table import Count, Table, check_table, read_object
-from bertscale.convert.task_models import task_shapes, write_task_model
+from bertscale.convert.task_models import MODEL, task_shapes, write_task_model
 from bertscale.files import file_digest, json_digest, whole_folder, write_bytes, write_json
 from bertscale.finetune.card import model_card
 from bertscale.finetune.loop import Job, Run, best_folder, forget_worse
 from bertscale.run_folder import BEST, CHECKPOINTS, CONFIG, METRICS, RESULT, TENSORBOARD, checkpoints
+from bertscale.tasks.saved import columns_to_keep
 from bertscale.tasks.task import Example, TaskData
 from bertscale.train.checkpoint import open_checkpoint
 
 DIGEST = "digest"  # in result.json, of all the rest of it
 RUNS = "runs"
-MODEL = "model"
 QUARANTINE = "quarantine.jsonl"
 WRITTEN = ("predictions-*.jsonl", QUARANTINE, f"{RUNS}/seed-*.json")  # beside what every run folder has
 
@@ -82,7 +82,12 @@ def write_model(job: Job, run: Run, record: dict[str, Any], data: TaskData[Any])
         for name, shape in shapes.items():
             yield name, best.tensor(name) if name in best.parameters else first(name, list(shape))
 
-    facts = {**task.facts(), "long_texts": config.samples.long_texts, "overlap": config.samples.overlap}
+    facts = {
+        **task.facts(),
+        "long_texts": config.samples.long_texts,
+        "overlap": config.samples.overlap,
+        "data": columns_to_keep(config.data) or None,
+    }
     with whole_folder(job.output / MODEL) as partial:
         write_task_model(
             partial,

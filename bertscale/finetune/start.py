@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bertscale.config import FinetuneConfig, ModelConfig, UserError
 from bertscale.convert.encoders import EncoderWeights, open_encoder
-from bertscale.convert.task_models import TaskWeights, is_task_model, open_task_model
+from bertscale.convert.task_models import MODEL, TaskWeights, is_task_model, open_task_model
 from bertscale.model.heads import HeadConfig, head_initial_value
 from bertscale.model.model import initial_value
 from bertscale.tasks.task import Task
+from bertscale.tokenizer import Tokenizer
 
 BELOW = ("encoder.embeddings.", "encoder.layers.", "encoder.LayerNorm.")  # all of the encoder but its pooler
 
@@ -108,13 +109,22 @@ def open_source(config: FinetuneConfig) -> Source:
     path = Path(config.source)
     if config.init is None:
         return Source(open_encoder(path))
-    folder = path if is_task_model(path) else path / "model"
+    folder = path if is_task_model(path) else path / MODEL
     if not is_task_model(folder):
         raise UserError(
-            f"init={config.init} is no task model: neither it nor {path / 'model'} is one that `bertscale "
+            f"init={config.init} is no task model: neither it nor {path / MODEL} is one that `bertscale "
             "finetune` or transformers has saved; an encoder without a task is given by encoder="
         )
     return Source(open_encoder(folder), open_task_model(folder))
+
+
+def check_tokenizer(vocab_size: int, tokenizer: Tokenizer) -> None:
+    """Refuses the tokenizer of another encoder than the one beside it, with `vocab_size` pieces."""
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} pieces, the encoder beside it "
+            f"{vocab_size:,}; put the tokenizer of this encoder there"
+        )
 
 
 def scale_of(config: FinetuneConfig, sizes: ModelConfig) -> Callable[[str], float]:

@@ -67,6 +67,16 @@ class QuestionTask(Task[QuestionExample]):
             chinese=chinese,
         )
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what `__init__` is given."""
+        return {
+            "unanswerable": self.unanswerable,
+            "answer_length": self.answer_length,
+            "answers": self.answers,
+            "threshold": self.threshold,
+            "chinese": self.chinese,
+        }
+
     @property
     def outputs(self) -> int:
         """Two: the scores of a token as the begin and as the end of the answer."""

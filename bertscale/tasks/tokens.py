@@ -108,6 +108,9 @@ class TokenTask(Task[TokenExample]):
     def metric(self) -> str:
         return "token_accuracy" if self.scheme == "none" else "entity_f1"
 
+    def facts(self) -> dict[str, Any]:
+        return {"scheme": self.scheme}
+
     def gold(self, example: TokenExample) -> list[str]:
         """The tags of an example in the scheme of the task."""
         assert example.tags is not None
