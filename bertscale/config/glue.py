@@ -6,7 +6,7 @@ import argparse
 import difflib
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.glue_tasks import RECIPES, TASKS, Found, FoundTask, Recipe, plain
 from bertscale.config.section import Section, check_config
@@ -42,12 +42,11 @@ class GlueConfig(Section):
         """The folder for the output."""
         return self.output or f"{self.model.rstrip('/')}-glue"
 
-    @field_validator("checkpoints")
-    @classmethod
-    def _check_checkpoints(cls, checkpoints: int | str) -> int | str:
-        if isinstance(checkpoints, int) and checkpoints < 1:
-            raise ValueError(f"{checkpoints} is not a number of at least 1")
-        return checkpoints
+    @model_validator(mode="after")
+    def _check(self) -> GlueConfig:
+        if isinstance(self.checkpoints, int) and self.checkpoints < 1:
+            raise ValueError(f"checkpoints={self.checkpoints} is not a number of at least 1")
+        return self
 
     @field_validator("tasks")
     @classmethod
