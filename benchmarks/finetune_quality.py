@@ -38,22 +38,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("configs", nargs="+", help="Fine-tuning configs, and key=value for all of them.")
     parser.add_argument("--steps", type=int, default=150, help="Training steps of each run (%(default)s).")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds (0 1 2).")
+    parser.add_argument("--seeds", type=int, default=3, help="Runs of each side (%(default)s).")
     parser.add_argument("--json", type=Path, help="File for the results.")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if not importlib.util.find_spec("accelerate"):
         raise SystemExit("error: transformers' Trainer needs accelerate: pip install accelerate")
     overrides = [word for word in options.configs if "=" in word]
     configs = [word for word in options.configs if "=" not in word]
     print(
         f"{processor()}, {torch.get_num_threads()} thread(s); {options.steps} steps, "
-        f"{len(options.seeds)} seeds; mean ± standard deviation of dev"
+        f"{options.seeds} seeds; mean ± standard deviation of dev"
     )
     print(f"{'':<20}{'figure':<18}{'most frequent':<15}{'random':<17}{'pretrained':<17}{'Trainer':<17}")
     results = []
     try:
         for path in configs:
-            results.append(compare(path, overrides, options.steps, options.seeds))
+            results.append(compare(path, overrides, options.steps, range(options.seeds)))
             print(line(results[-1]), flush=True)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
