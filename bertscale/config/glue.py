@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), help=help_of["recipe"])
     text = "Start RTE, MRPC and STS-B from the encoder, and not from the model of MNLI."
     parser.add_argument("--no-intermediate", dest="intermediate", action="store_false", help=text)
-    text = help_of["checkpoints"]
+    text = "Checkpoints of a run to fine-tune: the last, all, or a number of them, evenly spread (last)."
     parser.add_argument("--checkpoints", metavar="all|last|N", type=_checkpoints, default="last", help=text)
 
 
