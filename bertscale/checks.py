@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bertscale.errors import UserError
 
 if TYPE_CHECKING:
-    from bertscale.config import FinetuneConfig, PretrainConfig
+    from bertscale.config import FinetuneConfig, GlueConfig, PretrainConfig
 
 
 def array_task(index: int | None, count: int | None) -> tuple[int, int] | None:
@@ -81,3 +81,10 @@ def check_examples(config: FinetuneConfig) -> None:
         raise UserError(
             f"{key}={config.source}: there is no such folder; give a run, a checkpoint, or a model's folder"
         )
+
+
+def check_glue(config: GlueConfig) -> None:
+    """Refuses a model or a folder of tasks that is missing, before anything is imported for it."""
+    for key, path in (("MODEL", config.model), ("FOLDER", config.folder)):
+        if not os.path.isdir(path):
+            raise UserError(f"{key} {path}: there is no such folder")

@@ -399,6 +399,59 @@ def score(arguments: list[str]) -> int:
     return 0
 
 
+def glue(arguments: list[str]) -> int:
+    """bertscale glue MODEL FOLDER [--output RUN] [--seeds N ...] [--tasks NAME ...] [key=value ...]"""
+    from bertscale.checks import array_task, check_glue
+    from bertscale.config import UserError
+    from bertscale.config.glue import from_options
+    from launcher import ranks
+
+    options = _glue_parser().parse_intermixed_args(arguments)
+    config = from_options(options)
+    rank = ranks.from_environment()
+    if rank is not None and rank.world_size > 1:
+        raise UserError(
+            f"{rank.world_size} processes would each run all tasks: start glue once, without torchrun; it "
+            "starts the ranks of each fine-tuning itself"
+        )
+    check_glue(config)
+
+    from bertscale.finetune.glue import Part
+    from bertscale.finetune.glue import glue as run_tasks
+    from launcher.child import run_child
+
+    part: Part = "all"
+    if options.intermediate_only:
+        part = "intermediate"
+    elif options.finish:
+        part = "finish"
+    elif task := array_task(options.task_index, options.task_count):
+        part = task
+    return run_tasks(config, run_child, part)
+
+
+def _glue_parser() -> argparse.ArgumentParser:
+    from bertscale.config.glue import add_arguments
+
+    parser = make_parser(
+        "glue",
+        "Fine-tunes a model on every task of a GLUE- or CLUE-like folder, one after another, and shows one "
+        "table of the dev figures beside published ones. What is finished is used again: the same command "
+        "goes on where it was stopped. To use several hosts, run --intermediate-only once, then "
+        "--task-index 0, 1, ... at the same time, then --finish once; `bertscale submit glue` does.",
+    )
+    add_arguments(parser)
+    part = parser.add_mutually_exclusive_group()
+    text = "Only run the tasks that others start from, which is MNLI."
+    part.add_argument("--intermediate-only", action="store_true", help=text)
+    text = "Of the other tasks run only those whose number modulo N is I (default: the index in the array)."
+    part.add_argument("--task-index", metavar="I", type=int, help=text)
+    part.add_argument("--finish", action="store_true", help="Only make the table.")
+    text = "Number of tasks of the array (default: the size of the Slurm array)."
+    parser.add_argument("--task-count", metavar="N", type=int, help=text)
+    return parser
+
+
 def quickstart(arguments: list[str]) -> int:
     """bertscale quickstart [--run FOLDER] [--minutes M]"""
     from bertscale.quickstart import DEFAULT_RUN, MINUTES
@@ -444,6 +497,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled examples -> task model", finetune),
     "score": ("a file of predictions -> its figures: answers or labels, of any program", score),
+    "glue": ("model and a folder of tasks -> a table of dev figures, beside published ones", glue),
     "bench": ("how fast a training config runs on this machine, and where its time goes", bench),
     "submit": ("any of these as a Slurm job: checked, frozen, queued, requeued, resumed", submit),
     "status": ("what is queued or running, how far, how fast, and why it waits", partial(ask, "status")),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from bertscale.run_folder import CODE, EVENTS, batch_log_name
 from launcher.records import from_json
 
-STAGES = ("prep", "pretrain", "convert", "finetune")
+STAGES = ("prep", "pretrain", "convert", "finetune", "glue")
 TRAINING = ("pretrain", "finetune")  # those that ranks make together, with checkpoints
 
 

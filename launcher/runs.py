@@ -131,6 +131,8 @@ def _other_folder(path: Path) -> str:
     if (path / TABLE).is_file():
         run = path.parent.parent if path.parent.name == CHECKPOINTS else None
         return "is a checkpoint" + (f" of the run {shown(run)}: bertscale status {shown(run)}" if run else "")
+    if (path / "glue.json").is_file():
+        return f"is a table of `bertscale glue`, which has ended: {name}/glue.md shows it"
     if (path / RESULT).is_file():
         return f"is a classifier of `bertscale finetune`, which has ended; its figures: {name}/{RESULT}"
     if (path / "config.json").is_file():

@@ -198,8 +198,8 @@ def test_a_task_model(tiny_data: Path, tmp_path: Path) -> None:
     def read() -> int:
         return len(load_task_model(tmp_path)(TEXTS))
 
-    assert damage(tmp_path / "config.json", read, json_edit, 60) > 10
-    assert damage(tmp_path / "model.safetensors", read, header_edit) > 10
+    assert damage(tmp_path / "config.json", read, json_edit, 40) > 8
+    assert damage(tmp_path / "model.safetensors", read, header_edit, 20) > 10
 
 
 def test_the_result_of_a_fine_tuning(tmp_path: Path) -> None:

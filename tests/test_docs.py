@@ -29,7 +29,7 @@ NOT_OURS = (
     "add_prefix_space",
     "return_offsets_mapping",
 )
-FILES = (".py", ".json", ".safetensors", ".md", ".yaml")
+FILES = (".py", ".json", ".safetensors", ".md", ".yaml", ".tsv")
 
 
 def code_of(page: Path) -> list[str]:

@@ -54,6 +54,7 @@ OPEN_TO = {
             "bertscale.data.shards",
             "bertscale.examples.read",
         ),
+        *("bertscale.config.glue", "bertscale.config.glue_tasks"),
     },
     "bertscale.examples": {
         *("data_prep.readers.compressed", "data_prep.readers.encodings", "data_prep.readers.tables"),

@@ -64,7 +64,10 @@ def new_spec(cluster: str, stage: str, target: str, words: list[str], **facts: A
 def golden_specs() -> dict[str, JobSpec]:
     gpu, spot, cpu, data = "/lustre/runs/base", "/shared/runs/law base", "/home/runs/small", "/home/runs/data"
     prep = {"array": 8, "tasks_per_node": 1, "cpus_per_task": 64, "start_seconds": 0.0}
+    glue = ["runs/base", "data/glue", "device=cuda", "--output", "runs/base-glue", "--tasks", "mnli", "cola"]
+    one = {"array": 7, "tasks_per_node": 1, "gpus_per_node": 1, "start_seconds": 0.0}
     return {
+        "glue-array": new_spec("gpu", "glue", f"{gpu}-glue", [*glue, "--task-count", "7"], **one),
         "gpu": new_spec("gpu", "pretrain", gpu, [f"{gpu}/job/config.yaml"], nodes=16),
         "spot": new_spec("spot", "pretrain", spot, [f"{spot}/job/config.yaml"], nodes=4, spares=1),
         "cpu": new_spec("cpu", "pretrain", cpu, [f"{cpu}/job/config.yaml"], nodes=2, time="1-0"),
@@ -104,7 +107,7 @@ def test_a_spec_survives_json(spec: JobSpec) -> None:
 def test_a_job_lies_in_the_run_or_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folders = [job_folder(stage, "runs/a") for stage in STAGES]
-    assert folders == [tmp_path / "runs" / name for name in ("a.job", "a/job", "a.job", "a.job")]
+    assert folders == [tmp_path / "runs" / name for name in ("a.job", "a/job", "a.job", "a.job", "a.job")]
 
 
 def test_a_job_is_read_where_nothing_is_installed() -> None:

@@ -16,7 +16,7 @@ import bertscale
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig, TaskKind
 from bertscale.convert.task_models import LABELLED, write_task_model
-from bertscale.finetune.predict import CHUNK, TaskPredictor
+from bertscale.finetune.predict import TaskPredictor
 from bertscale.model.heads import HeadConfig
 from bertscale.tasks.questions import QuestionTask
 from bertscale.tasks.saved import columns_to_keep, encoding_of, task_of
@@ -138,11 +138,15 @@ def test_predictions_have_the_keys_of_their_kind(models: dict[str, Path]) -> Non
     assert [len(one["probabilities"]) for one in choices] == [3, 2]
 
 
-def test_many_inputs_are_predicted_as_few_are(models: dict[str, Path]) -> None:
+def test_many_inputs_are_predicted_as_few_are(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = bertscale.load_task_model(models["classification"])
-    texts = [f"{TEXT[: 10 + i % 50]} {i}" for i in range(CHUNK + 10)]
-    predictions = model(texts)
-    assert close(model(texts[CHUNK - 5 :]), predictions[CHUNK - 5 :])
+    texts = [f"{TEXT[: 10 + i % 50]} {i}" for i in range(30)]
+    together = model(texts)
+    monkeypatch.setattr("bertscale.finetune.predict.CHUNK", 7)
+    monkeypatch.setattr("bertscale.finetune.predict.MICRO_TOKENS", 50)
+    assert close(model(texts), together)
 
 
 def test_precision_and_device(models: dict[str, Path]) -> None:

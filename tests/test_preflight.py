@@ -470,6 +470,37 @@ def test_inputs_of_the_other_stages(site: Slurm, desk: Desk) -> None:
     assert report.problems == [f"OUTPUT={folder}/out holds something else: choose another folder"]
 
 
+def test_glue_behind_a_pretraining(site: Slurm, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = desk.folder
+    desk.report(GPU)
+    rows = "index\tsentence1\tsentence2\tlabel\n" + "1\ta dog\tan animal\tyes\n2\ta cat\ta dog\tno\n" * 9
+    for name in ("RTE", "WNLI"):
+        (folder / "glue" / name).mkdir(parents=True)
+        (folder / "glue" / name / "train.tsv").write_text(rows)
+    ask = {"model": str(folder / "run"), "folder": "glue"}
+    stages = [
+        PipelineStage(pretrain=str(folder / "run.yaml"), nodes=2, set=FIT),
+        PipelineStage.model_validate({"glue": ask}),
+    ]
+    assert desk.check(stages, GPU).problems == []
+    (problem,) = desk.check(stages[1:], GPU).problems  # alone there is no model
+    assert problem == f"night-glue: MODEL={folder}/run: there is no such folder"
+    # The scripts, without anything queued.
+    glue = ["glue", str(folder), "glue", "--cluster", write(folder / "site.yaml", GPU), "--dry-run"]
+    (folder / "config.json").write_text("{}")
+    assert submit([*glue, "--seeds", "1", "2", "--output", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "--array=0-1\n" in said
+    assert f"-m bertscale glue {folder} {folder}/glue device=cuda --output {folder}/out" in said
+    assert "glue-out: an array of 2\nglue-out-finish: 1 node x 1 rank, after glue-out" in said
+    # What is wrong with each task is told at once.
+    (folder / "glue/RTE/train.tsv").write_text(rows.replace("label", "class"))
+    stages[1] = PipelineStage.model_validate({"glue": ask, "set": ["wnli.train.epoch=1"]})
+    problems = "\n".join(desk.check(stages, GPU).problems)
+    assert "RTE/train.tsv, line 1: there is no column 'label'" in problems
+    assert "wnli: unknown key train.epoch; did you mean train.epochs?" in problems
+
+
 def test_what_earlier_links_make_need_not_be_there(site: Slurm, desk: Desk) -> None:
     folder = desk.folder
     write_corpus(folder / "corpus.jsonl", 5)

@@ -390,6 +390,7 @@ def test_no_such_run(here: Path) -> None:
         ),
         ([".prep/plan.json"], "a data set that `bertscale prep` has not finished"),
         (["result.json", "model/config.json"], "a classifier of `bertscale finetune`, which has ended"),
+        (["glue.json", "mnli/result.json"], "a table of `bertscale glue`, which has ended: folder/glue.md"),
         (["config.json"], "a model, in which nothing runs"),
     ],
 )

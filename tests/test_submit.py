@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
 from bertscale.config import FinetuneConfig, PipelineStage, PrepConfig, PretrainConfig, UserError
+from bertscale.config.glue import add_arguments, from_options
 from bertscale.run_folder import read_events
 from launcher.job import JobSpec
 from launcher.submit import freeze as freezing
@@ -173,6 +175,65 @@ def test_a_prep_array_is_three_jobs(tmp_path: Path) -> None:
         ("--finish", "--task-count", "3"),
     ]
     assert {job.spec.target for job in jobs} == {str(tmp_path / "data")}
+
+
+def glue_folder(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for file in ("train.tsv", "dev.tsv", "dev_matched.tsv"):
+            head = "sentence1\tsentence2\tlabel\tgold_label\n"
+            (folder / name / file).write_text(head + "a dog\tan animal\tno\tno\na cat\ta dog\tyes\tyes\n" * 9)
+    return folder
+
+
+def test_glue_is_its_first_task_an_array_and_a_table(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    glue_folder(tmp_path / "glue", "MNLI", "RTE", "WNLI")
+    site = write(tmp_path / "site.yaml", {"gpus_per_node": 4, "cpus_per_task": 6})
+    stage = PipelineStage.model_validate(
+        {"glue": {"model": "runs/base", "folder": "glue", "seeds": [1, 2]}, "set": ["train.epochs=1"]}
+    )
+    jobs, mistakes = stage_jobs([stage], site, "night")
+    assert mistakes == []
+    target = str(tmp_path / "runs/base-glue")
+    assert [job.spec.folder for job in jobs] == [
+        f"{target}{end}" for end in (".first.job", ".job", ".finish.job")
+    ]
+    assert [job.spec.name for job in jobs] == ["night-glue-first", "night-glue", "night-glue-finish"]
+    assert [job.spec.array for job in jobs] == [0, 2, 0]
+    assert [(job.spec.ranks, job.spec.cpus_per_task, job.spec.gpus_per_node) for job in jobs] == [
+        *((1, 6, 1), (1, 6, 1), (1, 6, 0))
+    ]
+    assert {job.spec.target for job in jobs} == {target}
+    words: tuple[str, ...] = ("-m", "bertscale", "glue", str(tmp_path / "runs/base"), str(tmp_path / "glue"))
+    words += ("train.epochs=1", "device=cuda", "--output", target, "--tasks", "mnli", "rte", "wnli")
+    words += ("--seeds", "1", "2", "--checkpoints", "last")
+    ends = [("--intermediate-only",), ("--task-count", "2"), ("--finish",)]
+    assert [job.spec.command for job in jobs] == [(*words, *end) for end in ends]
+
+    # What the words ask for is what the config says.
+    for job in jobs:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        options, _ = parser.parse_known_intermixed_args(list(job.spec.command[3:]))
+        assert from_options(options) == job.config
+
+
+def test_glue_without_a_first_task(tmp_path: Path) -> None:
+    folder = glue_folder(tmp_path / "glue", "MNLI", "RTE")
+    site = write(tmp_path / "site.yaml", {"tasks_per_node": 4, "cpus_per_task": 2})
+    model = {"model": str(tmp_path / "base"), "folder": str(folder)}
+    stages = [PipelineStage.model_validate({"glue": {**model, "intermediate": False}})]
+    jobs, _ = stage_jobs(stages, site)
+    assert [(job.spec.array, job.spec.cpus_per_task) for job in jobs] == [(2, 8), (0, 8)]
+    assert "--no-intermediate" in jobs[0].spec.command
+    assert "device=cpu" in jobs[0].spec.command
+    stages = [PipelineStage.model_validate({"glue": {**model, "folder": "/nowhere"}})]
+    assert stage_jobs(stages, site)[1] == ["cannot read the folder /nowhere: No such file or directory"]
+    stages = [PipelineStage.model_validate({"glue": {**model, "set": ["device=cuda"]}})]
+    assert stage_jobs(stages, site)[1][0].startswith("device=cuda, and the cluster file has gpus_per_node=0")
+    with pytest.raises(ValueError, match="glue takes no array, nodes and spares"):
+        PipelineStage.model_validate({"glue": model, "nodes": 2})
 
 
 def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
@@ -334,7 +395,7 @@ def test_help_and_mistakes_of_the_command_line(capsys: Any) -> None:
 
 
 def test_every_stage_takes_a_cluster_file(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    for stage in ("prep", "pretrain", "convert", "finetune", "pipeline"):
+    for stage in ("prep", "pretrain", "convert", "finetune", "glue", "pipeline"):
         with pytest.raises(SystemExit):
             main([stage, "--help"])
         assert "--cluster FILE" in capsys.readouterr().out

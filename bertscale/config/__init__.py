@@ -8,6 +8,7 @@ from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStag
 from bertscale.config.device import Device
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
 from bertscale.config.finetune import FinetuneConfig
+from bertscale.config.glue import GlueConfig
 from bertscale.config.model import (
     GPU_POSITIONS,
     MODERN_KEYS,
@@ -37,5 +38,12 @@ from bertscale.config.pretrain import (
     SamplesConfig,
     TrainConfig,
 )
-from bertscale.config.section import Config, Section, check_config, describe_fields, load_config
+from bertscale.config.section import (
+    Config,
+    Section,
+    check_config,
+    describe_fields,
+    load_config,
+    overridden,
+)
 from bertscale.errors import UserError

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from bertscale.config.glue import GlueConfig
 from bertscale.config.section import Section
 
 
@@ -81,8 +82,11 @@ class ClusterConfig(Section):
         return options
 
 
+KINDS = ("prep", "pretrain", "convert", "finetune", "glue")  # of stages
+
+
 class PipelineStage(Section):
-    """One job of a pipeline: exactly one of prep, pretrain, convert and finetune."""
+    """One job of a pipeline: exactly one of prep, pretrain, convert, finetune and glue."""
 
     prep: str | None = Field(None, description="Config of a data preparation.")
     pretrain: str | None = Field(None, description="Config of a pretraining.")
@@ -90,6 +94,9 @@ class PipelineStage(Section):
         None, min_length=2, max_length=2, description="Conversion: [SOURCE, OUTPUT]."
     )
     finetune: str | None = Field(None, description="Config of a fine-tuning.")
+    glue: GlueConfig | None = Field(
+        None, description="Fine-tunings on a folder of tasks: a mapping of model, folder, output, seeds, ..."
+    )
     set: list[str] = Field([], description="Overrides of the stage's config, each as key=value.")
     cluster: str | None = Field(None, description="Cluster file of this job; by default the pipeline's.")
     nodes: int = Field(1, ge=1, description="Number of nodes.")
@@ -102,14 +109,18 @@ class PipelineStage(Section):
 
     @property
     def stage(self) -> str:
-        """Names the one of the four that is given."""
-        return next(name for name in ("prep", "pretrain", "convert", "finetune") if getattr(self, name))
+        """Names the one of KINDS that is given."""
+        return next(name for name in KINDS if getattr(self, name))
 
     @model_validator(mode="after")
     def _check(self) -> PipelineStage:
-        given = [name for name in ("prep", "pretrain", "convert", "finetune") if getattr(self, name)]
+        given = [name for name in KINDS if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"a stage is one of prep, pretrain, convert and finetune, not {given or 'none'}")
+            raise ValueError(
+                f"a stage is one of {', '.join(KINDS[:-1])} and {KINDS[-1]}, not {given or 'none'}"
+            )
+        if self.glue and (self.array or self.nodes > 1 or self.spares):
+            raise ValueError("glue takes no array, nodes and spares: each task is a job on one node")
         if self.ranks_per_node is not None and not (self.pretrain or self.finetune):
             raise ValueError(
                 f"ranks_per_node={self.ranks_per_node} is for pretrain and finetune, not {given[0]}"

@@ -65,7 +65,11 @@ def load_config(section: type[Config], path: str | Path, overrides: list[str]) -
     names each wrong key and value.
     """
     values, files = _read(Path(path), ())
-    origin = ", based on ".join(map(str, files))
+    return overridden(section, values, overrides, ", based on ".join(map(str, files)))
+
+
+def overridden(section: type[Config], values: dict[str, Any], overrides: list[str], origin: str) -> Config:
+    """Applies `key=value` overrides to `values`, which change, and checks the whole. Raises UserError."""
     _check_former_keys(section, values, origin)  # before an override puts a section in such a key's place
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import operator
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,6 +192,21 @@ def hyperparameters(config: Section) -> dict[str, float | str]:
 
     add("", config.model_dump(mode="json", exclude={"run", "output", "launch"}))
     return flat
+
+
+def write_overview(
+    folder: Path, name: str, scalars: dict[int, dict[str, float]], texts: dict[str, str]
+) -> None:
+    """Writes the figures of several steps, and texts, as TensorBoard's run `name` in `folder`, anew."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder / name, ignore_errors=True)
+    with SummaryWriter(str(folder / name)) as events:
+        for step, figures in scalars.items():
+            for key, value in figures.items():
+                events.add_scalar(key, value, step)
+        for key, text in texts.items():
+            events.add_text(key, text)
 
 
 BY_ACCURACY = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss

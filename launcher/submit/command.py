@@ -4,6 +4,7 @@ bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
 bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
 bertscale submit convert SOURCE OUTPUT --cluster FILE
 bertscale submit finetune CONFIG [key=value ...] --cluster FILE
+bertscale submit glue MODEL FOLDER [key=value ...] --cluster FILE
 bertscale submit pipeline PIPELINE [key=value ...] [--cluster FILE]
 
 Each takes --time T, --after JOB, --exclude NODES and --dry-run.
@@ -24,8 +25,10 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bertscale.config import PipelineConfig, PipelineStage, UserError, load_config
+from bertscale.config.glue import add_arguments, from_options
 from bertscale.errors import MISTAKE
 from bertscale.run_folder import CANCELLED, EVENTS, SCRIPT, Events
 from launcher import slurm
@@ -44,6 +47,7 @@ Checks all that can be checked now, freezes code and config, and queues the stag
   pretrain CONFIG         token shards -> checkpoints, on --nodes N
   convert SOURCE OUTPUT   checkpoint <-> Hugging Face folder
   finetune CONFIG         encoder and labelled text -> classifier
+  glue MODEL FOLDER       a model and a folder of tasks -> a table of dev figures, each task a job
   pipeline PIPELINE       several of these, one after another
 
 bertscale submit STAGE --help tells more; examples are in configs/cluster and configs/pipeline."""
@@ -56,7 +60,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else MISTAKE
     stage, rest = arguments[0], arguments[1:]
     if stage not in (*STAGES, "pipeline"):
-        raise UserError(f"{stage!r} is none of prep, pretrain, convert, finetune and pipeline")
+        raise UserError(f"{stage!r} is none of {', '.join(STAGES)} and pipeline")
     options = _parser(stage).parse_intermixed_args(rest)
     after = tuple(job for text in options.after for job in text.split(",") if job)
     exclude = [node for text in options.exclude for node in slurm.hosts(text)]
@@ -65,13 +69,18 @@ def main(arguments: list[str]) -> int:
         config = load_config(PipelineConfig, options.pipeline, [*options.overrides, *site])
         jobs, mistakes = stage_jobs(config.stages, config.cluster, config.name)
     else:
-        what = [options.source, options.output] if stage == "convert" else options.config
         given = {key: value for key, value in vars(options).items() if key in PipelineStage.model_fields}
-        wanted = PipelineStage.model_validate(
-            {stage: what, "set": getattr(options, "overrides", []), **given}
-        )
+        given |= {stage: _what(stage, options), "set": getattr(options, "overrides", [])}
+        wanted = PipelineStage.model_validate(given)
         jobs, mistakes = stage_jobs([wanted], options.cluster)
     return submit(jobs, mistakes, after, exclude, dry_run=options.dry_run)
+
+
+def _what(stage: str, options: argparse.Namespace) -> Any:
+    """What a stage is told beside its settings."""
+    if stage == "convert":
+        return [options.source, options.output]
+    return from_options(options) if stage == "glue" else options.config
 
 
 # ----------------------------------------------------------------------------------- check, freeze, queue
@@ -212,6 +221,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
         "pretrain": "Queues a pretraining over one or many nodes.",
         "convert": "Queues a conversion.",
         "finetune": "Queues a fine-tuning.",
+        "glue": "Queues the fine-tunings on a folder of tasks, and a job for their table.",
         "pipeline": "Queues several stages, each of which begins when the one before it is done.",
     }[stage]
     parser = argparse.ArgumentParser(
@@ -227,11 +237,13 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     if stage == "convert":
         parser.add_argument("source", help="A run folder, a checkpoint or a Hugging Face folder.")
         parser.add_argument("output", help="The folder to write.")
+    elif stage == "glue":
+        add_arguments(parser)
     elif stage == "pipeline":
         parser.add_argument("pipeline", metavar="PIPELINE", help="A YAML file of stages.")
     else:
         parser.add_argument("config", metavar="CONFIG", help=f"A YAML file, as for `bertscale {stage}`.")
-    if stage != "convert":
+    if stage not in ("convert", "glue"):
         text = "A value, read as YAML, that replaces the file's."
         parser.add_argument("overrides", metavar="key=value", nargs="*", help=text)
     text = "The facts of the cluster or partition, a YAML file."

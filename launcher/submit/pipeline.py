@@ -7,6 +7,7 @@ Nothing is asked of Slurm and nothing is written.
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import re
@@ -22,6 +23,7 @@ from bertscale.config import (
     Corpus,
     ExamplesConfig,
     FinetuneConfig,
+    GlueConfig,
     LaunchConfig,
     PipelineStage,
     PrepConfig,
@@ -29,13 +31,15 @@ from bertscale.config import (
     UserError,
     load_config,
 )
+from bertscale.config.glue import shares, words_of
+from bertscale.config.glue_tasks import find_tasks
 from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, existing_marks, job_folder
 from launcher.job import TRAINING, JobSpec
 from launcher.queue_jobs import from_record
 from launcher.runs import is_done, read_spec, shown
 from launcher.submit.freeze import config_text, version
 
-Config = PrepConfig | PretrainConfig | FinetuneConfig
+Config = PrepConfig | PretrainConfig | FinetuneConfig | GlueConfig
 
 SECTIONS: dict[str, type[Config]] = {
     "prep": PrepConfig,
@@ -46,9 +50,16 @@ PATHS = {  # keys of a config that name files or folders
     "prep": ("input", "output", "tokenizer"),
     "pretrain": ("run", "data"),
     "finetune": ("encoder", "init", "data", "output"),
+    "glue": ("model", "folder", "output"),
 }
 # What a finished stage has written last.
-RESULTS = {"prep": "manifest.json", "pretrain": RESULT, "convert": "", "finetune": RESULT}
+RESULTS = {
+    "prep": "manifest.json",
+    "pretrain": RESULT,
+    "convert": "",
+    "finetune": RESULT,
+    "glue": "glue.json",
+}
 # What a job takes from the cluster file as it is.
 OF_SITE = (
     *("partition", "account", "qos", "constraint", "memory_per_node", "environment", "signal_seconds"),
@@ -97,7 +108,13 @@ def stage_jobs(
 
 def _load(stage: PipelineStage) -> Config:
     """The config of a stage, its paths made absolute from where the person stands."""
-    config = load_config(SECTIONS[stage.stage], getattr(stage, stage.stage), stage.set)
+    config: Config
+    if stage.glue is not None:
+        config = stage.glue.model_copy(
+            update={"output": stage.glue.target, "set": [*stage.glue.set, *stage.set]}
+        )
+    else:
+        config = load_config(SECTIONS[stage.stage], getattr(stage, stage.stage), stage.set)
     return config.model_copy(update={key: _absolute(getattr(config, key)) for key in PATHS[stage.stage]})
 
 
@@ -123,8 +140,10 @@ def _absolute(value: Any) -> Any:
 def _jobs_of(
     stage: PipelineStage, site: ClusterConfig, config: Config | None, pipeline: str | None
 ) -> list[StageJob]:
-    """One job, or the three of a prep that is shared by an array: tokenizer, shards, manifest."""
+    """One job, or the three of a prep that is shared by an array: tokenizer, shards, manifest; or of glue."""
     config = _on_site(config, site)
+    if isinstance(config, GlueConfig):
+        return _glue_jobs(stage, site, config, pipeline)
     if isinstance(config, PretrainConfig):
         target = config.run
     elif config is not None:
@@ -142,19 +161,44 @@ def _jobs_of(
     ]
 
 
+def _glue_jobs(
+    stage: PipelineStage, site: ClusterConfig, config: GlueConfig, pipeline: str | None
+) -> list[StageJob]:
+    """The task that others start from, an array of the others, the table. Raises UserError without tasks."""
+    found = find_tasks(Path(config.folder), config.tasks)
+    # By name: a task that comes into the folder later does not move the numbers of the others.
+    config = config.model_copy(update={"tasks": [task.name for task in found.tasks]})
+    first, rest = shares(config, found)
+    target, count = config.target, ("--task-count", str(len(rest)))
+    jobs = [_job(stage, site, config, target, pipeline, "", count, array=len(rest))]
+    if first:
+        jobs.insert(0, _job(stage, site, config, target, pipeline, "first", ("--intermediate-only",)))
+    table = _job(stage, site, config, target, pipeline, "finish", ("--finish",))
+    # It fails where a task has failed, and would do so again.
+    once = dataclasses.replace(table.spec, restarts=0, gpus_per_node=0)
+    return [*jobs, dataclasses.replace(table, spec=once)]
+
+
 def _on_site(config: Config | None, site: ClusterConfig) -> Config | None:
     """The config with the device that the site has, if it names none; raises UserError for another one.
 
     So a job fails at once where a node does not show the GPUs that it was given.
     """
-    if not isinstance(config, PretrainConfig | FinetuneConfig):
+    if config is None or isinstance(config, PrepConfig):
         return config
     device, other = ("cuda", "without") if site.gpus_per_node else ("cpu", "with")
-    if config.device not in ("auto", device):
+    if isinstance(config, GlueConfig):
+        settings = [setting for setting in config.set if setting.startswith("device=")]
+        given = settings[-1].removeprefix("device=") if settings else "auto"
+    else:
+        given = config.device
+    if given not in ("auto", device):
         raise UserError(
-            f"device={config.device}, and the cluster file has gpus_per_node={site.gpus_per_node}: set "
+            f"device={given}, and the cluster file has gpus_per_node={site.gpus_per_node}: set "
             f"device=auto, or take the cluster file of a partition {other} GPUs"
         )
+    if isinstance(config, GlueConfig):
+        return config.model_copy(update={"set": [*config.set, f"device={device}"]})
     return config.model_copy(update={"device": device})
 
 
@@ -173,7 +217,12 @@ def _job(
     words = [pipeline or kind, kind if pipeline else Path(target).name, part]
     name = re.sub(r"[^\w.-]", "-", "-".join(filter(None, words)))
     source = os.path.abspath(stage.convert[0]) if stage.convert else None
-    said = ("convert", source, target, "--no-show") if source else (kind, f"{folder}/{CONFIG}", *options)
+    if source is not None:
+        said: tuple[str, ...] = ("convert", source, target, "--no-show")
+    elif isinstance(config, GlueConfig):
+        said = ("glue", *words_of(config), *options)
+    else:
+        said = (kind, f"{folder}/{CONFIG}", *options)
     python = _program(site.python) or sys.executable
     tasks_per_node, cpus_per_task, gpus_per_node = _share_of_node(stage, site)
     of_site: dict[str, Any] = {key: getattr(site, key) for key in OF_SITE}
@@ -209,7 +258,7 @@ def _job(
 
 def _share_of_node(stage: PipelineStage, site: ClusterConfig) -> tuple[int, int, int]:
     """Ranks, cores of each and GPUs on a node: for training all of it or what it asks for, one task for the
-    other stages. Raises UserError where a node has fewer ranks."""
+    other stages, with a GPU for glue. Raises UserError where a node has fewer ranks."""
     key = "gpus_per_node" if site.gpus_per_node else "tasks_per_node"
     ranks = getattr(site, key)
     if stage.stage in TRAINING:
@@ -217,6 +266,8 @@ def _share_of_node(stage: PipelineStage, site: ClusterConfig) -> tuple[int, int,
         if wanted > ranks:
             raise UserError(f"ranks_per_node={wanted}, and the cluster file has {key}={ranks}: ask for less")
         return wanted, site.cpus_per_task, wanted if site.gpus_per_node else 0
+    if stage.glue and site.gpus_per_node:
+        return 1, site.cpus_per_task, 1
     return 1, ranks * site.cpus_per_task, 0
 
 
@@ -251,6 +302,8 @@ def _inputs(job: StageJob) -> list[str]:
         data = config.data
         held_out = [path for path in (data.dev, data.test) if path is not None]
         return [config.source, *(file.path for file in data.training_files), *held_out]
+    if isinstance(config, GlueConfig):
+        return [config.model, config.folder]
     assert job.source is not None
     return [job.source]
 

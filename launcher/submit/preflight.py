@@ -21,7 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from bertscale.config import FinetuneConfig, PrepConfig, PretrainConfig, TokenizerTraining, UserError
+from bertscale.config import (
+    FinetuneConfig,
+    GlueConfig,
+    PrepConfig,
+    PretrainConfig,
+    TokenizerTraining,
+    UserError,
+    overridden,
+)
+from bertscale.config.glue_tasks import find_tasks, settings_for, task_values
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
 from bertscale.examples.read import read_task_data
@@ -132,6 +141,8 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
         _check_prep(config, promises, report)
     elif isinstance(config, FinetuneConfig):
         _check_finetune(job, config, promises, report)
+    elif isinstance(config, GlueConfig):
+        _check_glue(config, promises, report)
     elif job.source is not None:
         _check_weights("SOURCE", job.source, promises, report)
         _check_convert_output(Path(spec.target), report)
@@ -239,6 +250,16 @@ def _check_finetune(job: StageJob, config: FinetuneConfig, promises: Promises, r
     ]
     if len(there) == len(files):
         _collect(report, lambda: read_task_data(config.task, data, config.samples))
+
+
+def _check_glue(config: GlueConfig, promises: Promises, report: Report) -> None:
+    _check_weights("MODEL", config.model, promises, report)
+    for task in find_tasks(Path(config.folder), config.tasks).tasks:
+        values = task_values(task, config.recipe or "bert", output=config.target, encoder=config.model)
+        settings = settings_for(task.name, config.set)
+        tuning = _collect(report, partial(overridden, FinetuneConfig, values, settings, task.name))
+        if tuning is not None:
+            _collect(report, partial(read_task_data, tuning.task, tuning.data, tuning.samples))
 
 
 def _check_weights(key: str, name: str, promises: Promises, report: Report) -> None:

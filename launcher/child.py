@@ -1,0 +1,60 @@
+"""A command of its own inside another one: `bertscale glue` runs each `bertscale finetune` so.
+
+    code = run_child(["finetune", "runs/base-glue/cola.yaml"])
+
+The child is in a session of its own, and gets every signal from this process alone, once: Ctrl-C, the end of
+a job, pre-emption. It dies with this process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from bertscale.errors import INTERRUPTED, STOPPED_AND_SAVED
+from bertscale.run_folder import ATTEMPT_VARIABLE
+from launcher.ranks import COPIED, PARENT, REPORT, die_with_parent
+
+# What makes a process a rank: the child starts ranks of its own.
+OF_RANKS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *(ATTEMPT_VARIABLE, PARENT, REPORT, COPIED),
+)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def run_child(words: list[str]) -> int:
+    """Runs `bertscale WORDS`, which writes to this process's screen; returns its exit code.
+
+    After a signal to this process that is STOPPED_AND_SAVED or INTERRUPTED, whatever the child returned.
+    """
+    me, stopped = os.getpid(), False
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        if process is not None:
+            process.send_signal(number)
+
+    taken = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in taken}
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bertscale", *words],
+            env={name: value for name, value in os.environ.items() if name not in OF_RANKS},
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(me),
+        )
+        if stopped:  # before the child was there
+            process.terminate()
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        return STOPPED_AND_SAVED if code == STOPPED_AND_SAVED else INTERRUPTED
+    return code if code >= 0 else 128 - code
