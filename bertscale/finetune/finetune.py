@@ -30,10 +30,12 @@ from bertscale.finetune.by_label import tables_of
 from bertscale.finetune.evaluate import Found, HeldOut, evaluate, hold_out
 from bertscale.finetune.loop import Job, Run, Stopped, train_run
 from bertscale.finetune.output import (
+    WRITTEN,
     finished_result,
     finished_runs,
     make_folder,
     remove_other_work,
+    write_config,
     write_model,
     write_outcome,
     write_predictions,
@@ -93,7 +95,7 @@ def train_all(config: FinetuneConfig, ranks: Ranks, stop: StopSignal) -> dict[st
         ranks.say(table(finished))
         return dict(finished)
     if ranks.rank == 0:
-        remove_leftovers(output)
+        remove_leftovers(output, WRITTEN)
         remove_other_work(output, made_of)
     ranks.barrier()
 
@@ -111,7 +113,7 @@ def train_all(config: FinetuneConfig, ranks: Ranks, stop: StopSignal) -> dict[st
         begin += records[run.name]["steps"]
     result = make_result(config, job.task, data, records, made_of, time.monotonic() - began)
     if ranks.rank == 0:
-        write_result(output, config, result)
+        write_result(output, result)
     ranks.say(table(result))
     return result
 
@@ -128,6 +130,7 @@ def prepare(
         if examples
     }
     if ranks.rank == 0:
+        write_config(Path(config.output), config)
         write_quarantine(Path(config.output), data.broken)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
     held: dict[str, HeldOut] = {

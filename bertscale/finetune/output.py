@@ -38,6 +38,7 @@ from bertscale.train.metrics import add_outcome
 DIGEST = "digest"  # in result.json, of all the rest of it
 RUNS = "runs"
 QUARANTINE = "quarantine.jsonl"
+WRITTEN = ("predictions-*.jsonl", QUARANTINE, f"{RUNS}/seed-*.json")  # beside what every run folder has
 
 
 def make_folder(output: Path) -> None:
@@ -136,13 +137,17 @@ def write_run(job: Job, run: Run, record: dict[str, Any]) -> None:
     folder = job.output / RUNS
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{run.name}.json", {"made_of": job.made_of, **record})
-    forget_worse(job, run, -1)
+    forget_worse(job, run, ())
 
 
-def write_result(output: Path, config: FinetuneConfig, result: dict[str, Any]) -> None:
-    """Writes the settings and, last, result.json with digests of the other files."""
+def write_config(output: Path, config: FinetuneConfig) -> None:
+    """Writes the settings, with which `bertscale finetune` goes on."""
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_bytes(output / CONFIG, settings.encode())
+
+
+def write_result(output: Path, result: dict[str, Any]) -> None:
+    """Writes, last of all, result.json with digests of the other files."""
     files = [CONFIG, *(path.name for path in sorted(output.glob("predictions-*.jsonl")))]
     files += sorted(f"{MODEL}/{path.name}" for path in (output / MODEL).iterdir())
     result["files"] = {name: file_digest(output / name) for name in files}

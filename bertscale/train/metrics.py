@@ -138,10 +138,18 @@ class MetricsWriter:
 
     What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is dropped: those
     steps are done again. TensorBoard shows the run under `name`, by default that of its folder; of several
-    runs in one folder it counts the steps of each from its own `begin`.
+    runs in one folder it counts the steps of each from its own `begin`. `planned` is the step at which the
+    last of them will end, if that is known.
     """
 
-    def __init__(self, run: Path, first_step: int, name: str | None = None, begin: int = 0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        first_step: int,
+        name: str | None = None,
+        begin: int = 0,
+        planned: int | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.first_step, self.begin = first_step, begin
@@ -150,7 +158,9 @@ class MetricsWriter:
         write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
         folder = run / TENSORBOARD / (name or run.resolve().name)
         self.events = SummaryWriter(str(folder), purge_step=first_step - begin + 1)
-        self.facts = {"run": name} if name else {}
+        self.facts: dict[str, Any] = {"run": name} if name else {}
+        if planned is not None:
+            self.facts["steps"] = planned
         self.end: Any = None  # the summary that marks the run as finished
 
     def introduce(self, config: Section) -> None:
