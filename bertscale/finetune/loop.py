@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bertscale.config import FinetuneConfig, UserError
 from bertscale.data.batch_phases import FOREVER
-from bertscale.errors import STOPPED_AND_SAVED, UserError
+from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.finetune.evaluate import HeldOut, evaluate
 from bertscale.finetune.loader import Part, TaskLoader
 from bertscale.finetune.start import Source, scale_of
