@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bertscale.config import FinetuneConfig, UserError
+from bertscale.config import FinetuneConfig
 from bertscale.data.batch_phases import FOREVER
-from bertscale.errors import STOPPED_AND_SAVED
+from bertscale.errors import STOPPED_AND_SAVED, UserError
 from bertscale.finetune.evaluate import HeldOut, evaluate
 from bertscale.finetune.loader import Part, TaskLoader
 from bertscale.finetune.start import Source, scale_of
@@ -93,6 +93,11 @@ class Job:
     @property
     def output(self) -> Path:
         return Path(self.config.output)
+
+    @property
+    def metric(self) -> str:
+        """Names the figure of dev that chooses the weights."""
+        return self.config.train.metric or self.task.metric
 
     @cached_property
     def engine(self) -> Engine[FinetuneConfig]:
@@ -340,7 +345,13 @@ def _brief(figures: dict[str, float]) -> dict[str, str]:
 
 def _note(course: Course, figures: dict[str, float], done: int, job: Job) -> None:
     """Notes an evaluation: whether it is the best so far."""
-    figure = figures[job.config.train.metric or job.task.metric]
+    better_if_higher = [name for name in figures if name != "loss" and not name.endswith("threshold")]
+    if job.metric not in better_if_higher:
+        raise UserError(
+            f"train.metric={job.metric} is no figure that is better if it is higher; there are "
+            + ", ".join(better_if_higher)
+        )
+    figure = figures[job.metric]
     course.evaluations.append({"step": done, **figures})
     if course.best is None or figure > course.best:
         course.best, course.best_step, course.since_best = figure, done, 0
@@ -349,7 +360,7 @@ def _note(course: Course, figures: dict[str, float], done: int, job: Job) -> Non
 
 
 def _dev_line(course: Course, figures: dict[str, float], done: int, job: Job) -> str:
-    metric = job.config.train.metric or job.task.metric
+    metric = job.metric
     best = (
         "the best so far" if course.best_step == done else f"best {course.best:.4f}, step {course.best_step}"
     )

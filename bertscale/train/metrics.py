@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import yaml
 from torch import Tensor
@@ -184,6 +186,26 @@ class MetricsWriter:
         if self.end is not None:
             self.events._get_file_writer().add_summary(self.end)  # type: ignore[no-untyped-call]
         self.events.close()
+
+
+def add_outcome(
+    folder: Path,
+    step: int,
+    figures: dict[str, float],
+    pictures: dict[str, npt.NDArray[np.uint8]],
+    texts: dict[str, str],
+) -> None:
+    """Adds to the events of a run that has ended what has come out of it: figures, which the tab HPARAMS
+    compares, pictures [height, width, 3], and texts in Markdown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), filename_suffix=".outcome") as events:
+        for key, value in figures.items():
+            events.add_scalar(key, value, step)
+        for key, picture in pictures.items():
+            events.add_image(key, picture, step, dataformats="HWC")
+        for key, text in texts.items():
+            events.add_text(key, text, step)
 
 
 def hyperparameters(config: Section) -> dict[str, float | str]:
