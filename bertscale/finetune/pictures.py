@@ -112,7 +112,8 @@ def _without_text(shares: npt.NDArray[np.float64], size: int) -> Picture:
     """Draws the matrix of many labels, as cells alone."""
     large = np.kron(shares, np.ones((size, size)))[:, :, None]
     white, full = np.array(_shade(0.0)), np.array(_shade(1.0))
-    return (white + (full - white) * large).astype(np.uint8)
+    picture: Picture = (white + (full - white) * large).astype(np.uint8)
+    return picture
 
 
 def _shade(share: float) -> tuple[int, int, int]:
