@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_heads import KINDS
-from test_predict import INPUTS, TEXT, close, write_model
+from test_predict import TEXT, close, write_model
 
 import bertscale
 from bertscale.cli import main
@@ -99,7 +99,10 @@ def test_pairs_in_chunks_are_as_in_one(
 
 
 def test_broken_rows_have_no_prediction_and_the_others_keep_theirs(
-    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "The cat."}\n{"text": \n{"text": " ", "id": 3}\n{"id": 4}\n{"text": "a dog"}\n')
