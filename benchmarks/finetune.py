@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class Case:
     per_round: int
     batch: int
     max_length: int
-    precision: str
+    precision: Literal["float32", "bfloat16"]
 
     def round(self, number: int) -> list[dict[str, str]]:
         begin = number * self.per_round
@@ -163,8 +163,9 @@ def cases(options: argparse.Namespace, data: Path, place: Path) -> Iterator[tupl
     """All comparisons that --only leaves, by name; models are written into the folder `place`."""
     tokenizer = load_tokenizer(data / VOCABULARY)
     has_bfloat16 = choose_precision("auto", torch.device("cpu"))[0] == torch.bfloat16
+    precisions: tuple[Literal["float32", "bfloat16"], ...]
     precisions = ("float32", "bfloat16") if has_bfloat16 or options.quick else ("float32",)
-    kinds = ("train", "predict")
+    kinds: tuple[str, ...] = ("train", "predict")
     if not importlib.util.find_spec("accelerate"):
         print("transformers' Trainer: left out; `pip install accelerate` brings what it needs")
         kinds = ("predict",)

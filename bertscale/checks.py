@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from bertscale.errors import UserError
 
 if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
     from bertscale.config import FinetuneConfig, GlueConfig, PretrainConfig
 
 
@@ -88,3 +91,32 @@ def check_glue(config: GlueConfig) -> None:
     for key, path in (("MODEL", config.model), ("FOLDER", config.folder)):
         if not os.path.isdir(path):
             raise UserError(f"{key} {path}: there is no such folder")
+
+
+def check_predictions(options: argparse.Namespace) -> None:
+    """Refuses options of `bertscale predict` that do not go together, and files and folders that are missing,
+    before anything is imported."""
+    if (options.text is None) == (options.input is None):
+        both = "both were given" if options.input else "neither was given"
+        raise UserError(f"give --input FILE or --text TEXT, one of the two; {both}")
+    if options.text is None and options.text_pair is not None:
+        raise UserError("--text-pair goes with --text; for a file, text_pair=COLUMN names its column")
+    if options.text is not None:
+        given = {"--output": options.output, "--score": options.score, "key=value": options.overrides}
+        if names := [name for name, value in given.items() if value]:
+            raise UserError(f"{' and '.join(names)} go with --input FILE, not with --text")
+    if not os.path.isdir(options.model):
+        raise UserError(f"MODEL {options.model}: there is no such folder; nothing is downloaded")
+    if options.input is not None and not os.path.isfile(options.input):
+        raise UserError(f"--input {options.input}: there is no such file")
+    if options.output is not None:
+        _check_output(options.output, options.input)
+
+
+def _check_output(output: Path, given: str) -> None:
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; give the name of a file")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    if output.exists() and os.path.samefile(output, given):
+        raise UserError(f"--output {output} would take the place of the input; give another name")

@@ -1,6 +1,6 @@
 """The `bertscale` command: reads the command line, checks the arguments and the config, starts the work.
 
-bertscale prep|pretrain|convert|finetune|score|bench|quickstart --help
+bertscale prep|pretrain|convert|finetune|predict|score|bench|quickstart --help
 
 No large library is imported before the work begins, so that help texts and error messages come at once.
 Exit codes are those of bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -19,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bertscale.console import complain, disk_errors_in_one_line, make_parser
-from bertscale.errors import INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
+from bertscale.console import complain, disk_errors_in_one_line, figure_lines, key_table, make_parser
+from bertscale.errors import BROKEN_PIPE, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from bertscale.config import Device, LaunchConfig, ParallelConfig, PretrainConfig
@@ -338,6 +339,93 @@ def _finetune(options: argparse.Namespace, rank: Rank) -> int:
         return finetune_as_rank(config)
 
 
+def predict(arguments: list[str]) -> int:
+    """bertscale predict MODEL --input FILE [--output FILE] [--score] [key=value ...], or MODEL --text TEXT"""
+    from bertscale.checks import check_predictions
+
+    options = _predict_parser().parse_intermixed_args(arguments)
+    check_predictions(options)
+
+    from bertscale.finetune.predict import load_task_model
+    from bertscale.finetune.predict_file import as_json, data_of, predict_file, predict_text
+
+    model = load_task_model(options.model, options.device, options.precision)
+    if options.text is not None:
+        sys.stdout.write(as_json(predict_text(model, options.text, options.text_pair)).decode())
+        return 0
+    data = data_of(model, options.input, options.overrides)
+    try:
+        figures = predict_file(
+            model,
+            options.input,
+            data,
+            options.output,
+            score=options.score,
+            say=lambda line: print(f"bertscale predict: {line}", file=sys.stderr),
+        )
+    except BrokenPipeError:  # its reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    if figures:
+        print(figure_lines(figures), file=sys.stderr)
+    return 0
+
+
+def _predict_parser() -> argparse.ArgumentParser:
+    from bertscale.config import describe_fields
+    from bertscale.config.examples import NOT_OF_INPUTS, ExamplesConfig
+
+    parser = make_parser(
+        "predict",
+        "Predicts with a fine-tuned model: each row of a file of any size, or one text. Writes a line of "
+        "JSON for each row, in the order of the file: its own columns and `prediction`; where that is null, "
+        "`error` tells why the row cannot be predicted.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="The output of `bertscale finetune`, its folder `model`, or a task model of transformers.",
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="The form of FILE, where it is another than that of the files of the fine-tuning, such as "
+        "text=body.",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help="A table (csv, tsv, jsonl, json, parquet), CoNLL columns, or SQuAD json; plain or compressed.",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="The file to write, whole or not at all (default: the standard output). Answers go to a .json "
+        "as one object {id: answer}.",
+    )
+    parser.add_argument("--text", help="Predict this text, or the first one of a pair, or this question.")
+    parser.add_argument(
+        "--text-pair", metavar="TEXT", help="The second text of a pair, or the context of the question."
+    )
+    parser.add_argument(
+        "--score", action="store_true", help="FILE has labels: show figures of the predictions at the end."
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="Where to run (%(default)s)."
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "bfloat16", "float32"],
+        default="float32",
+        help="Numbers to compute with (%(default)s); auto is bfloat16 where the device has it.",
+    )
+    keys = [row for row in describe_fields(ExamplesConfig) if row[0] not in NOT_OF_INPUTS]
+    parser.epilog = key_table("keys", keys)
+    return parser
+
+
 def score(arguments: list[str]) -> int:
     """bertscale score KIND GOLD PREDICTIONS [--no-answer FILE] [--chinese | --no-chinese] [--json]"""
     parser = make_parser(
@@ -393,9 +481,7 @@ def score(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(figures, indent=2))
         return 0
-    width = max(map(len, figures)) + 2
-    for name, value in figures.items():
-        print(f"{name:<{width}}{value:.4f}")
+    print(figure_lines(figures))
     return 0
 
 
@@ -496,6 +582,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
     "finetune": ("encoder and labelled examples -> task model", finetune),
+    "predict": ("task model and a file, or a text -> its predictions", predict),
     "score": ("a file of predictions -> its figures: answers or labels, of any program", score),
     "glue": ("model and a folder of tasks -> a table of dev figures, beside published ones", glue),
     "bench": ("how fast a training config runs on this machine, and where its time goes", bench),

@@ -7,7 +7,7 @@ import errno
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -66,14 +66,25 @@ def make_parser(
             nargs="*",
             help=f"A value, read as YAML, that replaces the one in the file, such as {example}.",
         )
-        column = max(len(key) for key, _ in rows) + 4
-        parser.epilog = "keys of CONFIG:\n" + "\n".join(
-            textwrap.fill(
-                text, width, initial_indent=f"  {key}".ljust(column), subsequent_indent=" " * column
-            )
-            for key, text in rows
-        )
+        parser.epilog = key_table("keys of CONFIG", rows)
     return parser
+
+
+def key_table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Lists keys of a config, each with its description, as the end of a help text."""
+    width = shutil.get_terminal_size().columns - 2
+    column = max(len(key) for key, _ in rows) + 4
+    lines = [
+        textwrap.fill(text, width, initial_indent=f"  {key}".ljust(column), subsequent_indent=" " * column)
+        for key, text in rows
+    ]
+    return "\n".join([f"{title}:", *lines])
+
+
+def figure_lines(figures: dict[str, float]) -> str:
+    """Lists figures, each with its name in front."""
+    width = max(map(len, figures)) + 2
+    return "\n".join(f"{name:<{width}}{value:.4f}" for name, value in figures.items())
 
 
 def complain(name: str, message: str) -> int:

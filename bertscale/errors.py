@@ -16,6 +16,8 @@ CRASH_LOOP = 77
 TOO_FEW_NODES = 78
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
+BROKEN_PIPE = 141  # 128 + SIGPIPE: who reads the output has left
+
 # The table of the documentation; any other code is that of the rank that failed first, 128 + N for signal N.
 EXIT_CODES = {
     0: "done",

@@ -224,7 +224,7 @@ def test_short_samples_are_padded_together_and_attend_as_alone(half_window: int 
     alone = torch.cat(
         [
             attend(part, Packing.of((len(part),), device), 0.0, half_window)
-            for part in packed.split(list(lengths))
+            for part in torch.split(packed, list(lengths))
         ]
     )
     for one, other in (

@@ -15,6 +15,9 @@ TaskKind = Literal[
     "classification", "multi_label", "regression", "tokens", "question_answering", "multiple_choice"
 ]
 
+# Keys of `data` that are of a fine-tuning, and not of the form of a file that a task model is given.
+NOT_OF_INPUTS = ("train", "dev", "dev_share", "dev_seed", "group", "test", "broken_share")
+
 
 class TrainingFile(Section):
     """One of several files of training examples."""

@@ -32,10 +32,12 @@ def examples_of(kind: TaskKind, inputs: Sequence[Any]) -> list[Any]:
     or is blank."""
     word_lists = [each for each in inputs if kind == "tokens" and isinstance(each, list)]
     spaces = not are_characters(word_lists)
-    return [_example(kind, each, f"inputs[{number}]", spaces) for number, each in enumerate(inputs)]
+    return [example_of(kind, each, f"inputs[{number}]", spaces) for number, each in enumerate(inputs)]
 
 
-def _example(kind: TaskKind, given: Any, place: str, spaces: bool) -> Example:
+def example_of(kind: TaskKind, given: Any, place: str, spaces: bool = True) -> Example:
+    """Returns the example of one input, which messages call `place`; `spaces` as in `join_tokens`. Raises
+    UserError as `examples_of`."""
     match kind, given:
         case "question_answering", {"question": question, "context": context}:
             return QuestionExample(

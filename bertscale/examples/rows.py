@@ -66,6 +66,7 @@ class BrokenRow:
     place: str
     reason: str
     row: Any
+    lacks_column: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Returns the line of quarantine.jsonl."""
@@ -75,14 +76,15 @@ class BrokenRow:
 class BadRowError(UserError):
     """Says why one row cannot be used; it is left out unless too many are."""
 
-    def __init__(self, row: Row, reason: str) -> None:
+    def __init__(self, row: Row, reason: str, *, lacks_column: bool = False) -> None:
         super().__init__(f"{row.place}: {reason}")
         self.row = row
         self.reason = reason
+        self.lacks_column = lacks_column  # one that is asked for: if all rows do, the wrong one is asked for
 
     def as_broken(self) -> BrokenRow:
         """Returns the row with its reason."""
-        return BrokenRow(self.row.place, self.reason, self.row.values)
+        return BrokenRow(self.row.place, self.reason, self.row.values, self.lacks_column)
 
 
 def column(row: Row, name: Column, key: str) -> Any:
@@ -93,10 +95,9 @@ def column(row: Row, name: Column, key: str) -> Any:
     if isinstance(name, int) and row.table:
         if 0 <= name < len(row.values):
             return next(islice(row.values.values(), name, None))
-        raise BadRowError(row, _no_column(name, list(row.values), key))
-    if str(name) not in row.values:
-        raise BadRowError(row, _no_column(name, list(row.values), key))
-    return row.values[str(name)]
+    elif str(name) in row.values:
+        return row.values[str(name)]
+    raise BadRowError(row, _no_column(name, list(row.values), key), lacks_column=True)
 
 
 def read_rows(
@@ -146,7 +147,7 @@ def format_of(path: str | Path, data: ExamplesConfig) -> Format:
     if data.format != "auto":
         return data.format
     path = str(path)
-    ending = Path(path.lower().removesuffix(compression_of(path))).suffix
+    ending = ending_of(path)
     if ending in ENDINGS:
         return ENDINGS[ending]
     if ending == ".json":
@@ -156,6 +157,11 @@ def format_of(path: str | Path, data: ExamplesConfig) -> Format:
         f"{path}: the ending {ending or '(there is none)'} does not tell the format; set data.format to csv, "
         "tsv, jsonl, json, parquet, conll or squad"
     )
+
+
+def ending_of(path: str) -> str:
+    """Returns the ending of a file's name, in small letters, without that of its compression."""
+    return Path(path.lower().removesuffix(compression_of(path))).suffix
 
 
 def _no_column(name: Column, names: list[str], key: str) -> str:

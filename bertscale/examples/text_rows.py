@@ -59,9 +59,9 @@ def read_text_examples(
             broken.append(row.as_json())
             continue
         try:
-            label = _skipped_label(row, data) if labelled and data.skip_labels else None
+            label = skipped_label(row, data) if labelled and data.skip_labels else None
             if label is None:
-                examples.append(_example(row, kind, data, labelled))
+                examples.append(text_example(row, kind, data, labelled))
             else:
                 skipped[label] += 1
         except BadRowError as error:
@@ -123,7 +123,10 @@ def check_labels(examples: Iterable[TextExample], labels: Sequence[str], source:
 # --------------------------------------------------------------------------------------------- one row
 
 
-def _example(row: Row, kind: TaskKind, data: ExamplesConfig, labelled: bool) -> TextExample | ChoiceExample:
+def text_example(
+    row: Row, kind: TaskKind, data: ExamplesConfig, labelled: bool
+) -> TextExample | ChoiceExample:
+    """Makes the example of a row, without `labelled` one whose target is not known. Raises BadRowError."""
     text = _text(row, column(row, data.text, "data.text"), "data.text")
     if kind == "multiple_choice":
         options = _options(row, data)
@@ -209,7 +212,7 @@ def _number(row: Row, value: Any) -> float:
     return number
 
 
-def _skipped_label(row: Row, data: ExamplesConfig) -> str | None:
+def skipped_label(row: Row, data: ExamplesConfig) -> str | None:
     """Returns the label for which the row is left out, if it has such a one, whole or between separators."""
     if isinstance(data.label, list):
         return None

@@ -72,8 +72,9 @@ def model_card(job: Job, run: Run, record: dict[str, Any], data: TaskData[Any], 
         *(["| examples | figure | value |", "| --- | --- | --- |", *figures, ""] if figures else []),
         "FOLDER is the folder of this file. With transformers:\n",
         f"```python\n{usage(task.kind, pair=_are_pairs(data))}```\n",
-        "With bertscale, which packs inputs without padding, "
-        '`bertscale.load_task_model("FOLDER")` predicts for lists of them.\n',
+        "With bertscale, which packs inputs without padding and reads files of any size (in Python, "
+        '`bertscale.load_task_model("FOLDER")`):\n',
+        "```\nbertscale predict FOLDER --input FILE --output PREDICTIONS.jsonl\n```\n",
     ]
     return "\n".join(lines)
 

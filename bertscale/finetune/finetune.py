@@ -23,8 +23,7 @@ from torch import Tensor
 
 from bertscale.config import FinetuneConfig, UserError
 from bertscale.errors import STOPPED_AND_SAVED
-from bertscale.examples.describe import describe
-from bertscale.examples.read import read_task_data
+from bertscale.examples.read import describe, read_task_data
 from bertscale.files import file_digest, json_digest
 from bertscale.finetune.by_label import tables_of
 from bertscale.finetune.evaluate import Found, HeldOut, evaluate, hold_out

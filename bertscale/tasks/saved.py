@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
+from bertscale.config.examples import NOT_OF_INPUTS, EncodingConfig, ExamplesConfig, TaskKind
 from bertscale.config.section import check_config
 from bertscale.config.table import Count, Size, Table, check_table
 from bertscale.tasks.choice import ChoiceTask
@@ -24,8 +24,6 @@ from bertscale.tasks.texts import text_task
 from bertscale.tasks.tokens import TokenTask
 
 REMEDY = "take another copy of the model, or fine-tune it again"
-# Keys of `data` that are of a run, and not of the form of its files.
-OF_RUN = ("train", "dev", "dev_share", "dev_seed", "group", "test", "salvage", "broken_share")
 
 
 class _Facts(Table):
@@ -83,4 +81,4 @@ def columns_of(facts: dict[str, Any], origin: Path) -> dict[str, Any]:
 
 def columns_to_keep(data: ExamplesConfig) -> dict[str, Any]:
     """Returns what `columns_of` gives back: the form of the files, as JSON values."""
-    return data.model_dump(mode="json", exclude_defaults=True, exclude=set(OF_RUN))
+    return data.model_dump(mode="json", exclude_defaults=True, exclude={*NOT_OF_INPUTS, "salvage"})
