@@ -9,6 +9,7 @@ Standard library only, except for the digest: a batch host may have nothing else
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -31,14 +32,27 @@ def whole_file(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            if flush:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _full_disk_named(path, temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                if flush:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _full_disk_named(path: Path, temporary: Path) -> Iterator[None]:
+    """Puts `path` into an OSError of a full disk that names nothing, as those of `write`, or `temporary`."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or str(error.filename).startswith(str(temporary))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and unnamed:
+            error.filename = str(path)
+        raise
 
 
 def write_bytes(path: Path, content: bytes, *, flush: bool = True) -> None:
@@ -104,8 +118,9 @@ def whole_folder(final: Path) -> Iterator[Path]:
             partial.mkdir()
             stack.enter_context(_locked(partial))
         try:
-            yield partial
-            put_in_place(partial, final)
+            with _full_disk_named(final, partial):
+                yield partial
+                put_in_place(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -10,10 +10,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bertscale.files import file_digest, fresh_folder, put_in_place, write_bytes, write_json
+from bertscale.files import (
+    file_digest,
+    fresh_folder,
+    put_in_place,
+    whole_file,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
 from bertscale.run_folder import append_line, read_metrics
 from bertscale.train.metrics import MetricsWriter
 
@@ -176,3 +185,14 @@ def test_a_batch_host_needs_the_standard_library_alone(module: str) -> None:
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     names = {name.split(".")[0] for name in loaded.stdout.split()} - {"bertscale", "launcher", "__main__"}
     assert names <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_the_error_of_a_full_disk_names_what_was_written(tmp_path: Path, whole: Callable[..., Any]) -> None:
+    with pytest.raises(OSError, match="full") as error, whole(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "full")  # as that of write(), which knows no name
+    assert error.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="full") as error, whole(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "full", "another")
+    assert error.value.filename == "another"
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_finetune import configure, world  # noqa: F401  (a fixture)
+from test_finetune import configure, rows, world, write_rows  # noqa: F401  (a fixture)
 
 from bertscale.run_folder import TABLE, checkpoints, read_events, read_metrics
 from launcher import runs
+from launcher.status import control, state
 
 CHANGES = ["train.epochs=9", "train.eval_every=5", "train.save_every=4", "train.log_every=1"]
 STEPS = 54
@@ -131,6 +133,55 @@ def nothing_half_written(output: Path) -> None:
 # ---------------------------------------------------------------------------------- stopped and killed
 
 
+def test_ctrl_c_saves_and_says_how_to_go_on(desk: Desk, calm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = desk.start(output)
+    until(process, lambda: checkpoints(output))
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 75, stderr
+    (newest,) = checkpoints(output)
+    step = int(newest.name.removeprefix("step-"))
+    assert 4 <= step < STEPS
+    assert f"stopped; everything until step {step} is saved; to resume: bertscale finetune" in stderr
+    nothing_half_written(output)
+
+    place = runs.find(str(output))
+    facts = runs.look(place)
+    assert (facts.stage, facts.step, facts.steps, facts.done) == ("finetune", step, STEPS, False)
+    judged = state.judge(place, facts, [], None, time.time() + 1000)
+    assert judged.word == "stopped"
+    assert judged.next == control.local_command(place) == f"bertscale finetune {output}/config.yaml"
+
+    again = subprocess.run(
+        [sys.executable, "-m", "bertscale", "finetune", str(output / "config.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    same(output, calm)
+    facts = runs.look(runs.find(str(output)))
+    assert (facts.step, facts.steps, facts.done) == (STEPS, STEPS, True)
+    assert state.judge(place, facts, [], None, time.time()).word == "done"
+
+
+def test_a_second_ctrl_c_kills_it(desk: Desk, calm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = desk.start(output)
+    until(process, lambda: checkpoints(output))
+    os.kill(rank_process(output, 0), signal.SIGSTOP)  # it will not save
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert "killed; everything until step " in stderr
+    assert "to resume: bertscale finetune" in stderr
+    assert desk.run(output).returncode == 0
+    same(output, calm)
+
+
 def test_one_of_two_ranks_is_killed(desk: Desk, tmp_path: Path) -> None:
     """The supervisor starts both again, from the newest checkpoint; two ranks, tensor-parallel."""
     topology = ["parallel.ranks=2", "parallel.tensor=2"]
@@ -232,4 +283,61 @@ def test_a_full_disk(desk: Desk, calm: Path, disk: Path) -> None:
         assert kept == saved
     resize(disk, "100M")
     assert desk.run(output).returncode == 0
+    same(output, calm)
+
+
+def test_a_disk_that_is_full_at_the_end(desk: Desk, disk: Path) -> None:
+    """While the best weights, the predictions or the model are written: the line names the file, nothing half
+    written is left, and the same command makes it all where there is room."""
+    test = write_rows(desk.folder / "many.jsonl", rows(600, seed=2))
+    changes = ["train.epochs=2", "train.eval_every=12", "train.save_every=null", f"data.test={test}"]
+    output = disk / "output"
+    assert desk.run(output, *changes).returncode == 0
+    whole = {path.name: path.read_bytes() for path in files_of(output)}
+    model, predictions = used(output / "model"), len(whole["predictions-test.jsonl"])
+    best = len(whole["model.safetensors"]) + len(whole["tokenizer.model"])
+    rest = used(output) - model - predictions  # settings, curves, logs
+    sizes = {
+        "best/seed-0-step-0000012": rest + best // 2,
+        "predictions-test.jsonl": rest + best + predictions // 2,
+        "model": rest + best + predictions + model // 2,
+    }
+    for name, size in sizes.items():
+        shutil.rmtree(output)
+        resize(disk, size)
+        refused = desk.run(output, *changes)
+        assert refused.returncode == 2, (name, refused.stderr)
+        line = one_line(refused.stderr)
+        assert "No space left on device" in line
+        assert f"{output}/{name}" in line
+        assert not (output / "result.json").exists()
+        nothing_half_written(output)
+    resize(disk, "100M")
+    assert desk.run(output, *changes).returncode == 0
+    assert {path.name: path.read_bytes() for path in files_of(output)} == whole
+
+
+def files_of(output: Path) -> list[Path]:
+    """The model's and the predictions, which are the same whenever they are made."""
+    return [*(output / "model").iterdir(), *output.glob("predictions-*.jsonl")]
+
+
+def test_an_output_that_cannot_be_written(desk: Desk, disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    refused = desk.run(disk / "output")
+    assert refused.returncode == 2
+    assert "Read-only file system" in one_line(refused.stderr)
+
+
+def test_two_in_one_output(desk: Desk, calm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = desk.start(output)
+    until(process, lambda: checkpoints(output))
+    rank = rank_process(output, 0)
+    os.kill(rank, signal.SIGSTOP)  # or it could have ended when the second one begins
+    second = desk.run(output)
+    os.kill(rank, signal.SIGCONT)
+    assert second.returncode == 2
+    assert f"another job is training in {output}" in one_line(second.stderr)
+    assert process.wait() == 0
     same(output, calm)

@@ -128,7 +128,7 @@ def submit(cluster: Cluster, checkout: Path, stage: str, *words: str, **options:
     return job, checkout / f"slurm-{stage}-{job}.out"
 
 
-@pytest.mark.parametrize("stage", ["prep", "convert", "finetune"])
+@pytest.mark.parametrize("stage", ["prep", "convert"])
 def test_a_plain_script_runs_its_stage(cluster: Cluster, checkout: Path, stage: str) -> None:
     job, log = submit(cluster, checkout, stage, "words", "a b")
     cluster.wait(job, "COMPLETED")
@@ -136,17 +136,20 @@ def test_a_plain_script_runs_its_stage(cluster: Cluster, checkout: Path, stage: 
     assert cluster.job(job)["Requeue"] == "1"
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("how", ["time limit", "pre-emption", "cancel"])
-def test_the_plain_pretraining_saves_and_requeues_itself(cluster: Cluster, checkout: Path, how: str) -> None:
+def test_a_plain_training_saves_and_requeues_itself(
+    cluster: Cluster, checkout: Path, how: str, stage: str
+) -> None:
     size = {"nodes": "4", "ntasks_per_node": "2"}
-    job, log = submit(cluster, checkout, "pretrain", "wait", partition="spot", **size)
+    job, log = submit(cluster, checkout, stage, "wait", partition="spot", **size)
     cluster.wait(job, "RUNNING")
     while not log.exists() or log.read_text().count("start 0") < 8:
         cluster.wait(job, "RUNNING")
     if how == "time limit":
         cluster.run("scancel", "--signal=USR1", job)  # what Slurm sends then, to the steps alone
     elif how == "pre-emption":
-        submit(cluster, checkout, "pretrain", "", partition="high", nodes="4", exclusive="")
+        submit(cluster, checkout, stage, "", partition="high", nodes="4", exclusive="")
     else:
         cluster.run("scancel", job)
         cluster.wait(job, "CANCELLED")
