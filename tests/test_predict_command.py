@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_finetune import configure, run
+from test_finetune import world as world
 from test_heads import KINDS
 from test_predict import INPUTS, TEXT, close, write_model
 
@@ -277,7 +279,8 @@ def test_questions_of_squad_and_of_rows(models: dict[str, Path], tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "tokens", "question_answering"])
 def test_one_text(kind: str, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    options, line, given = ["--text", TEXT], {"text": TEXT}, TEXT
+    given: Any = TEXT
+    options, line = ["--text", TEXT], {"text": TEXT}
     if kind == "regression":
         options, line, given = [*options, "--text-pair", "a"], {"text": TEXT, "text_pair": "a"}, (TEXT, "a")
     if kind == "question_answering":
@@ -329,6 +332,71 @@ def test_what_is_no_task_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["predict", str(folder), "--text", "a"]) == 2
         (line,) = said(capsys)
         assert message in line
+
+
+# ------------------------------------------------------------------------------------- as the run itself
+
+
+def test_predictions_and_figures_are_those_of_the_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        ["apple", "fell", "."],
+        ["the", "nile", "and", "the", "rhine"],
+        ["old", "zinc"],
+        ["iron", "nile"],
+    ]
+    tags = [["B-F", "O", "O"], ["O", "B-R", "O", "O", "B-R"], ["O", "B-M"], ["B-M", "I-M"]]
+    sentences = [{"tokens": w, "tags": t} for w, t in zip(words, tags, strict=True)]
+    questions = [
+        {
+            "id": str(i),
+            "question": f"Where is the {sentence[-1]} ?",
+            "context": " ".join(sentence),
+            "answers": {"text": [sentence[-1]], "answer_start": [len(" ".join(sentence[:-1])) + 1]},
+        }
+        for i, sentence in enumerate(words)
+    ]
+    configs = []
+    for kind, examples in (
+        ("classification", None),
+        ("tokens", sentences),
+        ("question_answering", questions),
+    ):
+        changes = [f"task={kind}", "train.epochs=3", "train.precision=float32"]
+        if examples:
+            path = write_rows(tmp_path / f"{kind}.jsonl", examples)
+            changes += [f"data.train={path}", f"data.test={path}"]
+        configs.append(configure(world, tmp_path / kind, *changes))
+    for config, result in zip(configs, run(*configs), strict=True):
+        assert config.data.test is not None
+        output = tmp_path / "found.jsonl"
+        command = ["predict", config.output, "--input", config.data.test, "--output", str(output), "--score"]
+        capsys.readouterr()
+        assert main(command) == 0
+        expected = read_lines(Path(config.output) / "predictions-test.jsonl")
+        assert close(read_lines(output), expected, 1e-4)
+        shown = dict(line.split() for line in said(capsys))
+        figures = {name: figure["mean"] for name, figure in result["pretrained"]["test"].items()}
+        figures.pop("loss")
+        assert {name: float(value) for name, value in shown.items()} == pytest.approx(figures, abs=1e-4)
+
+
+def test_rows_without_a_usable_label_are_predicted_and_not_scored(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"text": text, "label": label}
+        for text, label in zip(texts(4), ["cat", "dog", None, "-"], strict=True)
+    ]
+    path = write_rows(tmp_path / "in.jsonl", [*rows, {"text": "", "label": "cat"}])
+    found = predict(models["classification"], path, "--score", 'skip_labels=["-"]')
+    assert [line["prediction"] is None for line in found] == [False] * 4 + [True]
+    broken, left_out, *figures = said(capsys)
+    assert "warning: 1 of 5 rows cannot be predicted" in broken
+    assert "warning: 3 of 5 rows are not scored" in left_out
+    right = sum(line["prediction"]["label"] == line["label"] for line in found[:2]) / 2
+    assert f"accuracy{right:.4f}" in [line.replace(" ", "") for line in figures]
 
 
 # ------------------------------------------------------------------------------------------- the output
