@@ -123,9 +123,9 @@ def test_ragged_lines(tmp_path: Path) -> None:
         ("line 4", "1 columns where other lines have 2"),
         ("line 7", "3 columns where other lines have 2"),
     ]
-    assert broken[2]["reason"].startswith("bytes that are not utf-8")
-    assert broken[2]["place"] == f"{path}, line 13"
-    assert broken[3]["reason"] == "no text"  # nothing but a character without width
+    assert broken[2]["reason"] == "no text"  # nothing but a character without width
+    assert broken[3]["reason"].startswith("bytes that are not utf-8")
+    assert broken[3]["place"] == f"{path}, line 13"
     assert json.dumps(broken)
     [row] = read(path, "a\tO\n\tO\n")[1]
     assert (row["place"], row["reason"]) == (f"{path}, line 2", "no token in its column")

@@ -60,7 +60,9 @@ def read_token_examples(
     texts does as well as one of tokens. Raises UserError for a file that cannot be read at all.
     """
     if is_conll(path, data):
-        examples, broken = _read_conll(path, data, tagged)
+        found = read_conll(path, data, tagged)
+        examples = [one for one in found if isinstance(one, TokenExample)]
+        broken = [one for one in found if isinstance(one, BrokenRow)]
     else:
         examples, broken = read_token_rows(path, data, tagged)
     examples, strange = _without_strange_tags(examples)
@@ -79,14 +81,17 @@ def is_conll(path: str, data: ExamplesConfig) -> bool:
 # ----------------------------------------------------------------------------------------------- conll
 
 
-def _read_conll(path: str, data: ExamplesConfig, tagged: bool) -> tuple[list[TokenExample], list[BrokenRow]]:
+def read_conll(path: str, data: ExamplesConfig, tagged: bool) -> list[TokenExample | BrokenRow]:
+    """Returns the sentences of a file of CoNLL columns, in order, with those of broken lines among them."""
     sentences = list(_sentences(path, data, tagged))
-    broken = [sentence.broken for sentence in sentences if sentence.broken]
     whole = [sentence for sentence in sentences if not sentence.broken]
     spaces = not are_characters([sentence.tokens for sentence in whole])
     documents = any(sentence.document for sentence in whole)
-    examples = []
-    for sentence in whole:
+    examples: list[TokenExample | BrokenRow] = []
+    for sentence in sentences:
+        if sentence.broken:
+            examples.append(sentence.broken)
+            continue
         values: dict[str, Any] = {"tokens": sentence.tokens}
         if sentence.tags:
             values["tags"] = sentence.tags
@@ -96,16 +101,16 @@ def _read_conll(path: str, data: ExamplesConfig, tagged: bool) -> tuple[list[Tok
             row = Row(sentence.place, values)
             examples.append(example_of_tokens(row, sentence.tokens, sentence.tags or None, spaces))
         except BadRowError as error:
-            broken.append(error.as_broken())
-    return examples, broken
+            examples.append(error.as_broken())
+    return examples
 
 
 def _sentences(path: str, data: ExamplesConfig, tagged: bool) -> Iterator[_Sentence]:
     lines = _lines(path, data.encoding)
     split, width = _columns(lines, data.separator)
     token_column = _number(data.tokens, "tokens", 0, width, path)
-    tag_column: int | None = _number(data.tags, "tags", width - 1, width, path)
-    if not tagged or tag_column == token_column:
+    tag_column = _number(data.tags, "tags", width - 1, width, path) if tagged else None
+    if tag_column == token_column:
         tag_column = None
     strip = re.compile(data.strip_tokens) if data.strip_tokens else None
     document = 0

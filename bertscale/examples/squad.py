@@ -20,7 +20,7 @@ from typing import Any
 
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig
-from bertscale.examples.rows import BadRowError, BrokenRow, column, read_rows
+from bertscale.examples.rows import BadRowError, BrokenRow, Row, column, read_rows
 from bertscale.tasks.task import QuestionExample
 from bertscale.tokenizer.base import normalize, normalize_with_offsets
 from data_prep.readers.compressed import DAMAGE
@@ -61,25 +61,11 @@ def read_questions(
             broken.append(asked.as_json())
             continue
         try:
-            answers = tuple(_find(asked, text, start) for text, start in asked.answers or ())
-            for name in ("question", "context"):
-                if not getattr(asked, name).strip():
-                    raise _UnusableError(f"the {name} is blank")
-        except _UnusableError as error:
-            broken.append({"place": asked.place, "reason": str(error), "row": asked.row})
+            examples.append(question_example(asked))
+        except BadRowError as error:
+            broken.append(error.as_broken().as_json())
             continue
-        mended += list(answers) != (asked.answers or [])
-        examples.append(
-            QuestionExample(
-                place=asked.place,
-                row=asked.row,
-                identity=asked.identity,
-                question=asked.question,
-                context=asked.context,
-                answers=answers,
-                known=asked.answers is not None,
-            )
-        )
+        mended += list(examples[-1].answers) != (asked.answers or [])
     if mended:
         say(
             f"{path}: {mended:,} question{'s' if mended > 1 else ''} had an answer that stands elsewhere in "
@@ -88,14 +74,42 @@ def read_questions(
     return examples, broken
 
 
+def question_example(asked: AskedQuestion, answered: bool = True) -> QuestionExample:
+    """Makes the example of a question, without `answered` one whose answers are not known.
+
+    Raises BadRowError for a question or context that is blank, or an answer that is nowhere.
+    """
+    row = Row(asked.place, asked.row)
+    given = asked.answers if answered else None
+    try:
+        answers = tuple(_find(asked, text, start) for text, start in given or ())
+    except _UnusableError as error:
+        raise BadRowError(row, str(error)) from error
+    for name in ("question", "context"):
+        if not getattr(asked, name).strip():
+            raise BadRowError(row, f"the {name} is blank")
+    return QuestionExample(
+        place=asked.place,
+        row=asked.row,
+        identity=asked.identity,
+        question=asked.question,
+        context=asked.context,
+        answers=answers,
+        known=given is not None,
+    )
+
+
 def asked_questions(
-    path: str | Path, data: ExamplesConfig, say: Callable[[str], None] = print
+    path: str | Path, data: ExamplesConfig, say: Callable[[str], None] = print, *, answered: bool = True
 ) -> Iterator[AskedQuestion | BrokenRow]:
-    """Yields the questions of a file as they stand there. Raises UserError, as `read_questions` does."""
+    """Yields the questions of a file as they stand there, without `answered` as if they had no answers.
+
+    Raises UserError, as `read_questions` does.
+    """
     name = str(path)
     articles = _articles(name, data, say)
     if articles is None:
-        yield from _from_table(name, data)
+        yield from _from_table(name, data, answered)
         return
     for number, article in enumerate(articles):
         title = article.get("title", number + 1) if isinstance(article, dict) else number + 1
@@ -108,10 +122,11 @@ def asked_questions(
             ) from error
         for place, (context, questions) in enumerate(paragraphs, start=1):
             for values in questions:
-                yield _from_article(f"{name}, article {title!r}, paragraph {place}", title, context, values)
+                where = f"{name}, article {title!r}, paragraph {place}"
+                yield _from_article(where, title, context, values, answered)
 
 
-def _from_table(name: str, data: ExamplesConfig) -> Iterator[AskedQuestion | BrokenRow]:
+def _from_table(name: str, data: ExamplesConfig, answered: bool) -> Iterator[AskedQuestion | BrokenRow]:
     wanted = [("data.question", data.question), ("data.context", data.context)]
     missing: BadRowError | None = None
     any_sound = False
@@ -127,7 +142,7 @@ def _from_table(name: str, data: ExamplesConfig) -> Iterator[AskedQuestion | Bro
             continue
         any_sound = True
         try:
-            answers = column(row, data.answers, "data.answers")
+            answers = column(row, data.answers, "data.answers") if answered else None
         except BadRowError:
             answers = None  # it is only to be answered
         yield _asked(row.place, row.values, row.values.get("id") or row.place, question, context, answers)
@@ -146,13 +161,15 @@ def _reason(error: Exception) -> str:
 # ----------------------------------------------------------------------------------- one question
 
 
-def _from_article(paragraph: str, title: Any, context: Any, values: Any) -> AskedQuestion | BrokenRow:
+def _from_article(
+    paragraph: str, title: Any, context: Any, values: Any, answered: bool
+) -> AskedQuestion | BrokenRow:
     if not isinstance(values, dict) or "id" not in values or "question" not in values:
         return BrokenRow(paragraph, "a question without `id` or `question`", {})
     place = f"{paragraph}, question {values['id']}"
     row = {"title": title, "id": values["id"], "question": values["question"]}
     given = [] if values.get("is_impossible") is True else values.get("answers")
-    return _asked(place, row, values["id"], values["question"], context, given)
+    return _asked(place, row, values["id"], values["question"], context, given if answered else None)
 
 
 def _asked(

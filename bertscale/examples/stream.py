@@ -9,17 +9,28 @@ CoNLL columns, and the one value of a json file, are read whole.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import TypeVar
 
 from bertscale.config import UserError
 from bertscale.config.examples import ExamplesConfig, TaskKind
+from bertscale.examples.conll import is_conll, read_conll
 from bertscale.examples.rows import BadRowError, BrokenRow, Row, read_rows, wanted_columns
+from bertscale.examples.squad import AskedQuestion, asked_questions, question_example
 from bertscale.examples.text_rows import check_columns, skipped_label, text_example
+from bertscale.examples.token_rows import (
+    are_texts,
+    columns_of_tokens,
+    example_of_spans,
+    example_of_tokens,
+    token_lists,
+)
 from bertscale.tasks.task import ChoiceExample, Example, QuestionExample, TextExample, TokenExample
+from bertscale.tasks.words import are_characters
 
 FIRST = 4096  # rows by which a file is judged: whether it has the columns, and has tokens that are characters
 
@@ -47,14 +58,66 @@ def read_inputs(
 def _inputs(
     kind: TaskKind, path: str, data: ExamplesConfig, labelled: bool, lack: Note, say: Note
 ) -> Iterator[Example | BrokenRow]:
-    check_columns(kind, data)
-    rows = read_rows(path, data, wanted_columns(data, labelled))
-    yield from _each(rows, functools.partial(_of_text, kind=kind, data=data), labelled, lack)
+    if kind == "question_answering":
+        yield from _questions(path, data, labelled, lack, say)
+    elif kind != "tokens":
+        check_columns(kind, data)
+        rows = read_rows(path, data, wanted_columns(data, labelled))
+        yield from _each(rows, partial(_of_text, kind=kind, data=data), labelled, lack)
+    elif is_conll(path, data):
+        yield from read_conll(path, data, labelled)
+    else:
+        yield from _token_rows(path, data, labelled, lack)
 
 
 def _of_text(row: Row, labelled: bool, kind: TaskKind, data: ExamplesConfig) -> TextExample | ChoiceExample:
     skipped = labelled and data.skip_labels and skipped_label(row, data) is not None
     return text_example(row, kind, data, labelled and not skipped)
+
+
+def _token_rows(
+    path: str, data: ExamplesConfig, labelled: bool, lack: Note
+) -> Iterator[TokenExample | BrokenRow]:
+    as_text = are_texts(path, data, labelled)
+    rows = read_rows(path, data, columns_of_tokens(data, labelled, as_text))
+    if as_text:
+        yield from _each(rows, lambda row, tagged: example_of_spans(row, data, tagged), labelled, lack)
+        return
+    first = list(islice(rows, FIRST))
+    spaces = not are_characters(list(_token_lists(first, data)))
+
+    def make(row: Row, tagged: bool) -> TokenExample:
+        return example_of_tokens(row, *token_lists(row, data, tagged), spaces)
+
+    yield from _each(chain(first, rows), make, labelled, lack)
+
+
+def _token_lists(rows: Iterable[Row | BrokenRow], data: ExamplesConfig) -> Iterator[list[str]]:
+    for row in rows:
+        if isinstance(row, Row):
+            with contextlib.suppress(BadRowError):
+                yield token_lists(row, data, False)[0]
+
+
+def _questions(
+    path: str, data: ExamplesConfig, labelled: bool, lack: Note, say: Note
+) -> Iterator[QuestionExample | BrokenRow]:
+    for asked in asked_questions(path, data, say, answered=labelled):
+        given = asked if isinstance(asked, BrokenRow) else _question(asked, labelled)
+        if isinstance(given, BrokenRow) and given.lacks_column:
+            lack(f"{given.place}: {given.reason}")
+        yield given
+
+
+def _question(asked: AskedQuestion, labelled: bool) -> QuestionExample | BrokenRow:
+    """The example of a question; if its answers are not to be found in the context, without any."""
+    if labelled:
+        with contextlib.suppress(BadRowError):
+            return question_example(asked)
+    try:
+        return question_example(asked, answered=False)
+    except BadRowError as error:
+        return error.as_broken()
 
 
 def _each(

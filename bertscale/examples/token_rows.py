@@ -29,21 +29,18 @@ def read_token_rows(
     path: str, data: ExamplesConfig, tagged: bool
 ) -> tuple[list[TokenExample], list[BrokenRow]]:
     """Reads the examples of a file and its broken rows; `tagged` as in `conll.read_token_examples`."""
-    as_text = data.spans is not None or (not tagged and not _has_tokens(path, data))
-    wanted: list[tuple[str, Column]] = [("data.text", data.text) if as_text else ("data.tokens", data.tokens)]
-    if tagged:
-        wanted.append(("data.tags", data.tags) if data.spans is None else ("data.spans", data.spans))
+    as_text = are_texts(path, data, tagged)
     broken: list[BrokenRow] = []
     lists: list[tuple[Row, list[str], list[str] | None]] = []
     examples: list[TokenExample] = []
-    for row in read_rows(path, data, wanted):
+    for row in read_rows(path, data, columns_of_tokens(data, tagged, as_text)):
         try:
             if isinstance(row, BrokenRow):
                 broken.append(row)
             elif as_text:
-                examples.append(_of_spans(row, data, tagged))
+                examples.append(example_of_spans(row, data, tagged))
             else:
-                lists.append((row, *_lists(row, data, tagged)))
+                lists.append((row, *token_lists(row, data, tagged)))
         except BadRowError as error:
             broken.append(error.as_broken())
     spaces = not are_characters([tokens for _, tokens, _ in lists])
@@ -53,6 +50,19 @@ def read_token_rows(
         except BadRowError as error:
             broken.append(error.as_broken())
     return examples, broken
+
+
+def are_texts(path: str, data: ExamplesConfig, tagged: bool) -> bool:
+    """Whether the rows of a file have texts, and not lists of tokens."""
+    return data.spans is not None or (not tagged and not _has_tokens(path, data))
+
+
+def columns_of_tokens(data: ExamplesConfig, tagged: bool, as_text: bool) -> list[tuple[str, Column]]:
+    """Returns the columns that rows must have, with the keys that name them."""
+    wanted: list[tuple[str, Column]] = [("data.text", data.text) if as_text else ("data.tokens", data.tokens)]
+    if tagged:
+        wanted.append(("data.tags", data.tags) if data.spans is None else ("data.spans", data.spans))
+    return wanted
 
 
 def _has_tokens(path: str, data: ExamplesConfig) -> bool:
@@ -66,8 +76,9 @@ def _has_tokens(path: str, data: ExamplesConfig) -> bool:
     return True
 
 
-def _lists(row: Row, data: ExamplesConfig, tagged: bool) -> tuple[list[str], list[str] | None]:
-    """The tokens and the tags of a row. Tags that are numbers are those of data.labels, as data sets have."""
+def token_lists(row: Row, data: ExamplesConfig, tagged: bool) -> tuple[list[str], list[str] | None]:
+    """Returns the tokens and, if `tagged`, the tags of a row. Tags that are numbers are those of data.labels,
+    as data sets have. Raises BadRowError for what are no lists."""
     tokens = [str(token) for token in _list(row, column(row, data.tokens, "data.tokens"), "tokens")]
     if data.strip_tokens:
         tokens = [re.sub(data.strip_tokens, "", token) for token in tokens]
@@ -119,8 +130,9 @@ def _check_text(row: Row, text: Any) -> None:
         raise BadRowError(row, "no text")
 
 
-def _of_spans(row: Row, data: ExamplesConfig, tagged: bool) -> TokenExample:
-    """An example of a text with character spans: no word goes across the edge of one."""
+def example_of_spans(row: Row, data: ExamplesConfig, tagged: bool) -> TokenExample:
+    """Makes an example of a text with character spans: no word goes across the edge of one. Raises
+    BadRowError for what is none."""
     text = column(row, data.text, "data.text")
     _check_text(row, text)
     spans: list[tuple[int, int, str]] = []

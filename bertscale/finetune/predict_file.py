@@ -27,7 +27,9 @@ from bertscale.files import whole_file
 from bertscale.finetune import predict
 from bertscale.finetune.predict import Prediction, TaskPredictor
 from bertscale.progress import Progress
-from bertscale.tasks.task import Example, TextExample
+from bertscale.tasks.tags import OUTSIDE, is_tag
+from bertscale.tasks.task import Example, TextExample, TokenExample
+from bertscale.tasks.tokens import TokenTask
 
 Line = dict[str, Any]  # of the output
 Say = Callable[[str], None]
@@ -117,7 +119,7 @@ def predict_file(
                 scored += [
                     (for_score(row), line["prediction"])
                     for row, line in zip(chunk, lines, strict=True)
-                    if isinstance(row, Example) and has_target(row) and line["prediction"] is not None
+                    if isinstance(row, Example) and line["prediction"] and _can_be_scored(model, row)
                 ]
             progress.advance(len(lines))
     if wrong:
@@ -130,6 +132,13 @@ def _check_labels(model: TaskPredictor, rows: Sequence[Example | BrokenRow]) -> 
     if model.kind in ("classification", "multi_label"):
         known = [row for row in rows if isinstance(row, TextExample) and has_target(row)]
         check_labels(known, model.labels, "the model's labels")
+
+
+def _can_be_scored(model: TaskPredictor, example: Example) -> bool:
+    """Whether it is known what is right; tags of no scheme mark no entities."""
+    if isinstance(model.task, TokenTask) and isinstance(example, TokenExample) and example.tags:
+        return model.task.scheme == "none" or all(tag == OUTSIDE or is_tag(tag) for tag in example.tags)
+    return has_target(example)
 
 
 def _figures(
