@@ -109,7 +109,7 @@ def find(name: str) -> Place:
         if is_job_folder(job):
             return place_of(job)
     if (path / METRICS).is_file() or (path / CHECKPOINTS).is_dir() or attempt_folders(path / LOGS):
-        return Place(path, None)  # a pretraining has begun in it
+        return Place(path, None)  # a training has begun in it
     if path.is_dir():
         raise UserError(f"{name} {_other_folder(path)}")
     known = ", ".join(place.shown for place in known_places()[:8])
@@ -134,7 +134,7 @@ def _other_folder(path: Path) -> str:
     if (path / "glue.json").is_file():
         return f"is a table of `bertscale glue`, which has ended: {name}/glue.md shows it"
     if (path / RESULT).is_file():
-        return f"is a classifier of `bertscale finetune`, which has ended; its figures: {name}/{RESULT}"
+        return f"is a task model of `bertscale finetune`, which has ended; its figures: {name}/{RESULT}"
     if (path / "config.json").is_file():
         return "is a model, in which nothing runs: `bertscale convert` and `bertscale finetune` take models"
     return "is no run: no job was submitted for it and it has no logs and no checkpoints"
@@ -193,7 +193,7 @@ def look(place: Place) -> Facts:
     spec = spec_of(place)
     events = read_events(place.events)
     logs = log_folder(place, spec)
-    stage = spec.stage if spec else "pretrain" if (place.job or place.run).suffix != ".job" else "job"
+    stage = spec.stage if spec else _stage(place)
     tasks = spec.array if spec else 0
     tasks_done = sum(1 for mark in done_marks(tasks) if tasks and place.job and (place.job / mark).is_file())
     facts = Facts(
@@ -214,6 +214,13 @@ def look(place: Place) -> Facts:
     return facts
 
 
+def _stage(place: Place) -> str:
+    """The stage of a run without job.json, by its config."""
+    if place.job is not None and place.job.suffix == ".job":
+        return "job"
+    return "finetune" if "task" in read_config(place.run) else "pretrain"
+
+
 def is_done(job: Path, tasks: int) -> bool:
     """Whether the marker of a finished job is there, or those of all `tasks` of an array."""
     return all((job / mark).is_file() for mark in done_marks(tasks))
@@ -227,7 +234,12 @@ def _look_at_training(place: Place, facts: Facts) -> None:
     if trained:
         facts.loss = trained[-1]["train/loss"]
         facts.tokens_per_second = trained[-1].get("speed/tokens_per_second")
-    facts.steps = planned_steps(place)
+    tunes = facts.stage == "finetune"
+    if tunes:  # its metrics tell the steps of all its runs, some of which may have ended early
+        told = [entry["steps"] for entry in entries[-1:] if is_number(entry.get("steps"))]
+        facts.steps = int(told[0]) if told else None
+    else:
+        facts.steps = planned_steps(place)
     folders = checkpoints(place.run)
     saved = [(checkpoint_step(folder) or 0, changed(folder / TABLE)) for folder in folders]
     if saved:
@@ -243,7 +255,10 @@ def _look_at_training(place: Place, facts: Facts) -> None:
         facts.step = max(reached)[0]
     if place.job is None:
         facts.process = training_process(place.run)
-        facts.done = facts.done or (facts.steps is not None and (facts.checkpoint_step or 0) >= facts.steps)
+        ended = facts.steps is not None and (facts.checkpoint_step or 0) >= facts.steps
+        facts.done = facts.done or ((place.run / RESULT).is_file() if tunes else ended)
+    if facts.done and tunes:
+        facts.steps = facts.step
     if attempt and attempt.started and not facts.done and (hours := planned_hours(place)):
         facts.expected_end = end_of_hours(hours, attempt.started, facts.checkpoint)
     elif attempt and attempt.started and facts.steps and reached and not facts.done:
@@ -290,8 +305,11 @@ def planned_steps(place: Place) -> int | None:
 
 
 def planned_hours(place: Place) -> float | None:
-    """train.hours of the job's config, or of the run's; None for a run of another budget."""
+    """train.hours of the job's config, or of the run's; None for a run of another budget, and for a
+    fine-tuning of several runs, each of which has so many."""
     for train in _training(place):
+        if len(train.get("seeds") or [0]) > 1 or train.get("compare_random"):
+            return None
         if "hours" in train:
             return float(train["hours"]) if is_number(train["hours"]) else None
     return None
@@ -300,11 +318,18 @@ def planned_hours(place: Place) -> float | None:
 def _training(place: Place) -> Iterator[dict[str, Any]]:
     """The section `train` of the job's config, then of the run's, of those that can be read."""
     for folder in (place.job, place.run):
-        with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-            if folder is not None:
-                train = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["train"]
-                if isinstance(train, dict):
-                    yield train
+        train = read_config(folder).get("train") if folder is not None else None
+        if isinstance(train, dict):
+            yield train
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a run or job folder; empty where it cannot be read."""
+    with contextlib.suppress(OSError, yaml.YAMLError, ValueError):
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config
+    return {}
 
 
 def end_of_hours(hours: float, started: float, checkpoint: Path | None) -> float:

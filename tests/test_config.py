@@ -16,6 +16,7 @@ from bertscale.config import (
     PretrainConfig,
     Section,
     UserError,
+    check_config,
     describe_fields,
     load_config,
 )
@@ -173,7 +174,8 @@ def test_a_former_key_is_refused_with_the_present_one(
 
 def test_every_former_key_has_a_present_one() -> None:
     present = {name for name, _ in describe_fields(FinetuneConfig)}
-    assert set(FinetuneConfig.former_keys.values()) == present - {"encoder", "output", "device"}
+    assert set(FinetuneConfig.former_keys.values()) <= present
+    assert not FinetuneConfig.former_keys.keys() & present
 
 
 def test_the_former_folder_of_prep_s_configs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,3 +351,14 @@ def test_names_of_other_tools_lead_to_keys_that_there_are() -> None:
 def test_one_input_needs_no_list() -> None:
     for given in ("text", ["text"]):
         assert PrepConfig.model_validate({"input": given, "output": "data"}).input == ["text"]
+
+
+def test_keys_of_former_finetunings_lead_to_the_present_ones() -> None:
+    given = {"data": {"train": "a", "text_field": "b", "label_field": "c"}, "model": {"freeze_encoder": True}}
+    with pytest.raises(UserError) as error:
+        check_config(FinetuneConfig, {"encoder": "e", "output": "o", **given}, "my.yaml")
+    assert str(error.value).splitlines() == [
+        "my.yaml: unknown key data.text_field; did you mean data.text?",
+        "my.yaml: unknown key data.label_field; did you mean data.label?",
+        "my.yaml: unknown key model.freeze_encoder; did you mean model.freeze_layers?",
+    ]

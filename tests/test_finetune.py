@@ -18,11 +18,16 @@ from torch import Tensor
 
 from bertscale.config import FinetuneConfig, ModelConfig, UserError, load_config
 from bertscale.convert.task_models import open_task_model, task_shapes
+from bertscale.finetune.by_label import columns, show_tables, tables_of
+from bertscale.finetune.card import usage
 from bertscale.finetune.finetune import class_weights, fingerprint
 from bertscale.finetune.loop import Run
+from bertscale.finetune.pictures import draw_tables, labels_as_markdown
+from bertscale.finetune.report import table
 from bertscale.finetune.start import open_source, scale_of
 from bertscale.model.model import PretrainingModel, initial_value
-from bertscale.tasks.task import Samples
+from bertscale.tasks.questions import QuestionTask
+from bertscale.tasks.task import QuestionExample, Samples, TextExample
 from bertscale.tasks.texts import text_task
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, write_whole
@@ -446,3 +451,88 @@ def test_command(world: Path, tmp_path: Path, bertscale: Any) -> None:
     missing = bertscale("finetune", str(config), *paths, ends[1], "encoder=nowhere")
     assert missing.returncode == 2
     assert "encoder=nowhere: there is no such folder" in missing.stderr
+
+
+# ------------------------------------------------------------------------------------ tables of the labels
+
+
+def many_labels(count: int) -> tuple[Any, list[TextExample], list[Row]]:
+    """A task of so many labels; each example is right but those of the last label, taken for the first."""
+    labels = [f"label {number}" for number in range(count)]
+    examples = [TextExample(place="", texts=(label,), target=label) for label in labels * 2]
+    said = [{"label": labels[0] if label == labels[-1] else label} for label in labels * 2]
+    return text_task("classification", labels), examples, said
+
+
+@pytest.mark.parametrize("count", [2, 20, 300])
+def test_tables_of_labels_fit_the_screen(count: int) -> None:
+    tables = tables_of(*many_labels(count))
+    assert tables is not None
+    assert len(tables["per_label"]) == count
+    assert {"label": f"label {count - 1}", "predicted": "label 0", "count": 2} in tables["confusion"]
+    lines = show_tables("test", tables)
+    assert max(map(len, lines)) < 80
+    assert len(lines) < 50
+    if count > 20:
+        assert re.match(f"label {count - 1} +0.000 +0.000 +0.000 +2", lines[1])  # the worst one first
+        assert f"       2   label {count - 1} taken for label 0" in lines
+    pictures = draw_tables(tables)
+    assert all(picture.shape[2] == 3 and max(picture.shape) < 1300 for picture in pictures.values())
+    assert list(pictures) == ["labels", "confusion"]
+    assert labels_as_markdown(tables["per_label"]).count("\n") == count + 1
+
+
+def test_labels_of_any_script_keep_their_columns() -> None:
+    labels = ["财经", "x" * 60, "e\u0301" * 10]
+    examples = [TextExample(place="", texts=("a",), target=label) for label in labels]
+    task = text_task("classification", labels)
+    tables = tables_of(task, examples, [{"label": label} for label in labels])
+    assert tables is not None
+    head, *rows = show_tables("test", tables)[:4]
+    assert {columns(row) for row in rows} == {columns(head)}
+    assert draw_tables(tables)["labels"].dtype == np.uint8
+
+
+def test_tensorboard_shows_the_outcome(world: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (result,) = run(configure(world, tmp_path, "train.steps=2", "train.epochs=null", "data.dev_share=0.2"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "seed-0"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {f"{s}/{t}" for s in ("dev", "test") for t in ("labels", "confusion")}
+    assert {"train/loss", "dev/accuracy", "result/dev_accuracy", "result/test_macro_f1"} <= {*tags["scalars"]}
+    shown = events.Scalars("result/test_accuracy")[-1].value
+    assert shown == pytest.approx(result["pretrained"]["runs"][0]["test"]["accuracy"])
+    rows = result["by_label"]["test"]["per_label"]
+    assert [row["label"] for row in rows] == ["fruit", "metal", "river"]
+    assert sum(cell["count"] for cell in result["by_label"]["test"]["confusion"]) == 60
+    assert "test, by label" in table(result)
+
+
+def test_a_metric_that_does_not_exist_is_one_line(world: Path, tmp_path: Path) -> None:
+    changes = ["data.dev_share=0.2", "train.metric=acuracy", "train.steps=1", "train.epochs=null"]
+    (said,) = run(configure(world, tmp_path, *changes))
+    assert said["error"].startswith("train.metric=acuracy is no figure")
+    assert "accuracy, macro_f1" in said["error"]
+
+
+def test_dev_chooses_the_threshold_of_no_answer() -> None:
+    examples = [
+        QuestionExample(place="", identity="a", question="?", context="x y", answers=(("x", 0),)),
+        QuestionExample(place="", identity="b", question="?", context="x y", answers=()),
+    ]
+    task = QuestionTask(unanswerable=True)
+    best = {"nbest": [{"text": "x", "start": 0, "end": 1, "score": 1.0}], "answer": ""}
+    figures = task.score(examples, [{**best, "no_answer_score": 1.0}, {**best, "no_answer_score": 2.0}])
+    assert figures["f1"] == 0.5
+    tuned = task.tuned(figures)
+    assert 1.0 <= tuned.threshold < 2.0
+    assert QuestionTask(unanswerable=False).tuned({"f1": 1.0}).threshold == 0.0
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi_label", "regression", "tokens", "multiple_choice"])
+def test_the_card_shows_code_for_every_kind(kind: str) -> None:
+    compile(usage(kind, pair=False), "card", "exec")
+    assert "text_pair" in usage("classification", pair=True)
+    assert "pipeline" not in usage("question_answering", pair=False)  # which transformers has no more

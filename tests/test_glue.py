@@ -219,6 +219,8 @@ def test_names_of_tasks_are_checked() -> None:
         GlueConfig(model="m", folder="f", tasks=["colla"])
     with pytest.raises(ValueError, match="is not of the form key=value"):
         GlueConfig(model="m", folder="f", set=["train.epochs"])
+    with pytest.raises(ValueError, match="checkpoints=0 is not a number of at least 1"):
+        GlueConfig(model="m", folder="f", checkpoints=0)
     assert GlueConfig(model="runs/base/", folder="f").target == "runs/base-glue"
 
 

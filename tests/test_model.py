@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bertscale.config import ModelConfig, padded_vocab_size
 from bertscale.convert.hf_names import from_hugging_face, hugging_face_config, hugging_face_names, model_of
 from bertscale.data.micro_batch import MicroBatch
-from bertscale.model.kernels import Packing, _attend_padded, attend, rotate, rotation
+from bertscale.model.kernels import SHORT, Packing, _attend_padded, attend, rotate, rotation
 from bertscale.model.model import (
     PretrainingModel,
     attended_pairs,
@@ -208,6 +208,30 @@ def test_samples_of_a_packed_batch_do_not_see_each_other() -> None:
     query, key, value = query_key_value[:7].double().permute(2, 1, 0, 3)  # [7, A, 3, D] -> 3 x [A, 7, D]
     formula = F.softmax(query @ key.transpose(1, 2) / 4**0.5, dim=-1) @ value
     torch.testing.assert_close(alone[0].double(), formula.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("half_window", [None, SHORT])
+def test_short_samples_are_padded_together_and_attend_as_alone(half_window: int | None) -> None:
+    lengths = (3, 16, 9, 20, 20, 70, 33, 64, 1)
+    device = torch.device("cpu")
+    packing = Packing.of(lengths, device)
+    assert [(group.samples, group.length) for group in packing.groups] == [
+        *((3, 16), (2, 20), (1, 70), (1, 33), (1, 64), (1, 1))
+    ]
+    packed = torch.randn(sum(lengths), 2, 3, 8, requires_grad=True)
+    weights = torch.randn(sum(lengths), 2, 8)
+    together = attend(packed, packing, 0.0, half_window)
+    alone = torch.cat(
+        [
+            attend(part, Packing.of((len(part),), device), 0.0, half_window)
+            for part in torch.split(packed, list(lengths))
+        ]
+    )
+    for one, other in (
+        (together, alone),
+        [torch.autograd.grad((output * weights).sum(), packed)[0] for output in (together, alone)],
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("half_window", [None, 3])

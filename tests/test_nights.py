@@ -21,7 +21,7 @@ import yaml
 from tiny import pretrain_config
 from virtual import Cluster
 
-from bertscale.run_folder import checkpoints, read_events
+from bertscale.run_folder import EVENTS, LOGS, checkpoints, job_folder, read_events
 from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -37,6 +37,7 @@ class Night:
     def __init__(self, cluster: Cluster, folder: Path, data: Path) -> None:
         self.cluster, self.folder, self.data = cluster, folder, data
         self.run = folder / "run"
+        self.job_folder = job_folder("pretrain", self.run)
         self.job = ""
 
     def submit(self, *options: str, hang_seconds: float = 60, **site: Any) -> None:
@@ -62,7 +63,7 @@ class Night:
         assert self.job in done.stdout
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        return [event for event in read_events(self.run / "job/events.jsonl") if event["event"] in kinds]
+        return [event for event in read_events(self.job_folder / EVENTS) if event["event"] in kinds]
 
     def until(self, what: str, condition: Callable[[], Any]) -> None:
         """Waits, but not for ever. A requeued job begins when its old credential is void, not sooner."""
@@ -83,14 +84,14 @@ class Night:
         self.until(f"step {step}", lambda: self.step() >= step)
 
     def until_done(self) -> None:
-        self.until("the end", lambda: (self.run / "job/done.json").exists() or self.events("gave_up"))
-        assert (self.run / "job/done.json").exists(), self.story()
+        self.until("the end", lambda: (self.job_folder / "done.json").exists() or self.events("gave_up"))
+        assert (self.job_folder / "done.json").exists(), self.story()
 
     def story(self) -> str:
-        texts = [json.dumps(event) for event in read_events(self.run / "job/events.jsonl")]
+        texts = [json.dumps(event) for event in read_events(self.job_folder / EVENTS)]
         texts.append(self.cluster.run("squeue", "--all", check=False).stdout)
         texts.append(self.cluster.run("scontrol", "show", "job", self.job, check=False).stdout)
-        for log in sorted((self.run / "job/logs").rglob("*")):
+        for log in sorted((self.job_folder / LOGS).rglob("*")):
             if log.is_file():
                 texts.append(f"== {log}\n{log.read_text(errors='replace')[-3000:]}")
         return "\n".join(texts)
@@ -195,7 +196,7 @@ def stopped_rank(night: Night) -> None:
     night.until("the hang", lambda: night.events("hang"))
     assert night.events("hang")[0]["silent"] == [1]
     night.until("the relaunch", lambda: night.events("relaunched"))
-    attempt = next((night.run / "job/logs").glob("attempt-001-*"))
+    attempt = next((night.job_folder / LOGS).glob("attempt-001-*"))
     assert "Thread" in (attempt / "rank-0000.log").read_text()  # the stacks of the rank that waited
 
 

@@ -109,7 +109,7 @@ def test_one_command_takes_text_to_a_classifier(cluster: Cluster, tmp_path: Path
 
     assert (tmp_path / "hf/model.safetensors").is_file()
     result = json.loads((tmp_path / "classifier/result.json").read_text())
-    assert result["pretrained"]["accuracy"] > 0
+    assert result["pretrained"]["test"]["accuracy"]["mean"] > 0
     nodes = {
         event["nodes"][0] for event in read_events(tmp_path / "data.job/events.jsonl") if "nodes" in event
     }

@@ -146,7 +146,8 @@ def test_a_shipped_pipeline_fits_each_shipped_cluster(
     (tmp_path / "runs/quickstart/corpus").mkdir()
     shutil.move(tmp_path / "runs/quickstart/corpus.jsonl", tmp_path / "runs/quickstart/corpus")
     for split in ("train", "test"):
-        (tmp_path / f"runs/quickstart/task/{split}.jsonl").write_text('{"text": "a", "label": "b"}\n')
+        rows = '{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n'
+        (tmp_path / f"runs/quickstart/task/{split}.jsonl").write_text(rows)
     facts = yaml.safe_load(shipped.read_text(encoding="utf-8"))
     places = {key: str(tmp_path / key) for key in ("log_root", "bad_nodes") if key in facts}
     places |= {key: sys.executable for key in ("python", "batch_python") if key in facts}
@@ -421,9 +422,12 @@ def test_a_job_of_the_same_folder_is_in_the_queue(site: Slurm, desk: Desk) -> No
     ]
 
 
+EXAMPLES = '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n'
+
+
 def finetune_values(folder: Path, keep: bool = False) -> dict[str, Any]:
     for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text('{"text": "a", "label": 1}\n')
+        (folder / f"{split}.jsonl").write_text(EXAMPLES)
     (folder / "hf").mkdir(exist_ok=True)
     if not keep:
         (folder / "hf/config.json").write_text("{}")
@@ -438,7 +442,7 @@ def test_inputs_of_the_other_stages(site: Slurm, desk: Desk) -> None:
     folder = desk.folder
     finetune = write(folder / "finetune.yaml", finetune_values(folder))
     assert desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2}).problems == []
-    (folder / "train.jsonl").write_text('\ufeff{"text": "a", "label": 1}\n', "utf-8")
+    (folder / "train.jsonl").write_text(f"\ufeff{EXAMPLES}", "utf-8")
     assert desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2}).problems == []
     (folder / "train.jsonl").write_text('{"text": "a", "class": 1}\n')
     (folder / "test.jsonl").unlink()
@@ -446,10 +450,15 @@ def test_inputs_of_the_other_stages(site: Slurm, desk: Desk) -> None:
     report = desk.check([PipelineStage(finetune=finetune)], {"cpus_per_task": 2})
     assert report.problems == [
         f"encoder={folder}/hf holds neither a finished checkpoint nor a Hugging Face folder",
-        f"data.train={folder}/train.jsonl: its first line has no field 'label'; each line is an object with "
-        "the fields data.text_field=text and data.label_field=label",
         f"data.test={folder}/test.jsonl: cannot be read here: No such file or directory",
     ]
+    (folder / "test.jsonl").write_text(EXAMPLES)
+    (folder / "hf/config.json").write_text("{}")
+    stage = PipelineStage(finetune=finetune, nodes=3, set=["parallel.tensor=2"])
+    degree, column = desk.check([stage], {"tasks_per_node": 1}).problems
+    assert degree.startswith("parallel.tensor=2 does not divide the 3 ranks (3 nodes x 1)")
+    assert f"{folder}/train.jsonl" in column
+    assert "'label'" in column
     (folder / "hf/config.json").write_text('{"max_position_embeddings": 100}')
     write(folder / "finetune.yaml", finetune_values(folder, keep=True))
     too_long = f"samples.max_length=128 is longer than the encoder {folder}/hf takes: 100 tokens"

@@ -37,11 +37,11 @@ FACTS: dict[str, Any] = {
         "precision": "bfloat16",
     },
     "finetune/result.json": {
-        "classes": ["sentence", "shuffled"],
-        "test_examples": 1234,
-        "majority_accuracy": 0.5,
-        "pretrained": {"accuracy": 0.75, "macro_f1": 0.7, "per_seed": [{}, {}]},
-        "random": {"accuracy": 0.5, "macro_f1": 0.38, "per_seed": [{}, {}]},
+        "labels": ["sentence", "shuffled"],
+        "examples": {"train": 1000, "dev": 0, "test": 1234},
+        "majority": {"test": {"accuracy": 0.5}},
+        "pretrained": {"test": {"accuracy": {"mean": 0.75}}, "runs": [{}, {}]},
+        "random": {"test": {"accuracy": {"mean": 0.5}}, "runs": [{}, {}]},
     },
 }
 CURVE = [

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertscale.config import UserError
@@ -214,6 +214,7 @@ def test_files_that_are_no_such(tmp_path: Path) -> None:
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), max_size=8)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(cells, cells), min_size=1, max_size=6))
 def test_csv_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     text = io.StringIO()

@@ -389,7 +389,7 @@ def test_no_such_run(here: Path) -> None:
             "a data set of `bertscale prep`, which has ended: bertscale inspect",
         ),
         ([".prep/plan.json"], "a data set that `bertscale prep` has not finished"),
-        (["result.json", "model/config.json"], "a classifier of `bertscale finetune`, which has ended"),
+        (["result.json", "model/config.json"], "a task model of `bertscale finetune`, which has ended"),
         (["glue.json", "mnli/result.json"], "a table of `bertscale glue`, which has ended: folder/glue.md"),
         (["config.json"], "a model, in which nothing runs"),
     ],

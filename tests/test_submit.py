@@ -91,7 +91,7 @@ def test_a_pretraining_may_ask_for_some_of_a_node_s_gpus(tmp_path: Path) -> None
     jobs, mistakes = stage_jobs([PipelineStage(pretrain=config, ranks_per_node=5)], site)
     assert jobs == []
     assert mistakes == ["ranks_per_node=5, and the cluster file has tasks_per_node=4: ask for less"]
-    with pytest.raises(ValueError, match="ranks_per_node=2 is for pretrain, not convert"):
+    with pytest.raises(ValueError, match="ranks_per_node=2 is for pretrain and finetune, not convert"):
         PipelineStage(convert=["run", "hf"], ranks_per_node=2)
 
 
@@ -115,23 +115,25 @@ def test_a_job_takes_the_device_of_its_site(gpus: int, device: str, other: str, 
     assert mistakes[0].startswith(f"device={other}, and the cluster file has gpus_per_node={gpus}: set")
 
 
-def test_other_stages_are_one_task_with_all_cores_and_one_gpu_at_most(tmp_path: Path) -> None:
+def test_other_stages_are_one_task_with_all_cores_and_fine_tuning_takes_ranks(tmp_path: Path) -> None:
     finetune = {"encoder": "hf", "data": {"train": "train.jsonl", "test": "test.jsonl"}, "output": "out"}
     stages = [
         PipelineStage(prep=write(tmp_path / "prep.yaml", prep_values(tmp_path))),
         PipelineStage(convert=["run", "hf"]),
-        PipelineStage(finetune=write(tmp_path / "finetune.yaml", finetune)),
+        PipelineStage(finetune=write(tmp_path / "finetune.yaml", finetune), nodes=2, ranks_per_node=3),
     ]
     site = write(tmp_path / "site.yaml", {"gpus_per_node": 4, "cpus_per_task": 6})
     jobs, mistakes = stage_jobs(stages, site, "chain")
     assert mistakes == []
     shapes = [(s.ranks, s.cpus_per_task, s.gpus_per_node) for s in (job.spec for job in jobs)]
-    assert shapes == [(1, 24, 0), (1, 24, 0), (1, 6, 1)]
+    assert shapes == [(1, 24, 0), (1, 24, 0), (6, 6, 3)]
     assert [job.spec.name for job in jobs] == ["chain-prep", "chain-convert", "chain-finetune"]
     config = jobs[2].config
     assert isinstance(config, FinetuneConfig)
     assert (config.encoder, config.data.test) == (os.path.abspath("hf"), os.path.abspath("test.jsonl"))
-    assert all(job.spec.start_seconds == 0 for job in jobs)  # no steps to wait for
+    waits = [job.spec.start_seconds for job in jobs]
+    assert waits == [0, 0, config.launch.start_seconds]  # the others have no steps to wait for
+    assert jobs[2].spec.folder == os.path.abspath("out.job")
 
 
 def test_paths_are_taken_from_where_submit_was_called(tmp_path: Path, monkeypatch: Any) -> None:

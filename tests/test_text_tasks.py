@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics
@@ -79,6 +79,7 @@ def test_samples_of_texts_and_pairs(tokenizer: Tokenizer) -> None:
         task.encode([example("a", target="z")], tokenizer, encoding(8))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(8, 30))
 def test_pairs_are_cut_as_by_hugging_face(first: int, second: int, length: int) -> None:
     kept = longest_first(first, second, length - 3)
@@ -98,6 +99,7 @@ FAST = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens"
 "vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "b": 5}}}"""
 
 
+@settings(deadline=None)
 @given(st.integers(1, 90), st.integers(8, 40), st.data())
 def test_windows_show_all_of_a_text(count: int, length: int, draw: st.DataObject) -> None:
     overlap = draw.draw(st.integers(0, length // 2))
@@ -155,6 +157,7 @@ def test_predictions_of_several_labels() -> None:
     assert second["labels"] == ["y"]
 
 
+@settings(deadline=None)
 @given(st.integers(2, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 def test_figures_of_classification(count: int, pairs: list[tuple[int, int]]) -> None:
     pairs = [(a % count, b % count) for a, b in pairs]
@@ -183,6 +186,7 @@ def test_figures_of_classification(count: int, pairs: list[tuple[int, int]]) -> 
         assert [row[name] for name in ("precision", "recall", "f1", "support")] == pytest.approx(theirs)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.tuples(st.booleans(), st.floats(0, 1))] * 3), min_size=1, max_size=20))
 def test_figures_of_several_labels(rows: list[tuple[tuple[bool, float], ...]]) -> None:
     labels = ["x", "y", "z"]
@@ -216,6 +220,7 @@ def test_figures_of_several_labels(rows: list[tuple[tuple[bool, float], ...]]) -
 numbers = st.integers(-3, 3).map(float)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=20))
 def test_figures_of_regression(pairs: list[tuple[float, float]]) -> None:
     task = text_task("regression", [])

@@ -6,7 +6,7 @@ import argparse
 import difflib
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.glue_tasks import RECIPES, TASKS, Found, FoundTask, Recipe, plain
 from bertscale.config.section import Section, check_config
@@ -42,12 +42,11 @@ class GlueConfig(Section):
         """The folder for the output."""
         return self.output or f"{self.model.rstrip('/')}-glue"
 
-    @field_validator("checkpoints")
-    @classmethod
-    def _check_checkpoints(cls, checkpoints: int | str) -> int | str:
-        if isinstance(checkpoints, int) and checkpoints < 1:
-            raise ValueError(f"{checkpoints} is not a number of at least 1")
-        return checkpoints
+    @model_validator(mode="after")
+    def _check(self) -> GlueConfig:
+        if isinstance(self.checkpoints, int) and self.checkpoints < 1:
+            raise ValueError(f"checkpoints={self.checkpoints} is not a number of at least 1")
+        return self
 
     @field_validator("tasks")
     @classmethod
@@ -81,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), help=help_of["recipe"])
     text = "Start RTE, MRPC and STS-B from the encoder, and not from the model of MNLI."
     parser.add_argument("--no-intermediate", dest="intermediate", action="store_false", help=text)
-    text = help_of["checkpoints"]
-    parser.add_argument("--checkpoints", metavar="all|last|N", default="last", help=text)
+    text = "Checkpoints of a run to fine-tune: the last, all, or a number of them, evenly spread (last)."
+    parser.add_argument("--checkpoints", metavar="all|last|N", type=_checkpoints, default="last", help=text)
 
 
 def from_options(options: argparse.Namespace) -> GlueConfig:
@@ -95,15 +94,19 @@ def from_options(options: argparse.Namespace) -> GlueConfig:
             settings += [word for word in words if "=" in word]
             values[name] = [word for word in words if "=" not in word]
     values["set"] = settings
-    if options.checkpoints not in ("all", "last"):
-        values["checkpoints"] = _number("--checkpoints", options.checkpoints, ", all or last")
     values["seeds"] = [_number("--seeds", word) for word in values["seeds"]]
     return check_config(GlueConfig, values, "bertscale glue")
 
 
-def _number(option: str, word: str, others: str = "") -> int:
+def _checkpoints(word: str) -> int | str:
+    if word not in ("all", "last") and not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number, all or last")
+    return int(word) if word.isdecimal() else word
+
+
+def _number(option: str, word: str) -> int:
     if not word.isdecimal():
-        raise UserError(f"{option} {word}: {word!r} is not a number{others}")
+        raise UserError(f"{option} {word}: {word!r} is not a number")
     return int(word)
 
 

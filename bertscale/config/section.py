@@ -45,6 +45,9 @@ ELSEWHERE = {
     "output_dir": ("run", "output"),
     "lang": ("language",),
     "num_workers": ("workers",),
+    "data.text_field": ("text",),  # of former fine-tunings; prep has a key of that name
+    "label_field": ("label",),
+    "freeze_encoder": ("freeze_layers",),
 }
 
 

@@ -1,1 +1,1 @@
-"""Trains a classifier on an encoder and labelled texts."""
+"""Makes task models of an encoder and labelled examples."""

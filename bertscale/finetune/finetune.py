@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,20 @@ from torch import Tensor
 
 from bertscale.config import FinetuneConfig, UserError
 from bertscale.errors import STOPPED_AND_SAVED
-from bertscale.examples.describe import describe
-from bertscale.examples.read import read_task_data
+from bertscale.examples.read import describe, read_task_data
 from bertscale.files import file_digest, json_digest
-from bertscale.finetune.evaluate import HeldOut, evaluate, hold_out
+from bertscale.finetune.by_label import tables_of
+from bertscale.finetune.evaluate import Found, HeldOut, evaluate, hold_out
 from bertscale.finetune.loop import Job, Run, Stopped, train_run
 from bertscale.finetune.output import (
+    WRITTEN,
     finished_result,
     finished_runs,
     make_folder,
     remove_other_work,
+    write_config,
     write_model,
+    write_outcome,
     write_predictions,
     write_quarantine,
     write_result,
@@ -90,7 +94,7 @@ def train_all(config: FinetuneConfig, ranks: Ranks, stop: StopSignal) -> dict[st
         ranks.say(table(finished))
         return dict(finished)
     if ranks.rank == 0:
-        remove_leftovers(output)
+        remove_leftovers(output, WRITTEN)
         remove_other_work(output, made_of)
     ranks.barrier()
 
@@ -104,11 +108,11 @@ def train_all(config: FinetuneConfig, ranks: Ranks, stop: StopSignal) -> dict[st
         if run.name not in records:
             record = train_run(job, run, len(wanted), stop)
             records[run.name] = conclude(job, data, run, record)
-            ranks.say(run_line(run.name, records[run.name], job.task.metric))
+            ranks.say(run_line(run.name, records[run.name], job.metric))
         begin += records[run.name]["steps"]
     result = make_result(config, job.task, data, records, made_of, time.monotonic() - began)
     if ranks.rank == 0:
-        write_result(output, config, result)
+        write_result(output, result)
     ranks.say(table(result))
     return result
 
@@ -125,6 +129,7 @@ def prepare(
         if examples
     }
     if ranks.rank == 0:
+        write_config(Path(config.output), config)
         write_quarantine(Path(config.output), data.broken)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
     held: dict[str, HeldOut] = {
@@ -162,7 +167,7 @@ def banner(job: Job, reason: str) -> Iterator[str]:
     )
     outputs = f", {len(job.task.labels)} labels" if job.task.labels else ""
     yield (
-        f"task      {job.task.kind}{outputs}; dev chooses by {config.train.metric or job.task.metric}"
+        f"task      {job.task.kind}{outputs}; dev chooses by {job.metric}"
         if (job.dev)
         else f"task      {job.task.kind}{outputs}; no dev examples: the last weights are taken"
     )
@@ -176,19 +181,33 @@ def banner(job: Job, reason: str) -> Iterator[str]:
 def conclude(job: Job, data: TaskData[Any], run: Run, record: dict[str, Any]) -> dict[str, Any]:
     """Evaluates the run's weights, which are in the engine, on dev and, this once, on test; writes its files.
 
-    Those of the first run are the output's model and predictions.
+    What dev says is best for the task's decisions, such as a threshold, is used for both, and goes into the
+    model. Those of the first run are the output's model and predictions.
     """
-    sets = {"dev": job.dev, "test": job.test}
-    steps = run.begin + record["steps"]
-    found = {name: evaluate(job.engine, held, job.config, steps) for name, held in sets.items() if held}
-    record |= {name: each.figures for name, each in found.items()}
+    steps, task = run.begin + record["steps"], job.task
+    found: dict[str, tuple[HeldOut, Found]] = {}
+    if job.dev:
+        first = evaluate(job.engine, job.dev, job.config, steps)
+        task = job.task.tuned(first.figures)
+        dev = replace(job.dev, task=task)
+        again = evaluate(job.engine, dev, job.config, steps) if task is not job.task else first
+        found["dev"] = dev, again
+    if job.test:
+        test = replace(job.test, task=task)
+        found["test"] = test, evaluate(job.engine, test, job.config, steps)
+    record |= {name: each.figures for name, (_, each) in found.items()}
     if job.ranks.rank == 0:
+        tables = {
+            name: of_labels
+            for name, (held, each) in found.items()
+            if (of_labels := tables_of(task, held.examples, each.predictions))
+        }
+        write_outcome(job, run, record, tables)
         if run.number == 0:
-            for name, each in found.items():
-                held = sets[name]
-                assert held is not None
+            record["by_label"] = tables
+            for name, (held, each) in found.items():
                 write_predictions(job.output, name, held.examples, each.predictions)
-            write_model(job, run, record, data)
+            write_model(job, run, record, data, task)
         write_run(job, run, record)
     job.ranks.barrier()
     return record

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import count as count_up
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bertscale.config import FinetuneConfig
+from bertscale.config import FinetuneConfig, UserError
 from bertscale.data.batch_phases import FOREVER
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.finetune.evaluate import HeldOut, evaluate
@@ -25,7 +26,7 @@ from bertscale.finetune.start import Source, scale_of
 from bertscale.model.heads import TaskBatch, TaskModel, task_loss
 from bertscale.model.layers import Layers
 from bertscale.progress import Progress, TimeBudget
-from bertscale.run_folder import BEST, checkpoint_folder
+from bertscale.run_folder import BEST, checkpoint_folder, checkpoints
 from bertscale.tasks.task import Samples, Task
 from bertscale.tokenizer import Tokenizer
 from bertscale.train.checkpoint import Checkpoint, StateFragment, open_checkpoint, prune, save_checkpoint
@@ -34,7 +35,7 @@ from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate
 from bertscale.train.parallel import Ranks
-from bertscale.train.resume import newest_sound
+from bertscale.train.resume import open_sound
 from bertscale.train.schedule import Clock, learning_rate
 from bertscale.train.step import global_step
 from bertscale.train.stop import StopSignal, skipped
@@ -92,6 +93,11 @@ class Job:
     @property
     def output(self) -> Path:
         return Path(self.config.output)
+
+    @property
+    def metric(self) -> str:
+        """Names the figure of dev that chooses the weights."""
+        return self.config.train.metric or self.task.metric
 
     @cached_property
     def engine(self) -> Engine[FinetuneConfig]:
@@ -169,22 +175,25 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
         engine.resume(checkpoint, run.begin)
         course = Course(**checkpoint.table["finetune"]["course"])
     start = done = saved = checkpoint.step - run.begin if checkpoint else 0
+    stopped = False  # by a signal; all ranks must find the same
     _train_mode(engine)
 
     weights = None if job.class_weights is None else job.class_weights.to(ranks.device)
     peak = ranks.sum(peak_flops(ranks.device, job.dtype))[0]
     rate = Rate(engine.sizes.model_copy(update={"generator_size": None}), job.source.vocab_size, peak)
     losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0, fields=1)
-    clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
+    spent = checkpoint.elapsed_seconds if checkpoint else 0.0
+    clock = Clock(spent)
     saved_at = clock.elapsed()
-    writer = MetricsWriter(job.output, run.begin + start, run.name, run.begin) if first else None
+    planned = run.begin + (runs - run.number) * budget.steps if budget.steps else None
+    writer = MetricsWriter(job.output, run.begin + start, run.name, run.begin, planned) if first else None
     if writer:
         writer.introduce(config)
     last = False
     label = f"run {run.number + 1} of {runs}" if runs > 1 else "fine-tune"
     hours = TimeBudget(budget.seconds, clock.elapsed()) if budget.seconds else None
     with Progress(label, budget.steps, "steps", start=start, budget=hours, hidden=not first) as progress:
-        for step in count_up(start) if not budget.over(start, clock.elapsed()) else ():
+        for step in count_up(start) if not budget.over(start, spent) else ():
             parts = loader.step(step)
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
             count, samples, tokens, stopping, asked, *times = ranks.sum_over_data(
@@ -196,6 +205,7 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
                 *clock.step(),
             )
             if stopping:
+                stopped = True
                 break
             now, after = (total / ranks.data for total in times)
             last = budget.over(step + 1, after)
@@ -257,13 +267,11 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
             if last:
                 break
 
-    if done and not (last or budget.over(done, clock.elapsed())):  # a signal came
+    if stopped:
         if saved < done:
             _save(job, run, done, course, clock.elapsed(), losses)
         if first:
             print(f"stopped after step {done} of {budget.text}", file=sys.stderr, flush=True)
-        raise Stopped
-    if not done and stop.asked:
         raise Stopped
     if job.dev is None:
         course.best_step = done
@@ -337,7 +345,13 @@ def _brief(figures: dict[str, float]) -> dict[str, str]:
 
 def _note(course: Course, figures: dict[str, float], done: int, job: Job) -> None:
     """Notes an evaluation: whether it is the best so far."""
-    figure = figures[job.config.train.metric or job.task.metric]
+    better_if_higher = [name for name in figures if name != "loss" and not name.endswith("threshold")]
+    if job.metric not in better_if_higher:
+        raise UserError(
+            f"train.metric={job.metric} is no figure that is better if it is higher; there are "
+            + ", ".join(better_if_higher)
+        )
+    figure = figures[job.metric]
     course.evaluations.append({"step": done, **figures})
     if course.best is None or figure > course.best:
         course.best, course.best_step, course.since_best = figure, done, 0
@@ -346,7 +360,7 @@ def _note(course: Course, figures: dict[str, float], done: int, job: Job) -> Non
 
 
 def _dev_line(course: Course, figures: dict[str, float], done: int, job: Job) -> str:
-    metric = job.config.train.metric or job.task.metric
+    metric = job.metric
     best = (
         "the best so far" if course.best_step == done else f"best {course.best:.4f}, step {course.best_step}"
     )
@@ -362,9 +376,32 @@ def best_folder(job: Job, run: Run, step: int) -> Path:
 
 
 def _resumable(job: Job, run: Run) -> Checkpoint | None:
-    """The newest sound checkpoint, if it is of this run."""
-    found = newest_sound(job.output, job.ranks)
-    return found if found is not None and found.table["finetune"]["run"] == run.name else None
+    """The newest checkpoint of this run that is sound, as are its best weights; None: the run begins.
+
+    Names each damaged one, and removes all that are newer than the one it returns: they would be taken for
+    the newest again.
+    """
+    ranks, damaged, found = job.ranks, False, None
+    folders = [Path(folder) for folder in ranks.broadcast([str(each) for each in checkpoints(job.output)])]
+    while folders and found is None:
+        failure = open_sound(folders[-1], ranks)
+        if isinstance(failure, Checkpoint):
+            table = failure.table["finetune"]
+            if table["run"] != run.name:
+                break
+            found, best = failure, table["course"]["best_step"]
+            if best:
+                failure = open_sound(best_folder(job, run, best), ranks)
+        if isinstance(failure, str):
+            ranks.say(f"{failure} (trying the one before it)")
+            damaged, found = True, None
+            folders.pop()
+    if found is None and damaged:
+        ranks.say(f"no checkpoint of {run.name} is whole: it begins again")
+    if ranks.rank == 0:
+        for folder in checkpoints(job.output)[len(folders) if found else 0 :]:
+            shutil.rmtree(folder)
+    return found
 
 
 def _table(job: Job, run: Run, done: int, elapsed: float, losses: LossAccumulator | None) -> dict[str, Any]:
@@ -392,7 +429,11 @@ def _save(job: Job, run: Run, done: int, course: Course, elapsed: float, losses:
     if job.ranks.rank == 0:
         if not losses.in_a_row:
             prune(job.output, job.config.train.keep_checkpoints)
-        forget_worse(job, run, course.best_step)
+        kept = {course.best_step}
+        for older in checkpoints(job.output):
+            with suppress(UserError, KeyError):  # it is damaged
+                kept.add(open_checkpoint(older).table["finetune"]["course"]["best_step"])
+        forget_worse(job, run, kept)
 
 
 def _save_best(job: Job, run: Run, done: int) -> None:
@@ -405,9 +446,9 @@ def _save_best(job: Job, run: Run, done: int) -> None:
     save_checkpoint(best_folder(job, run, done), weights, table, job.tokenizer.path, job.ranks)
 
 
-def forget_worse(job: Job, run: Run, best_step: int) -> None:
-    """Deletes the weights of the run that are not those of its best step."""
-    keep = best_folder(job, run, best_step)
-    for folder in keep.parent.glob(f"{run.name}-step-*"):
-        if folder != keep:
+def forget_worse(job: Job, run: Run, best_steps: Collection[int]) -> None:
+    """Deletes the weights of the run that are not those of `best_steps`, the best of its checkpoints."""
+    keep = [best_folder(job, run, step) for step in best_steps]
+    for folder in (job.output / BEST).glob(f"{run.name}-step-*"):
+        if folder not in keep:
             shutil.rmtree(folder, ignore_errors=True)

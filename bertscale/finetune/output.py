@@ -25,16 +25,20 @@ from bertscale.config import FinetuneConfig, UserError
 from bertscale.config.table import Count, Table, check_table, read_object
 from bertscale.convert.task_models import MODEL, task_shapes, write_task_model
 from bertscale.files import file_digest, json_digest, whole_folder, write_bytes, write_json
+from bertscale.finetune.by_label import Tables
 from bertscale.finetune.card import model_card
 from bertscale.finetune.loop import Job, Run, best_folder, forget_worse
+from bertscale.finetune.pictures import draw_tables, labels_as_markdown
 from bertscale.run_folder import BEST, CHECKPOINTS, CONFIG, METRICS, RESULT, TENSORBOARD, checkpoints
 from bertscale.tasks.saved import columns_to_keep
-from bertscale.tasks.task import Example, TaskData
+from bertscale.tasks.task import Example, Task, TaskData
 from bertscale.train.checkpoint import open_checkpoint
+from bertscale.train.metrics import add_outcome
 
 DIGEST = "digest"  # in result.json, of all the rest of it
 RUNS = "runs"
 QUARANTINE = "quarantine.jsonl"
+WRITTEN = ("predictions-*.jsonl", QUARANTINE, f"{RUNS}/seed-*.json")  # beside what every run folder has
 
 
 def make_folder(output: Path) -> None:
@@ -69,9 +73,33 @@ def write_quarantine(output: Path, broken: Sequence[dict[str, Any]]) -> None:
     write_bytes(path, "".join(lines).encode("utf-8", "surrogatepass"))
 
 
-def write_model(job: Job, run: Run, record: dict[str, Any], data: TaskData[Any]) -> None:
-    """Writes the task model of a run from the weights of its best step; the folder is whole or absent."""
-    config, source, task = job.config, job.source, job.task
+def write_outcome(job: Job, run: Run, record: dict[str, Any], tables: dict[str, Tables]) -> None:
+    """Shows in TensorBoard what has become of a run: figures of its best weights, tables of the labels."""
+    figures = {
+        f"result/{name}_{key}": value
+        for name in ("dev", "test")
+        for key, value in record.get(name, {}).items()
+    }
+    pictures = {
+        f"{name}/{title}": picture
+        for name, of_labels in tables.items()
+        for title, picture in draw_tables(of_labels).items()
+    }
+    texts = {
+        f"{name}/labels": labels_as_markdown(of_labels["per_label"])
+        for name, of_labels in tables.items()
+        if "per_label" in of_labels
+    }
+    folder = job.output / TENSORBOARD / run.name
+    add_outcome(folder, record["best_step"], figures, pictures, texts)
+
+
+def write_model(job: Job, run: Run, record: dict[str, Any], data: TaskData[Any], task: Task[Any]) -> None:
+    """Writes the task model of a run from the weights of its best step; the folder is whole or absent.
+
+    `task` decides as dev says is best.
+    """
+    config, source = job.config, job.source
     head, sizes = source.head(config, task), job.engine.sizes
     best = open_checkpoint(best_folder(job, run, record["best_step"]))
     first = source.first_values(config, task, run)  # of what was not trained
@@ -99,7 +127,7 @@ def write_model(job: Job, run: Run, record: dict[str, Any], data: TaskData[Any])
             config.samples.max_length,
             {key: value for key, value in facts.items() if value is not None},
         )
-        card = model_card(job, run, record, data)
+        card = model_card(job, run, record, data, task)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -109,13 +137,17 @@ def write_run(job: Job, run: Run, record: dict[str, Any]) -> None:
     folder = job.output / RUNS
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{run.name}.json", {"made_of": job.made_of, **record})
-    forget_worse(job, run, -1)
+    forget_worse(job, run, ())
 
 
-def write_result(output: Path, config: FinetuneConfig, result: dict[str, Any]) -> None:
-    """Writes the settings and, last, result.json with digests of the other files."""
+def write_config(output: Path, config: FinetuneConfig) -> None:
+    """Writes the settings, with which `bertscale finetune` goes on."""
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_bytes(output / CONFIG, settings.encode())
+
+
+def write_result(output: Path, result: dict[str, Any]) -> None:
+    """Writes, last of all, result.json with digests of the other files."""
     files = [CONFIG, *(path.name for path in sorted(output.glob("predictions-*.jsonl")))]
     files += sorted(f"{MODEL}/{path.name}" for path in (output / MODEL).iterdir())
     result["files"] = {name: file_digest(output / name) for name in files}

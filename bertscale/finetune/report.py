@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertscale.config import FinetuneConfig
+from bertscale.finetune.by_label import show_tables
 from bertscale.tasks.task import Task, TaskData
 
 # Figures for the screen, of each kind of task; result.json has all.
 SHOWN = {
     "classification": ("accuracy", "macro_f1", "f1", "matthews"),
     "multi_label": ("micro_f1", "macro_f1", "average_precision"),
-    "regression": ("pearson", "spearman"),
-    "tokens": ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
-    "question_answering": ("exact_match", "f1", "best_f1"),
+    "regression": ("pearson", "spearman", "pearson_spearman"),
+    "tokens": (
+        *("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
+        *("macro_f1", "weighted_f1"),
+    ),
+    "question_answering": ("exact_match", "f1", "has_answer_f1", "no_answer_f1"),
     "multiple_choice": ("accuracy",),
 }
 NAMES = {"pretrained": "pretrained", "random": "random weights"}
@@ -29,7 +33,8 @@ def make_result(
     made_of: dict[str, str],
     seconds: float,
 ) -> dict[str, Any]:
-    """Returns what result.json holds: facts, and by start the figures of dev and test over the seeds."""
+    """Returns what result.json holds: facts, by start the figures of dev and test over the seeds, and tables
+    of the labels for the predictions that are written, those of the first run."""
     sets = {"dev": data.dev, "test": data.test}
     result: dict[str, Any] = {
         "task": task.kind,
@@ -41,8 +46,15 @@ def make_result(
         "seconds": round(seconds, 1),
         "made_of": made_of,
     }
+    tables = [record["by_label"] for record in records.values() if record.get("by_label")]
+    if tables:
+        result["by_label"] = tables[0]
     for start in NAMES:
-        runs = [record for record in records.values() if record["start"] == start]
+        runs = [
+            {key: value for key, value in record.items() if key != "by_label"}
+            for record in records.values()
+            if record["start"] == start
+        ]
         if runs:
             result[start] = {
                 **{name: summarize([run[name] for run in runs]) for name, held in sets.items() if held},
@@ -75,13 +87,24 @@ def run_line(name: str, record: dict[str, Any], metric: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Formats the figures for the screen: a table for dev and one for test, as far as they are there."""
+    """Formats the figures for the screen: a table for dev and one for test, as far as they are there, and
+    those of the labels for test, or for dev where there is no test."""
     lines: list[str] = []
     for which in ("dev", "test"):
         if which in result["pretrained"]:
             lines += [*([""] if lines else []), *_table_of(result, which)]
     runs = len(result["pretrained"]["runs"])
-    lines.append(f"(mean ± standard deviation of {runs} seeds)" if runs > 1 else "(one seed)")
+    lines.append(
+        f"(mean ± standard deviation of {runs} seeds, the least and the largest below it)"
+        if runs > 1
+        else "(one seed)"
+    )
+    by_label = result.get("by_label", {})
+    name = "test" if "test" in by_label else "dev"
+    if name in by_label:
+        of_seed = result["pretrained"]["runs"][0]["seed"]
+        shown = show_tables(name, by_label[name])
+        lines += ["", *shown, *([f"(seed {of_seed})"] if runs > 1 else [])]
     return "\n".join(lines)
 
 
@@ -92,7 +115,10 @@ def _table_of(result: dict[str, Any], which: str) -> list[str]:
     rows = [[title, *(name.replace("_", " ") for name in shown)]]
     for start, name in NAMES.items():
         if result.get(start):
-            rows.append([name, *(_cell(result[start][which][key]) for key in shown)])
+            values = result[start][which]
+            rows.append([name, *(_cell(values[key]) for key in shown)])
+            if len(result[start]["runs"]) > 1:
+                rows.append(["", *(f"{values[key]['min']:.3f} to {values[key]['max']:.3f}" for key in shown)])
     if majority := result["majority"].get(which):
         cells = [f"{majority[key]:.3f}" if key in majority else "" for key in shown]
         rows.append(["most frequent", *cells])

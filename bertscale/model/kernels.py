@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +26,26 @@ ROTATED = 256  # tokens whose queries and keys are rotated at a time: they stay 
 ROWS = 16  # positions whose logits are in float32 at a time: 16 x 30,522 x 4 bytes stay in a core's cache
 GPU_ROWS = 1024  # the same on a GPU, to bound the memory
 PADDED = 4  # times the tokens, at most, that padded samples may take on a GPU
+NEAR = 16  # tokens: on a CPU, samples whose lengths round up to the same multiple of it are padded to it ...
+SHORT = 64  # ... up to this length, where a call costs more than the products in it
 TILE = 128  # logits of a position that are summed together before one of them is drawn
+
+
+class Group(NamedTuple):
+    """Neighbouring short samples of near lengths, which a CPU pads to one length, or a run of longer ones."""
+
+    tokens: int
+    samples: int
+    length: int  # L that they are padded to, or have
+    cells: Tensor | None  # int64 [tokens] where each token stands among the S L cells; None: no padding
+    filled: Tensor | None  # bool [S, L] which cells are no padding
 
 
 @dataclass(frozen=True)
 class Packing:
     """Where the samples of a packed micro-batch lie; made once for each forward pass."""
 
+    lengths: tuple[int, ...]  # L of each
     runs: tuple[tuple[int, int], ...]  # (samples, L) of each
     starts: Tensor  # int32 [S + 1] or more, cumulative lengths; behind them empty samples
     longest: int  # L of the longest, up to a power of two: few values, which may be compiled in
@@ -51,12 +64,28 @@ class Packing:
         starts = torch.tensor([0, *ends], dtype=torch.int32)
         if device.type == "cuda":  # an unpinned copy would wait for the device
             starts = starts.pin_memory().to(device, non_blocking=True)
-        return cls(runs, starts, 1 << (max(lengths) - 1).bit_length())
+        return cls(tuple(lengths), runs, starts, 1 << (max(lengths) - 1).bit_length())
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The samples as a CPU takes them together where nothing is drawn."""
+        return tuple(
+            _group(list(lengths))
+            for _, lengths in groupby(self.lengths, lambda n: -(-n // NEAR) * NEAR if n <= SHORT else n)
+        )
 
     @property
     def samples(self) -> int:
         """S, without empty ones."""
         return sum(samples for samples, _ in self.runs)
+
+
+def _group(lengths: list[int]) -> Group:
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return Group(sum(lengths), len(lengths), longest, None, None)
+    filled = torch.arange(longest) < torch.tensor(lengths)[:, None]  # [S, L]
+    return Group(sum(lengths), len(lengths), longest, filled.flatten().nonzero()[:, 0], filled)
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, float32 [T, D / 2]
@@ -135,7 +164,8 @@ def attend(
     | CUDA, half precision            | none    | torch's variable-length kernel                          |
     | CUDA, lengths not too different | any     | dense, over samples that are padded for it alone        |
     | CUDA, else                      | any     | dense, one call for each run                            |
-    | CPU                             | any     | two products for each run; only the window's blocks     |
+    | CPU                             | none    | two products for each group; only the window's blocks   |
+    | CPU                             | some    | the same for each run: draws depend on the shape        |
     """
     if uses_varlen(query_key_value, dropout):
         query, key, value = query_key_value.unbind(dim=2)
@@ -145,6 +175,15 @@ def attend(
         return attended if isinstance(attended, Tensor) else attended[0]
     if query_key_value.is_cuda and packing.samples * packing.longest <= PADDED * len(query_key_value):
         return _attend_padded(query_key_value, packing, dropout, half_window)
+    if not query_key_value.is_cuda and dropout == 0 and (half_window is None or half_window >= SHORT):
+        groups = torch.split(query_key_value, [group.tokens for group in packing.groups])
+        outputs = [
+            _attend_run_cpu(part, group.samples, 0.0, half_window)
+            if group.cells is None
+            else _attend_group(part, group)
+            for part, group in zip(groups, packing.groups, strict=True)
+        ]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     # split, not slices: its backward is one concatenation instead of a zero-filled tensor for each run.
     runs = torch.split(query_key_value, [samples * length for samples, length in packing.runs])
     attend_run = _attend_run_cuda if query_key_value.is_cuda else _attend_run_cpu
@@ -213,6 +252,27 @@ def _attend_run_cpu(query_key_value: Tensor, samples: int, dropout: float, half:
         attended = torch.bmm(weights, value)  # [B, L, D]
     attended = attended.view(samples, heads, length, size)
     return attended.transpose(1, 2).reshape(tokens, heads, size)  # [S, A, L, D] -> [S L, A, D]
+
+
+def _attend_group(query_key_value: Tensor, group: Group) -> Tensor:
+    """Attention of short samples by two batched products, padded to one length: [T, A, 3, D] -> [T, A, D].
+
+    A call takes some 0.4 ms forward and backward, whatever is in it: 32 sentences of 3 to 50 tokens are 4
+    groups but 18 runs (benchmarks/finetune.py, docs/log.md).
+    """
+    _, heads, _, size = query_key_value.shape
+    samples, length, cells, filled = group.samples, group.length, group.cells, group.filled
+    assert cells is not None
+    assert filled is not None
+    grid = query_key_value.new_zeros(samples * length, heads, 3, size).index_copy(0, cells, query_key_value)
+    grid = grid.view(samples, length, heads, 3, size)
+    query, key, value = grid.permute(3, 0, 2, 1, 4).reshape(3, samples * heads, length, size).unbind(0)
+    mask = query.new_zeros(samples, length).masked_fill_(~filled, -torch.inf)  # of keys
+    mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, length)  # [B, 1, L]
+    scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=size**-0.5)
+    attended = torch.bmm(torch.softmax(scores, dim=-1), value)  # [B, L, D]
+    attended = attended.view(samples, heads, length, size).transpose(1, 2).reshape(-1, heads * size)
+    return F.embedding(cells, attended).view(-1, heads, size)  # [S L, A D] -> [T, A, D]
 
 
 def _band(length: int, half: int, like: Tensor) -> Tensor:

@@ -203,6 +203,18 @@ class QuestionTask(Task[QuestionExample]):
             chinese=self.chinese,
         )
 
+    def tuned(self, figures: dict[str, float]) -> QuestionTask:
+        """Returns the task with the threshold for "no answer" that is best for F1 on dev."""
+        if "best_threshold" not in figures:
+            return self
+        return QuestionTask(
+            self.unanswerable,
+            answer_length=self.answer_length,
+            answers=self.answers,
+            threshold=figures["best_threshold"],
+            chinese=self.chinese,
+        )
+
 
 def best_text(prediction: dict[str, Any]) -> str:
     """Returns the best answer that is not "no answer"."""

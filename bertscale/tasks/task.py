@@ -210,6 +210,25 @@ class Task(ABC, Generic[AnyExample]):
         """Counts the examples of each label, of all the task's labels; empty where it has none."""
         return {}
 
+    def per_label(
+        self, examples: Sequence[AnyExample], predictions: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Returns a row for each label: label, precision, recall, f1, support (how many there are in truth);
+        none where the task has no labels."""
+        return []
+
+    def confusion(
+        self, examples: Sequence[AnyExample], predictions: Sequence[dict[str, Any]]
+    ) -> tuple[list[str], Ints] | None:
+        """Returns the labels, and how many of each (row) were taken for each (column), [C, C]; None where
+        not exactly one of several labels is right."""
+        return None
+
+    def tuned(self, figures: dict[str, float]) -> Task[AnyExample]:
+        """Returns the task with what the figures of dev say is best for its decisions; itself where they say
+        nothing."""
+        return self
+
 
 @dataclass(frozen=True)
 class TaskData(Generic[AnyExample]):

@@ -93,16 +93,6 @@ class TextTask(Task[TextExample]):
         """Returns the prediction of who knows nothing but the targets of the training examples."""
         raise NotImplementedError
 
-    def confusion(
-        self, examples: Sequence[TextExample], predictions: Predictions
-    ) -> tuple[list[str], Ints] | None:
-        """Returns the labels, and how many examples of each (row) were taken for each (column); [C, C]."""
-        return None
-
-    def per_label(self, examples: Sequence[TextExample], predictions: Predictions) -> list[dict[str, Any]]:
-        """Returns a row for each label: label, precision, recall, f1, support (examples that have it)."""
-        return []
-
 
 # ------------------------------------------------------------------------------------------- three kinds
 

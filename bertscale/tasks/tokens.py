@@ -243,6 +243,19 @@ class TokenTask(Task[TokenExample]):
         gold, predicted = self._pairs(examples, predictions)
         return table_of_labels(gold, predicted, self.scheme)
 
+    def confusion(
+        self, examples: Sequence[TokenExample], predictions: Predictions
+    ) -> tuple[list[str], Ints] | None:
+        """Returns the classes of words, and how many words of each were taken for each; None for entities."""
+        if self.scheme != "none":
+            return None
+        counts = np.zeros((len(self.labels), len(self.labels)), np.int64)
+        for gold, said in zip(*self._pairs(examples, predictions), strict=True):
+            for right, given in zip(gold, said, strict=True):
+                if right in self._numbers:  # else it is a tag that the training examples do not have
+                    counts[self._numbers[right], self._numbers[given]] += 1
+        return self.labels, counts
+
     def label_counts(self, examples: Sequence[TokenExample]) -> dict[str, int]:
         """Counts the entities of each label, or the words of each class, of all that the task has."""
         if self.scheme == "none":

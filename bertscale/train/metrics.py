@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import yaml
 from torch import Tensor
@@ -136,10 +138,18 @@ class MetricsWriter:
 
     What an earlier attempt wrote past `first_step`, the step that this attempt begins at, is dropped: those
     steps are done again. TensorBoard shows the run under `name`, by default that of its folder; of several
-    runs in one folder it counts the steps of each from its own `begin`.
+    runs in one folder it counts the steps of each from its own `begin`. `planned` is the step at which the
+    last of them will end, if that is known.
     """
 
-    def __init__(self, run: Path, first_step: int, name: str | None = None, begin: int = 0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        first_step: int,
+        name: str | None = None,
+        begin: int = 0,
+        planned: int | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.first_step, self.begin = first_step, begin
@@ -148,7 +158,9 @@ class MetricsWriter:
         write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
         folder = run / TENSORBOARD / (name or run.resolve().name)
         self.events = SummaryWriter(str(folder), purge_step=first_step - begin + 1)
-        self.facts = {"run": name} if name else {}
+        self.facts: dict[str, Any] = {"run": name} if name else {}
+        if planned is not None:
+            self.facts["steps"] = planned
         self.end: Any = None  # the summary that marks the run as finished
 
     def introduce(self, config: Section) -> None:
@@ -174,6 +186,26 @@ class MetricsWriter:
         if self.end is not None:
             self.events._get_file_writer().add_summary(self.end)  # type: ignore[no-untyped-call]
         self.events.close()
+
+
+def add_outcome(
+    folder: Path,
+    step: int,
+    figures: dict[str, float],
+    pictures: dict[str, npt.NDArray[np.uint8]],
+    texts: dict[str, str],
+) -> None:
+    """Adds to the events of a run that has ended what has come out of it: figures, which the tab HPARAMS
+    compares, pictures [height, width, 3], and texts in Markdown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), filename_suffix=".outcome") as events:
+        for key, value in figures.items():
+            events.add_scalar(key, value, step)
+        for key, picture in pictures.items():
+            events.add_image(key, picture, step, dataformats="HWC")
+        for key, text in texts.items():
+            events.add_text(key, text, step)
 
 
 def hyperparameters(config: Section) -> dict[str, float | str]:

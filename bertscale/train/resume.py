@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
@@ -15,15 +16,18 @@ from bertscale.train.parallel import Ranks
 from bertscale.train.schedule import TrainingSchedule
 
 
-def remove_leftovers(run: Path) -> None:
-    """Removes what a killed attempt has left half-written; only where the run's lock is held."""
+def remove_leftovers(run: Path, others: Sequence[str] = ()) -> None:
+    """Removes what a killed attempt has left half-written; only where the run's lock is held.
+
+    `others` are names of further files that the run writes, as patterns of a glob.
+    """
     for parent in (CHECKPOINTS, BEST):
         for folder in (run / parent).glob(".*step-*.partial"):
             if re.fullmatch(r"\.([\w-]+-)?step-[0-9]+\.partial", folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
-    for name in (CONFIG, METRICS, RESULT):
+    for name in (CONFIG, METRICS, RESULT, *others):
         for file in run.glob(f"{name}.tmp-*"):
-            if file.name.removeprefix(f"{name}.tmp-").isdigit():
+            if file.name.rpartition(".tmp-")[2].isdigit():
                 file.unlink(missing_ok=True)
 
 
@@ -34,19 +38,28 @@ def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
     """
     folders = ranks.broadcast([str(folder) for folder in checkpoints(run)])
     for folder in reversed(folders):
-        failure: str | None = None
-        try:
-            checkpoint = open_checkpoint(Path(folder))
-            checkpoint.verify(ranks.rank, ranks.world)
-        except UserError as error:
-            failure = str(error)
-        failures = [text for text in ranks.gather(failure) if text]
-        if not failures:
-            return checkpoint
-        ranks.say(f"{failures[0]} (trying the one before it)")
+        found = open_sound(Path(folder), ranks)
+        if isinstance(found, Checkpoint):
+            return found
+        ranks.say(f"{found} (trying the one before it)")
     if folders:
         raise UserError(f"every checkpoint of {run} is damaged; remove {run} to start again")
     return None
+
+
+def open_sound(folder: Path, ranks: Ranks) -> Checkpoint | str:
+    """Returns the checkpoint of `folder` if its digests are right, else what is wrong with it.
+
+    All ranks must call: each verifies its part of the files.
+    """
+    failure: str | None = None
+    try:
+        checkpoint = open_checkpoint(folder)
+        checkpoint.verify(ranks.rank, ranks.world)
+    except UserError as error:
+        failure = str(error)
+    failures = [text for text in ranks.gather(failure) if text]
+    return failures[0] if failures else checkpoint
 
 
 def check_same_run(

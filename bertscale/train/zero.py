@@ -86,6 +86,10 @@ class Zero:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(model), config=settings, mpu=mpu, dist_init_required=False
         )
+        if (
+            self.stage == 0 and ranks.data == 1
+        ):  # else it copies all gradients together to send them to nobody
+            self.engine.enable_backward_allreduce = False
         self.wrapper: Any = self.engine.optimizer  # DeepSpeed's, around torch's
         self.optimizer: torch.optim.Optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
         self.optimizer.state.clear()  # without ZeRO, under bfloat16, set-up has made a step on zero gradients

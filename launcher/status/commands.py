@@ -110,7 +110,7 @@ DESCRIPTIONS = {
     "checkpoint, expected end. Without RUN, one line for each job of yours and each run below runs/.",
     "logs": "Shows the newest log: of the rank that failed first if the newest attempt failed, else of the "
     "batch script, which holds the first rank's output too.",
-    "cancel": "Ends a job, and the jobs of a pipeline that follow it. A pretraining that runs saves first; "
+    "cancel": "Ends a job, and the jobs of a pipeline that follow it. A training that runs saves first; "
     "`bertscale resume` resumes it.",
     "resume": "Queues a job again that was cancelled or gave up, with the code and config that it was "
     "submitted with, and the jobs of a pipeline after it. It resumes from its last checkpoint.",

@@ -10,11 +10,10 @@ import os
 import shlex
 from pathlib import Path
 
-import yaml
-
 from bertscale.errors import UserError
 from bertscale.run_folder import CANCELLED, CONFIG, EVENTS, Events, read_events
 from launcher import history, queue_jobs, runs, slurm
+from launcher.job import TRAINING
 from launcher.queue_jobs import QueueJob
 from launcher.runs import Place, place_of, read_spec
 from launcher.submit.command import queue
@@ -51,7 +50,7 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
     reason = {"reason": f"it follows {because}"} if because else {}
     Events(job / EVENTS).write("cancelled", job=active[0].number, **reason)
     running = [entry for entry in active if not entry.waits]
-    saves = _stage(job) == "pretrain" and not now
+    saves = _stage(job) in TRAINING and not now
     for number in dict.fromkeys(entry.number for entry in active):
         of_job = [entry for entry in running if entry.number == number]
         if of_job and saves:
@@ -156,13 +155,12 @@ def how_to_stop(place: Place) -> str:
 
 
 def local_command(place: Place) -> str:
-    """The command that resumes a pretraining that was started by hand."""
-    path = place.run / CONFIG
+    """The command that resumes a training that was started by hand."""
+    config = runs.read_config(place.run)
+    stage, key = ("finetune", "output") if "task" in config else ("pretrain", "run")
+    if not isinstance(config.get(key), str):
+        return f"bertscale {stage} CONFIG, as it was started"
     shown = shlex.quote(os.path.join(place.shown, CONFIG))
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        run = Path(config["run"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return "bertscale pretrain CONFIG, as it was started"
-    elsewhere = "" if run.absolute() == place.run else f" run={shlex.quote(place.shown)}"
-    return f"bertscale pretrain {shown}{elsewhere}"
+    here = Path(config[key]).absolute() == place.run
+    elsewhere = "" if here else f" {key}={shlex.quote(place.shown)}"
+    return f"bertscale {stage} {shown}{elsewhere}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from bertscale.progress import show_count, show_duration
 from launcher import history, queue_jobs
+from launcher.job import TRAINING
 from launcher.queue_jobs import show_time
 from launcher.runs import Facts, Place
 from launcher.status.state import State
@@ -86,7 +87,7 @@ def end_text(facts: Facts, state: State, now: float) -> str:
         parts.append(f"{show_time(facts.expected_end, now)}, in {show_duration(facts.expected_end - now)}")
     if limit and limit > now:
         text = f"time limit {show_time(limit, now)}, in {show_duration(limit - now)}"
-        if facts.expected_end and facts.expected_end > limit and facts.stage == "pretrain":
+        if facts.expected_end and facts.expected_end > limit and facts.stage in TRAINING:
             text += ": it saves before, is requeued and resumes"
         parts.append(text)
     return "; ".join(parts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bertscale.errors import UserError
 from bertscale.progress import show_duration
-from bertscale.run_folder import METRICS
+from bertscale.run_folder import METRICS, RESULT
 from launcher import history, queue_jobs
 from launcher.queue_jobs import QueueJob, show_time
 from launcher.runs import Facts, Place
@@ -106,6 +106,8 @@ def judge_local(place: Place, facts: Facts, now: float) -> State:
     """A run that was started by hand: only files tell of it."""
     run, source = shlex.quote(place.shown), "its own files"
     if facts.done:
+        if facts.stage == "finetune":
+            return State("done", f"done: the figures are in {run}/{RESULT}", source)
         sentence = f"done: all {facts.steps:,} steps"
         return State("done", sentence, source, next=f"bertscale convert {run} OUTPUT")
     if facts.process:

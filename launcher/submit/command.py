@@ -3,7 +3,7 @@
 bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
 bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
 bertscale submit convert SOURCE OUTPUT --cluster FILE
-bertscale submit finetune CONFIG [key=value ...] --cluster FILE
+bertscale submit finetune CONFIG [key=value ...] --cluster FILE [--nodes N] [--spares K]
 bertscale submit glue MODEL FOLDER [key=value ...] --cluster FILE
 bertscale submit pipeline PIPELINE [key=value ...] [--cluster FILE]
 
@@ -46,7 +46,7 @@ Checks all that can be checked now, freezes code and config, and queues the stag
   prep CONFIG             raw text -> token shards; with --array N on N nodes at the same time
   pretrain CONFIG         token shards -> checkpoints, on --nodes N
   convert SOURCE OUTPUT   checkpoint <-> Hugging Face folder
-  finetune CONFIG         encoder and labelled text -> classifier
+  finetune CONFIG         encoder and labelled examples -> task model, on --nodes N
   glue MODEL FOLDER       a model and a folder of tasks -> a table of dev figures, each task a job
   pipeline PIPELINE       several of these, one after another
 

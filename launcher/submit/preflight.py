@@ -157,19 +157,8 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
 
 
 def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, report: Report) -> None:
-    spec, degree = job.spec, config.parallel.tensor
-    if spec.ranks % degree:
-        report.problems.append(
-            f"parallel.tensor={degree} does not divide the {spec.ranks} ranks ({spec.nodes} nodes x "
-            f"{spec.tasks_per_node}): ask for another number of nodes, or give another parallel.tensor"
-        )
-    else:
-        _collect(report, lambda: check_batches(config, spec.ranks // degree))
-        if spec.tasks_per_node % degree:
-            report.warnings.append(
-                f"parallel.tensor={degree} does not divide the {spec.tasks_per_node} ranks of a node: layers "
-                "would be shared between nodes, which is slow; a tensor degree within a node is better"
-            )
+    if _check_degree(job, config.parallel.tensor, report):
+        _collect(report, lambda: check_batches(config, job.spec.ranks // config.parallel.tensor))
     vocab_size = promises.vocab_size or TokenizerTraining().vocab_size
     data: list[Dataset] = []
     for corpus in config.corpora:
@@ -189,6 +178,23 @@ def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, r
     keep = f"train.keep_checkpoints={config.train.keep_checkpoints} and the one being written"
     why = f"{more} checkpoints of {gb(size)} ({keep})"
     _check_space(f"run={config.run}", Path(config.run), more * size, why, report)
+
+
+def _check_degree(job: StageJob, degree: int, report: Report) -> bool:
+    """Checks that the ranks of a job can be grouped to share layers."""
+    spec = job.spec
+    if spec.ranks % degree:
+        report.problems.append(
+            f"parallel.tensor={degree} does not divide the {spec.ranks} ranks ({spec.nodes} nodes x "
+            f"{spec.tasks_per_node}): ask for another number of nodes, or give another parallel.tensor"
+        )
+        return False
+    if spec.tasks_per_node % degree:
+        report.warnings.append(
+            f"parallel.tensor={degree} does not divide the {spec.tasks_per_node} ranks of a node: layers "
+            "would be shared between nodes, which is slow; a tensor degree within a node is better"
+        )
+    return True
 
 
 def _check_memory(job: StageJob, config: PretrainConfig, vocab_size: int, report: Report) -> None:
@@ -228,12 +234,7 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
 
 
 def _check_finetune(job: StageJob, config: FinetuneConfig, promises: Promises, report: Report) -> None:
-    spec, degree = job.spec, config.parallel.tensor
-    if spec.ranks % degree:
-        report.problems.append(
-            f"parallel.tensor={degree} does not divide the {spec.ranks} ranks ({spec.nodes} nodes x "
-            f"{spec.tasks_per_node}): ask for another number of nodes, or give another parallel.tensor"
-        )
+    _check_degree(job, config.parallel.tensor, report)
     _check_weights("encoder" if config.encoder else "init", config.source, promises, report)
     longest, data = _positions_of(config.source, promises), config.data
     if longest is not None and config.samples.max_length > longest:

@@ -1,0 +1,235 @@
+"""Fine-tunings that are disturbed: stopped, killed, without room on the disk, with damaged checkpoints.
+
+Each says in one line what happened and goes on by the same command to the weights of one that nothing
+disturbed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_finetune import configure, world  # noqa: F401  (a fixture)
+
+from bertscale.run_folder import TABLE, checkpoints, read_events, read_metrics
+from launcher import runs
+
+CHANGES = ["train.epochs=9", "train.eval_every=5", "train.save_every=4", "train.log_every=1"]
+STEPS = 54
+
+
+class Desk:
+    """Starts fine-tunings of one setting in outputs of one folder."""
+
+    def __init__(self, folder: Path, world: Path) -> None:  # noqa: F811
+        self.folder, self.world = folder, world
+
+    def command(self, output: Path, *changes: str) -> list[str]:
+        settings = [*CHANGES, f"data.dev={self.world}/test.jsonl", *changes]
+        values = configure(self.world, output, *settings).model_dump(mode="json")
+        config = self.folder / f"{output.name}.yaml"
+        config.write_text(json.dumps(values))
+        return [sys.executable, "-m", "bertscale", "finetune", str(config)]
+
+    def start(self, output: Path, *changes: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(output, *changes),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, output: Path, *changes: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(output, *changes)
+        said = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, *said)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, world: Path) -> Desk:  # noqa: F811
+    return Desk(tmp_path, world)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:  # noqa: F811
+    """The output of the fine-tuning that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("calm")
+    done = Desk(folder, world).run(folder / "calm")
+    assert done.returncode == 0, done.stderr
+    return folder / "calm"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here: it takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def resize(disk: Path, size: int | str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def used(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+
+
+def until(process: subprocess.Popen[str], condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def rank_process(output: Path, rank: int) -> int:
+    """The process of one rank of a fine-tuning."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"{output}.yaml".encode() in words and f"RANK={rank}".encode() in variables:
+            return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def one_line(stderr: str) -> str:
+    """The line of the mistake; there is no traceback and no second one."""
+    assert "Traceback" not in stderr, stderr
+    (line,) = [text for text in stderr.splitlines() if "error:" in text]
+    return line
+
+
+def same(output: Path, other: Path) -> None:
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (output, other))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    for name in ("predictions-dev.jsonl", "predictions-test.jsonl"):
+        assert (output / name).read_bytes() == (other / name).read_bytes()
+
+
+def nothing_half_written(output: Path) -> None:
+    assert not [path for path in output.rglob("*") if "partial" in path.name or ".tmp-" in path.name]
+
+
+# ---------------------------------------------------------------------------------- stopped and killed
+
+
+def test_one_of_two_ranks_is_killed(desk: Desk, tmp_path: Path) -> None:
+    """The supervisor starts both again, from the newest checkpoint; two ranks, tensor-parallel."""
+    topology = ["parallel.ranks=2", "parallel.tensor=2"]
+    output, whole = tmp_path / "output", tmp_path / "whole"
+    assert desk.run(whole, *topology).returncode == 0
+    process = desk.start(output, *topology)
+    until(process, lambda: len(checkpoints(output)) == 1)
+    os.kill(rank_process(output, 1), signal.SIGKILL)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    kinds = [event["event"] for event in read_events(output / "logs/events.jsonl")]
+    assert "relaunched" in kinds
+    assert kinds[-1] == "done"
+    same(output, whole)
+
+
+def test_what_a_killed_run_has_left_is_removed(desk: Desk, calm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    for name in ("checkpoints/.step-0000099.partial", "best/.seed-0-step-0000005.partial"):
+        (output / name).mkdir(parents=True)
+    code = "import sys, os, signal; from pathlib import Path; from bertscale.files import whole_folder\n"
+    code += "with whole_folder(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code, str(output / "model")], check=False)
+    for name in ("config.yaml", "result.json", "predictions-dev.jsonl", "runs/seed-0.json"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / f"{name}.tmp-17").write_text("half")
+    assert desk.run(output).returncode == 0
+    nothing_half_written(output)
+    same(output, calm)
+
+
+# -------------------------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.fixture
+def stopped(desk: Desk, tmp_path: Path) -> Path:
+    """An output with the checkpoints of steps 8 and 12 and the best weights of both."""
+    output = tmp_path / "output"
+    process = desk.start(output, "train.keep_checkpoints=2")
+    until(process, lambda: len(checkpoints(output)) == 2 and checkpoints(output)[0].name >= "step-0000008")
+    process.kill()
+    process.wait()
+    while runs.training_process(output):  # the ranks die with it
+        time.sleep(0.01)
+    return output
+
+
+def damage(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+
+def test_a_damaged_checkpoint_is_passed_over(desk: Desk, calm: Path, stopped: Path) -> None:
+    newest = checkpoints(stopped)[-1]
+    damage(newest)
+    done = desk.run(stopped, "train.keep_checkpoints=2")
+    assert done.returncode == 0, done.stderr
+    assert f"{newest.name}/" in done.stdout
+    assert "is damaged: its digest differs from" in done.stdout
+    assert "(trying the one before it)" in done.stdout
+    assert "begins again" not in done.stdout
+    same(stopped, calm)
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "tables", "best weights"])
+def test_where_all_are_damaged_the_run_begins_again(desk: Desk, calm: Path, stopped: Path, what: str) -> None:
+    """No dead end: of a fine-tuning one checkpoint is kept, which may be the damaged one."""
+    for folder in (stopped / "best").iterdir() if what == "best weights" else checkpoints(stopped):
+        if what == "tables":
+            (folder / TABLE).write_text("{")
+        else:
+            damage(folder)
+    done = desk.run(stopped)
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint of seed-0 is whole: it begins again" in done.stdout
+    same(stopped, calm)
+    assert [entry["step"] for entry in read_metrics(stopped) if "train/loss" in entry] == [*range(1, 55)]
+
+
+# ------------------------------------------------------------------------------------------- the disk
+
+
+def test_a_full_disk(desk: Desk, calm: Path, disk: Path) -> None:
+    """While a checkpoint, the best weights, the model or the predictions are written: one line each."""
+    output = disk / "output"
+    process = desk.start(output)
+    until(process, lambda: checkpoints(output))
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 75
+    (saved,) = checkpoints(output)
+    sizes = (used(output) + 8192, used(output) + used(saved) // 2)
+    for size in sizes:
+        resize(disk, size)
+        refused = desk.run(output)
+        assert refused.returncode == 2, refused.stderr
+        assert "No space left on device" in one_line(refused.stderr)
+        nothing_half_written(output)
+        (kept,) = checkpoints(output)
+        assert kept == saved
+    resize(disk, "100M")
+    assert desk.run(output).returncode == 0
+    same(output, calm)
