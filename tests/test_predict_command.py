@@ -1,4 +1,4 @@
-"""`bertscale predict`: files of every kind and form, row by row, and what is said of broken rows."""
+"""`bertscale predict`: files of every kind and form, row by row, and what is said of the broken ones."""
 
 from __future__ import annotations
 
