@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,8 +85,9 @@ def _group(lengths: list[int]) -> Group:
     longest = max(lengths)
     if min(lengths) == longest:
         return Group(sum(lengths), len(lengths), longest, None, None)
-    filled = torch.arange(longest) < torch.tensor(lengths)[:, None]  # [S, L]
-    return Group(sum(lengths), len(lengths), longest, filled.flatten().nonzero()[:, 0], filled)
+    filled = np.arange(longest) < np.array(lengths)[:, None]  # [S, L]
+    cells = torch.from_numpy(np.flatnonzero(filled))
+    return Group(sum(lengths), len(lengths), longest, cells, torch.from_numpy(filled))
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, float32 [T, D / 2]
