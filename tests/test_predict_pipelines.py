@@ -19,6 +19,8 @@ from test_heads import OUTPUTS, random_model, sizes_of
 
 from bertscale.config.examples import ExamplesConfig, TaskKind
 from bertscale.convert.task_models import LABELLED, write_task_model
+from bertscale.examples.conll import read_token_examples
+from bertscale.examples.squad import read_questions
 from bertscale.finetune.predict import TaskPredictor, load_task_model
 from bertscale.finetune.predict_file import predict_file
 from bertscale.model.heads import HeadConfig
@@ -128,6 +130,14 @@ def test_entities(preset: str, tmp_path: Path) -> None:
     same_entities(folder, [text.lower() for text in TEXTS])
 
 
+def test_entities_of_conll(tmp_path: Path) -> None:
+    path = str(real("tasks/conll2003/valid.txt"))
+    examples, _ = read_token_examples(path, ExamplesConfig(train=path))
+    vocabulary = real("vocab/bert-base-cased-vocab.txt")
+    folder = export(tmp_path / "model", "tokens", vocabulary, "bert", 256)
+    same_entities(folder, [example.text for example in examples[:200]])
+
+
 # ---------------------------------------------------------------------------------------------- answers
 
 
@@ -194,3 +204,12 @@ def test_answers(preset: str, tiny_data: Path, tmp_path: Path) -> None:
     contexts = [TEXTS[1], " and ".join(TEXTS * 6)]
     rows = [{"question": question, "context": text} for question in TEXTS[2:] for text in contexts]
     same_answers(folder, rows, LENGTH)
+
+
+def test_answers_of_squad(tmp_path: Path) -> None:
+    path = real("tasks/squad/v11_3articles_maddy6_train-v1.1.json")
+    examples, _ = read_questions(path, ExamplesConfig(train=str(path)))
+    vocabulary = real("vocab/bert-base-uncased-vocab.txt")
+    folder = export(tmp_path / "model", "question_answering", vocabulary, "bert", 384)
+    rows = [{"question": one.question, "context": one.context} for one in examples[:200]]
+    same_answers(folder, rows, 384)
