@@ -61,4 +61,4 @@ def test_from_text_to_a_classifier(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "runs/chinese/data/manifest.json").read_text())
     assert manifest["settings"]["words"].startswith("rjieba ")
     result = json.loads((tmp_path / "runs/chinese/reviews/result.json").read_text())
-    assert result["classes"] == ["bad", "good"]
+    assert result["labels"] == ["bad", "good"]
