@@ -324,7 +324,7 @@ def our_training(case: Case) -> Round:
         class_weights=None,
     )
     engine = job.engine
-    engine.start_from(source.first_values(config, task, Run(0, "pretrained", 0, 0)))
+    engine.start_from(source.first_values(task, Run(0, "pretrained", 0, 0)))
     engine.model.train()
 
     def run(examples: list[dict[str, str]]) -> float:

@@ -54,6 +54,17 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here: it takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture(scope="session")
 def bertscale() -> Command:
     """`bertscale("prep", "a.yaml")` runs the command and returns exit code, stdout and stderr."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,6 @@ from bertscale.train.resume import remove_leftovers
 def native(tiny_data: Path, tmp_path: Path) -> Path:
     write_checkpoint(tmp_path / "native", tiny_data, {})
     return tmp_path / "native"
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("a file system cannot be mounted here: it takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def refused(source: Path, output: Path, words: str) -> None:

@@ -261,7 +261,7 @@ def test_what_a_run_starts_from(world: Path, tmp_path: Path) -> None:
     task = text_task("classification", ["fruit", "metal", "river"])
 
     def values(seed: int, start: str) -> dict[str, Tensor]:
-        first = source.first_values(config, task, Run(seed, start, 0, 0))
+        first = source.first_values(task, Run(seed, start, 0, 0))
         shapes = task_shapes(source.model, source.vocab_size, source.head(config, task))
         return {name: first(name, list(shape)) for name, shape in shapes.items()}
 

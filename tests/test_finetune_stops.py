@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:  # noqa
     done = Desk(folder, world).run(folder / "calm")
     assert done.returncode == 0, done.stderr
     return folder / "calm"
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("a file system cannot be mounted here: it takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def resize(disk: Path, size: int | str) -> None:

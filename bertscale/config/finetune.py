@@ -15,6 +15,7 @@ from bertscale.config.pretrain import (
     ParallelConfig,
     check_tensor_degree,
     compile_obstacle,
+    is_compiled,
 )
 from bertscale.config.section import Section
 from bertscale.errors import UserError
@@ -207,9 +208,7 @@ class FinetuneConfig(Section):
 
     def compiles(self, device: str) -> bool:
         """Tells whether layers are compiled on a `cuda` or `cpu` device; `auto`: on a GPU, if they can be."""
-        if self.train.compile == "auto":
-            return device == "cuda" and self.compile_obstacle is None
-        return self.train.compile
+        return is_compiled(self.train.compile, self.compile_obstacle, device)
 
     def check_encoder(self, model: ModelConfig) -> None:
         """Raises UserError where the settings do not fit an encoder of this shape."""

@@ -265,6 +265,13 @@ def compile_obstacle(recompute: str, parallel: ParallelConfig) -> str | None:
     return None
 
 
+def is_compiled(wanted: bool | str, obstacle: str | None, device: str) -> bool:
+    """Tells whether `train.compile` compiles layers on a `cuda` or `cpu` device."""
+    if wanted == "auto":
+        return device == "cuda" and obstacle is None
+    return wanted is not False
+
+
 def check_tensor_degree(degree: int, shapes: Sequence[tuple[str, ModelConfig]]) -> None:
     """Raises ValueError where `degree` ranks cannot share layers of the `shapes`, (owner, shape) each."""
     for owner, shape in shapes:
@@ -320,9 +327,7 @@ class PretrainConfig(Section):
 
     def compiles(self, device: str) -> bool:
         """Tells whether layers are compiled on a `cuda` or `cpu` device; `auto`: on a GPU, if they can be."""
-        if self.train.compile == "auto":
-            return device == "cuda" and self.compile_obstacle is None
-        return self.train.compile is not False
+        return is_compiled(self.train.compile, self.compile_obstacle, device)
 
     def has_static_targets(self, device: str) -> bool:
         """Tells whether the number of predicted positions is fixed on a `cuda` or `cpu` device.

@@ -11,7 +11,7 @@ import torch
 from bertscale.config import FinetuneConfig
 from bertscale.finetune.loader import Part, TaskLoader, join
 from bertscale.model.heads import task_loss
-from bertscale.tasks.task import Example, Samples, Task
+from bertscale.tasks.task import Example, Floats, Samples, Task
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
 from bertscale.train.parallel import Ranks
@@ -29,10 +29,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found: figures, on all ranks; the predictions on the first, else none."""
+    """What was found: figures, on all ranks; the outputs and the predictions on the first, else none."""
 
     figures: dict[str, float]
     predictions: list[dict[str, Any]]
+    logits: Floats | None  # [N, C], or [T, C] of tokens
 
 
 def hold_out(
@@ -52,7 +53,7 @@ def hold_out(
 
 
 @torch.no_grad()
-def evaluate(engine: Engine[FinetuneConfig], held_out: HeldOut, config: FinetuneConfig, step: int) -> Found:
+def evaluate(engine: Engine[FinetuneConfig], held_out: HeldOut, step: int) -> Found:
     """Predicts all examples and scores the predictions; leaves the model in evaluation mode.
 
     The figures are those of the task and `loss`. All ranks must call; `step` is for the sign of life.
@@ -68,17 +69,25 @@ def evaluate(engine: Engine[FinetuneConfig], held_out: HeldOut, config: Finetune
             total += batch.weight * task_loss(task.kind, logits, batch)
         outputs.append(logits.float())
         beat(step)
-    (loss,) = ranks.sum_over_data(float(total))
-    (count,) = ranks.sum_over_data(sum(part.divisor for part in held_out.parts))
+    loss, count = ranks.sum_over_data(float(total), sum(part.divisor for part in held_out.parts))
     mine = [
         (part.samples, values.cpu().numpy())
         for part, values in zip(held_out.parts, outputs, strict=True)
         if len(part.samples)
     ]
     everyone = ranks.gather(mine if ranks.tensor_rank == 0 else [])
+    whole = None
     if ranks.rank == 0:
-        logits = join([piece for pieces in everyone for piece in pieces], samples, task)
-        predictions = task.predict(held_out.examples, samples, logits)
-        figures = {**task.score(held_out.examples, predictions), "loss": loss / (count or 1.0)}
-        return Found(ranks.broadcast(figures), predictions)
-    return Found(ranks.broadcast(None), [])
+        whole = join([piece for pieces in everyone for piece in pieces], samples, task)
+    return judge(held_out, whole, loss / (count or 1.0), ranks)
+
+
+def judge(held_out: HeldOut, logits: Floats | None, loss: float, ranks: Ranks) -> Found:
+    """What the outputs of the first rank say by the rules of the task, and how right that is. All ranks must
+    call."""
+    figures: dict[str, float] = {}
+    predictions: list[dict[str, Any]] = []
+    if logits is not None:
+        predictions = held_out.task.predict(held_out.examples, held_out.samples, logits)
+        figures = {**held_out.task.score(held_out.examples, predictions), "loss": loss}
+    return Found(ranks.broadcast(figures), predictions, logits)

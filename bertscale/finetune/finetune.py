@@ -26,7 +26,7 @@ from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.examples.read import describe, read_task_data
 from bertscale.files import file_digest, json_digest
 from bertscale.finetune.by_label import tables_of
-from bertscale.finetune.evaluate import Found, HeldOut, evaluate, hold_out
+from bertscale.finetune.evaluate import Found, HeldOut, evaluate, hold_out, judge
 from bertscale.finetune.loop import Job, Run, Stopped, train_run
 from bertscale.finetune.output import (
     WRITTEN,
@@ -160,17 +160,14 @@ def banner(job: Job, reason: str) -> Iterator[str]:
     """The first lines: the model, the task, the ranks."""
     config, ranks, sizes = job.config, job.ranks, job.source.model
     precision = f"{job.dtype}".removeprefix("torch.")
-    kept = "its head is kept" if job.source.keeps_head(config, job.task) else "a new head"
+    kept = "its head is kept" if job.source.keeps_head(job.task) else "a new head"
     yield (
         f"model     {sizes.preset}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}, from "
         f"{job.source.folder}; {kept}; {precision} ({reason})"
     )
     outputs = f", {len(job.task.labels)} labels" if job.task.labels else ""
-    yield (
-        f"task      {job.task.kind}{outputs}; dev chooses by {job.metric}"
-        if (job.dev)
-        else f"task      {job.task.kind}{outputs}; no dev examples: the last weights are taken"
-    )
+    choice = f"dev chooses by {job.metric}" if job.dev else "no dev examples: the last weights are taken"
+    yield f"task      {job.task.kind}{outputs}; {choice}"
     yield (
         f"ranks     {ranks.world}: tensor parallel {ranks.tensor} x data parallel {ranks.data}, "
         f"ZeRO-{config.parallel.zero_stage}, on {describe_device(ranks.device)} each"
@@ -187,14 +184,15 @@ def conclude(job: Job, data: TaskData[Any], run: Run, record: dict[str, Any]) ->
     steps, task = run.begin + record["steps"], job.task
     found: dict[str, tuple[HeldOut, Found]] = {}
     if job.dev:
-        first = evaluate(job.engine, job.dev, job.config, steps)
-        task = job.task.tuned(first.figures)
-        dev = replace(job.dev, task=task)
-        again = evaluate(job.engine, dev, job.config, steps) if task is not job.task else first
-        found["dev"] = dev, again
+        dev, of_dev = job.dev, evaluate(job.engine, job.dev, steps)
+        task = job.task.tuned(of_dev.figures)
+        if task is not job.task:  # the same outputs, read by what they have told
+            dev = replace(dev, task=task)
+            of_dev = judge(dev, of_dev.logits, of_dev.figures["loss"], job.ranks)
+        found["dev"] = dev, of_dev
     if job.test:
         test = replace(job.test, task=task)
-        found["test"] = test, evaluate(job.engine, test, job.config, steps)
+        found["test"] = test, evaluate(job.engine, test, steps)
     record |= {name: each.figures for name, (_, each) in found.items()}
     if job.ranks.rank == 0:
         tables = {

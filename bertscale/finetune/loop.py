@@ -170,7 +170,7 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
     every = config.train.eval_every or loader.epoch_steps
     checkpoint = _resumable(job, run)
     course = Course()
-    engine.start_from(job.source.first_values(job.config, job.task, run))
+    engine.start_from(job.source.first_values(job.task, run))
     if checkpoint is not None:
         engine.resume(checkpoint, run.begin)
         course = Course(**checkpoint.table["finetune"]["course"])
@@ -248,7 +248,7 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
             progress.advance(1, **facts)
             looked = done % every == 0 or last
             if looked and job.dev is not None:
-                found = evaluate(engine, job.dev, config, run.begin + done)
+                found = evaluate(engine, job.dev, run.begin + done)
                 _train_mode(engine)
                 _note(course, found.figures, done, job)
                 if course.best_step == done:

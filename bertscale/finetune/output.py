@@ -102,7 +102,7 @@ def write_model(job: Job, run: Run, record: dict[str, Any], data: TaskData[Any],
     config, source = job.config, job.source
     head, sizes = source.head(config, task), job.engine.sizes
     best = open_checkpoint(best_folder(job, run, record["best_step"]))
-    first = source.first_values(config, task, run)  # of what was not trained
+    first = source.first_values(task, run)  # of what was not trained
     shapes = task_shapes(sizes, source.vocab_size, head)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

@@ -66,20 +66,18 @@ class Source:
             dropout = config.model.hidden_dropout_prob
         return HeadConfig(task.kind, task.outputs, pooling, dropout)
 
-    def keeps_head(self, config: FinetuneConfig, task: Task[Any]) -> bool:
+    def keeps_head(self, task: Task[Any]) -> bool:
         """Whether the head of the task model fits this task: the same kind and the same labels."""
         before = self.task_model
         return before is not None and before.head.kind == task.kind and before.labels == task.labels
 
-    def first_values(
-        self, config: FinetuneConfig, task: Task[Any], run: RunStart
-    ) -> Callable[[str, list[int]], Tensor]:
+    def first_values(self, task: Task[Any], run: RunStart) -> Callable[[str, list[int]], Tensor]:
         """The first value of each parameter, by (name, shape), for a run.
 
         From the source where it has the parameter and the run is `pretrained`; else random, an encoder's by
         its own recipe, a head's by that of transformers.
         """
-        keeps, head_is, known = self.keeps_head(config, task), self.task_model, set(self.encoder.names)
+        keeps, head_is, known = self.keeps_head(task), self.task_model, set(self.encoder.names)
 
         def first_value(name: str, shape: list[int]) -> Tensor:
             of_head = name.startswith("head.")
@@ -136,7 +134,7 @@ def scale_of(config: FinetuneConfig, sizes: ModelConfig) -> Callable[[str], floa
     """
     optimizer, frozen, layers = config.optimizer, config.model.freeze_layers, sizes.num_hidden_layers
     of_head = (optimizer.head_learning_rate or optimizer.learning_rate) / optimizer.learning_rate
-    lowest = layers if frozen == "all" else frozen  # the number of layers that stay
+    lowest = layers + 1 if frozen == "all" else frozen  # the number of layers that stay; of all the norm too
 
     def scale(name: str) -> float:
         if not name.startswith(BELOW):
@@ -145,7 +143,7 @@ def scale_of(config: FinetuneConfig, sizes: ModelConfig) -> Callable[[str], floa
             number = int(found.group(1))
         else:
             number = layers if name.startswith("encoder.LayerNorm.") else -1
-        if (number < lowest and lowest > 0) or frozen == "all":
+        if lowest and number < lowest:
             return 0.0
         return optimizer.layer_decay ** (layers - number)
 
