@@ -188,7 +188,7 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     verify = options.verify and rank.rank == 0
     config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
 
-    from bertscale.train.pretrain import pretrain as train_as_rank
+    from bertscale.pretrain.pretrain import pretrain as train_as_rank
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
         return train_as_rank(config)

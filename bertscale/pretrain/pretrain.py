@@ -21,10 +21,10 @@ from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
+from bertscale.pretrain.banner import banner, epochs
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
-from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
 from bertscale.train.engine import Engine, pretraining_engine
