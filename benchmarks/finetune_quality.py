@@ -105,8 +105,12 @@ def compare(
         ]
         given = load_config(FinetuneConfig, path, words)
         check_comparable(given)
+        source = open_source(given)
+        if given.task == "question_answering" and source.model.preset != "modern":
+            # Their class has no dropout in this head.
+            given = load_config(FinetuneConfig, path, [*words, "model.classifier_dropout=0"])
         config = with_files(given, Path(place), options.train_examples, options.dev_examples)
-        made_of = fingerprint(config, open_source(config))
+        made_of = fingerprint(config, source)
         for other in known:
             if (other["set"], other["made_of"]) == (name, made_of):
                 print(f"{name}: its figures are there", flush=True)
@@ -114,7 +118,7 @@ def compare(
         data = read_task_data(config.task, config.data, config.samples)
         ours = train_ours(config, Path(place), name)
         metric = ours["metric"]
-        exported = export(config, Path(place))
+        exported = export(source.folder, Path(place))
         theirs = []
         for seed in seeds:
             began = time.monotonic()
@@ -159,11 +163,10 @@ def train_ours(config: FinetuneConfig, place: Path, name: str) -> dict[str, Any]
     return result
 
 
-def export(config: FinetuneConfig, place: Path) -> Path:
-    """The encoder as a folder of transformers."""
-    folder = open_source(config).folder
+def export(folder: Path, place: Path) -> Path:
+    """The encoder in `folder`, a checkpoint or already one of transformers, as a folder of transformers."""
     if not (folder / TABLE).exists():
-        return folder  # it is one
+        return folder
     exported = place / "exported"
     command = [sys.executable, "-m", "bertscale", "convert", str(folder), str(exported), "--no-show"]
     subprocess.run(command, check=True, capture_output=True)
@@ -196,8 +199,6 @@ def with_files(
     sets = {"train": drawn(data.train, train_examples), "dev": drawn(data.dev, dev_examples)}
     values = config.model_dump(mode="json")
     values["data"] = {"labels": data.task.labels or None}
-    if config.task == "question_answering" and open_source(config).model.preset != "modern":
-        values["model"]["classifier_dropout"] = 0.0  # the Trainer's class has none in this head
     if isinstance(data.task, TokenTask):
         values["samples"]["tag_scheme"] = data.task.scheme
     if isinstance(data.train[0], TextExample) and len(data.train[0].texts) == 2:
@@ -250,7 +251,7 @@ def markdown(results: Sequence[Result]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lengths: dict[str, list[str]] = {}
     for result in results:
-        of = f"{result['steps']} steps of {result['batch']} samples, seeds {len(result['trainer'])}"
+        of = f"Seeds: {len(result['trainer'])}; {result['steps']} steps of {result['batch']} samples"
         lengths.setdefault(of, []).append(f"{result['set']} {result['examples']['train']:,}")
     notes = [f"{of}; training examples: {', '.join(sets)}." for of, sets in lengths.items()]
     return "\n".join([*lines, "", *notes]) + "\n"

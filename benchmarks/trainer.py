@@ -22,10 +22,10 @@ from bertscale.tasks.task import NO_TARGET, Example, Floats, Samples, Task, Task
 from bertscale.tokenizer import load_tokenizer
 
 CLASSES = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-    "tokens": transformers.AutoModelForTokenClassification,
-    "question_answering": transformers.AutoModelForQuestionAnswering,
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "tokens": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
 }
 PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 EVAL_BATCH = 64  # samples
@@ -68,7 +68,7 @@ def train(
     transformers.logging.disable_progress_bar()
     transformers.set_seed(seed)
     settings = settings_of(config, exported, task)
-    model = CLASSES[task.kind].from_pretrained(exported, config=settings)
+    model = getattr(transformers, CLASSES[task.kind]).from_pretrained(exported, config=settings)
     with tempfile.TemporaryDirectory() as place:
         arguments = transformers.TrainingArguments(
             output_dir=place,
