@@ -62,6 +62,9 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     if not importlib.util.find_spec("accelerate"):
         raise SystemExit("error: transformers' Trainer needs accelerate: pip install accelerate")
+    for file in (options.json, options.markdown):
+        if file and not file.parent.is_dir():
+            raise SystemExit(f"error: {file}: there is no folder {file.parent}; make it")
     overrides = [word for word in options.configs if "=" in word]
     paths = [Path(word) for word in options.configs if "=" not in word and Path(word).stem != LEFT_OUT]
     machine = f"{processor()}, {torch.get_num_threads()} thread(s)"
@@ -83,7 +86,8 @@ def main() -> int:
     print(f"\n{machine}; mean ± standard deviation of dev\n\n{table}")
     if options.markdown:
         write_bytes(options.markdown, table.encode())
-    print(*failed, sep="\n", end="", file=sys.stderr)
+    for line in failed:
+        print(line, file=sys.stderr)
     return 1 if failed else 0
 
 
