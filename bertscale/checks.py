@@ -6,13 +6,13 @@ Used by `bertscale.cli` alone.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bertscale.errors import UserError
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from bertscale.config import FinetuneConfig, GlueConfig, PretrainConfig
 
@@ -68,6 +68,17 @@ def check_comparison(config: PretrainConfig, count: int) -> None:
         raise UserError(
             "--against transformers compares masked tokens and sentence pairs, not a generator; add "
             "model.generator_size=null objectives.mlm=1"
+        )
+
+
+def check_init(config: PretrainConfig) -> None:
+    """Refuses a source that is missing, where the run has no checkpoint yet that it would go on from."""
+    from bertscale.run_folder import checkpoints
+
+    if config.init and not os.path.isdir(config.init.source) and not checkpoints(Path(config.run)):
+        raise UserError(
+            f"init.from={config.init.source}: there is no such folder; give a run, a checkpoint, or a "
+            "Hugging Face folder; nothing is downloaded"
         )
 
 

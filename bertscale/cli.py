@@ -188,7 +188,7 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     verify = options.verify and rank.rank == 0
     config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
 
-    from bertscale.train.pretrain import pretrain as train_as_rank
+    from bertscale.pretrain.pretrain import pretrain as train_as_rank
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
         return train_as_rank(config)
@@ -615,6 +615,7 @@ def _checked(
     `world_size` is the number of running ranks, None where they are not yet started. The shards are opened
     if `data`, and compared with their digests if `verify`.
     """
+    from bertscale.checks import check_init
     from bertscale.config import PretrainConfig, load_config
     from bertscale.data.samples import check_batches
     from bertscale.data.shards import check_tokenizers, open_dataset
@@ -622,6 +623,7 @@ def _checked(
     config = load_config(PretrainConfig, path, overrides)
     count = _count_ranks(config.device, config.parallel, world_size)
     check_batches(config, count // config.parallel.tensor)
+    check_init(config)
     if data:
         check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
     return config, count

@@ -41,7 +41,7 @@ from bertscale.train.checkpoint import open_checkpoint, write_whole
 
 def train(data: str, folder: str) -> int:
     """Runs on each of two ranks: TP 2 x ZeRO-3."""
-    from bertscale.train.pretrain import pretrain
+    from bertscale.pretrain.pretrain import pretrain
 
     return pretrain(pretrain_config(data, folder, parallel={"tensor": 2, "zero_stage": 3}))
 

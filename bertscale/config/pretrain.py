@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.device import DEVICE, Device
+from bertscale.config.init import InitConfig
 from bertscale.config.model import ModelConfig
 from bertscale.config.section import Section, check_config
 
@@ -297,7 +298,12 @@ class PretrainConfig(Section):
         description="Output folder of `bertscale prep`, or several to mix: [{path: A, weight: 0.7}, ...]."
     )
     device: Device = Field("auto", description=DEVICE)
-    model: ModelConfig = Field(ModelConfig(), description="The encoder.")
+    init: InitConfig | None = Field(
+        None, description="What the run starts from; init=FOLDER is short for init.from=FOLDER."
+    )
+    model: ModelConfig = Field(
+        ModelConfig(), description="The encoder; with `init`, keys that are not given are the source's."
+    )
     samples: SamplesConfig = Field(SamplesConfig(), description="The samples.")
     objectives: ObjectivesConfig = Field(ObjectivesConfig(), description="The training objectives.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer and its learning rate.")

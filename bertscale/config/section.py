@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from bertscale.errors import UserError
 
@@ -110,20 +111,29 @@ def _check_former_keys(section: type[Section], values: Any, origin: str) -> None
         raise UserError("\n".join(lines))
 
 
-def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (dotted key, description with the default) of every field, for the help texts."""
+def describe_fields(section: type[Section], prefix: str = "", optional: str = "") -> list[tuple[str, str]]:
+    """Returns (dotted key, description with the default) of every field, for the help texts.
+
+    `optional` names the part of the config that these fields are in, where it may be left out.
+    """
     rows = []
-    for name, field in section.model_fields.items():
+    for name, field in _keys(section).items():
         inner = _inner_section(field.annotation)
         if inner is not None:
-            rows += describe_fields(inner, f"{prefix}{name}.")
+            may_lack = not field.is_required() and field.default is None
+            rows += describe_fields(inner, f"{prefix}{name}.", f"{prefix}{name}" if may_lack else "")
         else:
             value = field.get_default(call_default_factory=True)
-            default = (
-                "required" if field.is_required() else "optional" if value is None else f"default {value}"
-            )
+            default = "optional" if value is None else f"default {value}"
+            if field.is_required():
+                default = f"required where there is {optional}" if optional else "required"
             rows.append((f"{prefix}{name}", f"{field.description} ({default})"))
     return rows
+
+
+def _keys(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section by their keys in a config, which are those of Python where they may be."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
@@ -201,10 +211,12 @@ def _explain(section: type[Section], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         here: type[Section] | None = section
         for part in location[:-1]:
-            field = here.model_fields.get(part) if here else None
+            field = _keys(here).get(part) if here else None
             here = _inner_section(field.annotation) if field else None
-        names = list(here.model_fields) if here else []
+        names = list(_keys(here)) if here else []
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        if close := difflib.get_close_matches(location[-1], names, n=1, cutoff=0.85):
+            return f"unknown key {key}; did you mean {'.'.join([*location[:-1], close[0]])}?"
         # The last part of each key, in whatever section; of two equal ones the first.
         deep = {name.split(".")[-1]: name for name, _ in reversed(describe_fields(section))}
         named = ELSEWHERE.get(key, (location[-1], *ELSEWHERE.get(location[-1], ())))
