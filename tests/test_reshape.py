@@ -49,13 +49,13 @@ def shape(preset: str, sizes: dict[str, Any] = SMALL, **more: Any) -> ModelConfi
 class Source:
     """A model's random weights, as a source."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, vocab_size: int = VOCAB) -> None:
         self.folder = self.tokenizer = Path("source")
-        self.model, self.vocab_size = model, VOCAB
+        self.model, self.vocab_size = model, vocab_size
         draw = torch.Generator().manual_seed(0)
         self.tensors = {
             name: torch.randn(shape, generator=draw) * 0.3
-            for name, shape in native_shapes(model, VOCAB).items()
+            for name, shape in native_shapes(model, vocab_size).items()
         }
         self.names = list(self.tensors)
 
