@@ -40,7 +40,7 @@ from bertscale.files import (
     sync,
     write_json,
 )
-from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoints
+from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_step, checkpoints
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint_table import DIGEST, FORMAT, STATES, read_table
 from bertscale.train.parallel import Ranks
@@ -245,9 +245,12 @@ class Checkpoint:
         return values
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of a run. Raises OSError."""
+def prune(run: Path, keep: int, every: int | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints of a run, and those of steps that are multiples of
+    `every`. Raises OSError."""
     for folder in checkpoints(run)[:-keep]:
+        if every and (checkpoint_step(folder) or 0) % every == 0:
+            continue
         (folder / TABLE).unlink()  # first: without it a half removed folder is no checkpoint
         shutil.rmtree(folder)
 
