@@ -3,9 +3,9 @@
 Old pieces keep their ids, so that a model that knows them can go on (docs/pretrain.md); only the way in which
 a text is cut changes, since the longest piece that matches is taken.
 
-The new pieces are learnt by byte-pair encoding of the corpus' words, as WordPiece vocabularies are: first
-single characters that the vocabulary lacks, the most frequent first, then joined pieces in the order in which
-they were joined, that of their frequency. Those that no word of the corpus is cut into are left out.
+Candidates are learnt by byte-pair encoding of the corpus' words, as WordPiece vocabularies are. Of these, the
+characters that the vocabulary lacks come first, without which whole words are [UNK], then the pieces that the
+words are cut into most frequently.
 """
 
 from __future__ import annotations
@@ -96,19 +96,25 @@ def learn_pieces(words: Counter[str], size: int, coverage: float, log: Path | No
 
 
 def choose_pieces(words: Counter[str], known: set[str], found: list[str], number: int) -> list[str]:
-    """The first `number` of the pieces `found`, at most, of those that `words` are then cut into."""
-    taken, used = 0, list[str]()
-    while len(used) < number and taken < len(found):
-        taken += number - len(used)
-        uses = set(found[:taken]) & _pieces_of(words, known | set(found[:taken]))
-        used = [piece for piece in found[:taken] if piece in uses]
-    return used[:number]
+    """At most `number` of the pieces `found`: characters, then joined ones, the most frequent first.
+
+    As a piece is frequent only where no longer one is taken, the rarest quarter is left out, the words are
+    cut again, and so on.
+    """
+    kept = found
+    while True:
+        uses = count_pieces(words, known | set(kept))
+        used = [piece for piece in kept if uses[piece]]
+        used.sort(key=lambda piece: (len(piece.removeprefix(CONTINUES)) > 1, -uses[piece]))
+        if len(used) * 3 // 4 <= number:
+            return used[:number]
+        kept = used[: len(used) * 3 // 4]
 
 
-def _pieces_of(words: Iterable[str], vocabulary: set[str]) -> set[str]:
-    """All pieces that the words are cut into: the longest that matches, again and again."""
-    pieces, longest = set[str](), max(map(len, vocabulary))
-    for word in words:
+def count_pieces(words: Counter[str], vocabulary: set[str]) -> Counter[str]:
+    """How often the words are cut into each piece: the longest that matches, again and again."""
+    pieces, longest = Counter[str](), max(map(len, vocabulary))
+    for word, times in words.items():
         begin, of_word = 0, list[str]()
         while begin < len(word):
             mark = CONTINUES if begin else ""
@@ -119,5 +125,6 @@ def _pieces_of(words: Iterable[str], vocabulary: set[str]) -> set[str]:
             of_word.append(mark + word[begin:end])
             begin = end
         else:
-            pieces.update(of_word)
+            for piece in of_word:
+                pieces[piece] += times
     return pieces

@@ -15,7 +15,7 @@ import pytest
 from bertscale.config import PrepConfig, TokenizerTraining, UserError
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from data_prep import extend_tokenizer, train_tokenizer
-from data_prep.extend_tokenizer import choose_pieces
+from data_prep.extend_tokenizer import choose_pieces, count_pieces
 from data_prep.plan import Plan
 from data_prep.train_tokenizer import (
     EXCERPT,
@@ -266,11 +266,14 @@ def test_the_order_of_the_sentences_changes_no_piece(tmp_path: Path) -> None:
 
 
 def test_new_pieces_in_a_case_counted_by_hand() -> None:
-    words = Counter({"abab": 5, "cab": 3, "d": 1})
-    known = {"a", "##b", "##a", "c", "[UNK]"}
-    assert choose_pieces(words, known, ["d", "##ba", "##ab", "ab"], 3) == ["d", "##ba", "##ab"]
-    # With the fourth, abab is ab ##ab and no longer a ##ba ##b.
-    assert choose_pieces(words, known, ["d", "##ba", "##ab", "ab"], 4) == ["d", "##ab", "ab"]
+    words = Counter({"abab": 5, "cab": 3, "d": 1, "a": 2})
+    known = {"a", "##b", "##a", "c"}
+    assert count_pieces(words, known) == {"a": 7, "##b": 13, "##a": 8, "c": 3}  # and d is [UNK]
+    # With all four, abab is ab ##ab and cab is c ##ab: nothing is cut into ##ba.
+    found = ["##ba", "ab", "##ab", "d"]
+    assert choose_pieces(words, known, found, 4) == ["d", "##ab", "ab"]
+    assert choose_pieces(words, known, found, 2) == ["d", "##ab"]
+    assert choose_pieces(words, known, found, 1) == ["d"]
 
 
 def test_only_given_vocabularies_are_extended(tmp_path: Path) -> None:
