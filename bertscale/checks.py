@@ -6,6 +6,7 @@ Used by `bertscale.cli` alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,11 +72,14 @@ def check_comparison(config: PretrainConfig, count: int) -> None:
         )
 
 
-def check_init(config: PretrainConfig) -> None:
-    """Refuses a source that is missing, where the run has no checkpoint yet that it would go on from."""
+def check_init(config: PretrainConfig, made: Sequence[Path]) -> None:
+    """Refuses a source that is missing, unless it is one of the runs `made` before, or the run has a
+    checkpoint that it goes on from."""
     from bertscale.run_folder import checkpoints
 
-    if config.init and not os.path.isdir(config.init.source) and not checkpoints(Path(config.run)):
+    if config.init is None or Path(config.init.source) in made or checkpoints(Path(config.run)):
+        return
+    if not os.path.isdir(config.init.source):
         raise UserError(
             f"init.from={config.init.source}: there is no such folder; give a run, a checkpoint, or a "
             "Hugging Face folder; nothing is downloaded"

@@ -38,6 +38,7 @@ from bertscale.config.pretrain import (
     PretrainConfig,
     SamplesConfig,
     TrainConfig,
+    load_phases,
 )
 from bertscale.config.section import (
     Config,

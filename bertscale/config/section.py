@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -62,18 +63,37 @@ class Section(BaseModel):
 Config = TypeVar("Config", bound=Section)
 
 
-def load_config(section: type[Config], path: str | Path, overrides: list[str]) -> Config:
+def load_config(section: type[Config], path: str | Path, overrides: Sequence[str]) -> Config:
     """Reads YAML at `path` over its `base`, if it names one, applies `key=value` overrides, checks the whole.
 
     A value is read as YAML (`train.steps=100`, `input=[a.txt, b.txt]`). Raises UserError that
     names each wrong key and value.
     """
+    values, origin = read_values(path)
+    return overridden(section, values, overrides, origin)
+
+
+def read_values(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The values of a config file over those of its `base`, and what to call them in messages.
+
+    Raises UserError where a file cannot be read.
+    """
     values, files = _read(Path(path), ())
-    return overridden(section, values, overrides, ", based on ".join(map(str, files)))
+    return values, ", based on ".join(map(str, files))
 
 
-def overridden(section: type[Config], values: dict[str, Any], overrides: list[str], origin: str) -> Config:
+def overridden(
+    section: type[Config], values: dict[str, Any], overrides: Sequence[str], origin: str
+) -> Config:
     """Applies `key=value` overrides to `values`, which change, and checks the whole. Raises UserError."""
+    override_values(section, values, overrides, origin)
+    return check_config(section, values, origin)
+
+
+def override_values(
+    section: type[Section], values: dict[str, Any], overrides: Sequence[str], origin: str
+) -> None:
+    """Applies `key=value` overrides to `values`, which change. Raises UserError."""
     _check_former_keys(section, values, origin)  # before an override puts a section in such a key's place
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -86,7 +106,6 @@ def overridden(section: type[Config], values: dict[str, Any], overrides: list[st
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not YAML") from error
         _set(values, key, value)
-    return check_config(section, values, origin)
 
 
 def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
@@ -153,7 +172,7 @@ def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Pa
         circle = " -> ".join(map(str, [*files, parent]))
         raise UserError(f"the config {path}: base={base!r} closes a circle: {circle}; remove one base")
     below, files = _read(parent, files)
-    return _merged(below, values), files
+    return merged(below, values), files
 
 
 def _parse(path: Path, role: str) -> dict[str, Any]:
@@ -178,14 +197,14 @@ def _moved(path: Path) -> str:
     return f"; configs/data is now configs/prep: take {path.parent.with_name('prep') / path.name}"
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Merges `above` over `below`: mappings key by key, while any other value replaces the one below."""
-    merged = dict(below)
+    whole = dict(below)
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
-            value = _merged(below[key], value)
-        merged[key] = value
-    return merged
+            value = merged(below[key], value)
+        whole[key] = value
+    return whole
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:

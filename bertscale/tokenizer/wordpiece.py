@@ -59,6 +59,7 @@ class WordPieceTokenizer(Tokenizer):
     """A WordPiece tokenizer, made by `load_tokenizer`; pieces that continue a word begin with "##"."""
 
     file_name = WORD_PIECE_NAME
+    mark = CONTINUES
 
     def __init__(self, path: Path, content: bytes) -> None:
         """Reads `content`, that of a tokenizer.json; raises UserError if it is not one of BERT's kind."""

@@ -157,6 +157,8 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
 
 
 def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, report: Report) -> None:
+    if config.init is not None and not checkpoints(Path(config.run)):
+        _check_weights("init.from", config.init.source, promises, report)
     if _check_degree(job, config.parallel.tensor, report):
         _collect(report, lambda: check_batches(config, job.spec.ranks // config.parallel.tensor))
     vocab_size = promises.vocab_size or TokenizerTraining().vocab_size
