@@ -292,7 +292,7 @@ def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """bertscale convert SOURCE OUTPUT [--no-show] [--replace]"""
+    """bertscale convert SOURCE OUTPUT [--no-show] [--replace] [--average]"""
     parser = make_parser(
         "convert",
         "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
@@ -313,11 +313,16 @@ def convert(arguments: list[str]) -> int:
         action="store_true",
         help="Delete all that is in OUTPUT, whoever wrote it, but never a run's checkpoints.",
     )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="Export the moving average of the weights that a run with train.average has kept.",
+    )
     options = parser.parse_args(arguments)
 
     from bertscale.convert.convert import convert as convert_folder
 
-    convert_folder(options.source, options.output, options.show, options.replace)
+    convert_folder(options.source, options.output, options.show, options.replace, average=options.average)
     return 0
 
 

@@ -39,7 +39,7 @@ def engine_of(data: str, optimizer: str, precision: str, tensor: int, stage: int
         "unused",
         optimizer={"name": optimizer, "weight_decay": 0.1, "gradient_clipping": 0.4},
         parallel={"tensor": tensor, "zero_stage": stage},
-        train={"precision": precision},
+        train={"precision": precision, "average": 0.9},
     )
     ranks = start_ranks(tensor, local_device())
     engine = pretraining_engine(config, 330, ranks, getattr(torch, precision))

@@ -609,6 +609,7 @@ def test_parameters_are_those_of_the_model(
         whole = PretrainingModel(model, 1000)
     assert sum(count_parameters(model, 1000)) == sum(value.numel() for value in whole.parameters())
     assert checkpoint_bytes(model, 1000) == 12 * sum(value.numel() for value in whole.parameters())
+    assert checkpoint_bytes(model, 1000, average=True) == 16 * sum(v.numel() for v in whole.parameters())
 
 
 def large(**parallel: int) -> PretrainConfig:

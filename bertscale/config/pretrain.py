@@ -177,6 +177,12 @@ class TrainConfig(Section):
         description="Pad the predicted positions of a micro-batch to a fixed number, with no effect on the "
         "loss; auto: on GPUs, if the number of tokens is fixed too.",
     )
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of a moving average of the weights, kept beside them, such as 0.999; 0: none.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between two log points.")
     eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
     eval_samples: int = Field(1024, ge=1, description="Number of samples of a held-out loss.")

@@ -46,7 +46,13 @@ from bertscale.model.layers import Layers
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.run_folder import TABLE
 from bertscale.tokenizer import load_tokenizer
-from bertscale.train.checkpoint import Checkpoint, open_checkpoint, stream_tensors, write_whole
+from bertscale.train.checkpoint import (
+    AveragedCheckpoint,
+    Checkpoint,
+    open_checkpoint,
+    stream_tensors,
+    write_whole,
+)
 
 LARGEST_DIFFERENCE = 1e-3  # of logits in float32, computed in another order
 GENERATOR = "generator"  # the inner folder, and the part of an ELECTRA that it holds
@@ -136,14 +142,21 @@ class HuggingFaceWeights(HuggingFaceFolder):
 # ---------------------------------------------------------------------------------------- the command
 
 
-def convert(source: Path, output: Path, show: bool, replace: bool = False) -> None:
+def convert(source: Path, output: Path, show: bool, replace: bool = False, *, average: bool = False) -> None:
     """Converts `source` into the folder `output`, written under a temporary name, compared and renamed.
 
     An output that came from the same source is left as it is; with `show`, an exported model fills masks
-    (`masks.show_masks`). Raises UserError where the source is damaged, or where `output` holds what no
-    conversion has written, unless `replace` allows to delete it (`output.check_output`).
+    (`masks.show_masks`). `average`: the moving average of a run's weights is exported. Raises UserError where
+    the source is damaged or has no average, or where `output` holds what no conversion has written, unless
+    `replace` allows to delete it (`output.check_output`).
     """
     weights = open_weights(source)
+    if average:
+        if not isinstance(weights, Checkpoint):
+            raise UserError(
+                f"--average: {source} is a Hugging Face folder; checkpoints alone have an average"
+            )
+        weights = AveragedCheckpoint(weights)
     tokenizer_of(weights.folder)
     digest = weights.digest()
     if is_output_of(output, digest):

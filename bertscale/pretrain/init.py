@@ -197,6 +197,7 @@ def start_from(engine: Engine[PretrainConfig], source: Source) -> Start:
     if config.init.optimizer == "keep":
         assert before is not None
         engine.resume(before)
+        engine.begin_average()
         updates = before.updates
     else:
         engine.start_from(first_value)

@@ -165,10 +165,16 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                     facts = brief(mean_losses("train", config, totals, seen, ranks) | rate.so_far(ranks))
             progress.advance(1, **facts)
             if done % config.train.eval_every == 0 or last:
-                figures = evaluate(engine, heldout, config.train.eval_samples, done)
+                samples, of_average = config.train.eval_samples, "heldout_average"
+                figures = evaluate(engine, heldout, samples, done)
+                words = f"step {done}: held-out {heldout_brief(figures)}"
+                if config.train.average:
+                    with engine.averaged():
+                        figures |= evaluate(engine, heldout, samples, done, of_average)
+                    words += f"; of the average {heldout_brief(figures, of_average)}"
                 if writer:
                     writer.write(done, figures)
-                progress.say(f"step {done}: held-out {heldout_brief(figures)}")
+                progress.say(words)
                 rate.restart()
             if last and first:  # before the checkpoint that makes the run a finished one
                 size = {"parameters": engine.num_parameters(), "precision": precision}
@@ -198,8 +204,11 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine[PretrainConfig], loader: Loader, samples: int, done: int) -> dict[str, float]:
-    """Mean losses and accuracies of held-out documents, always over the same masked samples."""
+def evaluate(
+    engine: Engine[PretrainConfig], loader: Loader, samples: int, done: int, name: str = "heldout"
+) -> dict[str, float]:
+    """Mean losses and accuracies of held-out documents, always over the same masked samples; the figures
+    begin with `name`."""
     ranks = engine.ranks
     engine.model.eval()
     totals = torch.zeros(len(LossSums._fields), device=ranks.device)
@@ -214,7 +223,7 @@ def evaluate(engine: Engine[PretrainConfig], loader: Loader, samples: int, done:
     engine.model.train()
     all_masked, all_tokens = ranks.sum_over_data(masked, tokens)
     counts = Counts(all_masked, steps * loader.global_batch, all_tokens)
-    return mean_losses("heldout", engine.config, totals, counts, ranks)
+    return mean_losses(name, engine.config, totals, counts, ranks)
 
 
 def save(

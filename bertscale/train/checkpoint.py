@@ -42,7 +42,7 @@ from bertscale.files import (
 )
 from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_step, checkpoints
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
-from bertscale.train.checkpoint_table import DIGEST, FORMAT, STATES, read_table
+from bertscale.train.checkpoint_table import AVERAGE, DIGEST, FORMAT, STATES, read_table
 from bertscale.train.parallel import Ranks
 
 
@@ -181,8 +181,13 @@ class Checkpoint:
         """Whether the optimizer's moments are here (not in a checkpoint from Hugging Face)."""
         return bool(self.table["has_moments"])
 
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights is here (train.average)."""
+        return all(AVERAGE in entry.get("states", STATES) for entry in self.parameters.values())
+
     def tensor(self, name: str, state: str = "weight") -> Tensor:
-        """Assembles a whole tensor, float32, on the CPU: `state` is weight, exp_avg or exp_avg_sq.
+        """Assembles a whole tensor, float32, on the CPU: `state` is weight, exp_avg, exp_avg_sq or average.
 
         Raises KeyError for an unknown parameter or a state that its optimizer does not keep, UserError for a
         damaged file.
@@ -243,6 +248,26 @@ class Checkpoint:
                 f"the checkpoint file {path} is damaged: {name} has the shape {list(values.shape)}"
             )
         return values
+
+
+class AveragedCheckpoint(Checkpoint):
+    """A checkpoint whose weights are the moving average that its run has kept of them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError where there is no average."""
+        if not checkpoint.has_average:
+            raise UserError(
+                f"{checkpoint.folder} holds no average of the weights; a run with train.average keeps one"
+            )
+        super().__init__(checkpoint.folder, checkpoint.table)
+
+    def tensor(self, name: str, state: str = "weight") -> Tensor:
+        """As that of a checkpoint, but `weight` is the average."""
+        return super().tensor(name, AVERAGE if state == "weight" else state)
+
+    def digest(self) -> str:
+        """As that of a checkpoint, and another one than its."""
+        return f"{super().digest()}-{AVERAGE}"
 
 
 def prune(run: Path, keep: int, every: int | None = None) -> None:

@@ -20,6 +20,7 @@ from bertscale.run_folder import TABLE
 FORMAT = 1
 DIGEST = "digest"  # of all the rest of the table
 STATES = ("weight", "exp_avg", "exp_avg_sq")
+AVERAGE = "average"  # a further state: the moving average of the weight, where a run keeps one
 
 
 class _Topology(Table):
@@ -80,7 +81,7 @@ class _Table(Table):
                 pieces[name, file.tensor_rank].append(piece)
         expected: dict[tuple[str, int], int] = {}
         for name, parameter in self.parameters.items():
-            if not {"weight"} <= set(parameter.states) <= set(STATES):
+            if not {"weight"} <= set(parameter.states) <= {*STATES, AVERAGE}:
                 raise ValueError(f"the states of {name} are {parameter.states}")
             degree = 1 if parameter.tensor_parallel_dimension is None else self.topology.tensor
             expected |= {(name, rank): parameter.share(degree) for rank in range(degree)}

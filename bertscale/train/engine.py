@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +17,7 @@ from bertscale.optim.groups import is_matrix, make_optimizer
 from bertscale.optim.layout import Fragment, Layout, Parameter
 from bertscale.optim.optimizers import Muon, WholeOptimizer, first_moments
 from bertscale.train.checkpoint import Checkpoint, StateFragment
-from bertscale.train.checkpoint_table import STATES
+from bertscale.train.checkpoint_table import AVERAGE, STATES
 from bertscale.train.clipping import set_clipping, whole_norm
 from bertscale.train.parallel import Ranks, take_share, tensor_parallel_dimension
 from bertscale.train.zero import Zero
@@ -92,6 +93,10 @@ class Engine(Generic[AnyConfig]):
 
         self.zero = Zero(config, ranks, dtype, build, optimizer_of)
         self.parameters, self.optimizer = self.zero.parameters, self.zero.optimizer
+        self.decay = config.train.average if isinstance(config, PretrainConfig) else 0.0
+        kept = [tensor for tensor, _ in self.zero.tensors] if self.decay else []
+        # Of each tensor that the optimizer updates, the moving average.
+        self.averages = {tensor: torch.empty_like(tensor, requires_grad=False) for tensor in kept}
         if isinstance(self.optimizer, WholeOptimizer):
             self._lay_out(self.optimizer)
 
@@ -123,6 +128,8 @@ class Engine(Generic[AnyConfig]):
         if ends and zero.clips:
             applied = float(zero.engine.was_step_applied())  # where DeepSpeed clips, it has waited already
             self.step_applied = torch.full((), applied, device=self.ranks.device)
+        if ends and self.decay:
+            self._average_weights()
 
     def gradient_norm(self) -> float:
         """Norm of the whole gradient of the last step, before clipping. Waits for the device."""
@@ -131,6 +138,36 @@ class Engine(Generic[AnyConfig]):
     def num_parameters(self) -> int:
         """Number of trainable values of the whole model."""
         return sum(torch.Size(self._global_shape(name)).numel() for name in self.parameters)
+
+    # ---------------------------------------------------------------------------- average of weights
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        """Moves the averages towards the weights; a step that was skipped does not count. No wait for the
+        device."""
+        share = (1 - self.decay) * self.step_applied
+        weights = [tensor.data for tensor in self.averages]
+        torch._foreach_lerp_([*self.averages.values()], weights, [share] * len(weights))
+
+    def begin_average(self) -> None:
+        """Lets the average of the weights begin from what they are."""
+        for tensor, average in self.averages.items():
+            average.copy_(tensor.data)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model computes with the average of the weights; afterwards these are as they were, bit
+        for bit. All ranks must enter."""
+        self._swap()
+        yield
+        self._swap()  # not after an error of one rank: the others would not come to this collective
+
+    def _swap(self) -> None:
+        for tensor, average in self.averages.items():
+            held = tensor.data.clone()
+            tensor.data.copy_(average)
+            average.copy_(held)
+        self.zero.refresh_weights()
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -144,6 +181,7 @@ class Engine(Generic[AnyConfig]):
         moments."""
         self.optimizer.state.clear()
         self._fill(lambda name, state: first_value(name, self._global_shape(name)), ("weight",))
+        self.begin_average()
         for name, parameter in self.frozen.items():
             share = take_share(
                 first_value(name, self._whole(name, list(parameter.shape))),
@@ -158,8 +196,8 @@ class Engine(Generic[AnyConfig]):
         self._fill(checkpoint.tensor, ("weight",))
 
     def resume(self, checkpoint: Checkpoint, begin: int = 0) -> None:
-        """Takes over weights, moments and step of a checkpoint of any topology; its steps until `begin` are
-        those of earlier runs.
+        """Takes over weights, moments, step and average of a checkpoint of any topology; its steps until
+        `begin` are those of earlier runs. An average that it lacks begins from the weights.
 
         Raises UserError where it is of another model, or lacks a moment that the optimizer needs.
         """
@@ -172,13 +210,17 @@ class Engine(Generic[AnyConfig]):
                     f"the checkpoint {checkpoint.folder} is of another model: {name} is {entry['shape']}, "
                     f"the config makes it {self._global_shape(name)}"
                 )
-            for state in self._states(name) if checkpoint.has_moments else ():
+            for state in self._moments(name) if checkpoint.has_moments else ():
                 if state not in entry.get("states", STATES):
                     raise UserError(
                         f"the checkpoint {checkpoint.folder} has no {state} of {name}, which "
                         f"optimizer.name={self.config.optimizer.name} needs; resume with optimizer.name=muon"
                     )
         self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
+        if self.decay and checkpoint.has_average:
+            self._fill(checkpoint.tensor, (AVERAGE,))
+        else:
+            self.begin_average()
         for state in self.optimizer.state.values():  # for the bias correction
             state["step"].fill_(checkpoint.updates - begin)
 
@@ -186,10 +228,14 @@ class Engine(Generic[AnyConfig]):
         """This rank's part of the state, as views: training continues from what is written into them."""
         states = self.optimizer.state
         for tensor, names in self.zero.tensors:  # torch makes moments at the first step; they are needed now
-            first_moments(states[tensor], tensor, second="exp_avg_sq" in self._states(names[0]))
+            first_moments(states[tensor], tensor, second="exp_avg_sq" in self._moments(names[0]))
         fragments = []
         for name, (tensor, offset, start, length) in self.zero.addresses.items():
-            values = {"weight": tensor.data, **states[tensor]}
+            values: dict[str, Any] = {
+                "weight": tensor.data,
+                **states[tensor],
+                AVERAGE: self.averages.get(tensor),
+            }
             views = {key: values[key].view(-1).narrow(0, offset, length) for key in self._states(name)}
             fragments.append(StateFragment(name, start, views))
         return fragments
@@ -222,6 +268,10 @@ class Engine(Generic[AnyConfig]):
         }
 
     def _states(self, name: str) -> tuple[str, ...]:
+        """What is kept of the parameter: weight, moments, and maybe the average."""
+        return (*self._moments(name), AVERAGE) if self.decay else self._moments(name)
+
+    def _moments(self, name: str) -> tuple[str, ...]:
         """The states that the optimizer keeps of the parameter, its weight included."""
         muon = self.config.optimizer.name == "muon" and is_matrix(name)
         return STATES[:2] if muon else STATES
@@ -232,19 +282,13 @@ class Engine(Generic[AnyConfig]):
         One whole tensor at a time, on the CPU: the memory of a rank holds no more than its largest parameter.
         """
         fragments = {fragment.name: fragment for fragment in self.fragments()}
-        for name, parameter in self.parameters.items():
+        for name in self.parameters:
             for state in states:
-                # Before stage 3 the model's own weights lie whole beside the optimizer's float32 fragments.
-                whole_too = state == "weight" and self.stage < 3
-                if state not in self._states(name) or not (whole_too or name in fragments):
+                if state not in self._states(name) or name not in fragments:
                     continue
                 share = take_share(read(name, state), name, self.ranks.tensor, self.ranks.tensor_rank)
-                if name in fragments:
-                    target = fragments[name].states[state]
-                    start = fragments[name].start
-                    target.copy_(share.flatten()[start : start + target.numel()])
-                if whole_too:
-                    parameter.data.copy_(share)
+                target, start = fragments[name].states[state], fragments[name].start
+                target.copy_(share.flatten()[start : start + target.numel()])
         self.zero.refresh_weights()
 
     def _lay_out(self, optimizer: WholeOptimizer) -> None:

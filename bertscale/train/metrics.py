@@ -261,12 +261,12 @@ def show_mfu(mfu: float) -> str:
     return f"{mfu:.0%}" + (" of the peak measured at the start" if mfu > 1 else "")
 
 
-def heldout_brief(figures: dict[str, float]) -> str:
+def heldout_brief(figures: dict[str, float], prefix: str = "heldout") -> str:
     """The held-out figures in words, such as `MLM loss 6.1234, NSP accuracy 51.2%`."""
     words = []
-    if "heldout/mlm_loss" in figures:
-        words.append(f"MLM loss {figures['heldout/mlm_loss']:.4f}")
-    words += [f"{name} {rate}" for name, rate in _rates(figures, "heldout", ".1%").items()]
+    if f"{prefix}/mlm_loss" in figures:
+        words.append(f"MLM loss {figures[f'{prefix}/mlm_loss']:.4f}")
+    words += [f"{name} {rate}" for name, rate in _rates(figures, prefix, ".1%").items()]
     return ", ".join(words)
 
 

@@ -164,11 +164,14 @@ class Zero:
         return list(parameter.ds_shape if self.stage == 3 else parameter.shape)
 
     def refresh_weights(self) -> None:
-        """Copies the float32 tensors, after they were written into, to the weights that ZeRO-3 computes with.
-
-        Under stages 0 to 2 those are the model's parameters, which `Engine` fills itself.
-        """
-        if self.stage == 3:
+        """Copies the float32 tensors, after they were written into, to the weights that the model computes
+        with. All ranks must call."""
+        if self.stage == 0:
+            for tensor, (name,) in self.tensors:
+                self.parameters[name].data.copy_(tensor.data)
+        elif self.stage < 3:
+            self.wrapper.update_lp_params()
+        else:
             self.wrapper._partition_all_parameters()
             for group in range(len(self.wrapper.fp32_partitioned_groups_flat)):
                 self.wrapper._reassign_or_swap_out_partitioned_parameters(group)

@@ -100,9 +100,9 @@ def _count_layers(model: ModelConfig) -> tuple[int, int]:
     return everywhere, sharded
 
 
-def checkpoint_bytes(model: ModelConfig, vocab_size: int) -> int:
-    """Size of one checkpoint."""
-    return CHECKPOINT_BYTES * sum(count_parameters(model, vocab_size))
+def checkpoint_bytes(model: ModelConfig, vocab_size: int, average: bool = False) -> int:
+    """Size of one checkpoint; `average`: with a moving average of the weights."""
+    return (CHECKPOINT_BYTES + 4 * average) * sum(count_parameters(model, vocab_size))
 
 
 def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bool) -> Memory:
@@ -126,6 +126,8 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
     updated = parameters / (data if stage else 1)  # what this rank updates
     optimizer = (16 if stage else 8 if wide else 12) * updated
     if config.optimizer.name == "stable-adamw":
+        optimizer += 4 * updated
+    if config.train.average:
         optimizer += 4 * updated
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length

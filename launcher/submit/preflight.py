@@ -176,7 +176,7 @@ def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, r
         _collect(report, lambda: check_tokenizers(data))
     _collect(report, lambda: check_run_folder(Path(config.run)))
     _check_memory(job, config, vocab_size, report)
-    size = checkpoint_bytes(config.model, vocab_size)
+    size = checkpoint_bytes(config.model, vocab_size, config.train.average > 0)
     there = len(checkpoints(Path(config.run)))
     train, newest, for_good = config.train, f"train.keep_checkpoints={config.train.keep_checkpoints}", 0
     if train.keep_every and train.steps:  # of another budget nobody knows yet how many steps it has
