@@ -72,7 +72,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         config = with_model_of(config, before.model) if config.init else config
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
     if source is not None:
-        check_source(config, source, data)
+        check_source(config, source)
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = make_loader(config, tokenizer, "validation", ranks=ranks)
@@ -92,7 +92,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         engine.resume(checkpoint)
         origin = resumed(checkpoint)
     elif source is not None:
-        origin = start_from(engine, source)
+        origin = start_from(engine, source, tokenizer)
     else:
         engine.start(config.train.seed)
 
