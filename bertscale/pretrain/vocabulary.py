@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from bertscale.config import UserError
-from bertscale.pretrain.reshaped import InitSource, Reshaped
+from bertscale.convert.sources import InitSource
+from bertscale.pretrain.reshaped import Reshaped
 from bertscale.tokenizer import Tokenizer
 
 # The parameters that have a row for each piece; a generator shares both.
