@@ -58,8 +58,7 @@ class Source:
             for name, shape in native_shapes(model, vocab_size).items()
         }
         self.names = list(self.tensors)
-        self.missing: list[str] = []
-        self.left_out: list[str] = []
+        self.missing, self.left_out = list[str](), list[str]()
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -1,4 +1,4 @@
-"""The weights that a run starts from, and these in another shape: by positions, tiling and vocabulary."""
+"""The weights that a run starts from, in another shape: by positions, tiling and vocabulary."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Reshaped:
     ) -> None:
         """Whatever is not given is as in `source`; `sizes` are keys of its `ModelConfig` that differ."""
         self.folder, self.digest = source.folder, source.digest
+        self.missing, self.left_out = source.missing, source.left_out
         self.tensor = tensor
         self.names = source.names if names is None else names
         self.vocab_size = vocab_size or source.vocab_size
