@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from bertscale.model.kernels import first_above, running_sums
 from bertscale.model.layers import Layers, checkpoint_of
 
-# It warns of each optional package that is not installed; and decorates functions that nobody calls here to be
-# compiled, which would load torch's compiler, two seconds of a core.
+# It warns of each optional package that is not installed; and decorates functions that nobody calls here to
+# be compiled, which would load torch's compiler, two seconds of a core.
 with warnings.catch_warnings(), mock.patch.object(torch, "compile", lambda function: function):
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
