@@ -7,7 +7,7 @@ import difflib
 from encodings.aliases import aliases
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.section import Section
 
@@ -84,7 +84,7 @@ def is_utf8(encoding: str) -> bool:
 
 
 class TokenizerTraining(Section):
-    """How a SentencePiece model is trained."""
+    """How a SentencePiece model is trained, or a given WordPiece vocabulary extended."""
 
     model: Literal["unigram", "bpe"] | None = Field(
         None,
@@ -101,6 +101,12 @@ class TokenizerTraining(Section):
         le=1,
         description="Share of the text's characters that get pieces; rarer ones are spelled in bytes. By "
         "default 0.9995, for text with Chinese or Japanese characters 0.9998.",
+    )
+    extend_to: int | None = Field(
+        None,
+        ge=1,
+        description="Number of pieces, old and new together, to which the given WordPiece tokenizer is "
+        "extended by pieces learnt from the input; by default it stays as it is.",
     )
 
 
@@ -173,6 +179,15 @@ class PrepConfig(Section):
     def tokenizer_model(self) -> Literal["unigram", "bpe"]:
         """Kind of the SentencePiece model that is trained."""
         return self.train_tokenizer.model or ("unigram" if self.is_spaced else "bpe")
+
+    @model_validator(mode="after")
+    def _check_extension(self) -> PrepConfig:
+        if self.train_tokenizer.extend_to is not None and self.tokenizer is None:
+            raise ValueError(
+                f"train_tokenizer.extend_to={self.train_tokenizer.extend_to} extends a given tokenizer: name "
+                "it by `tokenizer`, or leave extend_to out"
+            )
+        return self
 
     @field_validator("input", mode="before")
     @classmethod
