@@ -263,6 +263,7 @@ def test_configs_are_frozen(minimal: Path) -> None:
         ("samples.random_token_rate=0.5", "add up to more than 1"),
         ("train.global_batch=7", "train.global_batch=7 is odd"),
         ("train.schedule_steps=1", "schedule_steps=1 is less than steps="),
+        ("train.keep_every=7", "keep_every=7 is no multiple of save_every="),
         ("train.tokens=1e9", "one of steps, tokens and hours is the budget, not steps=10 and tokens="),
         ("train.steps=null", "exactly one of steps, tokens and hours is the budget, not none"),
         ("train={hours: 1, schedule_steps: 5}", "schedule_steps=5 needs a budget in steps"),

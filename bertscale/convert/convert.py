@@ -234,7 +234,7 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
         "config": None,
     }
     tensors = ((name, weights.tensor(name)) for name in weights.parameters)
-    write_whole(output, table, tensors, tokenizer)
+    write_whole(output, table, tensors, tokenizer, weights.parameters)
     difference = largest_difference(open_checkpoint(output), weights.folder)
     if not difference < LARGEST_DIFFERENCE:  # NaN too
         raise UserError(

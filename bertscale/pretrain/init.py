@@ -256,7 +256,8 @@ def differences(before: dict[str, Any] | None, config: PretrainConfig, model: Mo
 
 
 def _lines(lineage: tuple[dict[str, Any], ...], ancestor: dict[str, Any]) -> list[str]:
-    earlier = "" if len(lineage) == 1 else f", itself the {_ordinal(len(lineage))} of a chain"
+    links = sum("averaged" not in each and "base" not in each for each in lineage)  # not parts of an average
+    earlier = "" if links == 1 else f", itself the {_ordinal(links)} of a chain"
     moments = "weights and moments" if ancestor["optimizer"] == "keep" else "weights"
     lines = [f"started   from the {moments} of {ancestor['folder']} ({ancestor['digest'][:12]}){earlier}"]
     rows = ancestor["changed"]

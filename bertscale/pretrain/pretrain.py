@@ -252,4 +252,4 @@ def save(
     )
     beat(step)
     if engine.ranks.rank == 0 and not losses.in_a_row:
-        prune(run, config.train.keep_checkpoints)
+        prune(run, config.train.keep_checkpoints, config.train.keep_every)
