@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -324,6 +325,11 @@ class PretrainConfig(Section):
     data: str | list[Corpus] = Field(
         description="Output folder of `bertscale prep`, or several to mix: [{path: A, weight: 0.7}, ...]."
     )
+    heldout: dict[str, str] = Field(
+        {},
+        description="More held-out losses: a name and an output folder of `bertscale prep` each, whose "
+        "validation documents are masked at 15 % whatever the run masks.",
+    )
     device: Device = Field("auto", description=DEVICE)
     init: InitConfig | None = Field(
         None, description="What the run starts from; init=FOLDER is short for init.from=FOLDER."
@@ -402,6 +408,14 @@ class PretrainConfig(Section):
         if len(set(paths)) < len(paths):
             raise ValueError(f"{', '.join(paths)} names a data set twice; name it once, with one weight")
         return corpora
+
+    @field_validator("heldout")
+    @classmethod
+    def _check_names(cls, heldout: dict[str, str]) -> dict[str, str]:
+        for name in heldout:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"the name {name!r} has other characters than letters, digits, -, _ and .")
+        return heldout
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
