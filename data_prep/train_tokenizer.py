@@ -1,4 +1,4 @@
-"""Sentences of a random sample of the documents -> a SentencePiece model, Unigram or BPE.
+"""Sentences of a random sample of the documents -> a SentencePiece model, Unigram or BPE, or byte-level BPE.
 
 The result depends on the input, the settings and the seed alone: not on the number of workers (the sample is
 drawn unit by unit) and not on the machine (the trainer's sums depend on its number of threads, so that
@@ -33,14 +33,18 @@ from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress, show_count
 from bertscale.tokenizer import (  # fmt: skip
     CLS,
+    DROPPED,
+    FAST_NAME,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
+    SPACES,
     UNK,
     Tokenizer,
     han_or_kana,
     load_tokenizer,
+    spell,
 )
 from data_prep.clean import clean_records
 from data_prep.plan import Plan, Unit, read_json
@@ -86,7 +90,8 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
         write_bytes(path, given.content)
         print(f"tokenizer: {plan.config.tokenizer}: {given}")
     else:
-        path = plan.output / SENTENCE_PIECE_NAME
+        in_bytes = plan.config.tokenizer_model == "byte_bpe"
+        path = plan.output / (FAST_NAME if in_bytes else SENTENCE_PIECE_NAME)
         _sample_and_train(pool, plan, path)
     tokenizer = load_tokenizer(path)
     record = {"name": path.name, "sha256": tokenizer.sha256, "plan": plan.digest}
@@ -102,28 +107,35 @@ def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path) -> None
     coverage = training.character_coverage or (WIDE_COVERAGE if wide else COVERAGE)
     of_units = sum(unit.bytes for unit in units) / sum(unit.bytes for unit in plan.units)
     share = sample["characters"] / sample["seen"] * of_units
+    covered = "" if kind == "byte_bpe" else f"; {_percent(coverage)} of its characters get pieces"
     print(
         f"tokenizer: training {training.vocab_size:,} {kind} pieces on {sample['documents']:,} "
         f"documents: {sample['bytes'] / 1e6:,.1f} MB, {show_count(sample['characters'])} characters, "
-        f"{_percent(share)} of the text; {_percent(coverage)} of its characters get pieces",
+        f"{_percent(share)} of the text{covered}",
         flush=True,
     )
     if wide and kind == "unigram":
         print("tokenizer: such text has few spaces: train_tokenizer.model=bpe is trained many times faster")
     began = time.monotonic()
     files = [unit.sample for unit in units]
-    rule: Literal["nfkc", "identity"] = "nfkc" if config.normalization == "nfkc" else "identity"
-    settings = (kind, training.vocab_size, coverage, rule, config.is_spaced, plan.trainer_log)
-    trained = pool.submit(train_tokenizer, files, path, *settings)
+    compatible, size, log = config.normalization == "nfkc", training.vocab_size, plan.trainer_log
+    if kind == "byte_bpe":
+        form: Literal["NFC", "NFKC"] = "NFKC" if compatible else "NFC"
+        trained = pool.submit(train_byte_level, files, path, size, form, config.is_spaced, log)
+    else:
+        rule: Literal["nfkc", "identity"] = "nfkc" if compatible else "identity"
+        settings = (kind, size, coverage, rule, config.is_spaced, log)
+        trained = pool.submit(train_tokenizer, files, path, *settings)
     _show_training(trained, plan.trainer_log, training.vocab_size)
     plan.trainer_log.unlink()
     print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
-    same, compared = pool.submit(compare_with_hugging_face, path, files, sample["sentences"]).result()
-    print(
-        f"tokenizer: its Hugging Face form gives the same ids for {same:,} of {compared:,} sentences "
-        f"({_percent(same / compared)})",
-        flush=True,
-    )
+    if kind != "byte_bpe":  # which is the Hugging Face form
+        same, compared = pool.submit(compare_with_hugging_face, path, files, sample["sentences"]).result()
+        print(
+            f"tokenizer: its Hugging Face form gives the same ids for {same:,} of {compared:,} sentences "
+            f"({_percent(same / compared)})",
+            flush=True,
+        )
     for file in files:
         file.unlink()
 
@@ -151,12 +163,16 @@ def _text_of(log: Path) -> str:
 
 
 def training_state(log: str, vocab_size: int) -> tuple[int, int | None, str]:
-    """How far SentencePiece's trainer is: (steps done, steps in all where it can be known, what it does).
+    """How far the trainer is: (steps done, steps in all where it can be known, what it does).
 
-    `log` is what the library wrote so far. A step of BPE is a piece that is joined of two; one of Unigram is
-    a pass over the text: the candidates become fewer by a quarter after every two passes, until they are a
-    tenth more than the vocabulary.
+    `log` is what SentencePiece, or `train_byte_level`, wrote so far; to the latter, a step is a sentence that
+    is read. A step of BPE is a piece that is joined of two; one of Unigram is a pass over the text: the
+    candidates become fewer by a quarter after every two passes, until they are a tenth more than the
+    vocabulary.
     """
+    if sentences := re.findall(r"read (\d+) of (\d+) sentences", log):
+        done, total = map(int, sentences[-1])
+        return done, total, "counting words" if done < total else "joining pieces"
     if merges := re.findall(r"\bmerges=(\d+)", log):
         alphabet = re.search(r"Alphabet size=(\d+)", log)
         single = int(alphabet[1]) if alphabet else 0
@@ -350,6 +366,63 @@ def train_tokenizer(
             ) from error
         raise
     write_bytes(output, trained.getvalue())
+
+
+def train_byte_level(
+    sentences: list[Path],
+    output: Path,
+    vocab_size: int = 32_768,
+    form: Literal["NFC", "NFKC"] = "NFC",
+    space_before_text: bool = True,
+    log: Path | None = None,
+) -> None:
+    """Trains byte-level BPE on files with a sentence a line and writes its tokenizer.json to `output`.
+
+    Words are cut as GPT-2 and ModernBERT cut them. Any text is first given the normal form of prep, so that a
+    model meets no white space that it has not seen in training. The pieces depend on the counts of words
+    alone, not on their order. `space_before_text` as in `train_tokenizer`. How many sentences are read goes
+    to `log`. Raises UserError if the text has too few different words for `vocab_size`.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast(models.BPE())
+    of_unicode = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[form]()
+    dropped = normalizers.Replace(Regex(f"[{spell(DROPPED)}]+"), "")
+    one_space = normalizers.Replace(Regex(f"[{spell(SPACES)}]+"), " ")
+    fast.normalizer = normalizers.Sequence([dropped, of_unicode, one_space, normalizers.Strip()])
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space_before_text)
+    fast.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, special=True, normalized=False) for name in (PAD, UNK, CLS, SEP)]
+    # lstrip: the mask takes the space before it, which would otherwise be a piece of its own.
+    mask = AddedToken(MASK, special=True, normalized=False, lstrip=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special, mask],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = _lines(sentences) if log is None else _logged(sentences, log)
+    fast.train_from_iterator(lines, trainer)
+    if (size := fast.get_vocab_size()) < vocab_size:
+        raise UserError(
+            f"train_tokenizer.vocab_size={vocab_size} is too large for this text; "
+            f"the largest that fits is {size}"
+        )
+    write_bytes(output, fast.to_str().encode())
+    write_bytes(output, load_tokenizer(output).content)  # which names the special pieces by their roles
+
+
+def _logged(files: list[Path], log: Path) -> Iterator[str]:
+    """The lines of `files`; every hundredth part of them it says so in `log`."""
+    count = sum(1 for _ in _lines(files))
+    with open(log, "w", encoding="utf-8") as file:
+        for number, line in enumerate(_lines(files), 1):
+            yield line
+            if number % max(1, count // 100) == 0 or number == count:
+                file.write(f"read {number} of {count} sentences\n")
+                file.flush()
 
 
 @contextmanager

@@ -1,11 +1,14 @@
-"""The tokenizer of a data set or a model: SentencePiece or WordPiece, behind one interface."""
+"""The tokenizer of a data set or a model: SentencePiece, WordPiece or BPE of bytes, behind one interface."""
 
 from bertscale.tokenizer.base import (
     CLS,
+    DROPPED,
+    FAST_NAME,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
+    SPACES,
     TOKENIZER_NAMES,
     UNK,
     VOCABULARY_NAME,
@@ -13,5 +16,6 @@ from bertscale.tokenizer.base import (
     han_or_kana,
     is_han_or_kana,
     normalize,
+    spell,
 )
 from bertscale.tokenizer.load import find_tokenizer, load_tokenizer

@@ -40,6 +40,7 @@ from bertscale.tokenizer.base import (
     begins_like_a_word,
     normalize,
     normalize_with_offsets,
+    spell,
 )
 
 SPACE = "▁"
@@ -151,6 +152,10 @@ class SentencePieceTokenizer(Tokenizer):
         name: str = self._model.id_to_piece(int(piece_id))
         return name
 
+    def spelling(self, piece_id: int) -> tuple[str, bool]:
+        piece = self.piece(piece_id)
+        return piece.lstrip(SPACE).replace(SPACE, " "), piece.startswith(SPACE)
+
     def _starts_word(self, piece_id: int) -> bool:
         piece = self.piece(piece_id)
         if self._model.is_byte(piece_id):
@@ -254,8 +259,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _fast_normalizer(self, proto: Any) -> Any:
         from tokenizers import Regex, normalizers
 
-        dropped = f"[{_spell(DROPPED)}]+"
-        one_space = normalizers.Replace(Regex(f"[{_spell(SPACES)}]+"), " ")
+        dropped = f"[{spell(DROPPED)}]+"
+        one_space = normalizers.Replace(Regex(f"[{spell(SPACES)}]+"), " ")
         steps: list[Any] = [normalizers.Replace(Regex(dropped), "")]
         if proto.normalizer_spec.add_dummy_prefix:
             # Metaspace sets the first "▁" only before the very first character of the given text: where that
@@ -316,8 +321,3 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
             if piece[:cut] in scores and piece[cut:] in scores:
                 merges.append((piece[:cut], piece[cut:]))
     return merges
-
-
-def _spell(characters: str) -> str:
-    """The characters of a Python character class, unescaped, for the regular expressions of `tokenizers`."""
-    return re.sub(r"\\x(..)|\\u(....)", lambda m: chr(int(m[1] or m[2], 16)), characters)
