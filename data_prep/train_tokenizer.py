@@ -33,18 +33,17 @@ from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress, show_count
 from bertscale.tokenizer import (  # fmt: skip
     CLS,
-    DROPPED,
+    DROPPED_RULE,
     FAST_NAME,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
-    SPACES,
+    SPACES_RULE,
     UNK,
     Tokenizer,
     han_or_kana,
     load_tokenizer,
-    spell,
 )
 from data_prep.clean import clean_records
 from data_prep.plan import Plan, Unit, read_json
@@ -389,8 +388,8 @@ def train_byte_level(
 
     fast = Fast(models.BPE())
     of_unicode = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[form]()
-    dropped = normalizers.Replace(Regex(f"[{spell(DROPPED)}]+"), "")
-    one_space = normalizers.Replace(Regex(f"[{spell(SPACES)}]+"), " ")
+    dropped = normalizers.Replace(Regex(DROPPED_RULE), "")
+    one_space = normalizers.Replace(Regex(SPACES_RULE), " ")
     fast.normalizer = normalizers.Sequence([dropped, of_unicode, one_space, normalizers.Strip()])
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space_before_text)
     fast.decoder = decoders.ByteLevel()

@@ -21,6 +21,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Fast
 
 from bertscale.config import PrepConfig, UserError
+from bertscale.convert import masks
 from bertscale.data.inspect import inspect as inspect_data
 from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -269,7 +270,10 @@ BITS += [
 def nasty(count: int) -> list[str]:
     """Every bit alone, and bits in a row."""
     draw = random.Random(0)
-    rows = ("".join(draw.choices(BITS, k=draw.randint(2, 12))) for _ in range(count - len(BITS) - 1))
+    rows = (
+        draw.choice(["", "", " "]).join(draw.choices(BITS, k=draw.randint(2, 12)))
+        for _ in range(count - len(BITS) - 1)
+    )
     return ["", *BITS, *rows]
 
 
@@ -281,6 +285,31 @@ def test_nasty_strings(tokenizer: Tokenizer, published: Path) -> None:
     assert tokenizer.encode([tokenizer.normalize(text) for text in texts]) == theirs
     assert [ids for ids, _ in tokenizer.encode_with_offsets(texts)] == theirs
     assert len({number for ids in theirs for number in ids}) > 100
+
+
+def test_words_are_encoded_once(
+    tokenizer: Tokenizer, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text is cut at spaces only where no rule and no piece of the tokenizer goes on over them."""
+    assert isinstance(tokenizer, ByteLevelTokenizer)
+    assert tokenizer._cuts_words
+    monkeypatch.setattr("bertscale.tokenizer.byte_level.CACHE_BYTES", 10_000)
+    again = load_tokenizer(published)
+    assert isinstance(again, ByteLevelTokenizer)
+    lines = [f"a{number} the man" for number in range(200)]
+    assert [again.encode([line])[0] for line in lines] == tokenizer.encode(lines)
+    assert 0 < len(again._known) < 60
+    values = json.loads((published / "tokenizer.json").read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "a b"}, "behavior": "Isolated", "invert": False}
+    steps = [split, *([values["pre_tokenizer"]] if values["pre_tokenizer"]["type"] == "ByteLevel" else [])]
+    if len(steps) == 2 or "gemma" in str(published):
+        values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        config = json.loads((published / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        other = load_tokenizer(write(published / "other", values, config))
+        assert isinstance(other, ByteLevelTokenizer)
+        assert not other._cuts_words
+        assert other.encode(["a b"]) == their_ids(published / "other", ["a b"])
 
 
 def test_text_cannot_write_a_special_piece(tokenizer: Tokenizer, published: Path) -> None:
@@ -381,6 +410,21 @@ def test_places_of_tokens(tokenizer: Tokenizer) -> None:
             else:
                 assert tokenizer._bytes(number)[0] & 0xC0 == 0x80  # type: ignore[attr-defined]
         begin += len(ids)
+
+
+def test_masks_that_a_conversion_shows(tokenizer: Tokenizer) -> None:
+    """Words are shown without the space that is a part of their pieces."""
+    frequent = masks.between_frequent_pieces(tokenizer)
+    assert frequent
+    for sentence in frequent:
+        assert sentence.text == " ".join(sentence.text.split())
+        assert sentence.text.split()[1] == "[MASK]"
+    text = " The apple is of the same kind as the other one"
+    [ids] = tokenizer.encode([text])
+    found = masks._mask_a_word(text, ids, tokenizer, np.random.default_rng(0))
+    assert found is not None
+    word = masks._spelt(found.target, tokenizer)
+    assert found.text.replace("[MASK]", word) == text.strip()
 
 
 def test_hugging_face_form(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from bertscale.tokenizer.base import (
     CLS,
-    DROPPED,
+    DROPPED_RULE,
     FAST_NAME,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
-    SPACES,
+    SPACES_RULE,
     TOKENIZER_NAMES,
     UNK,
     VOCABULARY_NAME,
@@ -16,6 +16,5 @@ from bertscale.tokenizer.base import (
     han_or_kana,
     is_han_or_kana,
     normalize,
-    spell,
 )
 from bertscale.tokenizer.load import find_tokenizer, load_tokenizer

@@ -28,6 +28,12 @@ VOCABULARY_NAME = "vocab.txt"  # of published models
 CONFIG_NAME = "tokenizer_config.json"  # beside one of those
 REMEDY = "put a sound copy of it there"
 
+
+def spell(characters: str) -> str:
+    """The characters of a Python character class, unescaped, for the regular expressions of `tokenizers`."""
+    return re.sub(r"\\x(..)|\\u(....)", lambda m: chr(int(m[1] or m[2], 16)), characters)
+
+
 Ids = list[int]
 Spans = list[tuple[int, int]]  # begin and end in characters of the given text
 
@@ -36,6 +42,8 @@ Spans = list[tuple[int, int]]  # begin and end in characters of the given text
 # U+2581 is among the spaces: SentencePiece writes a space as that character and cannot tell the two apart.
 DROPPED = "\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\u00ad\\ufeff"
 SPACES = "\\x09-\\x0d\\x1c-\\x20\\x85\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\u2581"
+# Both as the regular expressions of `tokenizers` take them.
+DROPPED_RULE, SPACES_RULE = f"[{spell(DROPPED)}]+", f"[{spell(SPACES)}]+"
 _find_dropped = re.compile(f"[{DROPPED}\\ud800-\\udfff]+")
 _find_spaces = re.compile(f"[{SPACES}]+")
 
@@ -66,11 +74,6 @@ def normalize(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> str:
     if not text.isascii():
         text = unicodedata.normalize(form, text)
     return _find_spaces.sub(" ", text).strip(" ")
-
-
-def spell(characters: str) -> str:
-    """The characters of a Python character class, unescaped, for the regular expressions of `tokenizers`."""
-    return re.sub(r"\\x(..)|\\u(....)", lambda m: chr(int(m[1] or m[2], 16)), characters)
 
 
 class Tokenizer(ABC):

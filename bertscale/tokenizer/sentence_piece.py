@@ -25,12 +25,12 @@ import sentencepiece
 from bertscale.config import UserError
 from bertscale.tokenizer.base import (
     CLS,
-    DROPPED,
+    DROPPED_RULE,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
-    SPACES,
+    SPACES_RULE,
     SPECIAL,
     SPECIAL_KEYS,
     UNK,
@@ -40,7 +40,6 @@ from bertscale.tokenizer.base import (
     begins_like_a_word,
     normalize,
     normalize_with_offsets,
-    spell,
 )
 
 SPACE = "▁"
@@ -259,13 +258,12 @@ class SentencePieceTokenizer(Tokenizer):
     def _fast_normalizer(self, proto: Any) -> Any:
         from tokenizers import Regex, normalizers
 
-        dropped = f"[{spell(DROPPED)}]+"
-        one_space = normalizers.Replace(Regex(f"[{spell(SPACES)}]+"), " ")
-        steps: list[Any] = [normalizers.Replace(Regex(dropped), "")]
+        one_space = normalizers.Replace(Regex(SPACES_RULE), " ")
+        steps: list[Any] = [normalizers.Replace(Regex(DROPPED_RULE), "")]
         if proto.normalizer_spec.add_dummy_prefix:
             # Metaspace sets the first "▁" only before the very first character of the given text: where that
             # one is dropped, a space in its place becomes the "▁".
-            steps.insert(0, normalizers.Replace(Regex(f"\\A{dropped}"), " "))
+            steps.insert(0, normalizers.Replace(Regex(f"\\A{DROPPED_RULE}"), " "))
         steps += [{"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[self.form](), one_space]
         if proto.normalizer_spec.precompiled_charsmap:  # it drops some of the spaces, and makes others
             steps += [normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap), one_space]
