@@ -6,13 +6,14 @@ Used by `bertscale.cli` alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bertscale.errors import UserError
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from bertscale.config import FinetuneConfig, GlueConfig, PretrainConfig
 
@@ -68,6 +69,20 @@ def check_comparison(config: PretrainConfig, count: int) -> None:
         raise UserError(
             "--against transformers compares masked tokens and sentence pairs, not a generator; add "
             "model.generator_size=null objectives.mlm=1"
+        )
+
+
+def check_init(config: PretrainConfig, made: Sequence[Path]) -> None:
+    """Refuses a source that is missing, unless it is one of the runs `made` before, or the run has a
+    checkpoint that it goes on from."""
+    from bertscale.run_folder import checkpoints
+
+    if config.init is None or Path(config.init.source) in made or checkpoints(Path(config.run)):
+        return
+    if not os.path.isdir(config.init.source):
+        raise UserError(
+            f"init.from={config.init.source}: there is no such folder; give a run, a checkpoint, or a "
+            "Hugging Face folder; nothing is downloaded"
         )
 
 

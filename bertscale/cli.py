@@ -24,6 +24,8 @@ from bertscale.console import complain, disk_errors_in_one_line, figure_lines, k
 from bertscale.errors import BROKEN_PIPE, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bertscale.config import Device, LaunchConfig, ParallelConfig, PretrainConfig
     from launcher.ranks import Rank
 
@@ -143,7 +145,7 @@ def inspect(arguments: list[str]) -> int:
 
 def pretrain(arguments: list[str]) -> int:
     """bertscale pretrain CONFIG [key=value ...] [--verify]"""
-    from bertscale.config import PretrainConfig
+    from bertscale.config import PretrainConfig, load_phases
     from launcher import ranks
 
     parser = make_parser(
@@ -162,16 +164,36 @@ def pretrain(arguments: list[str]) -> int:
     if rank is not None:
         return ranks.run_as_rank(partial(_train, options, rank))
 
-    from bertscale.run_folder import LOGS, check_run_folder
+    from bertscale.run_folder import LOGS, check_run_folder, checkpoints
 
-    config, count = _checked(options.config, options.overrides, None, options.verify)
-    check_run_folder(Path(config.run))
+    phases = load_phases(options.config, options.overrides)
+    runs = {name: Path(config.run) for name, config in phases.items()}
+    counts = {}
+    for name, config in phases.items():
+        counts[name] = _check(config, None, options.verify, made=list(runs.values()))
+        check_run_folder(runs[name])
     again = ["pretrain", options.config, *options.overrides]
-    return _supervised(again, count, config.launch, Path(config.run), LOGS)
+    begun = [name for name, run in runs.items() if checkpoints(run)]
+    for name, config in phases.items():
+        phase = [f"phase={name}"] if name else []
+        if name in begun[:-1]:
+            print(f"phase {name} is done: {runs[name]}", flush=True)
+            continue
+        if name:
+            print(f"phase {name} (of {', '.join(phases)}): {runs[name]}", flush=True)
+        code = _supervised([*again, *phase], counts[name], config.launch, runs[name], LOGS, again)
+        if code:
+            return code
+    return 0
 
 
-def _supervised(again: list[str], count: int, launch: LaunchConfig, run: Path, logs: str) -> int:
-    """Runs the command `again` as `count` ranks of this machine, with logs in the folder `logs` of `run`."""
+def _supervised(
+    words: list[str], count: int, launch: LaunchConfig, run: Path, logs: str, again: list[str] | None = None
+) -> int:
+    """Runs the command `words` as `count` ranks of this machine, with logs in the folder `logs` of `run`.
+
+    `again`: the command that goes on where it was stopped, if it is another one.
+    """
     from launcher.supervise import Limits, run_here
 
     limits = Limits(
@@ -180,15 +202,15 @@ def _supervised(again: list[str], count: int, launch: LaunchConfig, run: Path, l
         restarts=launch.restarts,
         restarts_without_progress=launch.restarts_in_a_row(slurm=False),
     )
-    command = [sys.executable, "-m", "bertscale", *again]
-    return run_here(command, count, run / logs, limits, run, shlex.join(["bertscale", *again]))
+    command = [sys.executable, "-m", "bertscale", *words]
+    return run_here(command, count, run / logs, limits, run, shlex.join(["bertscale", *(again or words)]))
 
 
 def _train(options: argparse.Namespace, rank: Rank) -> int:
     verify = options.verify and rank.rank == 0
     config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
 
-    from bertscale.train.pretrain import pretrain as train_as_rank
+    from bertscale.pretrain.pretrain import pretrain as train_as_rank
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
         return train_as_rank(config)
@@ -616,15 +638,29 @@ def _checked(
     if `data`, and compared with their digests if `verify`.
     """
     from bertscale.config import PretrainConfig, load_config
+
+    config = load_config(PretrainConfig, path, overrides)
+    return config, _check(config, world_size, verify, data)
+
+
+def _check(
+    config: PretrainConfig,
+    world_size: int | None,
+    verify: bool,
+    data: bool = True,
+    made: Sequence[Path] = (),
+) -> int:
+    """Makes the checks of `_checked` and returns the number of ranks. `made`: runs that come before."""
+    from bertscale.checks import check_init
     from bertscale.data.samples import check_batches
     from bertscale.data.shards import check_tokenizers, open_dataset
 
-    config = load_config(PretrainConfig, path, overrides)
     count = _count_ranks(config.device, config.parallel, world_size)
     check_batches(config, count // config.parallel.tensor)
+    check_init(config, made)
     if data:
         check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
-    return config, count
+    return count
 
 
 def _count_ranks(device: Device, parallel: ParallelConfig, world_size: int | None) -> int:

@@ -177,8 +177,8 @@ def check_run_folder(run: Path) -> None:
     """Raises UserError where `run` is a checkpoint or a model: a run in it would not train those weights."""
     if (run / TABLE).is_file() or (run / "config.json").is_file():
         raise UserError(
-            f"run={run} is a checkpoint or a model, and no run starts from one in this version: it would "
-            f"begin with random weights; choose another run folder, or fine-tune it with encoder={run}"
+            f"run={run} is a checkpoint or a model: to start from its weights, give init.from={run} and "
+            f"another run folder; to fine-tune it, encoder={run}"
         )
 
 

@@ -26,7 +26,7 @@ TESTS = str(Path(__file__).parent)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        *("bertscale.train.pretrain", "bertscale.model.tensor_parallel", "data_prep.build"),
+        *("bertscale.pretrain.pretrain", "bertscale.model.tensor_parallel", "data_prep.build"),
         # What torch and DeepSpeed load when an optimizer is made, and TensorBoard at the first log.
         *("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard"),
     ]

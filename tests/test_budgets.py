@@ -35,10 +35,10 @@ def train_each(data: str, folder: str, runs: list[list[Any]]) -> list[Any]:
     Of each the exit code, or what was wrong, and the journal's steps.
     """
     from bertscale.config import UserError
+    from bertscale.pretrain.pretrain import train
     from bertscale.run_folder import read_metrics
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import train
 
     results = []
     for name, budget, stop, stage, optimizer in runs:

@@ -43,10 +43,10 @@ class StopAfter:
 
 def train_in_stretches(data: str, folder: str, stretches: list[list[int]]) -> list[float]:
     """Runs on each rank: three steps in each topology, each from the checkpoint of the one before."""
+    from bertscale.pretrain.pretrain import train
     from bertscale.run_folder import read_metrics
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import train
 
     for number, (tensor, stage) in enumerate(stretches):
         config = pretrain_config(

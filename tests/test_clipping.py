@@ -222,10 +222,10 @@ def train_with_bad_steps(data: str, run: str, bad: list[int], parallel: dict[str
     what the person is told."""
     from bertscale.config import UserError
     from bertscale.model.model import LossSums
+    from bertscale.pretrain.pretrain import train
     from bertscale.train.device import local_device
     from bertscale.train.engine import Engine
     from bertscale.train.parallel import start_ranks
-    from bertscale.train.pretrain import train
     from bertscale.train.resume import newest_sound
 
     config = pretrain_config(

@@ -29,6 +29,7 @@ FLOORS = {
         "bertscale.optim",
         "bertscale.train",
         "bertscale.convert",
+        "bertscale.pretrain",
         "bertscale.finetune",
         "bertscale.bench",
         "command line",

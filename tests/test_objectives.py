@@ -112,9 +112,9 @@ def config_of(case: str, data: str, folder: str) -> PretrainConfig:
 
 def train_each(data: str, folder: str, cases: list[str]) -> None:
     """Runs in a process of its own: one training for each case."""
+    from bertscale.pretrain.pretrain import train
     from bertscale.train.device import local_device
     from bertscale.train.parallel import start_ranks
-    from bertscale.train.pretrain import train
     from bertscale.train.stop import StopSignal
 
     ranks = start_ranks(1, local_device())
@@ -249,9 +249,9 @@ def test_without_masks_tokens_are_the_text(tiny_data: Path) -> None:
 
 def stop_and_go(data: str, folder: str) -> list[Any]:
     """Runs on each of two ranks: TP 2 x ZeRO-3, once through and once in two parts; what is refused then."""
+    from bertscale.pretrain.pretrain import train
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import train
     from bertscale.train.stop import StopSignal
 
     results: list[Any] = []

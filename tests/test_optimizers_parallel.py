@@ -84,10 +84,10 @@ def follow_prescribed(config: Any, ranks: Any, folder: Path) -> list[float]:
 
 def run_each(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case the norms of prescribed steps, and the figures of a training."""
+    from bertscale.pretrain.pretrain import train
     from bertscale.run_folder import read_metrics
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import train
     from bertscale.train.stop import StopSignal
 
     results: list[Any] = []
@@ -123,10 +123,10 @@ class StopAfter:
 
 def train_in_stretches(data: str, folder: str, cases: list[list[Any]]) -> list[Any]:
     """Runs on each rank: for each case three steps in each of two topologies; the losses and norms."""
+    from bertscale.pretrain.pretrain import train
     from bertscale.run_folder import read_metrics
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import train
 
     results = []
     for number, (optimizer, precision, *stretches) in enumerate(cases):

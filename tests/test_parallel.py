@@ -18,11 +18,11 @@ TOPOLOGIES = [(1, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 3), 
 
 def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int | None = None) -> list[Any]:
     """Runs on each rank: one short training for each topology; the figures of its steps."""
+    from bertscale.pretrain.pretrain import train
     from bertscale.run_folder import read_metrics
     from bertscale.train import zero
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import train
     from bertscale.train.stop import StopSignal
 
     results = []

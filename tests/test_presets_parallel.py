@@ -40,10 +40,10 @@ DROPOUT: list[Case] = [
 
 def train_each(data: str, folder: str, cases: list[Any]) -> list[Any]:
     """Runs on each rank: one short training for each case; loss and gradient norm of its steps."""
+    from bertscale.pretrain.pretrain import train
     from bertscale.run_folder import read_metrics
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
-    from bertscale.train.pretrain import train
     from bertscale.train.stop import StopSignal
 
     results = []

@@ -199,8 +199,8 @@ def train_twice(data: str, folder: str) -> list[list[Any]]:
     """Trains with figures at every step by the clock, and without; what was kept, and the lines."""
     import contextlib
 
+    from bertscale.pretrain import pretrain
     from bertscale.run_folder import read_metrics
-    from bertscale.train import pretrain
     from bertscale.train.device import local_device
     from bertscale.train.parallel import start_ranks
 

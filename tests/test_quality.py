@@ -16,8 +16,8 @@ from bertscale.data.loader import Loader
 from bertscale.data.mixture import Mixture
 from bertscale.data.quality import LANGUAGES_OF, count_pieces, doubts, facts
 from bertscale.data.shards import open_dataset, token_dtype
+from bertscale.pretrain.banner import data_lines
 from bertscale.tokenizer import load_tokenizer
-from bertscale.train.banner import data_lines
 from bertscale.train.schedule import TrainingSchedule
 
 

@@ -9,6 +9,7 @@ from bertscale.config.device import Device
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
 from bertscale.config.finetune import FinetuneConfig
 from bertscale.config.glue import GlueConfig
+from bertscale.config.init import InitConfig
 from bertscale.config.model import (
     GPU_POSITIONS,
     MODERN_KEYS,
@@ -37,6 +38,7 @@ from bertscale.config.pretrain import (
     PretrainConfig,
     SamplesConfig,
     TrainConfig,
+    load_phases,
 )
 from bertscale.config.section import (
     Config,

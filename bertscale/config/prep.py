@@ -84,7 +84,7 @@ def is_utf8(encoding: str) -> bool:
 
 
 class TokenizerTraining(Section):
-    """How a tokenizer is trained: a SentencePiece model, or byte-level BPE."""
+    """How a SentencePiece or byte-level model is trained, or a given WordPiece vocabulary extended."""
 
     model: Literal["unigram", "bpe", "byte_bpe"] | None = Field(
         None,
@@ -101,6 +101,12 @@ class TokenizerTraining(Section):
         le=1,
         description="Share of the text's characters that get pieces; rarer ones are spelled in bytes. By "
         "default 0.9995, for text with Chinese or Japanese characters 0.9998. Not for byte_bpe.",
+    )
+    extend_to: int | None = Field(
+        None,
+        ge=1,
+        description="Number of pieces, old and new together, to which the given WordPiece tokenizer is "
+        "extended by pieces learnt from the input; by default it stays as it is.",
     )
 
     @model_validator(mode="after")
@@ -182,6 +188,15 @@ class PrepConfig(Section):
     def tokenizer_model(self) -> Literal["unigram", "bpe", "byte_bpe"]:
         """Kind of the tokenizer that is trained."""
         return self.train_tokenizer.model or ("unigram" if self.is_spaced else "bpe")
+
+    @model_validator(mode="after")
+    def _check_extension(self) -> PrepConfig:
+        if self.train_tokenizer.extend_to is not None and self.tokenizer is None:
+            raise ValueError(
+                f"train_tokenizer.extend_to={self.train_tokenizer.extend_to} extends a given tokenizer: name "
+                "it by `tokenizer`, or leave extend_to out"
+            )
+        return self
 
     @field_validator("input", mode="before")
     @classmethod

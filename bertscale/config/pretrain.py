@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.device import DEVICE, Device
+from bertscale.config.init import InitConfig
 from bertscale.config.model import ModelConfig
-from bertscale.config.section import Section, check_config
+from bertscale.config.phases import phase_names, values_of_phase
+from bertscale.config.section import Section, check_config, override_values, read_values
+from bertscale.errors import UserError
 
 
 class Corpus(Section):
@@ -292,12 +296,26 @@ def check_tensor_degree(degree: int, shapes: Sequence[tuple[str, ModelConfig]]) 
 class PretrainConfig(Section):
     """Settings of a pretraining: token shards -> checkpoints."""
 
+    phases: dict[str, Any] | None = Field(
+        None,
+        exclude=True,
+        description="Runs one after another, each started from the one before: a mapping of a name to what "
+        "that phase changes, its train.steps, tokens or hours above all. The run of a phase is RUN/NAME.",
+    )
+    phase: str | None = Field(
+        None, exclude=True, description="The phase that is meant, where a command takes one alone."
+    )
     run: str = Field(description="Folder for checkpoints, TensorBoard events and logs.")
     data: str | list[Corpus] = Field(
         description="Output folder of `bertscale prep`, or several to mix: [{path: A, weight: 0.7}, ...]."
     )
     device: Device = Field("auto", description=DEVICE)
-    model: ModelConfig = Field(ModelConfig(), description="The encoder.")
+    init: InitConfig | None = Field(
+        None, description="What the run starts from; init=FOLDER is short for init.from=FOLDER."
+    )
+    model: ModelConfig = Field(
+        ModelConfig(), description="The encoder; with `init`, keys that are not given are the source's."
+    )
     samples: SamplesConfig = Field(SamplesConfig(), description="The samples.")
     objectives: ObjectivesConfig = Field(ObjectivesConfig(), description="The training objectives.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer and its learning rate.")
@@ -339,6 +357,13 @@ class PretrainConfig(Section):
             even_batches = self.samples.kind == "packed" or self.train.micro_tokens is not None
             return device == "cuda" and even_batches
         return self.train.static_targets
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_phase(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (values.get("phases") or values.get("phase")):
+            return values_of_phase(values)
+        return values
 
     @field_validator("data", mode="before")
     @classmethod
@@ -411,3 +436,27 @@ class PretrainConfig(Section):
                 f"{objectives.pairs:g} with samples.kind={self.samples.kind}, and no generator "
                 "(model.generator_size) for replaced tokens; give one objective a weight"
             )
+
+
+def load_phases(path: str | Path, overrides: Sequence[str]) -> dict[str, PretrainConfig]:
+    """The pretrainings that a config names, checked: one for each phase, by its name; else one, named "".
+
+    Raises UserError with the mistakes of all.
+    """
+    values, origin = read_values(path)
+    override_values(PretrainConfig, values, overrides, origin)
+    try:
+        names = [] if values.get("phase") else phase_names(values)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from error
+    if not names:
+        return {"": check_config(PretrainConfig, values, origin)}
+    configs, mistakes = {}, []
+    for name in names:
+        try:
+            configs[name] = check_config(PretrainConfig, {**values, "phase": name}, f"{origin}, phase {name}")
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return configs

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from bertscale.errors import UserError
 
@@ -61,18 +63,37 @@ class Section(BaseModel):
 Config = TypeVar("Config", bound=Section)
 
 
-def load_config(section: type[Config], path: str | Path, overrides: list[str]) -> Config:
+def load_config(section: type[Config], path: str | Path, overrides: Sequence[str]) -> Config:
     """Reads YAML at `path` over its `base`, if it names one, applies `key=value` overrides, checks the whole.
 
     A value is read as YAML (`train.steps=100`, `input=[a.txt, b.txt]`). Raises UserError that
     names each wrong key and value.
     """
+    values, origin = read_values(path)
+    return overridden(section, values, overrides, origin)
+
+
+def read_values(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The values of a config file over those of its `base`, and what to call them in messages.
+
+    Raises UserError where a file cannot be read.
+    """
     values, files = _read(Path(path), ())
-    return overridden(section, values, overrides, ", based on ".join(map(str, files)))
+    return values, ", based on ".join(map(str, files))
 
 
-def overridden(section: type[Config], values: dict[str, Any], overrides: list[str], origin: str) -> Config:
+def overridden(
+    section: type[Config], values: dict[str, Any], overrides: Sequence[str], origin: str
+) -> Config:
     """Applies `key=value` overrides to `values`, which change, and checks the whole. Raises UserError."""
+    override_values(section, values, overrides, origin)
+    return check_config(section, values, origin)
+
+
+def override_values(
+    section: type[Section], values: dict[str, Any], overrides: Sequence[str], origin: str
+) -> None:
+    """Applies `key=value` overrides to `values`, which change. Raises UserError."""
     _check_former_keys(section, values, origin)  # before an override puts a section in such a key's place
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -85,7 +106,6 @@ def overridden(section: type[Config], values: dict[str, Any], overrides: list[st
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not YAML") from error
         _set(values, key, value)
-    return check_config(section, values, origin)
 
 
 def check_config(section: type[Config], values: dict[str, Any], origin: str) -> Config:
@@ -110,20 +130,29 @@ def _check_former_keys(section: type[Section], values: Any, origin: str) -> None
         raise UserError("\n".join(lines))
 
 
-def describe_fields(section: type[Section], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns (dotted key, description with the default) of every field, for the help texts."""
+def describe_fields(section: type[Section], prefix: str = "", optional: str = "") -> list[tuple[str, str]]:
+    """Returns (dotted key, description with the default) of every field, for the help texts.
+
+    `optional` names the part of the config that these fields are in, where it may be left out.
+    """
     rows = []
-    for name, field in section.model_fields.items():
+    for name, field in _keys(section).items():
         inner = _inner_section(field.annotation)
         if inner is not None:
-            rows += describe_fields(inner, f"{prefix}{name}.")
+            may_lack = not field.is_required() and field.default is None
+            rows += describe_fields(inner, f"{prefix}{name}.", f"{prefix}{name}" if may_lack else "")
         else:
             value = field.get_default(call_default_factory=True)
-            default = (
-                "required" if field.is_required() else "optional" if value is None else f"default {value}"
-            )
+            default = "optional" if value is None else f"default {value}"
+            if field.is_required():
+                default = f"required where there is {optional}" if optional else "required"
             rows.append((f"{prefix}{name}", f"{field.description} ({default})"))
     return rows
+
+
+def _keys(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section by their keys in a config, which are those of Python where they may be."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
@@ -143,7 +172,7 @@ def _read(path: Path, based: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Pa
         circle = " -> ".join(map(str, [*files, parent]))
         raise UserError(f"the config {path}: base={base!r} closes a circle: {circle}; remove one base")
     below, files = _read(parent, files)
-    return _merged(below, values), files
+    return merged(below, values), files
 
 
 def _parse(path: Path, role: str) -> dict[str, Any]:
@@ -168,14 +197,14 @@ def _moved(path: Path) -> str:
     return f"; configs/data is now configs/prep: take {path.parent.with_name('prep') / path.name}"
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Merges `above` over `below`: mappings key by key, while any other value replaces the one below."""
-    merged = dict(below)
+    whole = dict(below)
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
-            value = _merged(below[key], value)
-        merged[key] = value
-    return merged
+            value = merged(below[key], value)
+        whole[key] = value
+    return whole
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:
@@ -201,10 +230,12 @@ def _explain(section: type[Section], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         here: type[Section] | None = section
         for part in location[:-1]:
-            field = here.model_fields.get(part) if here else None
+            field = _keys(here).get(part) if here else None
             here = _inner_section(field.annotation) if field else None
-        names = list(here.model_fields) if here else []
+        names = list(_keys(here)) if here else []
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        if close := difflib.get_close_matches(location[-1], names, n=1, cutoff=0.85):
+            return f"unknown key {key}; did you mean {'.'.join([*location[:-1], close[0]])}?"
         # The last part of each key, in whatever section; of two equal ones the first.
         deep = {name.split(".")[-1]: name for name, _ in reversed(describe_fields(section))}
         named = ELSEWHERE.get(key, (location[-1], *ELSEWHERE.get(location[-1], ())))

@@ -18,3 +18,4 @@ from bertscale.tokenizer.base import (
     normalize,
 )
 from bertscale.tokenizer.load import find_tokenizer, load_tokenizer
+from bertscale.tokenizer.wordpiece import CONTINUES, WordPieceTokenizer

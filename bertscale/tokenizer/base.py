@@ -80,6 +80,7 @@ class Tokenizer(ABC):
     """What training, fine-tuning and prep know of a tokenizer; made by `load_tokenizer`."""
 
     file_name: ClassVar[str]  # in the folder of a data set or model
+    mark: str = ""  # of the vocabulary, before pieces that begin a word, or that do not
 
     path: Path  # where it was read
     content: bytes  # of the one file that holds it
@@ -100,6 +101,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
+        """Those of the five roles, in this order; special pieces without such a role follow."""
         return (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
 
     @cached_property
@@ -117,6 +119,10 @@ class Tokenizer(ABC):
         return np.array([self._starts_word(i) for i in range(self.vocab_size)]) | np.isin(
             np.arange(self.vocab_size), self.special_ids
         )
+
+    def text_of(self, piece_id: int) -> str:
+        """The text that a piece stands for, without the mark that the vocabulary gives it."""
+        return self.piece(piece_id).removeprefix(self.mark)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the tokenizer's file into `folder`; returns its path."""

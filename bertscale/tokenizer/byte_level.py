@@ -47,7 +47,7 @@ from bertscale.tokenizer.base import (
 )
 from bertscale.tokenizer.wordpiece import CACHE_BYTES, WORD_BYTES
 
-SPACE = "▁"  # in the pieces of the form with byte fallback
+SPACE, SPACE_BYTE = "▁", "Ġ"  # a space in the pieces of the form with byte fallback, and of byte-level BPE
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 # Names of the special pieces in published models, for a tokenizer.json with nothing beside it.
 KNOWN_NAMES = {
@@ -96,6 +96,7 @@ class ByteLevelTokenizer(Tokenizer):
         values = parse_object(content, path, REMEDY)
         parts = _check(path, values)
         self._in_bytes = not parts.model.byte_fallback
+        self.mark = SPACE_BYTE if self._in_bytes else SPACE
         if (roles := _named_roles(values)) is None:
             roles = _find_roles(path, values, parts)
             content = _with_roles(values, parts, roles)
@@ -130,10 +131,9 @@ class ByteLevelTokenizer(Tokenizer):
 
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
-        """Those of the five roles, and all others that the file calls special."""
         five = (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
-        others = (number for number, token in self._added.items() if token.special)
-        return tuple(dict.fromkeys((*five, *others)))
+        others = (number for number, token in self._added.items() if token.special and number not in five)
+        return (*five, *others)
 
     @cached_property
     def byte_ids(self) -> list[int]:
@@ -249,9 +249,11 @@ class ByteLevelTokenizer(Tokenizer):
             raise IndexError(f"no piece {piece_id}")
         return name
 
+    def text_of(self, piece_id: int) -> str:
+        return self._bytes(piece_id).decode(errors="replace").removeprefix(" ")
+
     def spelling(self, piece_id: int) -> tuple[str, bool]:
-        text = self._bytes(piece_id).decode(errors="replace")
-        return text.removeprefix(" "), text.startswith(" ")
+        return self.text_of(piece_id), self._bytes(piece_id).startswith(b" ")
 
     def _bytes(self, piece_id: int) -> bytes:
         """The bytes of text that the piece stands for."""

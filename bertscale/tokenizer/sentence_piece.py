@@ -52,6 +52,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece tokenizer, made by `load_tokenizer`; pieces that follow a space begin with "▁"."""
 
     file_name = SENTENCE_PIECE_NAME
+    mark = SPACE
 
     def __init__(self, path: Path, content: bytes) -> None:
         """Raises UserError if `content` is no SentencePiece model or lacks a special piece."""

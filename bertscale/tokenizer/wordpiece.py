@@ -60,6 +60,7 @@ class WordPieceTokenizer(Tokenizer):
     """A WordPiece tokenizer, made by `load_tokenizer`; pieces that continue a word begin with "##"."""
 
     file_name = FAST_NAME
+    mark = CONTINUES
 
     def __init__(self, path: Path, content: bytes) -> None:
         """Reads `content`, that of a tokenizer.json; raises UserError if it is not one of BERT's kind."""
@@ -113,6 +114,17 @@ class WordPieceTokenizer(Tokenizer):
         for word, encoding in zip(words, encoded, strict=True):
             self._known[word] = tuple(encoding.ids)
             self._known_bytes += WORD_BYTES + 12 * len(word)
+
+    def words(self, text: str) -> list[str]:
+        """The words of normalised `text`, each in the form that is cut into pieces."""
+        form: str = self._fast.normalizer.normalize_str(text)
+        return [word for word, _ in self._fast.pre_tokenizer.pre_tokenize_str(form)]
+
+    def extended(self, pieces: Sequence[str]) -> bytes:
+        """The content of the tokenizer.json that has new `pieces` after all others."""
+        content = json.loads(self.content)
+        content["model"]["vocab"] |= {piece: self.vocab_size + n for n, piece in enumerate(pieces)}
+        return _bytes_of(content)
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
         results = []
@@ -288,6 +300,10 @@ def _tokenizer_json(pieces: list[str], lowercase: bool, strip_accents: bool | No
             "vocab": {piece: number for number, piece in enumerate(pieces)},
         },
     }
+    return _bytes_of(content)
+
+
+def _bytes_of(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 

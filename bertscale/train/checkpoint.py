@@ -159,8 +159,17 @@ class Checkpoint:
         self.samples_consumed: int = table["samples_consumed"]
         self.skipped_steps: int = table.get("skipped_steps", 0)  # of the steps, those that changed nothing
         self.elapsed_seconds: float = table.get("elapsed_seconds", 0.0)  # of training
+        self.updates_before: int = table.get("updates_before", 0)  # by the runs that it took the moments from
+        self.lineage: list[dict[str, Any]] = table.get(
+            "lineage", []
+        )  # what its run started from, oldest first
         self.parameters: dict[str, dict[str, Any]] = table["parameters"]
         self._open: dict[str, Any] = {}
+
+    @property
+    def updates(self) -> int:
+        """Counts the updates that the moments have seen: skipped steps did not change them."""
+        return self.updates_before + self.step - self.skipped_steps
 
     @property
     def has_moments(self) -> bool:

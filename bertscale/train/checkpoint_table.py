@@ -50,12 +50,20 @@ class _File(Table):
     pieces: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]  # start, length
 
 
+class _Ancestor(Table):
+    folder: str
+    step: Count | None
+    digest: str
+
+
 class _Table(Table):
     has_moments: bool
     step: Count
     samples_consumed: Count
     skipped_steps: Count = 0
     elapsed_seconds: float = Field(0.0, ge=0, allow_inf_nan=False, strict=False)
+    updates_before: Count = 0
+    lineage: list[_Ancestor] = Field(default_factory=list)
     vocab_size: Size
     tokenizer_sha256: str
     model: dict[str, Any]

@@ -179,9 +179,8 @@ class Engine(Generic[AnyConfig]):
                         f"optimizer.name={self.config.optimizer.name} needs; resume with optimizer.name=muon"
                     )
         self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
-        # Skipped steps did not change the moments, so they do not count in the bias correction.
-        for state in self.optimizer.state.values():
-            state["step"].fill_(checkpoint.step - begin - checkpoint.skipped_steps)
+        for state in self.optimizer.state.values():  # for the bias correction
+            state["step"].fill_(checkpoint.updates - begin)
 
     def fragments(self) -> list[StateFragment]:
         """This rank's part of the state, as views: training continues from what is written into them."""

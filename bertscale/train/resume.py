@@ -76,6 +76,11 @@ def check_same_run(
     # The config of an older version lacks newer keys.
     before = {**before, "model": checkpoint.model.model_dump(mode="json")}
     before["train"] = {"batch_warmup": [], **before["train"]}
+    if before.get("init") != now["init"]:
+        raise UserError(
+            f"init={now['init']}, but {checkpoint.folder} is of a run that was started with "
+            f"{before.get('init')}; choose another run folder or give the old value"
+        )
     before["objectives"] = ObjectivesConfig.model_validate(before.get("objectives", {})).model_dump()
     for section, key in [
         *(("model", key) for key in now["model"] if "dropout" not in key),

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from bertscale import __version__
-from bertscale.config import Section, UserError
+from bertscale.config import PretrainConfig, Section, UserError
 from bertscale.run_folder import CANCELLED, CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT, existing_marks
 from launcher.job import JobSpec, render
 
@@ -55,8 +55,14 @@ def freeze(spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None
 
 
 def config_text(config: Section) -> str:
-    """The resolved config as YAML: what config.yaml holds."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML: what config.yaml holds.
+
+    Keys of the network that a run takes from what it starts from stay open: it may not be there yet.
+    """
+    values = config.model_dump()
+    if isinstance(config, PretrainConfig) and config.init:
+        values["model"] = config.model.model_dump(exclude_unset=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _write(partial: Path, spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None:

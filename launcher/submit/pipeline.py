@@ -24,12 +24,14 @@ from bertscale.config import (
     ExamplesConfig,
     FinetuneConfig,
     GlueConfig,
+    InitConfig,
     LaunchConfig,
     PipelineStage,
     PrepConfig,
     PretrainConfig,
     UserError,
     load_config,
+    load_phases,
 )
 from bertscale.config.glue import shares, words_of
 from bertscale.config.glue_tasks import find_tasks
@@ -48,7 +50,7 @@ SECTIONS: dict[str, type[Config]] = {
 }
 PATHS = {  # keys of a config that name files or folders
     "prep": ("input", "output", "tokenizer"),
-    "pretrain": ("run", "data"),
+    "pretrain": ("run", "data", "init"),
     "finetune": ("encoder", "init", "data", "output"),
     "glue": ("model", "folder", "output"),
 }
@@ -88,7 +90,7 @@ def stage_jobs(
     """
     jobs: list[StageJob] = []
     mistakes: dict[str, None] = {}  # each once: stages may share a file
-    for stage in stages:
+    for stage in [part for whole in stages for part in _parts(whole)]:
         site = config = None
         try:
             site = load_config(ClusterConfig, stage.cluster or cluster, [])
@@ -104,6 +106,19 @@ def stage_jobs(
             except UserError as error:
                 mistakes |= dict.fromkeys(str(error).splitlines())
     return jobs, list(mistakes)
+
+
+def _parts(stage: PipelineStage) -> list[PipelineStage]:
+    """A stage for each phase of a pretraining; else the stage alone, wrong configs included."""
+    if stage.pretrain is None:
+        return [stage]
+    try:
+        names = list(load_phases(stage.pretrain, stage.set))
+    except UserError:  # which is told when the stage is made
+        return [stage]
+    return [
+        stage.model_copy(update={"set": [*stage.set, f"phase={name}"]}) if name else stage for name in names
+    ]
 
 
 def _load(stage: PipelineStage) -> Config:
@@ -124,6 +139,8 @@ def _absolute(value: Any) -> Any:
         return [_absolute(entry) for entry in value]
     if isinstance(value, Corpus):
         return value.model_copy(update={"path": os.path.abspath(value.path)})
+    if isinstance(value, InitConfig):
+        return value.model_copy(update={"source": os.path.abspath(value.source)})
     if isinstance(value, ExamplesConfig):
         files = [
             file.model_copy(update={"path": os.path.abspath(file.path)}) for file in value.training_files
@@ -214,7 +231,8 @@ def _job(
 ) -> StageJob:
     kind = stage.stage
     folder = job_folder(kind, f"{target}.{part}" if part else target)
-    words = [pipeline or kind, kind if pipeline else Path(target).name, part]
+    phase = next((word.removeprefix("phase=") for word in stage.set if word.startswith("phase=")), "")
+    words = [pipeline or kind, kind if pipeline else Path(target).name, part or (phase if pipeline else "")]
     name = re.sub(r"[^\w.-]", "-", "-".join(filter(None, words)))
     source = os.path.abspath(stage.convert[0]) if stage.convert else None
     if source is not None:
@@ -297,7 +315,7 @@ def _inputs(job: StageJob) -> list[str]:
     if isinstance(config, PrepConfig):
         return [*config.input, *([config.tokenizer] if config.tokenizer else [])]
     if isinstance(config, PretrainConfig):
-        return [corpus.path for corpus in config.corpora]
+        return [*(corpus.path for corpus in config.corpora), *([config.init.source] if config.init else [])]
     if isinstance(config, FinetuneConfig):
         data = config.data
         held_out = [path for path in (data.dev, data.test) if path is not None]

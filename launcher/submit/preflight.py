@@ -122,8 +122,10 @@ def check(
 def _promise(job: StageJob, promises: Promises) -> None:
     target, config = job.spec.target, job.config
     promises.targets.add(target)
-    if isinstance(config, PrepConfig) and config.tokenizer is None:
-        promises.vocab_size = config.train_tokenizer.vocab_size
+    if isinstance(config, PrepConfig):
+        training = config.train_tokenizer
+        if config.tokenizer is None or training.extend_to is not None:
+            promises.vocab_size = training.extend_to or training.vocab_size
     if isinstance(config, PretrainConfig):
         promises.positions[target] = config.model.max_position_embeddings
     elif job.source is not None and (longest := _positions_of(job.source, promises)):
@@ -157,6 +159,8 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
 
 
 def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, report: Report) -> None:
+    if config.init is not None and not checkpoints(Path(config.run)):
+        _check_weights("init.from", config.init.source, promises, report)
     if _check_degree(job, config.parallel.tensor, report):
         _collect(report, lambda: check_batches(config, job.spec.ranks // config.parallel.tensor))
     vocab_size = promises.vocab_size or TokenizerTraining().vocab_size

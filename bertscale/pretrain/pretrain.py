@@ -21,10 +21,11 @@ from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.model.model import LossSums
+from bertscale.pretrain.banner import banner, epochs
+from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from, with_model_of
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
-from bertscale.train.banner import banner, epochs
 from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
 from bertscale.train.engine import Engine, pretraining_engine
@@ -61,9 +62,17 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
     Returns 0 there, or 75 when a signal stopped it after a checkpoint. Raises UserError as `pretrain`.
     """
-    # What is trained: data, schedule, checkpoint, model.
+    # What is trained: the network, data, schedule; where it starts.
     run, first = Path(config.run), ranks.rank == 0
+    if first:
+        remove_leftovers(run)
+    checkpoint = newest_sound(run, ranks)
+    source = open_source(config.init, run, ranks) if config.init and checkpoint is None else None
+    if before := checkpoint or (source and source.weights):
+        config = with_model_of(config, before.model) if config.init else config
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
+    if source is not None:
+        check_source(config, source)
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = make_loader(config, tokenizer, "validation", ranks=ranks)
@@ -71,9 +80,6 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     dtype, reason = choose_precision(config.train.precision, ranks.device)
     precision = f"{dtype}".removeprefix("torch.")
 
-    if first:
-        remove_leftovers(run)
-    checkpoint = newest_sound(run, ranks)
     if checkpoint is not None:
         check_same_run(checkpoint, config, data, schedule)
         if schedule.over(checkpoint.step, checkpoint.elapsed_seconds):
@@ -81,8 +87,12 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             return 0
     start = saved = sound = done = checkpoint.step if checkpoint else 0
     engine = pretraining_engine(config, tokenizer.vocab_size, ranks, dtype)
+    origin = Start()
     if checkpoint is not None:
         engine.resume(checkpoint)
+        origin = resumed(checkpoint)
+    elif source is not None:
+        origin = start_from(engine, source, tokenizer)
     else:
         engine.start(config.train.seed)
 
@@ -100,6 +110,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
         ranks.say(fold(line))
     for line in changed_settings(checkpoint, config) if checkpoint else ():
+        ranks.say(fold(line))
+    for line in origin.lines:
         ranks.say(fold(line))
     last = False  # whether this step is the last of the budget; all ranks must find the same
 
@@ -164,7 +176,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             if done % config.train.save_every == 0 or last:
                 # A budget in hours is spent when its last step is likely to pass it.
                 spent = (schedule.seconds or 0.0) if last else 0.0
-                save(engine, done, data, schedule, max(clock.elapsed(), spent), losses)
+                save(engine, done, data, schedule, max(clock.elapsed(), spent), losses, origin)
                 saved = done
                 sound = sound if losses.in_a_row else saved  # the newest one not saved among skipped steps
                 rate.restart()
@@ -173,7 +185,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
     if not last:  # a signal came
         if saved < done:
-            save(engine, done, data, schedule, clock.elapsed(), losses)
+            save(engine, done, data, schedule, clock.elapsed(), losses, origin)
         if first:  # in its log: on the screen the process that has started the ranks says how to go on
             print(f"stopped after step {done} of {schedule.text}", file=sys.stderr, flush=True)
         return STOPPED_AND_SAVED
@@ -212,6 +224,7 @@ def save(
     schedule: TrainingSchedule,
     elapsed: float,
     losses: LossAccumulator,
+    origin: Start,
 ) -> None:
     """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes the oldest ones.
 
@@ -233,7 +246,7 @@ def save(
     save_checkpoint(
         checkpoint_folder(run, step),
         engine.fragments_to_save(),
-        {**facts, **engine.table()},
+        {**facts, **origin.facts, **engine.table()},
         data[0].tokenizer_path,
         engine.ranks,
     )

@@ -1,0 +1,1 @@
+"""Pretraining: the loop, and a run that starts from another."""
