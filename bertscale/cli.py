@@ -724,7 +724,12 @@ def _check(
     check_batches(config, count // config.parallel.tensor)
     check_init(config, made)
     if data:
-        check_tokenizers([open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora])
+        datasets = [open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora]
+        check_tokenizers(datasets)
+        for name, folder in config.heldout.items():
+            check_tokenizers(
+                [datasets[0], open_dataset(folder, "validation", verify=verify)], f"heldout.{name}"
+            )
     return count
 
 

@@ -1,4 +1,4 @@
-"""Sentences of a random sample of the documents -> a SentencePiece model, Unigram or BPE, or more pieces.
+"""Sentences of a random sample of the documents -> a tokenizer, of SentencePiece or bytes, or more pieces.
 
 The result depends on the input, the settings and the seed alone: not on the number of workers (the sample is
 drawn unit by unit) and not on the machine. The sample is bounded in documents and in bytes, so that memory
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import os
 import random
 import re
 import tempfile
@@ -30,10 +31,13 @@ from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress, show_count
 from bertscale.tokenizer import (  # fmt: skip
     CLS,
+    DROPPED_RULE,
+    FAST_NAME,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
+    SPACES_RULE,
     UNK,
     Tokenizer,
     WordPieceTokenizer,
@@ -88,7 +92,8 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
             check_extension(given, plan.config.train_tokenizer.extend_to)
             _sample_and_train(pool, plan, path, given)
     else:
-        path = plan.output / SENTENCE_PIECE_NAME
+        in_bytes = plan.config.tokenizer_model == "byte_bpe"
+        path = plan.output / (FAST_NAME if in_bytes else SENTENCE_PIECE_NAME)
         _sample_and_train(pool, plan, path, None)
     tokenizer = load_tokenizer(path)
     record = {"name": path.name, "sha256": tokenizer.sha256, "plan": plan.digest}
@@ -126,26 +131,31 @@ def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path, given: 
         doing = f"training {size:,} {kind} pieces"
     else:
         doing = f"learning {size - given.vocab_size:,} more pieces"
+    in_bytes = given is None and kind == "byte_bpe"
+    covered = "" if in_bytes else f"; {_percent(coverage)} of its characters get pieces"
     print(
         f"tokenizer: {doing} on {sample['documents']:,} documents: {sample['bytes'] / 1e6:,.1f} MB, "
-        f"{show_count(sample['characters'])} characters, {_percent(share)} of the text; "
-        f"{_percent(coverage)} of its characters get pieces",
+        f"{show_count(sample['characters'])} characters, {_percent(share)} of the text{covered}",
         flush=True,
     )
     if wide and kind == "unigram" and given is None:
         print("tokenizer: such text has few spaces: train_tokenizer.model=bpe is trained many times faster")
     began = time.monotonic()
+    compatible, log = config.normalization == "nfkc", plan.trainer_log
     if given is not None:
-        how = (given.path, config.lowercase, size, coverage, plan.trainer_log)
+        how = (given.path, config.lowercase, size, coverage, log)
         trained = pool.submit(extend_tokenizer, files, path, *how)
+    elif kind == "byte_bpe":
+        form: Literal["NFC", "NFKC"] = "NFKC" if compatible else "NFC"
+        trained = pool.submit(train_byte_level, files, path, size, form, config.is_spaced, log)
     else:
-        rule: Literal["nfkc", "identity"] = "nfkc" if config.normalization == "nfkc" else "identity"
-        settings = (kind, size, coverage, rule, config.is_spaced, plan.trainer_log)
+        rule: Literal["nfkc", "identity"] = "nfkc" if compatible else "identity"
+        settings = (kind, size, coverage, rule, config.is_spaced, log)
         trained = pool.submit(train_tokenizer, files, path, *settings)
-    _show_training(trained, plan.trainer_log, size)
-    plan.trainer_log.unlink()
+    _show_training(trained, log, size)
+    log.unlink()
     print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
-    if given is None:
+    if given is None and not in_bytes:  # which is the Hugging Face form
         same, compared = pool.submit(compare_with_hugging_face, path, files, sample["sentences"]).result()
         print(
             f"tokenizer: its Hugging Face form gives the same ids for {same:,} of {compared:,} sentences "
@@ -179,12 +189,16 @@ def _text_of(log: Path) -> str:
 
 
 def training_state(log: str, vocab_size: int) -> tuple[int, int | None, str]:
-    """How far SentencePiece's trainer is: (steps done, steps in all where it can be known, what it does).
+    """How far the trainer is: (steps done, steps in all where it can be known, what it does).
 
-    `log` is what the library wrote so far. A step of BPE is a piece that is joined of two; one of Unigram is
-    a pass over the text: the candidates become fewer by a quarter after every two passes, until they are a
-    tenth more than the vocabulary.
+    `log` is what SentencePiece, or `train_byte_level`, wrote so far; to the latter, a step is a sentence that
+    is read. A step of BPE is a piece that is joined of two; one of Unigram is a pass over the text: the
+    candidates become fewer by a quarter after every two passes, until they are a tenth more than the
+    vocabulary.
     """
+    if sentences := re.findall(r"read (\d+) of (\d+) sentences", log):
+        done, total = map(int, sentences[-1])
+        return done, total, "counting words" if done < total else "joining pieces"
     if merges := re.findall(r"\bmerges=(\d+)", log):
         alphabet = re.search(r"Alphabet size=(\d+)", log)
         single = int(alphabet[1]) if alphabet else 0
@@ -371,6 +385,63 @@ def train_tokenizer(
             ) from error
         raise
     write_bytes(output, trained)
+
+
+def train_byte_level(
+    sentences: list[Path],
+    output: Path,
+    vocab_size: int = 32_768,
+    form: Literal["NFC", "NFKC"] = "NFC",
+    space_before_text: bool = True,
+    log: Path | None = None,
+) -> None:
+    """Trains byte-level BPE on files with a sentence a line and writes its tokenizer.json to `output`.
+
+    Words are cut as GPT-2 and ModernBERT cut them. Any text is first given the normal form of prep, so that a
+    model meets no white space that it has not seen in training. The pieces depend on the counts of words
+    alone, not on their order. `space_before_text` as in `train_tokenizer`. How many sentences are read goes
+    to `log`. Raises UserError if the text has too few different words for `vocab_size`.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast(models.BPE())
+    of_unicode = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[form]()
+    dropped = normalizers.Replace(Regex(DROPPED_RULE), "")
+    one_space = normalizers.Replace(Regex(SPACES_RULE), " ")
+    fast.normalizer = normalizers.Sequence([dropped, of_unicode, one_space, normalizers.Strip()])
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space_before_text)
+    fast.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, special=True, normalized=False) for name in (PAD, UNK, CLS, SEP)]
+    # lstrip: the mask takes the space before it, which would otherwise be a piece of its own.
+    mask = AddedToken(MASK, special=True, normalized=False, lstrip=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special, mask],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = lines_of(sentences) if log is None else _logged(sentences, log)
+    fast.train_from_iterator(lines, trainer)
+    if (size := fast.get_vocab_size()) < vocab_size:
+        raise UserError(
+            f"train_tokenizer.vocab_size={vocab_size} is too large for this text; "
+            f"the largest that fits is {size}"
+        )
+    write_bytes(output, fast.to_str().encode())
+    write_bytes(output, load_tokenizer(output).content)  # which names the special pieces by their roles
+
+
+def _logged(files: list[Path], log: Path) -> Iterator[str]:
+    """The lines of `files`; every hundredth part of them it says so in `log`."""
+    count = sum(1 for _ in lines_of(files))
+    with open(log, "w", encoding="utf-8") as file:
+        for number, line in enumerate(lines_of(files), 1):
+            yield line
+            if number % max(1, count // 100) == 0 or number == count:
+                file.write(f"read {number} of {count} sentences\n")
+                file.flush()
 
 
 def compare_with_hugging_face(model: Path, files: list[Path], sentences: int) -> tuple[int, int]:

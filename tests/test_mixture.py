@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bertscale.config import Corpus, SamplesConfig, UserError
 from bertscale.data.batch_phases import FOREVER
-from bertscale.data.mixture import PERIOD, Mixture, Quotas, data_digest
+from bertscale.data.mixture import PERIOD, Mixture, Quotas, data_digest, limited, weights_of
 from bertscale.data.shards import Dataset, open_dataset, write_manifest, write_shard
 
 WEIGHTS = st.lists(st.floats(0.001, 1000), min_size=1, max_size=8)
@@ -185,3 +185,53 @@ def test_the_digest_of_a_mixture_is_of_its_parts_and_weights(tmp_path: Path) -> 
     assert digest([0], [7.0]) == datasets[0].manifest_digest
     found = {digest([0, 1], [1, 1]), digest([1, 0], [1, 1]), digest([0, 1], [1, 2]), digest([0], [1])}
     assert len(found) == 4
+
+
+def test_weights_follow_the_sizes_by_an_exponent(tmp_path: Path) -> None:
+    datasets = [make_dataset(tmp_path / "a", 64), make_dataset(tmp_path / "b", 4)]
+    corpora = [Corpus(path="a"), Corpus(path="b", weight=3)]
+    for exponent, ratio in ((None, 3), (0.0, 3), (0.5, 3 / 4), (1.0, 3 / 16)):
+        samples = SamplesConfig(size_exponent=exponent)
+        first, second = weights_of(datasets, corpora, samples)
+        assert second / first == pytest.approx(ratio)
+    # The held-out samples are mixed by the sizes of the training splits.
+    held = [open_dataset(data.folder, "validation") for data in datasets]
+    assert weights_of(held, corpora, samples) == [first, second]
+
+
+def test_what_a_limit_cuts_goes_to_the_others_in_proportion() -> None:
+    shares = np.array([0.5, 0.3, 0.15, 0.05])
+    endless = np.full(4, np.inf)
+    assert limited(shares, endless).tolist() == pytest.approx(shares.tolist())
+    first = np.array([0.2, np.inf, np.inf, np.inf])
+    assert limited(shares, first).tolist() == pytest.approx([0.2, 0.48, 0.24, 0.08])
+    # What goes to the second brings it above its own limit.
+    both = np.array([0.2, 0.4, np.inf, np.inf])
+    assert limited(shares, both).tolist() == pytest.approx([0.2, 0.4, 0.3, 0.1])
+    assert limited(shares, shares / 2).tolist() == pytest.approx((shares / 2).tolist())
+
+
+@pytest.mark.parametrize("budget", [{"steps": 100}, {"tokens": 100 * 8 * 17.0}])
+def test_a_corpus_is_used_at_most_so_often(budget: dict[str, float], tmp_path: Path) -> None:
+    datasets = [make_dataset(tmp_path / "a", 40), make_dataset(tmp_path / "b", 300)]
+    mixture = mix(datasets, [1, 1], batch_warmup=[])  # documents make a sample of 17 tokens each
+    steps, tokens = budget.get("steps"), budget.get("tokens")
+    assert mixture.epochs(100) == pytest.approx([10, 400 / 300], rel=0.01)
+    mixture.limit_epochs([20, None], steps, tokens)  # type: ignore[arg-type]
+    assert mixture.epochs(100) == pytest.approx([10, 400 / 300], rel=0.01)
+    assert mixture.cut == {}
+    mixture.limit_epochs([3, None], steps, tokens)  # type: ignore[arg-type]
+    assert mixture.epochs(100) == pytest.approx([3, 680 / 300], rel=0.01)
+    assert mixture.cut == {0: 0.5}
+    segments = mixture.segments(mixture.phases[0], np.arange(800))
+    assert (segments.start < 600).sum() <= 120 + 1
+    with pytest.raises(
+        UserError, match=r"^data: max_epochs .* give 90\.0% of the samples that 100 steps need"
+    ):
+        mixture.limit_epochs([3, 2], steps, tokens)  # type: ignore[arg-type]
+
+
+def test_the_digest_knows_the_limits(tmp_path: Path) -> None:
+    datasets = [make_dataset(tmp_path / "a", 4), make_dataset(tmp_path / "b", 5)]
+    free = [Corpus(path="a"), Corpus(path="b")]
+    assert data_digest(datasets, free) != data_digest(datasets, [free[0], Corpus(path="b", max_epochs=2)])

@@ -343,11 +343,12 @@ def test_corpora_of_two_tokenizers_are_a_problem(site: Slurm, desk: Desk) -> Non
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["tokenizer_sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
     (other / "manifest.json").write_text(json.dumps(manifest))
-    report = desk.report(GPU, nodes=2, set=[*FIT, f"data=[{desk.data},{other}]"])
-    assert report.problems == [
-        f"data: {other} was made with another tokenizer than {desk.data}; run `bertscale prep` for it with "
-        f"tokenizer={desk.data}/tokenizer.model"
-    ]
+    for key, value in (("data", f"[{desk.data},{other}]"), ("heldout.web", str(other))):
+        report = desk.report(GPU, nodes=2, set=[*FIT, f"{key}={value}"])
+        assert report.problems == [
+            f"{key}: {other} was made with another tokenizer than {desk.data}; run `bertscale prep` for it "
+            f"with tokenizer={desk.data}/tokenizer.model"
+        ]
 
 
 def test_places_that_cannot_be_written(site: Slurm, desk: Desk) -> None:

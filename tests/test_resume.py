@@ -35,6 +35,7 @@ def test_a_checkpoint_of_an_older_version_lacks_keys(tiny_data: Path) -> None:
     config = pretrain_config(tiny_data, "run")
     before = config.model_dump(mode="json")
     check(config, before, tiny_data)
+    del before["samples"]["min_document_tokens"], before["samples"]["size_exponent"]
     del before["objectives"], before["train"]["batch_warmup"], before["train"]["static_targets"]
     check(config, before, tiny_data)
     changed = pretrain_config(tiny_data, "run", objectives={"pairs": 0.5})
@@ -46,6 +47,8 @@ def test_a_checkpoint_of_an_older_version_lacks_keys(tiny_data: Path) -> None:
     ("section", "change"),
     [
         ("samples", {"max_length": 32}),
+        ("samples", {"size_exponent": 0.5}),
+        ("samples", {"min_document_tokens": 20}),
         ("model", {"intermediate_size": 128}),
         ("train", {"global_batch": 16}),
         ("train", {"batch_warmup": [[100.0, 4]]}),
@@ -58,6 +61,17 @@ def test_what_would_change_the_steps_before_is_refused(
     key = next(iter(change))
     with pytest.raises(UserError, match=rf"{section}\.{key}=.*give the old value"):
         check(pretrain_config(tiny_data, "run", **{section: change}), before, tiny_data)
+
+
+def test_a_limit_of_epochs_fixes_the_budget(tiny_data: Path) -> None:
+    values = {
+        **pretrain_config(tiny_data, "run").model_dump(),
+        "data": [{"path": str(tiny_data), "max_epochs": 9}],
+    }
+    before = PretrainConfig.model_validate(values).model_dump(mode="json")
+    values["train"]["steps"] = 11
+    with pytest.raises(UserError, match=r"train\.steps=11, but .* was trained with 10"):
+        check(PretrainConfig.model_validate(values), before, tiny_data)
 
 
 @pytest.mark.parametrize(

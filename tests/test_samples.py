@@ -545,3 +545,37 @@ def test_each_batch_of_a_warmup_is_checked(changes: dict[str, Any], message: str
 def test_the_check_loads_no_torch() -> None:
     code = "import sys, bertscale.data.samples; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["nsp", "document", "packed"])
+def test_short_documents_are_as_if_they_were_not_there(kind: str, tmp_path: Path) -> None:
+    long = [[sentences for sentences in sizes if sum(sentences) >= 40] for sizes in SHARDS]
+    for name in ("all", "long"):
+        (tmp_path / name).mkdir()
+    chosen = Sampler(make_dataset(tmp_path / "all", SHARDS), kind, MAX_LENGTH, 64, 0, min_tokens=40)
+    only = make_sampler(make_dataset(tmp_path / "long", long), kind)
+    assert chosen.num_documents == only.num_documents == sum(map(len, long)) < len(DOCUMENTS)
+    assert chosen.num_samples == only.num_samples
+    numbers = np.arange(2 * only.num_samples)
+    found, expected = segments_of(chosen, numbers), segments_of(only, numbers)
+    # The numbers in the data set of the tokens of long documents, one after another.
+    sizes = [sum(sentences) for sentences in DOCUMENTS]
+    places = np.flatnonzero(np.repeat(np.array(sizes) >= 40, sizes))
+    np.testing.assert_array_equal(found.start, places[expected.start])
+    np.testing.assert_array_equal(found.length, expected.length)
+    np.testing.assert_array_equal(found.sample, expected.sample)
+
+
+def test_blocks_without_long_documents_are_left_out(tmp_path: Path) -> None:
+    sizes: list[Sizes] = [[[5, 5]] * 50 + [[30, 30]] * 2 + [[5, 5]] * 50 + [[30, 30]]]
+    with mock.patch.object(index, "BLOCK_TOKENS", 100):
+        dataset = make_dataset(tmp_path, sizes)
+        sampler = Sampler(dataset, "nsp", MAX_LENGTH, 1, 0, min_tokens=20)
+        assert sampler.num_documents == 3
+        assert (sampler.index.documents > 0).all()
+        assert len(sampler.index.documents) < len(index.cut_blocks(dataset).shard)
+        again = Sampler(dataset, "nsp", MAX_LENGTH, 1, 0, min_tokens=20)  # from the stored index
+        np.testing.assert_array_equal(again.index.row, sampler.index.row)
+        assert Sampler(dataset, "nsp", MAX_LENGTH, 1, 0).num_documents == 103
+        with pytest.raises(UserError, match=r"0 document\(s\) of samples\.min_document_tokens=99 .* lower"):
+            Sampler(dataset, "nsp", MAX_LENGTH, 1, 0, min_tokens=99)

@@ -109,11 +109,13 @@ def random_model(kind: str, **values: Any) -> PreTrainedModel:
     """A model of a class of transformers, of which no parameter has the first value of another one."""
     (family,) = (each for each in CONFIGS if kind.startswith(each))
     config = getattr(transformers, f"{family}Config")(**{**CONFIGS[family], **values})
-    model: PreTrainedModel = getattr(transformers, kind)(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = getattr(transformers, kind)(config)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=draw)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
     return model.eval()
 
 

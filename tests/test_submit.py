@@ -156,12 +156,14 @@ def test_paths_are_taken_from_where_submit_was_called(tmp_path: Path, monkeypatc
 def test_paths_of_several_corpora_too(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     values = pretrain_config("one", "run").model_dump() | {"data": [{"path": "one", "weight": 2}, "/two"]}
+    values["heldout"] = {"web": "three"}
     stages = [PipelineStage(pretrain=write(tmp_path / "run.yaml", values))]
     jobs, mistakes = stage_jobs(stages, write(tmp_path / "site.yaml", {}))
     assert mistakes == []
     config = jobs[0].config
     assert isinstance(config, PretrainConfig)
     assert [(c.path, c.weight) for c in config.corpora] == [(str(tmp_path / "one"), 2.0), ("/two", 1.0)]
+    assert config.heldout == {"web": str(tmp_path / "three")}
     assert PretrainConfig.model_validate(yaml.safe_load(config_text(config))) == config
 
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from bertscale.config import PrepConfig, TokenizerTraining, UserError
-from bertscale.tokenizer import find_tokenizer, load_tokenizer
+from bertscale.tokenizer import find_tokenizer, load_tokenizer, normalize
 from data_prep import extend_tokenizer, train_tokenizer
 from data_prep.extend_tokenizer import choose_pieces, count_pieces
 from data_prep.plan import Plan
@@ -215,6 +216,60 @@ def test_given_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     stored = prepare(tmp_path / "2", texts(100))
     assert stored.name == "tokenizer.model"
     assert not stored.with_name("tokenizer.json").exists()
+
+
+def test_byte_level_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    settings = {"train_tokenizer": {"model": "byte_bpe", "vocab_size": 400}}
+    path = prepare(tmp_path, texts(300), 1, **settings)
+    shown = capsys.readouterr().out
+    assert "training 400 byte_bpe pieces on 297 documents" in shown
+    assert "get pieces" not in shown
+    assert path.name == "tokenizer.json"
+    assert prepare(tmp_path / "other", texts(300), 2, **settings).read_bytes() == path.read_bytes()
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.vocab_size, tokenizer.special_ids) == (400, (0, 1, 2, 3, 4))
+    # The first word is the same piece as after a space, and white space is what it is in prep.
+    odd = ["The  end\n\tof\u00a0it \r\n", "\ufeffa\x00b e\u0301", " ", "[MASK] x", "😀 北京", "", "  [PAD]"]
+    clean = [normalize(text) for text in odd]
+    assert tokenizer.encode(odd) == tokenizer.encode(clean) == tokenizer.encode([f" {t}" for t in clean])
+    assert tokenizer.decode(tokenizer.encode([odd[0]])[0]) == " The end of it"
+    assert not tokenizer.keeps_spaces
+    [(ids, spans)] = tokenizer.encode_with_offsets(["\ufeff😀  a \x00cafe\u0301b "])
+    assert len(ids) == len(spans)
+    found = ["\ufeff😀  a \x00cafe\u0301b "[begin:end] for begin, end in spans]
+    assert found.count("😀") == 4
+    assert "e\u0301" in found[-3]
+    tokenizer.export_hugging_face(tmp_path / "exported", 64)
+    fast = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert fast(odd, add_special_tokens=False, split_special_tokens=True)["input_ids"] == tokenizer.encode(
+        odd
+    )
+    pieces = fast.convert_ids_to_tokens(fast("a [MASK] b")["input_ids"])
+    assert pieces == ["[CLS]", "Ġa", "[MASK]", "Ġb", "[SEP]"]
+
+
+def test_byte_level_pieces_of_other_text(tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("one two three\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"vocab_size=5000 is too large .* largest that fits is 27\d"):
+        train_tokenizer.train_byte_level([few], tmp_path / "tokenizer.json", 5000)
+    few.write_text("我们学习日本語とカタカナ。\n北京是中国的首都。\n" * 3, encoding="utf-8")
+    log = tmp_path / "log"
+    train_tokenizer.train_byte_level([few], tmp_path / "tokenizer.json", 300, "NFKC", False, log)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert not tokenizer.keeps_spaces
+    assert tokenizer.form == "NFKC"
+    assert tokenizer.encode([" 北京", "ﬁ①"]) == tokenizer.encode(["北京", "fi1"])
+    lines = log.read_text().splitlines(keepends=True)
+    states = [training_state("".join(lines[:n]), 300) for n in range(1, len(lines) + 1)]
+    assert states[0] == (1, 6, "counting words")
+    assert states[-1] == (6, 6, "joining pieces")
+    with pytest.raises(ValidationError, match=r"character_coverage=0\.9 is for SentencePiece models"):
+        PrepConfig.model_validate(
+            {"input": "a", "output": "b", "train_tokenizer": {"model": "byte_bpe", "character_coverage": 0.9}}
+        )
 
 
 # ------------------------------------------------------------------------- a given vocabulary, extended

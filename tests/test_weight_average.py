@@ -28,7 +28,8 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
     """On each rank: runs with and without an average, one stopped and moved to another topology; then the
     losses of each engine with its weights, its average and its weights again, and of the saved average."""
     from bertscale.data.batches import make_loader
-    from bertscale.pretrain.pretrain import evaluate, train
+    from bertscale.pretrain.heldout import evaluate
+    from bertscale.pretrain.pretrain import train
     from bertscale.tokenizer import load_tokenizer
     from bertscale.train.device import local_device
     from bertscale.train.engine import pretraining_engine
@@ -71,7 +72,7 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
             engine.resume(saved)
 
             def loss(engine: Any = engine, heldout: Any = heldout) -> float:
-                return evaluate(engine, heldout, 16, 0)["heldout/loss"]
+                return evaluate(engine, {"heldout": heldout}, 16, 0)["heldout/loss"]
 
             losses = [loss()]
             with engine.averaged():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,11 @@ class Corpus(Section):
 
     path: str = Field(description="Output folder of `bertscale prep`.")
     weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other weights.")
+    max_epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Most epochs of the corpus in the run; where its weight would give more, it is cut.",
+    )
 
 
 PAIRS = ("nsp", "sop")  # kinds of samples of two segments; the sentence head classifies the pair
@@ -40,6 +46,16 @@ class SamplesConfig(Section):
         [],
         description="Shorter samples at first: pairs [steps, max_length], each for that number of steps of "
         "train.global_batch samples.",
+    )
+    size_exponent: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of a corpus by its size: its tokens to the power of size_exponent, times its "
+        "weight. 1: in proportion to the sizes; 0: as if all had the same size.",
+    )
+    min_document_tokens: int = Field(
+        1, ge=1, description="Fewest tokens of a document; shorter documents make no samples."
     )
     window_blocks: int = Field(
         64, ge=1, description="Number of random blocks of 2**19 tokens among which samples are shuffled."
@@ -323,6 +339,11 @@ class PretrainConfig(Section):
     data: str | list[Corpus] = Field(
         description="Output folder of `bertscale prep`, or several to mix: [{path: A, weight: 0.7}, ...]."
     )
+    heldout: dict[str, str] = Field(
+        {},
+        description="More held-out losses: a name and an output folder of `bertscale prep` each, whose "
+        "validation documents are masked at 15 % whatever the run masks.",
+    )
     device: Device = Field("auto", description=DEVICE)
     init: InitConfig | None = Field(
         None, description="What the run starts from; init=FOLDER is short for init.from=FOLDER."
@@ -341,6 +362,11 @@ class PretrainConfig(Section):
     def corpora(self) -> list[Corpus]:
         """Lists the data sets, one or several."""
         return [Corpus(path=self.data, weight=1.0)] if isinstance(self.data, str) else self.data
+
+    @property
+    def is_limited(self) -> bool:
+        """Tells whether a corpus has a limit of epochs: then its weight depends on the budget."""
+        return any(corpus.max_epochs is not None for corpus in self.corpora)
 
     @property
     def trained(self) -> tuple[str | None, str | None, str | None]:
@@ -397,6 +423,14 @@ class PretrainConfig(Section):
             raise ValueError(f"{', '.join(paths)} names a data set twice; name it once, with one weight")
         return corpora
 
+    @field_validator("heldout")
+    @classmethod
+    def _check_names(cls, heldout: dict[str, str]) -> dict[str, str]:
+        for name in heldout:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"the name {name!r} has other characters than letters, digits, -, _ and .")
+        return heldout
+
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
         if self.samples.has_pairs and not self.model.sentence_head:
@@ -414,6 +448,11 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"samples.max_length={self.samples.max_length} is longer than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}; change one of them"
+            )
+        if self.is_limited and self.train.hours is not None:
+            raise ValueError(
+                "data: max_epochs needs a budget in train.steps or train.tokens; with "
+                f"train.hours={self.train.hours:g} nobody knows how many samples the run will use"
             )
         self._check_objectives()
         check_tensor_degree(

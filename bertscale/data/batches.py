@@ -21,7 +21,7 @@ from bertscale.data.index import Peers
 from bertscale.data.loader import Loader
 from bertscale.data.manifest import Split
 from bertscale.data.micro_batch import MicroBatch
-from bertscale.data.mixture import Mixture
+from bertscale.data.mixture import Mixture, weights_of
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.tokenizer import Tokenizer, load_tokenizer
@@ -54,15 +54,19 @@ def make_loader(
     rank, world, device = (0, 1, "cpu") if ranks is None else (ranks.data_rank, ranks.data, ranks.device.type)
     check_batches(config, world)
     samples, training = config.samples, split == "train"
+    datasets = datasets or [open_dataset(corpus.path, split) for corpus in config.corpora]
     mixture = Mixture(
-        datasets or [open_dataset(corpus.path, split) for corpus in config.corpora],
-        [corpus.weight for corpus in config.corpora],
+        datasets,
+        weights_of(datasets, config.corpora, samples),
         samples if training else samples.model_copy(update={"warmup": []}),
         global_batch=config.train.global_batch,
         batch_warmup=config.train.batch_warmup if training else None,
         seed=config.train.seed if training else 0,
         peers=ranks,
     )
+    if training and config.is_limited:
+        most = [corpus.max_epochs for corpus in config.corpora]
+        mixture.limit_epochs(most, config.train.steps, config.train.tokens)
     return Loader(
         mixture,
         tokenizer,

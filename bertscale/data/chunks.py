@@ -15,7 +15,8 @@ that is longer than a sample holds is divided as evenly as can be, and each part
     bin       `budget` positions of the packed stream that make one sample
     budget    tokens of a sample without its [CLS] and [SEP]
 
-U: sentences, D: documents with text, B: blocks, n: samples.
+U: sentences, D: documents with text, long enough, B: blocks, R: runs of tokens that lie together,
+n: samples.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from bertscale.config import UserError
-from bertscale.data.masking import Ints
+from bertscale.data.masking import Bools, Ints
 from bertscale.data.shards import Dataset, Shard
 
 Form = Literal["pairs", "document", "packed"]
@@ -50,32 +51,48 @@ class BlockSamples:
     For pairs and documents: `sentence_start` [U + 1] (first token), `document_sentence` [D + 1] (first
     sentence), `chunk_first` and `chunk_end` [n] (first sentence, and one behind the last). For packed
     samples: `document_start` [D + 1] (first token) and `stream_start` [D], where the document begins in the
-    stream that is cut into bins. Raises UserError for a shard whose columns contradict each other.
+    stream that is cut into bins. Documents of fewer than `min_tokens` tokens are as if they were not there.
+    Raises UserError for a shard whose columns contradict each other.
     """
 
-    def __init__(self, dataset: Dataset, index: Blocks, blocks: Ints, form: Form, max_length: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        index: Blocks,
+        blocks: Ints,
+        form: Form,
+        max_length: int,
+        min_tokens: int = 1,
+    ) -> None:
         self.budget = max_length - SPECIALS[form]
         shard_start = np.cumsum([0, *(shard.entry.tokens for shard in dataset.shards)])  # [shards + 1]
         where = [(index.shard[b], index.row[b], index.row[b] + index.rows[b]) for b in blocks.tolist()]
         offsets = [_offsets(dataset.shards[shard], row, stop) for shard, row, stop in where]
-        sizes = np.array([edges[-1] - edges[0] for edges in offsets], np.int64)  # [B] tokens
+        # A row without text is no document here, nor is one that is too short.
+        kept = [np.diff(edges) >= max(1, min_tokens) for edges in offsets]  # [rows] of each block
+        lengths = [np.diff(edges)[keep] for edges, keep in zip(offsets, kept, strict=True)]
+        sizes = np.array([tokens.sum() for tokens in lengths], np.int64)  # [B] tokens
         self.block_start = np.cumsum(sizes) - sizes  # [B] first token of each block
-        first = [shard_start[shard] + edges[0] for (shard, _, _), edges in zip(where, offsets, strict=True)]
-        self.shift = np.array(first, np.int64) - self.block_start  # [B] to the number in the data set
-        lengths = [np.diff(edges) for edges in offsets]
-        lengths = [tokens[tokens > 0] for tokens in lengths]  # a row without text is no document here
+        # Runs: whole blocks, or documents where others between them are left out.
+        first = [edges[:1] for edges in offsets]
+        if min_tokens > 1:
+            first = [edges[:-1][keep] for edges, keep in zip(offsets, kept, strict=True)]
+            sizes = np.concatenate(lengths)
+        begins = [shard_start[shard] + part for (shard, _, _), part in zip(where, first, strict=True)]
+        self.run_start = np.cumsum(sizes) - sizes  # [R] first token of each run
+        self.shift = np.concatenate(begins).astype(np.int64) - self.run_start  # [R] to the data set's number
         self.num_documents = sum(map(len, lengths))
         self.documents_per_block = np.array([len(tokens) for tokens in lengths])  # [B]
         self.one_token_documents = np.array([int((tokens == 1).sum()) for tokens in lengths])  # [B]
         if form == "packed":
             self._pack(lengths)
         else:
-            self._read_sentences(dataset, where, offsets)
+            self._read_sentences(dataset, where, offsets, kept)
             self._cut(form)
 
     def locate(self, token: Ints) -> Ints:
         """Numbers in the data set of tokens [N], which are given by their numbers in these blocks."""
-        return token + self.shift[np.searchsorted(self.block_start, token, side="right") - 1]
+        return token + self.shift[np.searchsorted(self.run_start, token, side="right") - 1]
 
     @property
     def num_samples(self) -> int:
@@ -97,23 +114,30 @@ class BlockSamples:
         self.stream_start = np.concatenate(starts)
         self.document_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
 
-    def _read_sentences(self, data: Dataset, where: list[tuple[int, int, int]], offsets: list[Ints]) -> None:
+    def _read_sentences(
+        self, data: Dataset, where: list[tuple[int, int, int]], offsets: list[Ints], kept: list[Bools]
+    ) -> None:
         """Sets `sentence_start` and `document_sentence`; divides sentences that are too long for a sample."""
         sentences, documents, number = [], [], 0
-        for (shard, row, stop), edges in zip(where, offsets, strict=True):
+        for (shard, row, stop), edges, keep in zip(where, offsets, kept, strict=True):
             bounds = data.shards[shard].sentence_offsets[row : stop + 1].astype(np.int64)  # [rows + 1]
             lengths = data.shards[shard].sentence_lengths[bounds[0] : bounds[-1]].astype(np.int64)
             bounds -= bounds[0]
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
             # Sizes are checked at open, digests only on request: what contradicts itself is found here.
             document_ends = ends.take(bounds, mode="clip")  # a damaged offset may point anywhere
-            if not lengths.all() or not np.array_equal(document_ends, edges - edges[0]):
+            agree = np.array_equal(document_ends, edges - edges[0]) and (np.diff(bounds) >= 0).all()
+            if not lengths.all() or not agree:
                 raise _damaged(data.shards[shard])
-            if lengths.max() > self.budget:
+            if not keep.all():
+                counts = np.diff(bounds)  # [rows]
+                lengths = lengths[np.repeat(keep, counts)]
+                bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[keep])])
+            if lengths.max(initial=0) > self.budget:
                 lengths, first = _even_parts(lengths, self.budget)
                 bounds = first[bounds]
             sentences.append(lengths.astype(np.int32))  # half the memory while the blocks are collected
-            documents.append(bounds[:-1][np.diff(bounds) > 0] + number)
+            documents.append(bounds[:-1] + number)
             number += len(lengths)
         self.document_sentence = np.concatenate([*documents, np.array([number])])
         self.sentence_start = np.zeros(number + 1, np.int64)

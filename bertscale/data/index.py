@@ -51,18 +51,23 @@ class BlockIndex(NamedTuple):
     row: npt.NDArray[np.int32]  # first row of the shard
     rows: npt.NDArray[np.int32]
     samples: npt.NDArray[np.int32]
-    documents: npt.NDArray[np.int32]  # with text
+    documents: npt.NDArray[np.int32]  # with text, long enough
     one_token: npt.NDArray[np.int32]  # documents of one token, which cannot be two segments
 
 
-def load_index(dataset: Dataset, form: Form, max_length: int, peers: Peers | None = None) -> BlockIndex:
+def load_index(
+    dataset: Dataset, form: Form, max_length: int, peers: Peers | None = None, min_tokens: int = 1
+) -> BlockIndex:
     """Reads the index of a form and length, or counts it where there is none of these very shards.
+
+    Of documents of at least `min_tokens` tokens; blocks that have none are left out.
 
     `peers`: the ranks of a job, all of which must call; each counts every `world`-th block. Raises UserError,
     on all ranks, for a damaged shard.
     """
     digest = dataset.manifest_digest
-    name = f"{dataset.split}-{form}-{max_length}-{BLOCK_TOKENS}-{digest}"
+    longer = f"-from-{min_tokens}" if min_tokens > 1 else ""
+    name = f"{dataset.split}-{form}-{max_length}{longer}-{BLOCK_TOKENS}-{digest}"
     path = dataset.folder / FOLDER / name
     rank, world = (peers.rank, peers.world) if peers else (0, 1)
     # The first rank decides for all: on a slow shared file system some might see the file, and others count.
@@ -73,7 +78,8 @@ def load_index(dataset: Dataset, form: Form, max_length: int, peers: Peers | Non
     blocks = cut_blocks(dataset)
     mine: npt.NDArray[np.int64] | UserError
     try:
-        mine = _count(dataset, blocks, form, max_length, np.arange(rank, len(blocks.shard), world), rank)
+        every = np.arange(rank, len(blocks.shard), world)
+        mine = _count(dataset, blocks, form, max_length, every, rank, min_tokens)
     except UserError as error:  # told to all ranks, which would wait for this one
         mine = error
     by_rank = peers.gather(mine) if peers else [mine]
@@ -83,7 +89,8 @@ def load_index(dataset: Dataset, form: Form, max_length: int, peers: Peers | Non
     counts = np.empty((3, len(blocks.shard)), np.int64)  # [3, B]
     for peer, result in enumerate(by_rank):
         counts[:, peer::world] = result
-    index = BlockIndex(*(column.astype(np.int32) for column in (*blocks, *counts)))
+    has_documents = counts[1] > 0  # [B]
+    index = BlockIndex(*(column[has_documents].astype(np.int32) for column in (*blocks, *counts)))
     if rank == 0:
         with contextlib.suppress(OSError):  # a folder that is read-only, or full: counted again next time
             path.parent.mkdir(exist_ok=True)
@@ -114,7 +121,7 @@ def cut_blocks(dataset: Dataset) -> Blocks:
 
 
 def _count(
-    dataset: Dataset, blocks: Blocks, form: Form, max_length: int, mine: Ints, rank: int
+    dataset: Dataset, blocks: Blocks, form: Form, max_length: int, mine: Ints, rank: int, min_tokens: int = 1
 ) -> npt.NDArray[np.int64]:
     """Samples, documents and documents of one token in the blocks `mine`, [3, len(mine)]."""
     parts = [np.zeros((3, 0), np.int64)]
@@ -122,7 +129,7 @@ def _count(
     with Progress(f"counting samples in {dataset.folder}", len(mine), "blocks", hidden=hidden) as progress:
         for begin in range(0, len(mine), BLOCKS_AT_ONCE):
             few = mine[begin : begin + BLOCKS_AT_ONCE]
-            cut = BlockSamples(dataset, blocks, few, form, max_length)
+            cut = BlockSamples(dataset, blocks, few, form, max_length, min_tokens)
             parts.append(np.stack([cut.samples_per_block, cut.documents_per_block, cut.one_token_documents]))
             progress.advance(len(few))
     return np.concatenate(parts, axis=1)

@@ -16,17 +16,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from bertscale.config import Corpus, SamplesConfig
-from bertscale.data.batch_phases import FOREVER, batch_of, batch_phases
+from bertscale.config import Corpus, SamplesConfig, UserError
+from bertscale.data.batch_phases import FOREVER, batch_of, batch_phases, steps_until
 from bertscale.data.index import Peers
 from bertscale.data.masking import Ints
 from bertscale.data.order import permute, round_keys
 from bertscale.data.samples import Sampler, Segments
 from bertscale.data.shards import Dataset, check_tokenizers
 
+Floats = npt.NDArray[np.float64]
+
 PERIOD = 1024  # samples
+LIMIT_ROUNDS = 8  # with a budget in tokens, cut weights change the number of steps, and that the cut
 MEASURED = 16_384  # samples whose mean length stands for all
 SLOTS = 2**32 - 2  # instead of a window's number, in the key of a period's permutation
 
@@ -60,24 +64,61 @@ class Mixture:
     ) -> None:
         self.datasets, self.samples, self.global_batch, self.seed = datasets, samples, global_batch, seed
         check_tokenizers(datasets)
-        self.quotas = Quotas(weights)
         sizes = [sum(shard.entry.tokens for shard in dataset.shards) for dataset in datasets]
         self.first_token = np.cumsum([0, *sizes[:-1]])
         self.phases: list[LengthPhase] = []
         step = 0
         for number, (steps, length) in enumerate([*samples.warmup, (0, samples.max_length)]):
             samplers = [
-                Sampler(data, samples.kind, length, samples.window_blocks, seed, phase=number, peers=peers)
+                Sampler(
+                    data,
+                    samples.kind,
+                    length,
+                    samples.window_blocks,
+                    seed,
+                    phase=number,
+                    peers=peers,
+                    min_tokens=samples.min_document_tokens,
+                )
                 for data in datasets
             ]
             self.phases.append(LengthPhase(step, length, samplers))
             step += steps
+        self.batch_warmup = batch_warmup
+        self.cut: dict[int, float] = {}  # the fraction of the samples that a corpus would have without limits
+        self._divide(weights)
+
+    def _divide(self, weights: Sequence[float]) -> None:
+        """Sets the weights of the corpora, and with them what a step holds."""
+        self.quotas = Quotas(weights)
         lengths = [(phase.first_step, 1.0) for phase in self.phases]
-        if batch_warmup is not None:
+        if self.batch_warmup is not None:
             lengths = self.mean_sample_tokens()
-        self.batches = batch_phases(batch_warmup or [], global_batch, lengths)
+        self.batches = batch_phases(self.batch_warmup or [], self.global_batch, lengths)
         for phase in self.phases:
             phase.first_sample = self.batch(phase.first_step)[0]
+
+    def limit_epochs(self, most: Sequence[float | None], steps: int | None, tokens: float | None) -> None:
+        """Cuts the weights of corpora that a budget, of `steps` or of `tokens`, would use more often than
+        `most` [C] epochs.
+
+        Raises UserError where all corpora together are too little.
+        """
+        wanted = share = self.quotas.fractions
+        for _ in range(LIMIT_ROUNDS):
+            whole = steps_until(tokens, self.batches) if tokens is not None else steps or 0
+            alone = self._epochs(whole, share=False)
+            limits = np.array([np.inf if m is None else m for m in most]) / np.maximum(alone, 1e-12)
+            before, share = share, limited(wanted, limits)
+            if share.sum() < 1 - 1e-9:
+                raise UserError(
+                    f"data: max_epochs of the corpora give {share.sum():.1%} of the samples that {whole:,} "
+                    "steps need; lower the budget in `train`, or raise max_epochs"
+                )
+            if np.allclose(share, before, rtol=1e-6, atol=0):
+                break
+            self._divide(share.tolist())
+        self.cut = {int(c): float(wanted[c]) for c in np.flatnonzero(share < wanted * (1 - 1e-9))}
 
     def batch(self, step: int) -> tuple[int, int]:
         """First sample and number of samples of global step `step`."""
@@ -124,13 +165,17 @@ class Mixture:
 
     def epochs(self, step: int) -> list[float]:
         """Epochs of each corpus that `step` global steps consume, as fractions."""
+        return [float(value) for value in self._epochs(step)]
+
+    def _epochs(self, step: int, *, share: bool = True) -> Floats:
+        """As `epochs`, [C]; without `share` as if each corpus made all samples."""
         done = np.zeros(len(self.datasets))
         ends = [*(phase.first_step for phase in self.phases[1:]), step]
         for phase, end in zip(self.phases, ends, strict=True):
             samples = max(0, self.batch(min(step, end))[0] - phase.first_sample)
             sizes = np.array([sampler.num_samples for sampler in phase.samplers])
-            done += self.quotas.counts(samples) / sizes
-        return [float(value) for value in done]
+            done += (self.quotas.counts(samples) if share else samples) / sizes
+        return done
 
 
 class Quotas:
@@ -149,6 +194,12 @@ class Quotas:
         self.bounds = np.concatenate([[0], np.cumsum(whole)])  # [C + 1] samples of the corpora before c
         self.even = np.concatenate([[0], np.cumsum(whole // PERIOD)])  # [C + 1] of them in a period, at least
         self.line = np.concatenate([[0], np.cumsum(whole % PERIOD)])  # [C + 1] where extra samples begin
+
+    @property
+    def fractions(self) -> Floats:
+        """The share of each corpus in the samples, [C]."""
+        share: Floats = self.weights / PERIOD**2
+        return share
 
     def _before(self, period: Ints) -> Ints:
         """Samples of the corpora 0 .. c - 1 in all periods before `period` [n], as [n, C + 1]."""
@@ -179,12 +230,45 @@ class Quotas:
         return corpus, earlier + slot - bounds[sample, corpus]
 
 
+def weights_of(datasets: Sequence[Dataset], corpora: Sequence[Corpus], samples: SamplesConfig) -> list[float]:
+    """The weight of each corpus: its own, times its tokens to the power of `samples.size_exponent` if given.
+
+    The tokens are those of the training split, whichever split is open: both are mixed alike.
+    """
+    weights = [corpus.weight for corpus in corpora]
+    if samples.size_exponent is None:
+        return weights
+    sizes = [
+        sum(shard["tokens"] for shard in data.manifest["shards"] if shard["split"] == "train")
+        for data in datasets
+    ]
+    return [
+        weight * max(1, size) ** samples.size_exponent for weight, size in zip(weights, sizes, strict=True)
+    ]
+
+
+def limited(shares: Floats, limits: Floats) -> Floats:
+    """The `shares` [C], which add up to 1, none above its limit [C]: what is cut goes to the others in
+    proportion to their shares, again and again. They add up to less than 1 where the limits do."""
+    full = np.zeros(len(shares), np.bool_)
+    while True:
+        others = shares[~full].sum()
+        rest = 1 - limits[full].sum()
+        result = np.where(full, limits, shares * (rest / others if others else 0.0))
+        over = ~full & (result > limits)
+        if not over.any():
+            return result
+        full |= over
+
+
 def data_digest(datasets: Sequence[Dataset], corpora: Sequence[Corpus]) -> str:
-    """The xxh3-128 (hex) that a checkpoint keeps of its data: the manifest's, or one of all corpora's digests
-    and weights."""
+    """The xxh3-128 (hex) that a checkpoint keeps of its data: the manifest's, or one of the digests, weights
+    and limits of all corpora."""
     if len(datasets) == 1:
         return datasets[0].manifest_digest
     parts = [
-        f"{data.manifest_digest} {corpus.weight!r}" for data, corpus in zip(datasets, corpora, strict=True)
+        f"{data.manifest_digest} {corpus.weight!r}"
+        + ("" if corpus.max_epochs is None else f" {corpus.max_epochs!r}")
+        for data, corpus in zip(datasets, corpora, strict=True)
     ]
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())

@@ -51,8 +51,9 @@ class Segments(NamedTuple):
 class Sampler:
     """The samples of one corpus at one length; `num_samples` of them make an epoch.
 
-    `phase` tells apart the samplers of a run that trains on several lengths, one after another. Raises
-    UserError where the data makes no sample. Holds the index and the cut samples of two windows.
+    Documents of fewer than `min_tokens` tokens are left out. `phase` tells apart the samplers of a run that
+    trains on several lengths, one after another. Raises UserError where the data makes no sample. Holds the
+    index and the cut samples of two windows.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class Sampler:
         phase: int = 0,
         peers: Peers | None = None,
         index: BlockIndex | None = None,
+        min_tokens: int = 1,
     ) -> None:
         self.dataset, self.kind, self.max_length, self.seed = dataset, kind, max_length, seed
-        self.form = FORMS[kind]
-        self.index = index or load_index(dataset, self.form, max_length, peers)
+        self.form, self.min_tokens = FORMS[kind], min_tokens
+        self.index = index or load_index(dataset, self.form, max_length, peers, min_tokens)
         self.num_documents = int(self.index.documents.sum(dtype=np.int64))
         # Documents that make no sample; with nsp they are still the B of other samples.
         self.left_out = int(self.index.one_token.sum(dtype=np.int64)) if kind in PAIRS else 0
@@ -87,9 +89,13 @@ class Sampler:
         where = f"the {self.dataset.split} split of {self.dataset.folder}"
         needed = 2 if self.kind == "nsp" else 1
         if self.num_documents < needed:
+            what, remedy = "with text", _REMEDIES[self.dataset.split]
+            if self.min_tokens > 1:
+                what = f"of samples.min_document_tokens={self.min_tokens} tokens or more"
+                remedy = f"lower samples.min_document_tokens, or {remedy}"
             raise UserError(
-                f"{where} holds {self.num_documents} document(s) with text; samples.kind={self.kind} needs "
-                f"at least {('one', 'two')[needed - 1]}: {_REMEDIES[self.dataset.split]}"
+                f"{where} holds {self.num_documents} document(s) {what}; samples.kind={self.kind} needs "
+                f"at least {('one', 'two')[needed - 1]}: {remedy}"
             )
         if not self.index.samples.any():
             raise UserError(f"the {self.num_documents:,} documents of {where} have one token each: no pairs")
@@ -119,7 +125,8 @@ class Sampler:
         return Segments(start, length, kind, owner[order], label)
 
     def _cut_window(self, blocks: tuple[int, ...]) -> BlockSamples:
-        return BlockSamples(self.dataset, self.blocks, np.array(blocks, np.int64), self.form, self.max_length)
+        chosen = np.array(blocks, np.int64)
+        return BlockSamples(self.dataset, self.blocks, chosen, self.form, self.max_length, self.min_tokens)
 
     def _segments(self, window: BlockSamples, index: Ints, samples: Ints) -> Segments:
         """The samples `index` [S] of a window."""

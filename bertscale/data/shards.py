@@ -339,12 +339,15 @@ def _offsets(sizes: list[int]) -> npt.NDArray[np.int32]:
     return np.cumsum([0, *sizes]).astype(np.int32)
 
 
-def check_tokenizers(datasets: Sequence[Dataset]) -> None:
-    """Raises UserError where two data sets have different tokenizers: their ids mean different pieces."""
+def check_tokenizers(datasets: Sequence[Dataset], key: str = "data") -> None:
+    """Raises UserError where two data sets have different tokenizers: their ids mean different pieces.
+
+    `key`: the setting that names those after the first.
+    """
     first = datasets[0]
     for other in datasets[1:]:
         if other.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
             raise UserError(
-                f"data: {other.folder} was made with another tokenizer than {first.folder}; run `bertscale "
+                f"{key}: {other.folder} was made with another tokenizer than {first.folder}; run `bertscale "
                 f"prep` for it with tokenizer={first.tokenizer_path}"
             )

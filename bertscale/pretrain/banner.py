@@ -50,14 +50,17 @@ def data_lines(
     before, at_end = mixture.epochs(start), mixture.epochs(schedule.steps or start)
     lines = []
     for number, (corpus, sampler) in enumerate(zip(data, mixture.phases[-1].samplers, strict=True)):
-        fraction = mixture.quotas.weights[number] / mixture.quotas.weights.sum()
+        fraction, cut = mixture.quotas.fractions[number], mixture.cut.get(number)
         lines.append(
             f"{'' if number else 'data':<10}{show_count(corpus.num_tokens)} tokens, {corpus.num_documents:,} "
             f"documents, {sampler.num_samples:,} {name} of at most {config.samples.max_length} tokens; "
             + (f"{at_end[number] - before[number]:.1f} epochs" if schedule.steps else schedule.text)
             + " to go"
             + (f"; {corpus.folder}, {fraction:.1%} of the samples" if len(data) > 1 else "")
+            + (f", not {cut:.1%}: max_epochs is {config.corpora[number].max_epochs:g}" if cut else "")
         )
+        if (short := corpus.num_documents - sampler.num_documents) and sampler.min_tokens > 1:
+            lines.append(f"{'':<10}{short:,} documents of fewer than {sampler.min_tokens:,} tokens left out")
         lines += [f"{'warning':<10}{corpus.folder}: {doubt}" for doubt in doubts(corpus.manifest)]
         if sampler.left_out:
             lines.append(f"{'':<10}{sampler.left_out:,} documents of a single token make no pair")

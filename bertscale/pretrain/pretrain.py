@@ -9,19 +9,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 
 from bertscale.config import PretrainConfig
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
-from bertscale.data.loader import Loader
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
-from bertscale.model.model import LossSums
 from bertscale.pretrain.banner import banner, epochs
+from bertscale.pretrain.heldout import evaluate, heldout_loaders
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from, with_model_of
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, RESULT, check_run_folder, checkpoint_folder
@@ -72,10 +70,10 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         config = with_model_of(config, before.model) if config.init else config
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
     if source is not None:
-        check_source(config, source, data)
+        check_source(config, source)
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
-    heldout = make_loader(config, tokenizer, "validation", ranks=ranks)
+    heldout = heldout_loaders(config, tokenizer, data, ranks)
     schedule = TrainingSchedule(config, loader.mixture.batches)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
     precision = f"{dtype}".removeprefix("torch.")
@@ -92,7 +90,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         engine.resume(checkpoint)
         origin = resumed(checkpoint)
     elif source is not None:
-        origin = start_from(engine, source)
+        origin = start_from(engine, source, tokenizer)
     else:
         engine.start(config.train.seed)
 
@@ -165,13 +163,14 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                     facts = brief(mean_losses("train", config, totals, seen, ranks) | rate.so_far(ranks))
             progress.advance(1, **facts)
             if done % config.train.eval_every == 0 or last:
-                samples, of_average = config.train.eval_samples, "heldout_average"
+                samples = config.train.eval_samples
                 figures = evaluate(engine, heldout, samples, done)
                 words = f"step {done}: held-out {heldout_brief(figures)}"
                 if config.train.average:
                     with engine.averaged():
-                        figures |= evaluate(engine, heldout, samples, done, of_average)
-                    words += f"; of the average {heldout_brief(figures, of_average)}"
+                        again = evaluate(engine, heldout, samples, done)
+                    words += f"; with the average {heldout_brief(again)}"
+                    figures |= {key.replace("heldout", "heldout_average", 1): again[key] for key in again}
                 if writer:
                     writer.write(done, figures)
                 progress.say(words)
@@ -201,29 +200,6 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
 
 # ---------------------------------------------------------------------------------------- its parts
-
-
-@torch.no_grad()
-def evaluate(
-    engine: Engine[PretrainConfig], loader: Loader, samples: int, done: int, name: str = "heldout"
-) -> dict[str, float]:
-    """Mean losses and accuracies of held-out documents, always over the same masked samples; the figures
-    begin with `name`."""
-    ranks = engine.ranks
-    engine.model.eval()
-    totals = torch.zeros(len(LossSums._fields), device=ranks.device)
-    masked = tokens = 0
-    steps = max(1, samples // loader.global_batch)
-    for step in range(steps):
-        for batch in loader.step(step):
-            totals += torch.stack(engine(batch.to(ranks.device)))
-            masked += batch.num_targets
-            tokens += len(batch.tokens)
-            beat(done)
-    engine.model.train()
-    all_masked, all_tokens = ranks.sum_over_data(masked, tokens)
-    counts = Counts(all_masked, steps * loader.global_batch, all_tokens)
-    return mean_losses(name, engine.config, totals, counts, ranks)
 
 
 def save(

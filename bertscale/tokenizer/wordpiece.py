@@ -30,19 +30,20 @@ from bertscale.config import UserError
 from bertscale.config.table import Count, Table, check_table, damaged, parse_object, read_object
 from bertscale.tokenizer.base import (
     CLS,
+    CONFIG_NAME,
+    FAST_NAME,
+    REMEDY,
     SEP,
     SPECIAL,
     SPECIAL_KEYS,
     UNK,
-    WORD_PIECE_NAME,
+    VOCABULARY_NAME,
     Ids,
     Spans,
     Tokenizer,
     begins_like_a_word,
 )
 
-CONFIG_NAME = "tokenizer_config.json"
-REMEDY = "put a sound copy of it there"
 CONTINUES = "##"  # before a piece that does not begin a word
 CACHE_BYTES = 64 * 2**20  # for words whose ids are known, about
 WORD_BYTES = 250  # of a known word, about, beside its characters
@@ -58,7 +59,7 @@ _find_words = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+").findall
 class WordPieceTokenizer(Tokenizer):
     """A WordPiece tokenizer, made by `load_tokenizer`; pieces that continue a word begin with "##"."""
 
-    file_name = WORD_PIECE_NAME
+    file_name = FAST_NAME
     mark = CONTINUES
 
     def __init__(self, path: Path, content: bytes) -> None:
@@ -161,6 +162,12 @@ class WordPieceTokenizer(Tokenizer):
             raise IndexError(f"no piece {piece_id}")
         return name
 
+    def spelling(self, piece_id: int) -> tuple[str, bool]:
+        piece = self.piece(piece_id)
+        if piece.startswith(CONTINUES):
+            return piece[len(CONTINUES) :], False
+        return piece, True
+
     def _starts_word(self, piece_id: int) -> bool:
         piece = self.piece(piece_id)
         if not piece.startswith(CONTINUES) or piece == CONTINUES:
@@ -183,7 +190,7 @@ class WordPieceTokenizer(Tokenizer):
         text = json.dumps(settings, indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         pieces = "".join(f"{self.piece(i)}\n" for i in range(self.vocab_size))
-        (folder / "vocab.txt").write_text(pieces, encoding="utf-8", newline="\n")
+        (folder / VOCABULARY_NAME).write_text(pieces, encoding="utf-8", newline="\n")
 
 
 def load(path: Path, content: bytes, lowercase: bool | None) -> WordPieceTokenizer:
@@ -351,8 +358,8 @@ def _read(path: Path, content: bytes) -> _TokenizerJson:
     types = [part.get("type") if isinstance(part, dict) else None for part in named]
     if types != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
         raise UserError(
-            f"{path} is not the tokenizer of a BERT (a WordPiece model with BERT's rules); where it is the "
-            "Hugging Face form of a SentencePiece model, put that model beside it as tokenizer.model"
+            f"{path} is not the tokenizer of a BERT (a WordPiece model with BERT's rules), nor BPE; where it "
+            "is the Hugging Face form of a SentencePiece model, put that model beside it as tokenizer.model"
         )
     parts = check_table(_TokenizerJson, values, path, REMEDY)
     for name in SPECIAL:

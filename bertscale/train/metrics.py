@@ -219,10 +219,10 @@ def hyperparameters(config: Section) -> dict[str, float | str]:
                 add(f"{prefix}{key}.", value)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 flat[prefix + key] = value
-            elif value is not None:
+            else:
                 flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
 
-    add("", config.model_dump(mode="json", exclude={"run", "output", "launch"}))
+    add("", config.model_dump(mode="json", exclude={"run", "output", "launch"}, exclude_none=True))
     return flat
 
 
@@ -261,13 +261,15 @@ def show_mfu(mfu: float) -> str:
     return f"{mfu:.0%}" + (" of the peak measured at the start" if mfu > 1 else "")
 
 
-def heldout_brief(figures: dict[str, float], prefix: str = "heldout") -> str:
-    """The held-out figures in words, such as `MLM loss 6.1234, NSP accuracy 51.2%`."""
+def heldout_brief(figures: dict[str, float]) -> str:
+    """The held-out figures in words, such as `MLM loss 6.1234, NSP accuracy 51.2%; of wiki 6.0151`."""
     words = []
-    if f"{prefix}/mlm_loss" in figures:
-        words.append(f"MLM loss {figures[f'{prefix}/mlm_loss']:.4f}")
-    words += [f"{name} {rate}" for name, rate in _rates(figures, prefix, ".1%").items()]
-    return ", ".join(words)
+    if "heldout/mlm_loss" in figures:
+        words.append(f"MLM loss {figures['heldout/mlm_loss']:.4f}")
+    words += [f"{name} {rate}" for name, rate in _rates(figures, "heldout", ".1%").items()]
+    named = [key.split("/") for key in figures if key.endswith("/mlm_loss") and key.count("/") == 2]
+    of_each = ", ".join(f"{name} {figures[f'heldout/{name}/mlm_loss']:.4f}" for _, name, _ in named)
+    return ", ".join(words) + (f"; of {of_each}" if of_each else "")
 
 
 def _rates(figures: dict[str, float], prefix: str, form: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bertscale.config import ObjectivesConfig, PretrainConfig, UserError
+from bertscale.config import ObjectivesConfig, PretrainConfig, SamplesConfig, UserError
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset
 from bertscale.run_folder import BEST, CHECKPOINTS, CONFIG, METRICS, RESULT, checkpoints
@@ -81,6 +81,7 @@ def check_same_run(
             f"init={now['init']}, but {checkpoint.folder} is of a run that was started with "
             f"{before.get('init')}; choose another run folder or give the old value"
         )
+    before["samples"] = SamplesConfig.model_validate(before["samples"]).model_dump(mode="json")
     before["objectives"] = ObjectivesConfig.model_validate(before.get("objectives", {})).model_dump()
     for section, key in [
         *(("model", key) for key in now["model"] if "dropout" not in key),
@@ -89,6 +90,7 @@ def check_same_run(
         ("train", "global_batch"),
         ("train", "batch_warmup"),
         ("train", "seed"),
+        *(("train", budget) for budget in ("steps", "tokens") if config.is_limited),
     ]:
         if before[section].get(key) != now[section][key]:
             raise UserError(

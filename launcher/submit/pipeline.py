@@ -50,7 +50,7 @@ SECTIONS: dict[str, type[Config]] = {
 }
 PATHS = {  # keys of a config that name files or folders
     "prep": ("input", "output", "tokenizer"),
-    "pretrain": ("run", "data", "init"),
+    "pretrain": ("run", "data", "heldout", "init"),
     "finetune": ("encoder", "init", "data", "output"),
     "glue": ("model", "folder", "output"),
 }
@@ -134,9 +134,11 @@ def _load(stage: PipelineStage) -> Config:
 
 
 def _absolute(value: Any) -> Any:
-    """A path, a corpus, several of them, labelled examples or None, with absolute paths."""
+    """A path, a corpus, several of them or some by name, labelled examples or None, with absolute paths."""
     if isinstance(value, list):
         return [_absolute(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _absolute(entry) for key, entry in value.items()}
     if isinstance(value, Corpus):
         return value.model_copy(update={"path": os.path.abspath(value.path)})
     if isinstance(value, InitConfig):
@@ -315,7 +317,8 @@ def _inputs(job: StageJob) -> list[str]:
     if isinstance(config, PrepConfig):
         return [*config.input, *([config.tokenizer] if config.tokenizer else [])]
     if isinstance(config, PretrainConfig):
-        return [*(corpus.path for corpus in config.corpora), *([config.init.source] if config.init else [])]
+        folders = [*(corpus.path for corpus in config.corpora), *config.heldout.values()]
+        return [*folders, *([config.init.source] if config.init else [])]
     if isinstance(config, FinetuneConfig):
         data = config.data
         held_out = [path for path in (data.dev, data.test) if path is not None]

@@ -171,6 +171,12 @@ def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, r
         dataset = _collect(report, partial(open_dataset, corpus.path, "train"))
         data += [] if dataset is None else [dataset]
         _collect(report, partial(open_dataset, corpus.path, "validation"))
+    for name, folder in config.heldout.items():
+        held = (
+            None if promises.hold(folder) else _collect(report, partial(open_dataset, folder, "validation"))
+        )
+        if data and held is not None:
+            _collect(report, partial(check_tokenizers, [data[0], held], f"heldout.{name}"))
     if data:
         vocab_size = data[0].manifest["vocab_size"]
         _collect(report, lambda: check_tokenizers(data))

@@ -1,0 +1,114 @@
+"""Held-out losses: of the data's own validation split, and of sets with names.
+
+    heldout/mlm_loss         the validation split, mixed and masked as the run's own samples
+    heldout/NAME/mlm_loss    a data set of `heldout`, or the validation split of one of several corpora
+
+Sets with names are masked alike in every run (`MASKING`), so that phases and runs which mask otherwise, or
+use longer documents only, are compared by them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bertscale.config import PretrainConfig
+from bertscale.data.batches import make_loader
+from bertscale.data.loader import Loader
+from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
+from bertscale.model.model import LossSums
+from bertscale.tokenizer import Tokenizer
+from bertscale.train.engine import Engine
+from bertscale.train.heartbeat import beat
+from bertscale.train.objectives import Counts, mean_losses
+from bertscale.train.parallel import Ranks
+
+MASKING = {  # as BERT was published
+    "mask_unit": "token",
+    "mask_rate": 0.15,
+    "mask_token_rate": 0.8,
+    "random_token_rate": 0.1,
+}
+
+
+def heldout_sets(config: PretrainConfig) -> dict[str, str]:
+    """The folders of the sets with names: those of `heldout`, and of several corpora each one.
+
+    A corpus has the name of its folder, with that of the folder above where two would be the same, and so on.
+    """
+    paths = [corpus.path for corpus in config.corpora] if len(config.corpora) > 1 else []
+    return {**dict(zip(_names(paths, config.heldout), paths, strict=True)), **config.heldout}
+
+
+def _names(paths: Sequence[str], taken: dict[str, str]) -> list[str]:
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["-".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names) and not set(names) & taken.keys():
+            return names
+    return [f"corpus-{number}" for number in range(1, len(paths) + 1)]
+
+
+def heldout_loaders(
+    config: PretrainConfig, tokenizer: Tokenizer, data: Sequence[Dataset], ranks: Ranks
+) -> dict[str, Loader]:
+    """The batches of each held-out loss, by what its figures are called. All ranks must call.
+
+    Raises UserError where a set is missing, damaged, or of another tokenizer than the run's `data`.
+    """
+    loaders = {"heldout": make_loader(config, tokenizer, "validation", ranks=ranks)}
+    samples = config.samples.model_copy(update={**MASKING, "min_document_tokens": 1})
+    for name, folder in heldout_sets(config).items():
+        held = open_dataset(folder, "validation")
+        check_tokenizers([data[0], held], f"heldout.{name}")
+        alone = config.model_copy(update={"data": folder, "samples": samples})
+        loaders[f"heldout/{name}"] = make_loader(alone, tokenizer, "validation", [held], ranks)
+    return loaders
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine[PretrainConfig], loaders: dict[str, Loader], samples: int, done: int
+) -> dict[str, float]:
+    """Mean losses and accuracies of held-out documents, always over the same masked samples."""
+    engine.model.eval()
+    figures: dict[str, float] = {}
+    for prefix, loader in loaders.items():
+        found = _evaluate(engine, prefix, loader, samples, done)
+        if prefix != "heldout" and f"{prefix}/mlm_loss" in found:
+            found[f"{prefix}/masked_perplexity"] = masked_perplexity(found[f"{prefix}/mlm_loss"])
+        figures |= found
+    engine.model.train()
+    return figures
+
+
+def masked_perplexity(mlm_loss: float) -> float:
+    """The exponential of the mean masked loss: as if the model chose among so many equally likely pieces.
+
+    All masks of a sample are predicted at once. This is not the pseudo-perplexity of Salazar et al. (2020),
+    which masks one token at a time and sees all others, and is lower.
+    """
+    return math.exp(min(mlm_loss, 700.0))  # beyond that lies no float64
+
+
+def _evaluate(
+    engine: Engine[PretrainConfig], prefix: str, loader: Loader, samples: int, done: int
+) -> dict[str, float]:
+    """The figures of one held-out set, in evaluation mode."""
+    ranks = engine.ranks
+    totals = torch.zeros(len(LossSums._fields), device=ranks.device)
+    masked = tokens = 0
+    steps = max(1, samples // loader.global_batch)
+    for step in range(steps):
+        for batch in loader.step(step):
+            totals += torch.stack(engine(batch.to(ranks.device)))
+            masked += batch.num_targets
+            tokens += len(batch.tokens)
+            beat(done)
+    all_masked, all_tokens = ranks.sum_over_data(masked, tokens)
+    counts = Counts(all_masked, steps * loader.global_batch, all_tokens)
+    return mean_losses(prefix, engine.config, totals, counts, ranks)
