@@ -6,6 +6,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 LOG := .venv/install.log
 
+# Without bytecode each start of a rank compiles torch anew, which takes six seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help quickstart test slurm check clean
 
 help:
@@ -18,9 +21,9 @@ help:
 quickstart: $(INSTALLED)
 	@$(BIN)/bertscale quickstart
 
-# Two workers: one waits for the cluster most of the time, the other computes (tests/conftest.py).
+# Three workers for two cores: two of them mostly wait for clusters, the third computes (tests/conftest.py).
 test: $(INSTALLED) slurm
-	@$(BIN)/python -m pytest --numprocesses 2
+	@$(BIN)/python -m pytest --numprocesses 3
 
 # Debian and Ubuntu, as root or with a sudo that asks nothing; elsewhere those tests are skipped.
 SLURM := apt-get install -y --no-install-recommends slurm-wlm munge

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def main() -> int:
     for file in (options.json, options.markdown):
         if file and not file.parent.is_dir():
             raise SystemExit(f"error: {file}: there is no folder {file.parent}; make it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no files behind
     overrides = [word for word in options.configs if "=" in word]
     paths = [Path(word) for word in options.configs if "=" not in word and Path(word).stem != LEFT_OUT]
     machine = f"{processor()}, {torch.get_num_threads()} thread(s)"
@@ -154,11 +156,15 @@ def train_ours(config: FinetuneConfig, place: Path, name: str) -> dict[str, Any]
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("seed-"):
-                found = line.partition(" (")[0].strip()
-                print(f"{name}: ours, {found}, {time.monotonic() - began:.0f} s", flush=True)
-                began = time.monotonic()
+        try:
+            for line in process.stdout:
+                if line.startswith("seed-"):
+                    found = line.partition(" (")[0].strip()
+                    print(f"{name}: ours, {found}, {time.monotonic() - began:.0f} s", flush=True)
+                    began = time.monotonic()
+        except BaseException:
+            process.terminate()  # a signal stops it too
+            raise
         if process.wait():
             errors.seek(0)
             said = errors.read().strip().splitlines() or [f"ended with code {process.returncode}"]

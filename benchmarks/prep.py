@@ -6,7 +6,8 @@
 Ours is read, clean, split into sentences, encode (SentencePiece Unigram), shuffle, drop duplicates, write:
 both passes, called in this process. Beside it, on the texts that lie in memory already: SentencePiece
 alone, `datasets.map` with the same tokenizer in its Hugging Face form, and a plain loop over greedy
-word pieces in Python, in the style of the script that was published with BERT. Then the command itself with
+word pieces in Python, in the style of the script that was published with BERT. The same whole path with
+byte-level BPE stands beside AutoTokenizer with the same tokenizer.json. Then the command itself with
 one worker and with two, on the text repeated to --megabytes, and the most memory that a worker took.
 """
 
@@ -78,8 +79,9 @@ def main() -> int:
             }
         )
         tokenizer = trained(config)
+        in_bytes = trained(with_byte_bpe(config, folder / "byte-level"))
         config = config.model_copy(update={"tokenizer": str(tokenizer.path)})
-        results = one_core(config, tokenizer, folder, options.rounds)
+        results = one_core(config, tokenizer, in_bytes, folder, options.rounds)
         results += workers(config, folder, options.megabytes)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
@@ -99,10 +101,17 @@ def trained(config: PrepConfig) -> Tokenizer:
     return load_tokenizer(find_tokenizer(config.output))
 
 
+def with_byte_bpe(config: PrepConfig, output: Path) -> PrepConfig:
+    training = config.train_tokenizer.model_copy(update={"model": "byte_bpe"})
+    return config.model_copy(update={"output": str(output), "train_tokenizer": training})
+
+
 # ---------------------------------------------------------------------------------------------- one core
 
 
-def one_core(config: PrepConfig, tokenizer: Tokenizer, folder: Path, rounds: int) -> list[dict[str, Any]]:
+def one_core(
+    config: PrepConfig, tokenizer: Tokenizer, in_bytes: Tokenizer, folder: Path, rounds: int
+) -> list[dict[str, Any]]:
     counters = open_dataset(config.output).manifest["counters"]
     raw = sum(file.size for file in Plan(config).files)
     print(
@@ -115,6 +124,9 @@ def one_core(config: PrepConfig, tokenizer: Tokenizer, folder: Path, rounds: int
         "whole path": lambda: whole_path(config, tokenizer, folder / "ours"),
         "sentencepiece alone": sentence_piece_alone(config, tokenizer, texts),
     }
+    given = config.model_copy(update={"tokenizer": str(in_bytes.path)})
+    sides["byte-level BPE"] = lambda: whole_path(given, in_bytes, folder / "ours-in-bytes")
+    sides["AutoTokenizer of it"] = auto_tokenizer(in_bytes, texts, folder / "hugging-face-in-bytes")
     try:
         sides["datasets.map"] = datasets_map(tokenizer, texts, folder)
     except ImportError:
@@ -141,7 +153,8 @@ def one_core(config: PrepConfig, tokenizer: Tokenizer, folder: Path, rounds: int
     ours = tokens["whole path"] / statistics.median(seconds["whole path"])
     results = [result("whole path on a core, and the goal", ours, GOAL_TOKENS, "tokens/s", 1.0)]
     for name in list(sides)[1:]:
-        results.append(result(f"whole path, {name}", rates["whole path"], rates[name], "MB/s", None))
+        ours_too = "byte-level BPE" if name == "AutoTokenizer of it" else "whole path"
+        results.append(result(f"{ours_too}, {name}", rates[ours_too], rates[name], "MB/s", None))
     return results
 
 
@@ -201,6 +214,14 @@ def datasets_map(tokenizer: Tokenizer, texts: list[str], folder: Path) -> Callab
         return int(sum(map(len, encoded.with_format("numpy")["input_ids"])))
 
     return run
+
+
+def auto_tokenizer(tokenizer: Tokenizer, texts: list[str], folder: Path) -> Callable[[], int]:
+    from transformers import AutoTokenizer
+
+    tokenizer.export_hugging_face(folder, 512)
+    fast = AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
+    return lambda: sum(map(len, fast(texts, add_special_tokens=False)["input_ids"]))
 
 
 def plain_loop(tokenizer: Tokenizer, texts: list[str], folder: Path) -> Callable[[], int]:

@@ -1,8 +1,9 @@
 """Fine-tuning by transformers' Trainer, with the samples and the settings of ours; for finetune_quality.py.
 
 Samples are those of `Task.encode`, padded to the longest of a batch; what the model says becomes predictions
-and figures by the rules of our task. The losses are transformers' own. They are ours but for one thing: the
-softmax over the tokens of a question takes in the padding of its batch.
+and figures by the rules of our task. Losses and schedule are transformers' own. They are ours but for two
+things: the softmax over the tokens of a question takes in the padding of its batch, and the learning rate
+rises from 0, where the first step of ours has the first part of the rise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The `bertscale` command: reads the command line, checks the arguments and the config, starts the work.
 
-bertscale prep|pretrain|convert|finetune|predict|score|bench|quickstart --help
+bertscale prep|pretrain|convert|average|finetune|predict|score|bench|quickstart --help
 
 No large library is imported before the work begins, so that help texts and error messages come at once.
 Exit codes are those of bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
@@ -321,6 +321,65 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
+def average(arguments: list[str]) -> int:
+    """bertscale average FOLDER FOLDER ... --output FOLDER [--weights W ...] [--method ties --base FOLDER]"""
+    parser = make_parser(
+        "average",
+        "Averages the weights of checkpoints, of runs (the newest checkpoint of each) or of Hugging Face "
+        "folders, all of one shape and one vocabulary. The result is a checkpoint without optimizer state, "
+        "for convert, for finetune and for init.from of a pretraining.",
+    )
+    parser.add_argument(
+        "sources",
+        metavar="FOLDER",
+        nargs="+",
+        type=Path,
+        help="A run folder, a checkpoint or a Hugging Face folder; two or more.",
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=Path, required=True, help="The checkpoint folder to make."
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="W",
+        nargs="+",
+        type=float,
+        default=[],
+        help="The weight of each folder, in their order, in any unit (default: equal ones).",
+    )
+    parser.add_argument(
+        "--method",
+        choices=["mean", "ties"],
+        default="mean",
+        help="The mean of the weights, or the base with what the folders have learnt merged by TIES "
+        "(%(default)s).",
+    )
+    parser.add_argument(
+        "--base", metavar="FOLDER", type=Path, help="ties: what the folders were trained from."
+    )
+    parser.add_argument(
+        "--density",
+        metavar="SHARE",
+        type=float,
+        help="ties: the share of each folder's differences to the base that is kept, the largest ones "
+        "(default 0.2).",
+    )
+    parser.add_argument(
+        "--scale",
+        metavar="X",
+        type=float,
+        help="ties: the factor of the merged difference that is added to the base (default 1.0).",
+    )
+    options = parser.parse_args(arguments)
+
+    from bertscale.convert.average import Options
+    from bertscale.convert.average import average as average_folders
+
+    chosen = Options(options.weights, options.method, options.base, options.density, options.scale)
+    average_folders(options.sources, options.output, chosen)
+    return 0
+
+
 def finetune(arguments: list[str]) -> int:
     """bertscale finetune CONFIG [key=value ...]"""
     from bertscale.checks import check_examples
@@ -603,6 +662,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "inspect": ("what a prepared folder holds: counts, lengths, digests, samples", inspect),
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
+    "average": ("several checkpoints or models of one shape -> one checkpoint", average),
     "finetune": ("encoder and labelled examples -> task model", finetune),
     "predict": ("task model and a file, or a text -> its predictions", predict),
     "score": ("a file of predictions -> its figures: answers or labels, of any program", score),

@@ -29,7 +29,7 @@ from bertscale.tokenizer import Tokenizer, load_tokenizer
 from data_prep.clean import clean_records, count_letters
 from data_prep.plan import Unit
 from data_prep.readers.records import Bad, Cut
-from data_prep.segment import splitter
+from data_prep.segment import splitter, with_spaces
 from data_prep.shuffle import ROW, Digest, Rows, Spill, SpillBuilder
 from data_prep.words import join_words, spill_dtype, word_starts
 
@@ -133,6 +133,8 @@ def encode_batch(config: PrepConfig, plan: str, tokenizer_path: Path, batch: Bat
     tokenizer = load_once(tokenizer_path, plan)
     split, digest = splitter(config.language), Digest(config.seed, config.deduplicate)
     of_documents = list(map(split, batch.texts))
+    if tokenizer.keeps_spaces:
+        of_documents = list(map(with_spaces, batch.texts, of_documents))
     sentences = list(chain.from_iterable(of_documents))
     encoded = tokenizer.encode(sentences)
     lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))

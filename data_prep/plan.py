@@ -329,6 +329,8 @@ def _that_matter(settings: PrepConfig) -> dict[str, Any]:
     if is_utf8(values["encoding"]):
         del values["encoding"]
     values["train_tokenizer"]["model"] = settings.tokenizer_model
+    if settings.train_tokenizer.extend_to is None:
+        del values["train_tokenizer"]["extend_to"]
     if not settings.is_spaced:
         values["train_tokenizer"]["space_before_text"] = False
     if values.pop("words"):

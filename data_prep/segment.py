@@ -51,6 +51,15 @@ def splitter(language: str) -> Splitter:
     return partial(_split_lines, partial(_split_by_library, code))
 
 
+def with_spaces(text: str, sentences: list[str]) -> list[str]:
+    """The `sentences` of `text`, each with the white space that stands before it there."""
+    whole, end = [], 0
+    for sentence in sentences:
+        begin, end = end, text.index(sentence, end) + len(sentence)
+        whole.append(text[begin:end])
+    return whole
+
+
 def _split_lines(split: Splitter, text: str) -> list[str]:
     if "\n" not in text:
         return split(text)

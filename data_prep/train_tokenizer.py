@@ -1,8 +1,8 @@
-"""Sentences of a random sample of the documents -> a SentencePiece model, Unigram or BPE.
+"""Sentences of a random sample of the documents -> a tokenizer, of SentencePiece or bytes, or more pieces.
 
 The result depends on the input, the settings and the seed alone: not on the number of workers (the sample is
-drawn unit by unit) and not on the machine (the trainer's sums depend on its number of threads, so that
-number is fixed). The sample is bounded in documents and in bytes, so that memory is, whatever the input.
+drawn unit by unit) and not on the machine. The sample is bounded in documents and in bytes, so that memory
+is, whatever the input. A given WordPiece vocabulary is extended on the same sample (`extend_tokenizer`).
 
 Unigram: Kudo, "Subword Regularization", 2018, https://arxiv.org/abs/1804.10959
 BPE: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016,
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
 import math
 import os
 import random
@@ -23,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
-from contextlib import contextmanager, nullcontext
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
@@ -33,26 +31,30 @@ from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress, show_count
 from bertscale.tokenizer import (  # fmt: skip
     CLS,
+    DROPPED_RULE,
+    FAST_NAME,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
+    SPACES_RULE,
     UNK,
     Tokenizer,
+    WordPieceTokenizer,
     han_or_kana,
     load_tokenizer,
 )
 from data_prep.clean import clean_records
+from data_prep.extend_tokenizer import extend_tokenizer
 from data_prep.plan import Plan, Unit, read_json
 from data_prep.readers.read import undecodable
 from data_prep.readers.records import Bad
 from data_prep.segment import splitter
+from data_prep.trainer import lines_of, trained_model
 
 SAMPLE_BYTES = 100_000_000  # of all units; Unigram takes about twenty times that in memory while it trains
 SAMPLE_UNITS = 256  # at most so many are read for the sample
 EXCERPT = 2**16  # characters: longer documents are drawn in parts
-TRAINER_THREADS = 16
-LONGEST_SENTENCE = 2**16  # bytes; the trainer leaves longer ones out
 COVERAGE, WIDE_COVERAGE = 0.9995, 0.9998  # of characters, WIDE where Han and Kana are many
 WIDE_SHARE = 1 / 3  # of the letters
 NOT_LEARNT = 5 + 256  # special pieces and bytes
@@ -82,48 +84,84 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
                 f"normalization=nfkc, but the tokenizer {plan.config.tokenizer} is for text in NFC, as which "
                 "fine-tuning and the exported tokenizer would read theirs: take normalization=nfc"
             )
-        path = plan.output / given.file_name
-        write_bytes(path, given.content)
         print(f"tokenizer: {plan.config.tokenizer}: {given}")
+        path = plan.output / given.file_name
+        if plan.config.train_tokenizer.extend_to is None:
+            write_bytes(path, given.content)
+        else:
+            check_extension(given, plan.config.train_tokenizer.extend_to)
+            _sample_and_train(pool, plan, path, given)
     else:
-        path = plan.output / SENTENCE_PIECE_NAME
-        _sample_and_train(pool, plan, path)
+        in_bytes = plan.config.tokenizer_model == "byte_bpe"
+        path = plan.output / (FAST_NAME if in_bytes else SENTENCE_PIECE_NAME)
+        _sample_and_train(pool, plan, path, None)
     tokenizer = load_tokenizer(path)
     record = {"name": path.name, "sha256": tokenizer.sha256, "plan": plan.digest}
     write_json(plan.tokenizer_record, record)
     return tokenizer
 
 
-def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path) -> None:
+def check_extension(given: Tokenizer, size: int) -> None:
+    """Raises UserError where the tokenizer `given` cannot be extended to `size` pieces."""
+    if not isinstance(given, WordPieceTokenizer):
+        raise UserError(
+            f"train_tokenizer.extend_to: only WordPiece vocabularies are extended, and {given.path} is "
+            f"{given}: leave extend_to out, or leave `tokenizer` out and one is trained on this text"
+        )
+    if size <= given.vocab_size:
+        raise UserError(
+            f"train_tokenizer.extend_to={size}, but the tokenizer {given.path} has {given.vocab_size} pieces "
+            "already: give a larger number, of old and new pieces together"
+        )
+
+
+def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path, given: Tokenizer | None) -> None:
+    """Writes to `path` a model that is trained on a sample, or else the WordPiece tokenizer `given`, with
+    more pieces."""
     config, training, kind = plan.config, plan.config.train_tokenizer, plan.config.tokenizer_model
     units = _drawn_units(plan)
     sample = _sample(pool, plan, units)
+    files = [unit.sample for unit in units]
     wide = sample["wide"] > WIDE_SHARE * sample["letters"]
     coverage = training.character_coverage or (WIDE_COVERAGE if wide else COVERAGE)
     of_units = sum(unit.bytes for unit in units) / sum(unit.bytes for unit in plan.units)
     share = sample["characters"] / sample["seen"] * of_units
+    size = training.extend_to or training.vocab_size
+    if given is None:
+        doing = f"training {size:,} {kind} pieces"
+    else:
+        doing = f"learning {size - given.vocab_size:,} more pieces"
+    in_bytes = given is None and kind == "byte_bpe"
+    covered = "" if in_bytes else f"; {_percent(coverage)} of its characters get pieces"
     print(
-        f"tokenizer: training {training.vocab_size:,} {kind} pieces on {sample['documents']:,} "
-        f"documents: {sample['bytes'] / 1e6:,.1f} MB, {show_count(sample['characters'])} characters, "
-        f"{_percent(share)} of the text; {_percent(coverage)} of its characters get pieces",
+        f"tokenizer: {doing} on {sample['documents']:,} documents: {sample['bytes'] / 1e6:,.1f} MB, "
+        f"{show_count(sample['characters'])} characters, {_percent(share)} of the text{covered}",
         flush=True,
     )
-    if wide and kind == "unigram":
+    if wide and kind == "unigram" and given is None:
         print("tokenizer: such text has few spaces: train_tokenizer.model=bpe is trained many times faster")
     began = time.monotonic()
-    files = [unit.sample for unit in units]
-    rule: Literal["nfkc", "identity"] = "nfkc" if config.normalization == "nfkc" else "identity"
-    settings = (kind, training.vocab_size, coverage, rule, config.is_spaced, plan.trainer_log)
-    trained = pool.submit(train_tokenizer, files, path, *settings)
-    _show_training(trained, plan.trainer_log, training.vocab_size)
-    plan.trainer_log.unlink()
+    compatible, log = config.normalization == "nfkc", plan.trainer_log
+    if given is not None:
+        how = (given.path, config.lowercase, size, coverage, log)
+        trained = pool.submit(extend_tokenizer, files, path, *how)
+    elif kind == "byte_bpe":
+        form: Literal["NFC", "NFKC"] = "NFKC" if compatible else "NFC"
+        trained = pool.submit(train_byte_level, files, path, size, form, config.is_spaced, log)
+    else:
+        rule: Literal["nfkc", "identity"] = "nfkc" if compatible else "identity"
+        settings = (kind, size, coverage, rule, config.is_spaced, log)
+        trained = pool.submit(train_tokenizer, files, path, *settings)
+    _show_training(trained, log, size)
+    log.unlink()
     print(f"tokenizer: trained in {time.monotonic() - began:.1f} s", flush=True)
-    same, compared = pool.submit(compare_with_hugging_face, path, files, sample["sentences"]).result()
-    print(
-        f"tokenizer: its Hugging Face form gives the same ids for {same:,} of {compared:,} sentences "
-        f"({_percent(same / compared)})",
-        flush=True,
-    )
+    if given is None and not in_bytes:  # which is the Hugging Face form
+        same, compared = pool.submit(compare_with_hugging_face, path, files, sample["sentences"]).result()
+        print(
+            f"tokenizer: its Hugging Face form gives the same ids for {same:,} of {compared:,} sentences "
+            f"({_percent(same / compared)})",
+            flush=True,
+        )
     for file in files:
         file.unlink()
 
@@ -151,12 +189,16 @@ def _text_of(log: Path) -> str:
 
 
 def training_state(log: str, vocab_size: int) -> tuple[int, int | None, str]:
-    """How far SentencePiece's trainer is: (steps done, steps in all where it can be known, what it does).
+    """How far the trainer is: (steps done, steps in all where it can be known, what it does).
 
-    `log` is what the library wrote so far. A step of BPE is a piece that is joined of two; one of Unigram is
-    a pass over the text: the candidates become fewer by a quarter after every two passes, until they are a
-    tenth more than the vocabulary.
+    `log` is what SentencePiece, or `train_byte_level`, wrote so far; to the latter, a step is a sentence that
+    is read. A step of BPE is a piece that is joined of two; one of Unigram is a pass over the text: the
+    candidates become fewer by a quarter after every two passes, until they are a tenth more than the
+    vocabulary.
     """
+    if sentences := re.findall(r"read (\d+) of (\d+) sentences", log):
+        done, total = map(int, sentences[-1])
+        return done, total, "counting words" if done < total else "joining pieces"
     if merges := re.findall(r"\bmerges=(\d+)", log):
         alphabet = re.search(r"Alphabet size=(\d+)", log)
         single = int(alphabet[1]) if alphabet else 0
@@ -312,31 +354,24 @@ def train_tokenizer(
     goes to `log`, by default nowhere. Raises UserError if the text has too few different words, or too
     many characters, for `vocab_size`.
     """
-    import sentencepiece  # reading the sample does without it
-
-    trained = io.BytesIO()
     try:
-        with _errors_to(log) if log else nullcontext():
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_lines(sentences),
-                model_writer=trained,
-                model_type=model,
-                vocab_size=vocab_size,
-                normalization_rule_name=rule,
-                add_dummy_prefix=space_before_text,
-                character_coverage=coverage,  # the rarest characters are spelt in bytes
-                byte_fallback=True,
-                pad_id=0,
-                unk_id=1,
-                bos_id=-1,
-                eos_id=-1,
-                pad_piece=PAD,
-                unk_piece=UNK,
-                control_symbols=[CLS, SEP, MASK],  # user_defined_symbols could be written by a text
-                max_sentence_length=LONGEST_SENTENCE,
-                num_threads=TRAINER_THREADS,
-                minloglevel=0 if log else 2,
-            )
+        trained = trained_model(
+            lines_of(sentences),
+            log,
+            model_type=model,
+            vocab_size=vocab_size,
+            normalization_rule_name=rule,
+            add_dummy_prefix=space_before_text,
+            character_coverage=coverage,  # the rarest characters are spelt in bytes
+            byte_fallback=True,
+            pad_id=0,
+            unk_id=1,
+            bos_id=-1,
+            eos_id=-1,
+            pad_piece=PAD,
+            unk_piece=UNK,
+            control_symbols=[CLS, SEP, MASK],  # user_defined_symbols could be written by a text
+        )
     except RuntimeError as error:
         if limit := re.search(r"value <= (\d+)", str(error)):
             raise UserError(
@@ -349,27 +384,64 @@ def train_tokenizer(
                 f"smallest that fits is {limit[1]}, or lower train_tokenizer.character_coverage={coverage}"
             ) from error
         raise
-    write_bytes(output, trained.getvalue())
+    write_bytes(output, trained)
 
 
-@contextmanager
-def _errors_to(file: Path) -> Iterator[None]:
-    """Sends what this process writes to its standard error, C++ libraries too, to `file`."""
-    kept = os.dup(2)
-    try:
-        with open(file, "wb") as target:
-            os.dup2(target.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+def train_byte_level(
+    sentences: list[Path],
+    output: Path,
+    vocab_size: int = 32_768,
+    form: Literal["NFC", "NFKC"] = "NFC",
+    space_before_text: bool = True,
+    log: Path | None = None,
+) -> None:
+    """Trains byte-level BPE on files with a sentence a line and writes its tokenizer.json to `output`.
+
+    Words are cut as GPT-2 and ModernBERT cut them. Any text is first given the normal form of prep, so that a
+    model meets no white space that it has not seen in training. The pieces depend on the counts of words
+    alone, not on their order. `space_before_text` as in `train_tokenizer`. How many sentences are read goes
+    to `log`. Raises UserError if the text has too few different words for `vocab_size`.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast(models.BPE())
+    of_unicode = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[form]()
+    dropped = normalizers.Replace(Regex(DROPPED_RULE), "")
+    one_space = normalizers.Replace(Regex(SPACES_RULE), " ")
+    fast.normalizer = normalizers.Sequence([dropped, of_unicode, one_space, normalizers.Strip()])
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space_before_text)
+    fast.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, special=True, normalized=False) for name in (PAD, UNK, CLS, SEP)]
+    # lstrip: the mask takes the space before it, which would otherwise be a piece of its own.
+    mask = AddedToken(MASK, special=True, normalized=False, lstrip=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special, mask],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = lines_of(sentences) if log is None else _logged(sentences, log)
+    fast.train_from_iterator(lines, trainer)
+    if (size := fast.get_vocab_size()) < vocab_size:
+        raise UserError(
+            f"train_tokenizer.vocab_size={vocab_size} is too large for this text; "
+            f"the largest that fits is {size}"
+        )
+    write_bytes(output, fast.to_str().encode())
+    write_bytes(output, load_tokenizer(output).content)  # which names the special pieces by their roles
 
 
-def _lines(files: list[Path]) -> Iterator[str]:
-    for path in files:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            for line in file:
-                yield line.rstrip("\n")
+def _logged(files: list[Path], log: Path) -> Iterator[str]:
+    """The lines of `files`; every hundredth part of them it says so in `log`."""
+    count = sum(1 for _ in lines_of(files))
+    with open(log, "w", encoding="utf-8") as file:
+        for number, line in enumerate(lines_of(files), 1):
+            yield line
+            if number % max(1, count // 100) == 0 or number == count:
+                file.write(f"read {number} of {count} sentences\n")
+                file.flush()
 
 
 def compare_with_hugging_face(model: Path, files: list[Path], sentences: int) -> tuple[int, int]:
@@ -378,7 +450,7 @@ def compare_with_hugging_face(model: Path, files: list[Path], sentences: int) ->
     Compared are COMPARED of all the `sentences` in the files, at even distances.
     """
     tokenizer = load_tokenizer(model)
-    compared = list(islice(_lines(files), 0, None, -(-sentences // COMPARED)))
+    compared = list(islice(lines_of(files), 0, None, -(-sentences // COMPARED)))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.export_hugging_face(folder, max_length=512)
         return round(tokenizer.agreement(folder, compared) * len(compared)), len(compared)

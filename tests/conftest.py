@@ -19,20 +19,51 @@ from virtual import pytest_terminal_summary as pytest_terminal_summary
 # Started in the background of a script this process ignores Ctrl-C, and so would those that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+NICENESS = os.getpriority(os.PRIO_PROCESS, 0)
+
+
+# ------------------------------------------------------------------- which worker runs which file, and when
+
+
+def worker_group(file: Path) -> str:
+    """Of a file with tests on a virtual cluster: "ranks" where jobs are trainings, else "cluster"."""
+    text = file.read_text(encoding="utf-8")
+    if "from virtual import" not in text:
+        return ""
+    return "ranks" if "[pytest.mark.slurm, pytest.mark.slow]" in text else "cluster"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take files in this order: the groups on the cluster, then what takes long, then all others."""
+
+    def place(file: Path) -> tuple[bool, str, bool]:
+        group = worker_group(file)
+        return not group, group, "pytest.mark.slow" not in file.read_text(encoding="utf-8")
+
+    places = {file: place(file) for file in {item.path for item in items}}
+    items.sort(key=lambda item: places[item.path])
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For two workers: one has the files with tests on the virtual cluster, of which there is one and which
-    mostly waits, the other those that compute. A file's tests stay together."""
+    """For three workers on two cores: two mostly wait, each for a cluster of its own, and one computes, as
+    the others do in the end. A group's tests stay together, and so do a file's."""
     from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            text = (config.rootpath / file).read_text(encoding="utf-8")
-            return "cluster" if "pytest.mark.slurm" in text else file
+            return worker_group(config.rootpath / file) or file
 
+    config.option.loadscopereorder = False
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _way_for_the_cluster(request: pytest.FixtureRequest) -> None:
+    """Beside other workers, files that compute leave the cores to those on a cluster, whose clocks run on."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not worker_group(request.path):
+        os.setpriority(os.PRIO_PROCESS, 0, min(19, NICENESS + 5))
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -11,7 +11,9 @@ interpreter eight seconds of a core.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -71,6 +73,28 @@ def run_ranks(file: str, function: str, *, world: int, **arguments: Any) -> list
             tails = "\n".join(f"--- rank {r}\n{logs[r].read_text()[-3000:]}" for r in failed)
             raise AssertionError(f"ranks {failed} of {world} failed:\n{tails}")
         return [json.loads(output.read_text()) for output in outputs]
+
+
+def run_command(*words: str, world: int) -> tuple[int, str]:
+    """`bertscale WORDS` as so many ranks, without the supervisor that it has on a command line.
+
+    Returns the exit code, which all ranks agree on, and what rank 0 said.
+    """
+    found = run_ranks(__file__, "_command", world=world, words=words)
+    assert len({code for code, _ in found}) == 1, found
+    return found[0][0], found[0][1]
+
+
+def _command(words: list[str]) -> tuple[int, str]:
+    from bertscale.cli import main
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, said.getvalue()
 
 
 def _be_rank(

@@ -131,11 +131,11 @@ def test_what_cannot_be_converted_is_one_line(exported: Path, tmp_path: Path, be
     assert result.returncode == 2
     assert "is not a finished checkpoint" in result.stderr
     config = json.loads((exported / "config.json").read_text())
-    (tmp_path / "roberta").mkdir()
-    (tmp_path / "roberta" / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
-    result = bertscale("convert", str(tmp_path / "roberta"), str(tmp_path / "out"))
+    (tmp_path / "funnel").mkdir()
+    (tmp_path / "funnel" / "config.json").write_text(json.dumps({**config, "model_type": "funnel"}))
+    result = bertscale("convert", str(tmp_path / "funnel"), str(tmp_path / "out"))
     assert result.returncode == 2
-    assert "'roberta'" in result.stderr
+    assert "'funnel'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

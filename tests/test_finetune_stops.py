@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from dist import run_command
 from safetensors.torch import load_file
 from test_finetune import configure, rows, world, write_rows  # noqa: F401  (a fixture)
 
@@ -57,6 +58,11 @@ class Desk:
         said = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
+    def through(self, output: Path, *changes: str, ranks: int = 1) -> tuple[int, str]:
+        """The same without a supervisor, which has no part in what happens inside a rank: its exit code and
+        what it says. Its processes need not start anew."""
+        return run_command(*self.command(output, *changes)[3:], world=ranks)
+
 
 @pytest.fixture
 def desk(tmp_path: Path, world: Path) -> Desk:  # noqa: F811
@@ -67,8 +73,8 @@ def desk(tmp_path: Path, world: Path) -> Desk:  # noqa: F811
 def calm(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:  # noqa: F811
     """The output of the fine-tuning that nothing disturbs."""
     folder = tmp_path_factory.mktemp("calm")
-    done = Desk(folder, world).run(folder / "calm")
-    assert done.returncode == 0, done.stderr
+    code, said = Desk(folder, world).through(folder / "calm")
+    assert code == 0, said
     return folder / "calm"
 
 
@@ -167,7 +173,7 @@ def test_a_second_ctrl_c_kills_it(desk: Desk, calm: Path, tmp_path: Path) -> Non
     assert process.returncode == 130, stderr
     assert "killed; everything until step " in stderr
     assert "to resume: bertscale finetune" in stderr
-    assert desk.run(output).returncode == 0
+    assert desk.through(output)[0] == 0
     same(output, calm)
 
 
@@ -175,7 +181,7 @@ def test_one_of_two_ranks_is_killed(desk: Desk, tmp_path: Path) -> None:
     """The supervisor starts both again, from the newest checkpoint; two ranks, tensor-parallel."""
     topology = ["parallel.ranks=2", "parallel.tensor=2"]
     output, whole = tmp_path / "output", tmp_path / "whole"
-    assert desk.run(whole, *topology).returncode == 0
+    assert desk.through(whole, *topology, ranks=2)[0] == 0
     process = desk.start(output, *topology)
     until(process, lambda: len(checkpoints(output)) == 1)
     os.kill(rank_process(output, 1), signal.SIGKILL)
@@ -197,7 +203,7 @@ def test_what_a_killed_run_has_left_is_removed(desk: Desk, calm: Path, tmp_path:
     for name in ("config.yaml", "result.json", "predictions-dev.jsonl", "runs/seed-0.json"):
         (output / name).parent.mkdir(exist_ok=True)
         (output / f"{name}.tmp-17").write_text("half")
-    assert desk.run(output).returncode == 0
+    assert desk.through(output)[0] == 0
     nothing_half_written(output)
     same(output, calm)
 
@@ -205,10 +211,11 @@ def test_what_a_killed_run_has_left_is_removed(desk: Desk, calm: Path, tmp_path:
 # -------------------------------------------------------------------------------- damaged checkpoints
 
 
-@pytest.fixture
-def stopped(desk: Desk, tmp_path: Path) -> Path:
-    """An output with the checkpoints of steps 8 and 12 and the best weights of both."""
-    output = tmp_path / "output"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:  # noqa: F811
+    """An output with the checkpoints of steps 8 and 12, or later ones, and the best weights of both."""
+    folder = tmp_path_factory.mktemp("killed")
+    desk, output = Desk(folder, world), folder / "output"
     process = desk.start(output, "train.keep_checkpoints=2")
     until(process, lambda: len(checkpoints(output)) == 2 and checkpoints(output)[0].name >= "step-0000008")
     process.kill()
@@ -216,6 +223,11 @@ def stopped(desk: Desk, tmp_path: Path) -> Path:
     while runs.training_process(output):  # the ranks die with it
         time.sleep(0.01)
     return output
+
+
+@pytest.fixture
+def stopped(killed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(killed, tmp_path / "output"))
 
 
 def damage(folder: Path) -> None:
@@ -226,12 +238,12 @@ def damage(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over(desk: Desk, calm: Path, stopped: Path) -> None:
     newest = checkpoints(stopped)[-1]
     damage(newest)
-    done = desk.run(stopped, "train.keep_checkpoints=2")
-    assert done.returncode == 0, done.stderr
-    assert f"{newest.name}/" in done.stdout
-    assert "is damaged: its digest differs from" in done.stdout
-    assert "(trying the one before it)" in done.stdout
-    assert "begins again" not in done.stdout
+    code, said = desk.through(stopped, "train.keep_checkpoints=2")
+    assert code == 0, said
+    assert f"{newest.name}/" in said
+    assert "is damaged: its digest differs from" in said
+    assert "(trying the one before it)" in said
+    assert "begins again" not in said
     same(stopped, calm)
 
 
@@ -243,9 +255,9 @@ def test_where_all_are_damaged_the_run_begins_again(desk: Desk, calm: Path, stop
             (folder / TABLE).write_text("{")
         else:
             damage(folder)
-    done = desk.run(stopped)
-    assert done.returncode == 0, done.stderr
-    assert "no checkpoint of seed-0 is whole: it begins again" in done.stdout
+    code, said = desk.through(stopped)
+    assert code == 0, said
+    assert "no checkpoint of seed-0 is whole: it begins again" in said
     same(stopped, calm)
     assert [entry["step"] for entry in read_metrics(stopped) if "train/loss" in entry] == [*range(1, 55)]
 
@@ -271,7 +283,7 @@ def test_a_full_disk(desk: Desk, calm: Path, disk: Path) -> None:
         (kept,) = checkpoints(output)
         assert kept == saved
     resize(disk, "100M")
-    assert desk.run(output).returncode == 0
+    assert desk.through(output)[0] == 0
     same(output, calm)
 
 
@@ -281,7 +293,7 @@ def test_a_disk_that_is_full_at_the_end(desk: Desk, disk: Path) -> None:
     test = write_rows(desk.folder / "many.jsonl", rows(600, seed=2))
     changes = ["train.epochs=2", "train.eval_every=12", "train.save_every=null", f"data.test={test}"]
     output = disk / "output"
-    assert desk.run(output, *changes).returncode == 0
+    assert desk.through(output, *changes)[0] == 0
     whole = {path.name: path.read_bytes() for path in files_of(output)}
     model, predictions = used(output / "model"), len(whole["predictions-test.jsonl"])
     best = len(whole["model.safetensors"]) + len(whole["tokenizer.model"])
@@ -302,7 +314,7 @@ def test_a_disk_that_is_full_at_the_end(desk: Desk, disk: Path) -> None:
         assert not (output / "result.json").exists()
         nothing_half_written(output)
     resize(disk, "100M")
-    assert desk.run(output, *changes).returncode == 0
+    assert desk.through(output, *changes)[0] == 0
     assert {path.name: path.read_bytes() for path in files_of(output)} == whole
 
 

@@ -6,15 +6,19 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from dist import run_ranks
 from test_glue import write_glue
 from test_pipeline import story
 from tiny import pretrain_config
 from virtual import Cluster
 
 from bertscale.errors import FAULT
+from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -33,14 +37,35 @@ def wait(cluster: Cluster, folder: Path, mark: Path) -> None:
         time.sleep(0.5)
 
 
+def write_phases(run: dict[str, Any], path: Path) -> None:
+    phases = {
+        "first": {"train": {"steps": 4}},
+        "last": {"train": {"steps": 3}, "init": {"optimizer": "keep"}},
+    }
+    path.write_text(yaml.safe_dump({**run, "phases": phases}))
+
+
+def check_phases(run: dict[str, Any], folder: Path) -> None:
+    """The jobs' weights are those of the chain on this machine, bit for bit."""
+    write_phases({**run, "run": str(folder / "here")}, folder / "here.yaml")
+    test_phases = Path(__file__).with_name("test_phases.py")
+    run_ranks(str(test_phases), "train_chain", world=1, path=str(folder / "here.yaml"), steps=1000)
+    here, there = (open_checkpoint(folder / name / "last") for name in ("here", "run"))
+    for name in here.parameters:
+        assert torch.equal(here.tensor(name), there.tensor(name)), name
+    assert [Path(each["folder"]).parts[-3] for each in there.lineage] == ["first"]
+
+
 def test_a_pretraining_and_its_table(cluster: Cluster, tmp_path: Path, tiny_data: Path) -> None:
-    """RTE starts from MNLI's model; a task that fails is named in the table, and the others have figures."""
+    """Two phases of a pretraining, a job each, then the tasks: RTE starts from MNLI's model; a task that
+    fails is named in the table, and the others have figures."""
     write_glue(tmp_path / "glue")
     run = pretrain_config(tiny_data, tmp_path / "run").model_dump()
-    (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(run))
+    write_phases(run, tmp_path / "pretrain.yaml")
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(SITE))
     glue = {
-        "model": str(tmp_path / "run"),
+        "model": str(tmp_path / "run/last"),
+        "output": str(tmp_path / "run-glue"),
         "folder": str(tmp_path / "glue"),
         "tasks": ["mnli", "rte", "cola"],
     }
@@ -61,6 +86,7 @@ def test_a_pretraining_and_its_table(cluster: Cluster, tmp_path: Path, tiny_data
     assert row["failed"]["cola"].startswith("exit code 2 of `bertscale finetune ")
     assert json.loads((output / "rte/result.json").read_text())["pretrained"]["runs"]
     assert f"from {output}/mnli/model" in story(tmp_path)
+    check_phases(run, tmp_path)
     while cluster.run("squeue", "-h").stdout.strip():
         time.sleep(0.5)
     assert (tmp_path / "run-glue.job/done-1.json").exists()

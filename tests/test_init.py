@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 import yaml
 from dist import run_ranks
 from test_checkpoint import StopAfter
+from test_reshape import Source as RandomSource
 from tiny import pretrain_config
 
 from bertscale.config import PretrainConfig, UserError
+from bertscale.convert.convert import native_shapes
 from bertscale.files import file_digest
-from bertscale.pretrain.init import differences, with_model_of
+from bertscale.pretrain.init import Source, check_source, differences, in_shape_of, with_model_of
 from bertscale.run_folder import TABLE, checkpoints, read_metrics
+from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint
 from bertscale.train.checkpoint_table import STATES
 from launcher.submit.freeze import config_text
@@ -42,6 +46,7 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
 
     from bertscale.pretrain.init import open_source, start_from
     from bertscale.pretrain.pretrain import train
+    from bertscale.tokenizer import load_tokenizer
     from bertscale.train.device import local_device
     from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import leave_subgroups, start_ranks
@@ -85,7 +90,7 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
     config = pretrain_config(data, place / "new", **others(place / "third", init=keep))
     source = open_source(config.init, place / "new", ranks)  # type: ignore[arg-type]
     engine = pretraining_engine(config, source.weights.vocab_size, ranks, torch.float32)
-    start = start_from(engine, source)
+    start = start_from(engine, source, load_tokenizer(data))
     assert source.checkpoint is not None
     for fragment in engine.fragments():
         for state, value in fragment.states.items():
@@ -198,3 +203,40 @@ def test_a_job_keeps_open_what_the_source_decides(tiny_data: Path) -> None:
     text = yaml.safe_load(config_text(config))
     assert text["model"] == {"hidden_dropout_prob": 0.0}
     assert PretrainConfig.model_validate(text) == config
+
+
+@pytest.mark.parametrize(
+    ("init", "model", "message"),
+    [
+        ({}, {"hidden_size": 48}, r"model\.hidden_size=48, but .* has 32: leave .* init\.tile=true"),
+        ({}, {"max_position_embeddings": 96}, r"model\.max_position_embeddings=96.*init\.positions=copy"),
+        ({"tile": True}, {"layer_norm_eps": 0.1}, r"model\.layer_norm_eps=0\.1.*leave that key out$"),
+        ({"optimizer": "keep"}, {}, r"init\.optimizer=keep: .* has no moments of an optimizer"),
+    ],
+)
+def test_another_network_is_refused_unless_init_makes_it(
+    init: dict[str, Any], model: dict[str, Any], message: str, tiny_data: Path
+) -> None:
+    source = pretrain_config(tiny_data, "run").model
+    config = pretrain_config(tiny_data, "new", model=model, init={"from": "run", **init})
+    weights: Any = SimpleNamespace(folder=Path("run"), model=source)
+    with pytest.raises(UserError, match=message):
+        check_source(config, Source(weights, ""))
+
+
+def test_moments_do_not_go_with_another_shape(tiny_data: Path) -> None:
+    with pytest.raises(ValueError, match="optimizer=keep does not go with tile=true"):
+        pretrain_config(tiny_data, "new", init={"from": "run", "optimizer": "keep", "tile": True})
+
+
+def test_the_shape_is_the_one_that_init_asks_for(tiny_data: Path) -> None:
+    tokenizer = load_tokenizer(tiny_data)
+    model = {"max_position_embeddings": 96, "num_hidden_layers": 3}
+    init = {"from": "run", "positions": "copy", "tile": True}
+    config = pretrain_config(tiny_data, "new", model=model, init=init)
+    small = RandomSource(pretrain_config(tiny_data, "run").model, tokenizer.vocab_size)
+    small.tokenizer = tokenizer.path
+    large, said = in_shape_of(config, small, tokenizer)
+    assert not said
+    for name, shape in native_shapes(config.model, tokenizer.vocab_size).items():
+        assert large.tensor(name).shape == shape, name

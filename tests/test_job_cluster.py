@@ -33,6 +33,7 @@ def write_job(folder: Path, name: str, **facts: object) -> JobSpec:
     job = job_folder("pretrain", folder / name)
     code = job / "code" / "launcher"
     code.mkdir(parents=True)
+    (code / "__init__.py").touch()  # or another `launcher` on PYTHONPATH comes first
     (code / "watch.py").write_text(WATCH)
     (code / "rank.py").write_text(RANK)
     (job / "logs").mkdir()

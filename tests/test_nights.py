@@ -26,9 +26,42 @@ from bertscale.train.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-STEPS = 80  # still some to go when Slurm notices that a node is gone
-SAVE_EVERY = 5
+STEPS = 30
+SAVE_EVERY = 3
+PAUSE = 1.0  # seconds before each step until the fault is over: some are to go when Slurm notices it
 PATIENCE = 240  # seconds until a disturbed run must have ended; tests of Slurm have no shorter clock
+
+
+SHIM = """#!/bin/bash
+if [[ "$*" == "-m bertscale"* && -n "$RANK" ]]; then
+    shift 2
+    exec {python} {folder}/rank.py "$@"
+fi
+exec {python} "$@"
+"""
+RANK = """
+import os, pathlib, runpy, threading, time
+from bertscale.train import step
+
+folder = pathlib.Path(__file__).parent
+train_step = step.train_step
+
+def paused_step(*arguments, **settings):
+    if not (folder / "over").exists():
+        time.sleep({pause})
+    return train_step(*arguments, **settings)
+
+def end():
+    while not (folder / "now").exists():
+        time.sleep(0.05)
+    (folder / "now").unlink()
+    os._exit(7)
+
+step.train_step = paused_step
+if os.environ["RANK"] == "1":
+    threading.Thread(target=end, daemon=True).start()
+runpy.run_module("bertscale", run_name="__main__", alter_sys=True)
+"""
 
 
 class Night:
@@ -39,6 +72,14 @@ class Night:
         self.run = folder / "run"
         self.job_folder = job_folder("pretrain", self.run)
         self.job = ""
+
+    def write_python(self) -> Path:
+        """A python for the ranks: one that pauses, and whose rank 1 ends with 7 once, when it is told to."""
+        shim = self.folder / "python"
+        shim.write_text(SHIM.format(folder=self.folder, python=sys.executable))
+        shim.chmod(0o755)
+        (self.folder / "rank.py").write_text(RANK.format(pause=PAUSE))
+        return shim
 
     def submit(self, *options: str, hang_seconds: float = 60, **site: Any) -> None:
         """`bertscale submit pretrain`, on nodes of two ranks in all, with the facts of `site`."""
@@ -52,6 +93,8 @@ class Night:
             "environment": {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"},
             "signal_seconds": 60,
             "node_check": False,
+            "python": str(self.write_python()),
+            "batch_python": sys.executable,
             **site,
         }
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(facts))
@@ -117,7 +160,9 @@ class Night:
                 continue
             if b"launcher.rank" in words or not any(str(self.run).encode() in word for word in words):
                 continue  # of this night, there may be other clusters
-            if mine <= variables and b"bertscale" in words:
+            if mine <= variables and any(
+                word == b"bertscale" or word.endswith(b"/rank.py") for word in words
+            ):
                 return int(entry.name)
         raise AssertionError(f"no process of rank {rank}\n{self.story()}")
 
@@ -233,29 +278,9 @@ def restart_of_slurmctld(night: Night) -> None:
     night.cluster.fault("kill-ctld", "login")
     time.sleep(6)
     night.cluster.fault("start-ctld", "login")
+    (night.folder / "over").touch()
     night.until_done()
     assert len(night.events("started")) == 1
-
-
-# A python for the ranks: rank 1 ends with 7 once, when it is told to.
-EXITS_7 = """#!/bin/bash
-if [[ "$*" == "-m bertscale"* && "$RANK" == 1 && ! -e {folder}/fired ]]; then
-    shift 2
-    exec {python} {folder}/exits_7.py "$@"
-fi
-exec {python} "$@"
-"""
-EXITS_7_PYTHON = """
-import os, pathlib, runpy, threading, time
-folder = pathlib.Path(__file__).parent
-def end():
-    while not (folder / "now").exists():
-        time.sleep(0.05)
-    (folder / "fired").touch()
-    os._exit(7)
-threading.Thread(target=end, daemon=True).start()
-runpy.run_module("bertscale", run_name="__main__", alter_sys=True)
-"""
 
 
 @pytest.mark.parametrize(
@@ -267,7 +292,7 @@ runpy.run_module("bertscale", run_name="__main__", alter_sys=True)
         (frozen_slurmd, (), {}),
         (cut_network, (), {}),
         (stopped_rank, (), {"hang_seconds": 15}),
-        (rank_that_exits_7, (), {"python": "exits-7"}),
+        (rank_that_exits_7, (), {}),
         (preemption, (), {"partition": "spot"}),
         (time_limit, ("--time", "2"), {"signal_seconds": 60, "hang_seconds": 180}),
         (requeue, (), {}),
@@ -282,15 +307,10 @@ def test_the_run_ends_by_itself_with_the_weights_of_a_calm_night(
     night: Night,
     calm: dict[str, torch.Tensor],
 ) -> None:
-    if site.get("python") == "exits-7":
-        shim = night.folder / "python"
-        shim.write_text(EXITS_7.format(folder=night.folder, python=sys.executable))
-        (night.folder / "exits_7.py").write_text(EXITS_7_PYTHON)
-        shim.chmod(0o755)
-        site = {"python": str(shim), "batch_python": sys.executable}
     night.submit(*options, **site)
     night.until_step(SAVE_EVERY + 2)
     fault(night)
+    (night.folder / "over").touch()
     night.cluster.mend()
     night.until_done()
     found = weights(night.run)

@@ -375,6 +375,10 @@ def test_space_for_checkpoints_and_shards(site: Slurm, desk: Desk, monkeypatch: 
     assert line.endswith(
         " of 0.1 GB (train.keep_checkpoints=4 and the one being written); free some, or choose another place"
     )
+    every = ["train.steps=100", "train.save_every=5", "train.keep_checkpoints=4", "train.keep_every=20"]
+    (line,) = desk.report(GPU, nodes=2, set=[*large, *every]).problems  # 100, 95, 90, 85; 80, 60, 40, 20
+    assert " are needed for 9 checkpoints of " in line
+    assert "(train.keep_checkpoints=4, train.keep_every=20 and the one being written)" in line
     corpus = desk.folder / "corpus.txt"
     with corpus.open("wb") as file:
         file.truncate(3 * 10**9)

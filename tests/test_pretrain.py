@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dist import run_command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 TRAIN = {"steps": 12, "save_every": 4, "eval_every": 6, "keep_checkpoints": 2}
 Start = Callable[..., "subprocess.Popen[str]"]
+Train = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -34,9 +36,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     begun: list[subprocess.Popen[str]] = []
 
     def begin(data: Path, run: Path, *overrides: str, **changes: dict[str, Any]) -> subprocess.Popen[str]:
-        changes = {"parallel": {"tensor": 2, "zero_stage": 3}, "train": TRAIN, **changes}
-        config = tmp_path / f"{run.name}.yaml"
-        config.write_text(json.dumps(pretrain_config(data, run, **changes).model_dump()))
+        config = write_config(tmp_path, data, run, **changes)
         command = [sys.executable, "-m", "bertscale", "pretrain", str(config), *overrides]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         begun.append(process)
@@ -46,6 +46,24 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for process in begun:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    """`train(data, run, ...)` does the same without a supervisor, in processes that need not start anew; its
+    exit code and what it says. Where nothing happens from outside the supervisor has no part in the run."""
+
+    def through(data: Path, run: Path, *overrides: str, **changes: dict[str, Any]) -> tuple[int, str]:
+        return run_command("pretrain", str(write_config(tmp_path, data, run, **changes)), *overrides, world=2)
+
+    return through
+
+
+def write_config(folder: Path, data: Path, run: Path, **changes: dict[str, Any]) -> Path:
+    changes = {"parallel": {"tensor": 2, "zero_stage": 3}, "train": TRAIN, **changes}
+    config = folder / f"{run.name}.yaml"
+    config.write_text(json.dumps(pretrain_config(data, run, **changes).model_dump()))
+    return config
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:
@@ -160,28 +178,26 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
 
 def test_the_first_half_of_a_schedule_is_the_first_half_of_the_whole_run(
-    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str]
+    tiny_data: Path, tmp_path: Path, train: Train, whole: tuple[Path, str]
 ) -> None:
     run = tmp_path / "half"
-    half = start(tiny_data, run, "train.steps=6", "train.schedule_steps=12")
-    printed = half.communicate()[0]
-    assert half.returncode == 0, printed
+    code, printed = train(tiny_data, run, "train.steps=6", "train.schedule_steps=12")
+    assert code == 0, printed
     assert losses(run) == {step: figures for step, figures in losses(whole[0]).items() if step <= 6}
-    assert start(tiny_data, run).wait() == 0  # to the end of the schedule
+    assert train(tiny_data, run)[0] == 0  # to the end of the schedule
     assert losses(run) == losses(whole[0])
 
 
-def test_a_finished_run_is_not_run_again(tiny_data: Path, start: Start, whole: tuple[Path, str]) -> None:
+def test_a_finished_run_is_not_run_again(tiny_data: Path, train: Train, whole: tuple[Path, str]) -> None:
     before = (whole[0] / "metrics.jsonl").read_bytes()
-    process = start(tiny_data, whole[0])
-    printed = process.communicate()[0]
-    assert process.returncode == 0
+    code, printed = train(tiny_data, whole[0])
+    assert code == 0
     assert "already pretrained" in printed
     assert (whole[0] / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str]
+    tiny_data: Path, tmp_path: Path, train: Train, whole: tuple[Path, str]
 ) -> None:
     import shutil
 
@@ -190,9 +206,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    process = start(tiny_data, run)
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
+    code, printed = train(tiny_data, run)
+    assert code == 0, printed
     assert "shard-t01-d00.safetensors is damaged: its digest differs" in printed
     assert "resumed   from step 8 of 12" in printed
     assert losses(run) == losses(whole[0])
@@ -208,11 +223,10 @@ def test_a_run_does_not_go_on_with_other_settings_or_data(
     assert "Traceback" not in printed
 
 
-def test_packed_samples_train_without_pairs(tiny_data: Path, tmp_path: Path, start: Start) -> None:
+def test_packed_samples_train_without_pairs(tiny_data: Path, tmp_path: Path, train: Train) -> None:
     run = tmp_path / "packed"
-    process = start(tiny_data, run, "samples.kind=packed", "train.steps=6", "train.eval_every=6")
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
+    code, printed = train(tiny_data, run, "samples.kind=packed", "train.steps=6", "train.eval_every=6")
+    assert code == 0, printed
     figures = losses(run)
     assert sorted(figures) == list(range(1, 7))
     assert figures[6][0] < figures[1][0]
@@ -227,7 +241,7 @@ def test_packed_samples_train_without_pairs(tiny_data: Path, tmp_path: Path, sta
 
 
 def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
-    tiny_data: Path, tmp_path: Path, start: Start
+    tiny_data: Path, tmp_path: Path, train: Train
 ) -> None:
     import shutil
 
@@ -242,9 +256,8 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     }
     mixed = f"data=[{{path: {tiny_data}, weight: 3}}, {other}]"
     whole, stopped = tmp_path / "unstopped", tmp_path / "stopped"
-    process = start(tiny_data, whole, mixed, **changes)
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
+    code, printed = train(tiny_data, whole, mixed, **changes)
+    assert code == 0, printed
     assert "before that, 5 steps of at most 16 tokens" in printed
     assert "4 samples a step until 100 tokens are done" in printed
     # Samples of 5 to 16 tokens, so two to five steps of 4 make 100, and the rest has 8.
@@ -256,24 +269,21 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     assert entries[-1][f"data/epochs/{tiny_data}"] > entries[-1][f"data/epochs/{other}"] > 0
 
     for overrides in (["train.steps=4"], []):
-        process = start(tiny_data, stopped, mixed, *overrides, **changes)
-        printed = process.communicate()[0]
-        assert process.returncode == 0, printed
+        code, printed = train(tiny_data, stopped, mixed, *overrides, **changes)
+        assert code == 0, printed
     assert losses(stopped) == losses(whole)
-    process = start(tiny_data, stopped, mixed.replace("weight: 3", "weight: 2"), **changes)
-    printed = process.communicate()[0]
-    assert process.returncode == 2
+    code, printed = train(tiny_data, stopped, mixed.replace("weight: 3", "weight: 2"), **changes)
+    assert code == 2
     assert "is not the data that" in printed
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2, "zero_stage": 3}, {"tensor": 1, "ranks": 2}])
 def test_a_budget_of_tokens_gives_the_losses_of_equal_batches(
-    tiny_data: Path, tmp_path: Path, start: Start, whole: tuple[Path, str], parallel: dict[str, Any]
+    tiny_data: Path, tmp_path: Path, train: Train, whole: tuple[Path, str], parallel: dict[str, Any]
 ) -> None:
     run = tmp_path / "budget"
-    process = start(tiny_data, run, "train.micro_tokens=90", parallel=parallel)
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
+    code, printed = train(tiny_data, run, "train.micro_tokens=90", parallel=parallel)
+    assert code == 0, printed
     found, expected = losses(run), losses(whole[0])
     assert sorted(found) == sorted(expected)
     for step in found:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
 from bertscale.convert.convert import native_shapes
+from bertscale.convert.sources import InitSource
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.model.model import PretrainingModel, split_fused
 from bertscale.pretrain.positions import POSITIONS, extended_positions, longer
-from bertscale.pretrain.reshaped import InitSource
 from bertscale.pretrain.tiling import from_middle, source_layers, tiled, tiled_tensor
 
 VOCAB = 101  # 27 padded rows
@@ -58,6 +58,7 @@ class Source:
             for name, shape in native_shapes(model, vocab_size).items()
         }
         self.names = list(self.tensors)
+        self.missing, self.left_out = list[str](), list[str]()
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -69,6 +69,17 @@ def test_pruning_keeps_the_newest_and_all_that_is_foreign(run: Path) -> None:
     assert [folder.name for folder in checkpoints(run)] == kept
 
 
+def test_pruning_keeps_multiples_for_good(run: Path) -> None:
+    prune(
+        run, 3, every=8
+    )  # 9,999,992 is one, and so are 10,000,000 and 10,000,008, which is a newest one too
+    steps = [9_999_992, 10_000_000, 10_000_008, 10_000_009, 10_000_010]
+    assert [checkpoint_step(folder) for folder in checkpoints(run)] == steps
+    commit(run, 10_000_012)
+    prune(run, 1, every=8)
+    assert [checkpoint_step(folder) for folder in checkpoints(run)] == [*steps[:3], 10_000_012]
+
+
 def test_a_resume_takes_the_newest(run: Path) -> None:
     from bertscale.config import UserError
     from bertscale.train.checkpoint import open_checkpoint

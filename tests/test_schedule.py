@@ -40,6 +40,18 @@ def test_warmup_stable_decay() -> None:
         assert found[step] == pytest.approx(2.0 * (1 - math.sqrt((step - 15) / 5)))
 
 
+def test_a_decay_alone() -> None:
+    """The recipe of docs/pretrain.md: from the highest rate in the first step, whatever the budget is in."""
+    changes = {"schedule": "wsd", "warmup_fraction": 0.0, "decay_fraction": 1.0}
+    found = rates(7, **changes)
+    assert found[0] == 2.0
+    assert found == pytest.approx([2.0 * (1 - math.sqrt(step / 7)) for step in range(7)])
+    config = OptimizerConfig.model_validate({"learning_rate": 2.0, **changes})
+    for begin, end, total in ((0.0, 0.0, 3600.0), (900.0, 900.0, 3600.0), (640.0, 704.0, 6400.0)):
+        expected = 2.0 * (1 - math.sqrt(begin / total))
+        assert learning_rate(begin, end, total, config) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 def test_the_way_down_ends_at_the_final_fraction(schedule: str) -> None:
     config = OptimizerConfig.model_validate({"schedule": schedule, "final_fraction": 0.1})

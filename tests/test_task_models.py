@@ -184,7 +184,8 @@ def read_all(folder: Path) -> dict[str, Tensor]:
         ({"architectures": None}, "architectures is missing"),
         ({"architectures": []}, "architectures: list should have at least 1 item"),
         ({"architectures": ["RobertaForTokenClassification"]}, "whose class is BertForTokenClassification"),
-        ({"model_type": "roberta"}, "describes a model of type 'roberta'; this version converts bert"),
+        ({"model_type": "funnel"}, "describes a model of type 'funnel'; this version converts bert"),
+        ({"model_type": "roberta"}, "whose head is not that of a Bert; this version reads its encoder alone"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"id2label": {"0": "a"}}, "id2label names 1 labels of 5 outputs"),
         ({"id2label": {"0": "a", "1": "b", "2": "c", "3": "d", "9": "e"}}, "id2label names 5 labels of 5"),
@@ -373,6 +374,6 @@ def test_encoders_that_are_none_are_one_line(tokenizer: Tokenizer, tmp_path: Pat
     weights = open_encoder(tmp_path / "model")
     with pytest.raises(UserError, match=r"lacks bert\.encoder\.layer\.1\.output\.dense\.weight"):
         weights.tensor("encoder.layers.1.feed_forward.dense.weight")
-    edit(tmp_path / "model", model_type="roberta")
-    with pytest.raises(UserError, match="a model of type 'roberta'"):
+    edit(tmp_path / "model", model_type="funnel")
+    with pytest.raises(UserError, match="a model of type 'funnel'"):
         open_encoder(tmp_path / "model")

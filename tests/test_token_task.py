@@ -220,9 +220,8 @@ class OnePieceEach(Tokenizer):
     def _unused(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    __str__ = normalize = encode = token_starts = decode = piece = export_hugging_face = _starts_word = (
-        _unused
-    )
+    __str__ = normalize = encode = token_starts = decode = piece = spelling = _unused
+    export_hugging_face = _starts_word = _unused
 
 
 OnePieceEach.__abstractmethods__ = frozenset()

@@ -5,17 +5,27 @@ from __future__ import annotations
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from bertscale.config import PrepConfig, TokenizerTraining, UserError
-from bertscale.tokenizer import find_tokenizer, load_tokenizer
-from data_prep import train_tokenizer
+from bertscale.tokenizer import find_tokenizer, load_tokenizer, normalize
+from data_prep import extend_tokenizer, train_tokenizer
+from data_prep.extend_tokenizer import choose_pieces, count_pieces
 from data_prep.plan import Plan
-from data_prep.train_tokenizer import EXCERPT, draw_sample, finished_tokenizer, make_tokenizer, training_state
+from data_prep.train_tokenizer import (
+    EXCERPT,
+    check_extension,
+    draw_sample,
+    finished_tokenizer,
+    make_tokenizer,
+    training_state,
+)
 from data_prep.workers import worker_pool
 
 HAN = "北京是中国的首都我们学习人民大学生活水平东西南北上下左右"
@@ -206,3 +216,130 @@ def test_given_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     stored = prepare(tmp_path / "2", texts(100))
     assert stored.name == "tokenizer.model"
     assert not stored.with_name("tokenizer.json").exists()
+
+
+def test_byte_level_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    settings = {"train_tokenizer": {"model": "byte_bpe", "vocab_size": 400}}
+    path = prepare(tmp_path, texts(300), 1, **settings)
+    shown = capsys.readouterr().out
+    assert "training 400 byte_bpe pieces on 297 documents" in shown
+    assert "get pieces" not in shown
+    assert path.name == "tokenizer.json"
+    assert prepare(tmp_path / "other", texts(300), 2, **settings).read_bytes() == path.read_bytes()
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.vocab_size, tokenizer.special_ids) == (400, (0, 1, 2, 3, 4))
+    # The first word is the same piece as after a space, and white space is what it is in prep.
+    odd = ["The  end\n\tof\u00a0it \r\n", "\ufeffa\x00b e\u0301", " ", "[MASK] x", "😀 北京", "", "  [PAD]"]
+    clean = [normalize(text) for text in odd]
+    assert tokenizer.encode(odd) == tokenizer.encode(clean) == tokenizer.encode([f" {t}" for t in clean])
+    assert tokenizer.decode(tokenizer.encode([odd[0]])[0]) == " The end of it"
+    assert not tokenizer.keeps_spaces
+    [(ids, spans)] = tokenizer.encode_with_offsets(["\ufeff😀  a \x00cafe\u0301b "])
+    assert len(ids) == len(spans)
+    found = ["\ufeff😀  a \x00cafe\u0301b "[begin:end] for begin, end in spans]
+    assert found.count("😀") == 4
+    assert "e\u0301" in found[-3]
+    tokenizer.export_hugging_face(tmp_path / "exported", 64)
+    fast = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert fast(odd, add_special_tokens=False, split_special_tokens=True)["input_ids"] == tokenizer.encode(
+        odd
+    )
+    pieces = fast.convert_ids_to_tokens(fast("a [MASK] b")["input_ids"])
+    assert pieces == ["[CLS]", "Ġa", "[MASK]", "Ġb", "[SEP]"]
+
+
+def test_byte_level_pieces_of_other_text(tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("one two three\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"vocab_size=5000 is too large .* largest that fits is 27\d"):
+        train_tokenizer.train_byte_level([few], tmp_path / "tokenizer.json", 5000)
+    few.write_text("我们学习日本語とカタカナ。\n北京是中国的首都。\n" * 3, encoding="utf-8")
+    log = tmp_path / "log"
+    train_tokenizer.train_byte_level([few], tmp_path / "tokenizer.json", 300, "NFKC", False, log)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert not tokenizer.keeps_spaces
+    assert tokenizer.form == "NFKC"
+    assert tokenizer.encode([" 北京", "ﬁ①"]) == tokenizer.encode(["北京", "fi1"])
+    lines = log.read_text().splitlines(keepends=True)
+    states = [training_state("".join(lines[:n]), 300) for n in range(1, len(lines) + 1)]
+    assert states[0] == (1, 6, "counting words")
+    assert states[-1] == (6, 6, "joining pieces")
+    with pytest.raises(ValidationError, match=r"character_coverage=0\.9 is for SentencePiece models"):
+        PrepConfig.model_validate(
+            {"input": "a", "output": "b", "train_tokenizer": {"model": "byte_bpe", "character_coverage": 0.9}}
+        )
+
+
+# ------------------------------------------------------------------------- a given vocabulary, extended
+
+GIVEN = [*VOCABULARY, "[unused0]", *(f"##{letter}" for letter in "cdefgh")]
+
+
+def given_vocabulary(folder: Path) -> Path:
+    (folder / "vocab.txt").write_text("\n".join(GIVEN))
+    return folder / "vocab.txt"
+
+
+def test_an_extended_vocabulary_keeps_its_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = given_vocabulary(tmp_path)
+    documents = [*texts(300), *[f"The bézé hotel, {number}." for number in range(9)]]
+    settings = {"extend_to": 140, "character_coverage": 1.0}
+    stored = prepare(tmp_path, documents, tokenizer=str(given), train_tokenizer=settings)
+    assert "tokenizer: learning 116 more pieces on 3" in capsys.readouterr().out
+
+    old, new = load_tokenizer(given), load_tokenizer(stored)
+    pieces = [new.piece(i) for i in range(new.vocab_size)]
+    assert pieces[:24] == GIVEN
+    assert len(set(pieces)) == len(pieces) == 140
+    assert str(new) == str(old).replace("24", "140")
+    assert old.encode(["the hotel"]) == [[GIVEN.index("the"), old.unk_id]]
+    [ids] = new.encode(["the hotel"])
+    assert ids[0] == GIVEN.index("the")
+    assert new.unk_id not in ids
+    assert not any("é" in piece for piece in pieces)  # its rules take accents off
+    # Characters first; and the text is cut into each new piece.
+    joined = [len(piece.removeprefix("##")) > 1 for piece in pieces[24:]]
+    assert joined == sorted(joined)
+    assert set(range(24, 140)) <= {i for ids in new.encode(documents) for i in ids}
+
+
+def test_the_order_of_the_sentences_changes_no_piece(tmp_path: Path) -> None:
+    given, sentences = given_vocabulary(tmp_path), texts(200)
+    outputs = []
+    for name in ("one", "other"):
+        (tmp_path / name).write_text("\n".join(sentences))
+        output = tmp_path / f"{name}.json"
+        extend_tokenizer.extend_tokenizer([tmp_path / name], output, given, None, 100, 1.0)
+        outputs.append(output.read_bytes())
+        random.Random(1).shuffle(sentences)
+    assert outputs[0] == outputs[1]
+    with pytest.raises(UserError, match=r"extend_to=5000 is too large for this text; the largest .* is \d+$"):
+        extend_tokenizer.extend_tokenizer([tmp_path / "one"], tmp_path / "a", given, None, 5000, 1.0)
+    assert not (tmp_path / "a").exists()
+
+
+def test_new_pieces_in_a_case_counted_by_hand() -> None:
+    words = Counter({"abab": 5, "cab": 3, "d": 1, "a": 2})
+    known = {"a", "##b", "##a", "c"}
+    assert count_pieces(words, known) == {"a": 7, "##b": 13, "##a": 8, "c": 3}  # and d is [UNK]
+    # With all four, abab is ab ##ab and cab is c ##ab: nothing is cut into ##ba.
+    found = ["##ba", "ab", "##ab", "d"]
+    assert choose_pieces(words, known, found, 4) == ["d", "##ab", "ab"]
+    assert choose_pieces(words, known, found, 2) == ["d", "##ab"]
+    assert choose_pieces(words, known, found, 1) == ["d"]
+
+
+def test_only_given_vocabularies_are_extended(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(texts(100)))
+    train_tokenizer.train_tokenizer([tmp_path / "a.txt"], tmp_path / "given.model", "bpe", 300)
+    with pytest.raises(UserError, match=r"only WordPiece vocabularies are extended, .*given\.model is a"):
+        check_extension(load_tokenizer(tmp_path / "given.model"), 500)
+    with pytest.raises(UserError, match=r"extend_to=24, but .*vocab\.txt has 24 pieces already"):
+        check_extension(load_tokenizer(given_vocabulary(tmp_path)), 24)
+    with pytest.raises(ValueError, match="extend_to=500 extends a given tokenizer: name it by `tokenizer`"):
+        PrepConfig(input=["a"], output="b", train_tokenizer=TokenizerTraining(extend_to=500))
+    # A plan without it is that of an earlier version.
+    plan = Plan(PrepConfig(input=[str(tmp_path / "a.txt")], output=str(tmp_path / "c")))
+    assert "extend_to" not in plan.content["settings"]["train_tokenizer"]

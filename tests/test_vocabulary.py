@@ -9,8 +9,8 @@ import torch
 from test_reshape import PRESETS, Source, model_of, shape
 
 from bertscale.config import ModelConfig, UserError, padded_vocab_size
+from bertscale.convert.sources import InitSource
 from bertscale.model.model import PretrainingModel, initial_value
-from bertscale.pretrain.reshaped import InitSource
 from bertscale.pretrain.vocabulary import (
     ROWS,
     Vocabulary,

@@ -7,7 +7,7 @@ import difflib
 from encodings.aliases import aliases
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.section import Section
 
@@ -84,12 +84,12 @@ def is_utf8(encoding: str) -> bool:
 
 
 class TokenizerTraining(Section):
-    """How a SentencePiece model is trained."""
+    """How a SentencePiece or byte-level model is trained, or a given WordPiece vocabulary extended."""
 
-    model: Literal["unigram", "bpe"] | None = Field(
+    model: Literal["unigram", "bpe", "byte_bpe"] | None = Field(
         None,
         description="Kind of SentencePiece model: by default bpe for a language without spaces (zh, ja, th, "
-        "...), else unigram.",
+        "...), else unigram. byte_bpe is byte-level BPE, as that of GPT-2 and ModernBERT, by `tokenizers`.",
     )
     vocab_size: int = Field(32_768, ge=300, description="Number of pieces, special and byte pieces included.")
     sample_documents: int = Field(
@@ -100,8 +100,23 @@ class TokenizerTraining(Section):
         gt=0,
         le=1,
         description="Share of the text's characters that get pieces; rarer ones are spelled in bytes. By "
-        "default 0.9995, for text with Chinese or Japanese characters 0.9998.",
+        "default 0.9995, for text with Chinese or Japanese characters 0.9998. Not for byte_bpe.",
     )
+    extend_to: int | None = Field(
+        None,
+        ge=1,
+        description="Number of pieces, old and new together, to which the given WordPiece tokenizer is "
+        "extended by pieces learnt from the input; by default it stays as it is.",
+    )
+
+    @model_validator(mode="after")
+    def _check_coverage(self) -> TokenizerTraining:
+        if self.model == "byte_bpe" and self.character_coverage is not None:
+            raise ValueError(
+                f"character_coverage={self.character_coverage} is for SentencePiece models; model=byte_bpe "
+                "joins bytes, whatever their characters: leave it out"
+            )
+        return self
 
 
 class PrepConfig(Section):
@@ -142,8 +157,8 @@ class PrepConfig(Section):
     deduplicate: bool = Field(True, description="Keep only one of the documents with the same text.")
     tokenizer: str | None = Field(
         None,
-        description="An existing SentencePiece model, or the vocab.txt of a WordPiece tokenizer; by default "
-        "one is trained on the input.",
+        description="An existing SentencePiece model, the vocab.txt of a WordPiece tokenizer, or a "
+        "tokenizer.json of byte-level BPE, or the folder of one; by default one is trained on the input.",
     )
     lowercase: bool | None = Field(
         None,
@@ -170,9 +185,18 @@ class PrepConfig(Section):
         return language_code(self.language) not in UNSPACED
 
     @property
-    def tokenizer_model(self) -> Literal["unigram", "bpe"]:
-        """Kind of the SentencePiece model that is trained."""
+    def tokenizer_model(self) -> Literal["unigram", "bpe", "byte_bpe"]:
+        """Kind of the tokenizer that is trained."""
         return self.train_tokenizer.model or ("unigram" if self.is_spaced else "bpe")
+
+    @model_validator(mode="after")
+    def _check_extension(self) -> PrepConfig:
+        if self.train_tokenizer.extend_to is not None and self.tokenizer is None:
+            raise ValueError(
+                f"train_tokenizer.extend_to={self.train_tokenizer.extend_to} extends a given tokenizer: name "
+                "it by `tokenizer`, or leave extend_to out"
+            )
+        return self
 
     @field_validator("input", mode="before")
     @classmethod

@@ -203,6 +203,9 @@ class TrainConfig(Section):
     )
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
+    keep_every: int | None = Field(
+        None, ge=1, description="Also keep, for good, the checkpoint of each step that is a multiple of this."
+    )
 
     @property
     def micro_samples(self) -> int | None:
@@ -227,6 +230,11 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"fills: {text!r} has no [MASK]; put one where the model is to fill a piece in"
                 )
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}: other "
+                "steps have no checkpoint"
+            )
         until = 0.0
         for tokens, samples in self.batch_warmup:
             if tokens <= until:

@@ -22,7 +22,6 @@ from bertscale.config import ModelConfig, UserError
 from bertscale.config.table import damaged
 from bertscale.convert.electra import CLASSES, check_exportable, electra_config, electra_names, to_electra
 from bertscale.convert.hf_folder import (
-    WEIGHTS,
     HuggingFaceFolder,
     tokenizer_of,
     write_config,
@@ -30,15 +29,18 @@ from bertscale.convert.hf_folder import (
 )
 from bertscale.convert.hf_names import (
     SENTENCE_HEAD,
+    first_position,
     hugging_face_config,
     hugging_face_names,
     masked_class,
     model_of,
     read_config,
+    takes_token_types,
     to_hugging_face,
 )
 from bertscale.convert.masks import show_masks
 from bertscale.convert.output import check_output, is_output_of, write_record
+from bertscale.convert.tensor_files import WEIGHTS
 from bertscale.files import whole_folder
 from bertscale.model.layers import Layers
 from bertscale.model.model import PretrainingModel, initial_value
@@ -47,7 +49,6 @@ from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import Checkpoint, open_checkpoint, stream_tensors, write_whole
 
 LARGEST_DIFFERENCE = 1e-3  # of logits in float32, computed in another order
-TIED = ("decoder.weight", "decoder.bias")  # names of copies of the word embeddings and of the bias
 GENERATOR = "generator"  # the inner folder, and the part of an ELECTRA that it holds
 
 
@@ -119,17 +120,17 @@ class HuggingFaceWeights(HuggingFaceFolder):
         """Returns the native parameter `name`, float32; raises UserError where it is missing or misshapen."""
         if name in self.missing:
             return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
-        theirs = hugging_face_names(name, self.model.preset)
+        theirs = hugging_face_names(name, self.form)
         return self.read(name, theirs, self.model, self.parameters[name])
 
     def unused(self) -> list[str]:
         """Lists the tensors of the file that no parameter is read from, but for copies of tied ones."""
-        used = {theirs for name in self.parameters for theirs in hugging_face_names(name, self.model.preset)}
-        rest = self.names_in_file - {self.find(theirs) for theirs in used}
-        return sorted(name for name in rest if not name.endswith(("position_ids", *TIED)))
+        return self.unread(
+            theirs for name in self.parameters for theirs in hugging_face_names(name, self.form)
+        )
 
     def _has(self, name: str) -> bool:
-        return all(self.find(theirs) for theirs in hugging_face_names(name, self.model.preset) or [""])
+        return all(self.find(theirs) for theirs in hugging_face_names(name, self.form) or [""])
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -233,7 +234,7 @@ def import_weights(weights: HuggingFaceWeights, output: Path) -> list[str]:
         "config": None,
     }
     tensors = ((name, weights.tensor(name)) for name in weights.parameters)
-    write_whole(output, table, tensors, tokenizer)
+    write_whole(output, table, tensors, tokenizer, weights.parameters)
     difference = largest_difference(open_checkpoint(output), weights.folder)
     if not difference < LARGEST_DIFFERENCE:  # NaN too
         raise UserError(
@@ -307,12 +308,14 @@ def largest_difference(weights: Weights, folder: Path) -> float:
 
     def ask(place: Path) -> list[Any]:
         """The outputs of the class in `place`, which is gone afterwards: one model is in memory at a time."""
-        theirs = load(place)
+        theirs, config = load(place), read_config(place / "config.json")
         outputs = []
-        for ids, types, *_ in samples:
+        for ids, types, positions, _ in samples:
             inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
-            if not model.rotary:
+            if takes_token_types(config):
                 inputs["token_type_ids"] = types[None]
+            if first := first_position(config):  # by itself the class counts no position for a pad token
+                inputs["position_ids"] = positions[None] + first
             outputs.append(dict(theirs(**inputs)))
         return outputs
 

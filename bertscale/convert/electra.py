@@ -15,18 +15,6 @@ from bertscale.config import ModelConfig, UserError
 from bertscale.convert.hf_names import hugging_face_config, hugging_face_names, to_hugging_face
 
 CLASSES = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}
-HEADS = {  # part -> native module -> theirs
-    "discriminator": {
-        "detector.dense": "discriminator_predictions.dense",
-        "detector.output": "discriminator_predictions.dense_prediction",
-    },
-    "generator": {
-        "generator.projection": "electra.embeddings_project",
-        "predictions.dense": "generator_predictions.dense",
-        "predictions.LayerNorm": "generator_predictions.LayerNorm",
-        "predictions.decoder": "generator_lm_head",
-    },
-}
 
 
 def check_exportable(model: ModelConfig, origin: str) -> None:
@@ -42,13 +30,11 @@ def check_exportable(model: ModelConfig, origin: str) -> None:
 def electra_names(name: str, part: str) -> list[str]:
     """Returns the names of the native parameter `name` in the class of `part`: three for a query, key and
     value, else one; none if the class has no such parameter."""
-    module, _, kind = name.rpartition(".")
-    if module in HEADS[part]:
-        return [f"{HEADS[part][module]}.{kind}"]
-    as_of_bert = name if name.startswith("encoder.embeddings.") else _layer_name(name, part)
-    if as_of_bert is None:
-        return []
-    return [theirs.replace("bert.", "electra.", 1) for theirs in hugging_face_names(as_of_bert, "bert")]
+    form = {"discriminator": "electra", "generator": "electra-generator"}[part]
+    if ".layers." not in name:
+        return hugging_face_names(name, form)
+    as_of_bert = _layer_name(name, part)
+    return hugging_face_names(as_of_bert, form) if as_of_bert else []
 
 
 def _layer_name(name: str, part: str) -> str | None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from bertscale.config import ModelConfig
 from bertscale.convert.convert import Weights, open_weights
 from bertscale.convert.hf_folder import CONFIG_FILE, HuggingFaceFolder
-from bertscale.convert.task_names import encoder_model_of, encoder_names
+from bertscale.convert.hf_names import hugging_face_names
+from bertscale.convert.task_names import encoder_model_of
 from bertscale.model.heads import head_family
 from bertscale.model.layers import Layers
 from bertscale.model.model import Encoder
@@ -104,4 +105,4 @@ class _OfFolder(HuggingFaceFolder):
         return self.read(name, self._theirs(name), self.model, self.shapes[name])
 
     def _theirs(self, name: str) -> list[str]:
-        return encoder_names(SHARED_HEAD.get(name, name), self.model)
+        return hugging_face_names(SHARED_HEAD.get(name, name), self.form)

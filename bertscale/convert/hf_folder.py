@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
-from bertscale.convert.hf_names import from_hugging_face, read_config
+from bertscale.convert.hf_names import (
+    first_position,
+    form_of,
+    from_hugging_face,
+    hugging_face_names,
+    read_config,
+)
+from bertscale.convert.tensor_files import TensorFiles, open_tensors
 from bertscale.files import file_digest
 from bertscale.tokenizer import Tokenizer, find_tokenizer
 
 CONFIG_FILE = "config.json"
-WEIGHTS = "model.safetensors"
-BASES = ("bert.", "model.", "electra.")  # begin the names of an encoder's tensors in a model with a head
+# Begin the names of an encoder's tensors in a model with a head.
+BASES = ("bert.", "model.", "electra.", "roberta.", "distilbert.")
+BIASES = {  # one bias of the decoder under two names, of which a file may have either
+    "cls.predictions.bias": "cls.predictions.decoder.bias",
+    "lm_head.bias": "lm_head.decoder.bias",
+}
+DECODERS = {  # form -> the decoder's weight, which is that of the word embeddings and may be in a file again
+    "bert": "cls.predictions.decoder.weight",
+    "megatron-bert": "cls.predictions.decoder.weight",
+    "modern": "decoder.weight",
+    "roberta": "lm_head.decoder.weight",
+    "distilbert": "vocab_projector.weight",
+    "electra-generator": "generator_lm_head.weight",
+}
+BUFFERS = ("position_ids", "token_type_ids")  # end names of what old versions saved beside the parameters
+POSITIONS = "encoder.embeddings.position_embeddings.weight"
+TOKEN_TYPES = "encoder.embeddings.token_type_embeddings.weight"
 
 
 class HuggingFaceFolder:
@@ -31,57 +53,96 @@ class HuggingFaceFolder:
         self.origin = folder / CONFIG_FILE
         self.config: dict[str, Any] = read_config(self.origin)
         self.vocab_size: int = self.config["vocab_size"]
+        self.form = form_of(self.config)  # of the names in the file
 
     def open_file(self) -> None:
         """Opens the tensors; before, the config has been understood."""
-        try:
-            self.file: Any = safe_open(self.folder / WEIGHTS, framework="pt")
-            self.names_in_file: set[str] = set(self.file.keys())  # type: ignore[no-untyped-call,unused-ignore]
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot read {self.folder / WEIGHTS}: {error}; save the model there with "
-                "model.save_pretrained(folder), which writes safetensors"
-            ) from error
+        self.files: TensorFiles = open_tensors(self.folder)
+        self.names_in_file = self.files.names
 
     def find(self, name: str) -> str | None:
         """Returns the name in the file, which is another one in the oldest exports; None if it is missing."""
         older = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         older = older.replace("LayerNorm.bias", "LayerNorm.beta")
-        candidates = [name, older]
+        candidates = [name, older, BIASES.get(name, name)]
         if self.plain:
             base = next((base for base in BASES if name.startswith(base)), "")
             candidates += [each.removeprefix(base) for each in candidates]
         return next((candidate for candidate in candidates if candidate in self.names_in_file), None)
 
+    def there(self, name: str) -> str:
+        """Returns the name in the file. Raises UserError where there is none."""
+        found = self.find(name)
+        if found is None:
+            raise UserError(
+                f"{self.files.main} lacks {name}: it is not a complete {self.wanted}; save such a model "
+                "there with model.save_pretrained(folder)"
+            )
+        return found
+
+    def check_copies(self) -> None:
+        """Raises UserError where what the network has once is in the file twice, with other values."""
+        words = self.find(hugging_face_names("encoder.embeddings.word_embeddings.weight", self.form)[0])
+        for name, copy in [(words, DECODERS.get(self.form)), *BIASES.items()]:
+            if name not in self.names_in_file or copy not in self.names_in_file:
+                continue
+            if not self.files.tensor(name).equal(self.files.tensor(copy)):
+                raise UserError(
+                    f"{self.files.path_of(copy)}: {copy} differs from {name}, and in this version both are "
+                    "one; a model that was trained without tied weights is not read"
+                )
+
+    def unread(self, used: Iterable[str]) -> list[str]:
+        """Lists the tensors of the file but those called `used`, copies of these, and buffers."""
+        rest = self.names_in_file - {self.find(name) for name in used}
+        rest -= {DECODERS.get(self.form, ""), *BIASES, *BIASES.values()}
+        return sorted(name for name in rest if not name.endswith(BUFFERS))
+
     def read(self, name: str, theirs: list[str], model: ModelConfig, shape: torch.Size) -> Tensor:
         """Returns the native parameter `name` of tensors `theirs`, float32; raises UserError where one is
         missing or misshapen."""
+        if not theirs and name == TOKEN_TYPES:  # of a network without them
+            return torch.zeros(shape)
         values = []
         for each in theirs:
-            name_in_file = self.find(each)
-            if name_in_file is None:
-                raise UserError(
-                    f"{self.folder / WEIGHTS} lacks {each}: it is not a complete {self.wanted}; save such a "
-                    "model there with model.save_pretrained(folder)"
-                )
-            stored = self.file.get_tensor(name_in_file)
+            name_in_file = self.there(each)
+            file = self.files.path_of(name_in_file)
+            stored = self.files.tensor(name_in_file)
             if not stored.is_floating_point():
-                raise UserError(f"{self.folder / WEIGHTS}: {name_in_file} has the data type {stored.dtype}")
+                raise UserError(f"{file}: {name_in_file} has the data type {stored.dtype}")
+            if len(theirs) > 1:
+                check_shape(file, name_in_file, stored, [shape[0] // len(theirs), *shape[1:]])
+            if not bool(stored.isfinite().all()):
+                raise UserError(f"{file}: {name_in_file} has values that are not finite")
             values.append(stored.float())
-        value = from_hugging_face(name, values, model)
-        if not bool(value.isfinite().all()):
-            raise UserError(f"{self.folder / WEIGHTS}: {name} has values that are not finite")
-        if value.shape != shape:
-            raise UserError(
-                f"{self.folder / WEIGHTS} has {name} with the shape {list(value.shape)}, config.json asks "
-                f"for {list(shape)}: they do not belong together"
-            )
+        try:
+            value = from_hugging_face(name, self._rows(name, values), model)
+        except (RuntimeError, IndexError, TypeError):  # of a shape that cannot be put in our order
+            value = values[0]
+        check_shape(file, name, value, list(shape))
         return value
+
+    def _rows(self, name: str, values: list[Tensor]) -> list[Tensor]:
+        """The rows of a RoBERTa's embeddings that ours has; all other values as they are."""
+        if self.form == "roberta" and name == POSITIONS:
+            return [values[0][first_position(self.config) :]]
+        if self.form == "roberta" and name == TOKEN_TYPES and len(values[0]) == 1:
+            return [values[0].repeat(2, 1)]  # it gives both segments of a pair its only type
+        return values
 
     def digest(self) -> str:
         """One of the digests of config, weights and tokenizer."""
-        files = (self.origin, self.folder / WEIGHTS, tokenizer_of(self.folder))
+        files = (self.origin, *self.files.paths, tokenizer_of(self.folder))
         return "-".join(file_digest(file) for file in files)
+
+
+def check_shape(file: Path, name: str, value: Tensor, shape: list[int]) -> None:
+    """Raises UserError where a value that was read from `file` has another shape."""
+    if list(value.shape) != shape:
+        raise UserError(
+            f"{file} has {name} with the shape {list(value.shape)}, config.json asks for {shape}: they do "
+            "not belong together"
+        )
 
 
 def tokenizer_of(folder: Path) -> Path:

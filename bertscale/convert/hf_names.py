@@ -17,8 +17,10 @@ from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config, 
 from bertscale.config.table import Table, check_table, read_object
 from bertscale.model.model import fused_rows, join_fused, split_fused
 
-# Native module -> Hugging Face module, outside the layers and inside one; `query_key_value` is divided where
-# Hugging Face has three weights. What is in no table (the sentence head of `modern`) is not exported.
+# Form -> native module -> Hugging Face module, outside the layers and inside one; `query_key_value` is
+# divided where Hugging Face has three weights. What is in no table (the sentence head of `modern`) is not
+# exported. Each preset is a form. The others are forms of `bert`: ELECTRA's, and RoBERTa's and DistilBERT's,
+# which are read and not written.
 HEADS = {
     "encoder.embeddings.word_embeddings": "bert.embeddings.word_embeddings",
     "encoder.embeddings.position_embeddings": "bert.embeddings.position_embeddings",
@@ -29,6 +31,10 @@ HEADS = {
     "predictions.decoder": "cls.predictions",
     "seq_relationship": "cls.seq_relationship",
 }
+_EMBEDDINGS = tuple(
+    f"embeddings.{part}"
+    for part in ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
+)
 OUTSIDE = {
     "bert": {**HEADS, "encoder.embeddings.LayerNorm": "bert.embeddings.LayerNorm"},
     "megatron-bert": {**HEADS, "encoder.LayerNorm": "bert.encoder.ln"},
@@ -40,8 +46,41 @@ OUTSIDE = {
         "predictions.LayerNorm": "head.norm",
         "predictions.decoder": "decoder",
     },
+    "roberta": {
+        **{f"encoder.{part}": f"roberta.{part}" for part in _EMBEDDINGS},
+        "encoder.pooler": "roberta.pooler.dense",
+        "predictions.dense": "lm_head.dense",
+        "predictions.LayerNorm": "lm_head.layer_norm",
+        "predictions.decoder": "lm_head",
+    },
+    "distilbert": {
+        **{f"encoder.{part}": f"distilbert.{part}" for part in _EMBEDDINGS if "type" not in part},
+        "predictions.dense": "vocab_transform",
+        "predictions.LayerNorm": "vocab_layer_norm",
+        "predictions.decoder": "vocab_projector",
+    },
+    "electra": {
+        **{f"encoder.{part}": f"electra.{part}" for part in _EMBEDDINGS},
+        "detector.dense": "discriminator_predictions.dense",
+        "detector.output": "discriminator_predictions.dense_prediction",
+    },
+    "electra-generator": {
+        **{f"encoder.{part}": f"electra.{part}" for part in _EMBEDDINGS},
+        "generator.projection": "electra.embeddings_project",
+        "predictions.dense": "generator_predictions.dense",
+        "predictions.LayerNorm": "generator_predictions.LayerNorm",
+        "predictions.decoder": "generator_lm_head",
+    },
 }
-LAYERS = {"bert": "bert.encoder.layer", "megatron-bert": "bert.encoder.layer", "modern": "model.layers"}
+LAYERS = {
+    "bert": "bert.encoder.layer",
+    "megatron-bert": "bert.encoder.layer",
+    "modern": "model.layers",
+    "roberta": "roberta.encoder.layer",
+    "distilbert": "distilbert.transformer.layer",
+    "electra": "electra.encoder.layer",
+    "electra-generator": "electra.encoder.layer",
+}
 BERT_LAYER = {
     "attention.query_key_value": tuple(f"attention.self.{part}" for part in ("query", "key", "value")),
     "attention.dense": ("attention.output.dense",),
@@ -65,25 +104,45 @@ WITHIN: dict[str, dict[str, tuple[str, ...]]] = {
         "feed_forward.dense": ("mlp.Wo",),
         "feed_forward.LayerNorm": ("mlp_norm",),
     },
+    "roberta": BERT_LAYER,
+    "electra": BERT_LAYER,
+    "electra-generator": BERT_LAYER,
+    "distilbert": {
+        "attention.query_key_value": tuple(f"attention.{part}_lin" for part in "qkv"),
+        "attention.dense": ("attention.out_lin",),
+        "attention.LayerNorm": ("sa_layer_norm",),
+        "feed_forward.intermediate": ("ffn.lin1",),
+        "feed_forward.dense": ("ffn.lin2",),
+        "feed_forward.LayerNorm": ("output_layer_norm",),
+    },
 }
 CLASSES = {  # preset -> how the names of its classes begin, and their model_type
     "bert": ("Bert", "bert"),
     "megatron-bert": ("MegatronBert", "megatron-bert"),
     "modern": ("ModernBert", "modernbert"),
 }
+READ_ONLY = {  # model_type -> how the names of its classes begin, and the form of its names
+    "roberta": ("Roberta", "roberta"),
+    "xlm-roberta": ("XLMRoberta", "roberta"),
+    "camembert": ("Camembert", "roberta"),
+    "distilbert": ("DistilBert", "distilbert"),
+}
 PADDED = ("encoder.embeddings.word_embeddings.weight", "predictions.decoder.bias")
 SENTENCE_HEAD = ("encoder.pooler.", "seq_relationship.")
 
 
-def hugging_face_names(name: str, preset: str) -> list[str]:
-    """Returns the names of the native parameter `name` in transformers' class: mostly one, perhaps none."""
+def hugging_face_names(name: str, form: str) -> list[str]:
+    """Returns the names of the native parameter `name` in transformers' class: mostly one, perhaps none.
+
+    `form` is a preset, or another key of `OUTSIDE`.
+    """
     module, kind = name.rsplit(".", 1)
-    if module in OUTSIDE[preset]:
-        return [f"{OUTSIDE[preset][module]}.{kind}"]
+    if module in OUTSIDE[form]:
+        return [f"{OUTSIDE[form][module]}.{kind}"]
     if not module.startswith("encoder.layers."):
         return []
     _, _, layer, part = module.split(".", 3)  # encoder.layers.N.part
-    return [f"{LAYERS[preset]}.{layer}.{theirs}.{kind}" for theirs in WITHIN[preset][part]]
+    return [f"{LAYERS[form]}.{layer}.{theirs}.{kind}" for theirs in WITHIN[form][part]]
 
 
 def to_hugging_face(name: str, value: Tensor, model: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
@@ -154,6 +213,7 @@ BERT_FORM = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+DISTILBERT_FORM = {"activation": "gelu", "tie_word_embeddings": True}
 MODERN_FORM = {
     "tie_word_embeddings": True,
     "hidden_activation": "gelu",
@@ -196,33 +256,99 @@ class _HuggingFaceConfig(Table):
     rope_parameters: _Ropes | None = None
 
 
+class _RobertaConfig(_HuggingFaceConfig):
+    """What decides, beside, which row of the position embeddings is the first token's."""
+
+    pad_token_id: Annotated[int, Field(ge=0, lt=2**24)] = 1
+
+
+class _DistilBertConfig(Table):
+    """The keys of a DistilBERT, which has words of its own for the sizes."""
+
+    architectures: list[str] | None = None
+    vocab_size: _Dimension
+    dim: _Dimension
+    n_layers: Annotated[int, Field(ge=1, lt=2**12)]
+    n_heads: _Dimension
+    hidden_dim: _Dimension
+    max_position_embeddings: _Dimension
+
+
+DISTILBERT_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a config.json. Raises UserError where it is damaged."""
     remedy = "save the model there again with model.save_pretrained(folder)"
     config = read_object(path, remedy)
-    check_table(_HuggingFaceConfig, config, path, remedy)
+    tables: dict[str, type[Table]] = {"roberta": _RobertaConfig, "distilbert": _DistilBertConfig}
+    check_table(tables.get(form_of(config), _HuggingFaceConfig), config, path, remedy)
     return config
+
+
+def form_of(config: dict[str, Any]) -> str:
+    """Returns the form of the names of a config.json's class, a key of `OUTSIDE`; the model_type of one that
+    is not known."""
+    kind = str(config.get("model_type"))
+    of_preset = {name: preset for preset, (_, name) in CLASSES.items()}
+    return of_preset.get(kind) or READ_ONLY.get(kind, ("", kind))[1]
+
+
+def first_position(config: dict[str, Any]) -> int:
+    """Returns the row of the position embeddings that a sample's first token has."""
+    return int(config.get("pad_token_id", 1)) + 1 if form_of(config) == "roberta" else 0
+
+
+def takes_token_types(config: dict[str, Any]) -> bool:
+    """Tells whether a config.json's class tells the segments of a pair apart."""
+    form = form_of(config)
+    one_type = form == "roberta" and config.get("type_vocab_size", 2) == 1
+    return form not in ("modern", "distilbert") and not one_type
 
 
 def masked_class(config: dict[str, Any]) -> str:
     """Names transformers' class for masked language modelling of a config.json."""
-    return next(name for name, kind in CLASSES.values() if kind == config["model_type"]) + "ForMaskedLM"
+    prefixes = {kind: prefix for prefix, kind in CLASSES.values()}
+    prefixes |= {kind: prefix for kind, (prefix, _) in READ_ONLY.items()}
+    return prefixes[config["model_type"]] + "ForMaskedLM"
 
 
 def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     """Reads the native config from a config.json. Raises UserError where no preset equals it."""
-    kind = config.get("model_type")
-    preset = next((preset for preset, (_, name) in CLASSES.items() if name == kind), None)
-    supported = "this version converts bert and megatron-bert with gelu, and modernbert"
+    kind, form = config.get("model_type"), form_of(config)
+    supported = (
+        f"this version converts bert and megatron-bert with gelu, {', '.join(READ_ONLY)} and modernbert"
+    )
     if kind == "electra":
         supported += "; for an electra that was trained here, give its checkpoint"
-    if preset is None:
+    if kind not in READ_ONLY and form not in CLASSES:
         raise UserError(f"{origin} describes a model of type {kind!r}; {supported}")
-    for key, wanted in (MODERN_FORM if preset == "modern" else BERT_FORM).items():
+    for key, wanted in {"modern": MODERN_FORM, "distilbert": DISTILBERT_FORM}.get(form, BERT_FORM).items():
         if config.get(key, wanted) != wanted:
             raise UserError(f"{origin}: {key}={config[key]!r}; {supported} with {key}={wanted!r}")
-    values = {key: config[key] for key in ModelConfig.model_fields if key in config} | {"preset": preset}
-    if preset == "modern":
+    values = {key: config[key] for key in ModelConfig.model_fields if key in config}
+    values["preset"] = "bert" if kind in READ_ONLY else form
+    if kind in READ_ONLY:
+        values["sentence_head"] = False
+    if form == "roberta":
+        first, rows = first_position(config), config.get("max_position_embeddings", 512)
+        if rows <= first:
+            raise UserError(
+                f"{origin}: max_position_embeddings={rows}, of which the first {first} are of no token "
+                f"(pad_token_id={first - 1}); {supported} with more"
+            )
+        values["max_position_embeddings"] = rows - first
+        values["type_vocab_size"] = max(2, config.get("type_vocab_size", 2))
+    if form == "distilbert":
+        values |= {ours: config[theirs] for theirs, ours in DISTILBERT_KEYS.items() if theirs in config}
+    if form == "modern":
         values |= {
             native: config[key]
             for native, key in (

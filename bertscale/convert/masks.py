@@ -138,7 +138,7 @@ def _mask_a_word(text: str, ids: list[int], tokenizer: Tokenizer, draw: np.rando
     place = int(draw.choice(places))
     begin, end = spans[place]
     masked_ids = [*ids[:place], tokenizer.mask_id, *ids[place + 1 :]]
-    return Masked(f"{text[:begin]}{MASK}{text[end:]}", masked_ids, place, ids[place])
+    return Masked(f"{text[:begin]}{MASK}{text[end:]}".strip(), masked_ids, place, ids[place])
 
 
 def _is_word(text: str) -> bool:
@@ -152,7 +152,7 @@ def between_frequent_pieces(tokenizer: Tokenizer) -> list[Masked]:
     They are of the script that most of those have: Han and Kana, or any other.
     """
     numbers = np.flatnonzero(tokenizer.starts_word).tolist()
-    words = [(number, tokenizer.decode([number])) for number in numbers]
+    words = [(number, tokenizer.decode([number]).strip()) for number in numbers]
     words = [(number, word) for number, word in words if _is_word(word)]
     in_han = sum(bool(han_or_kana.match(word)) for _, word in words) > len(words) / 2
     words = [(number, word) for number, word in words if bool(han_or_kana.match(word)) == in_han]
@@ -211,7 +211,7 @@ def _percent(share: float) -> str:
 
 def spelt(number: int, tokenizer: Tokenizer) -> str:
     """A piece as text; one without any, such as a special piece or half a character, as it is named."""
-    text = tokenizer.decode([number])
+    text = tokenizer.decode([number]).strip()
     return text if text.strip("\ufffd ") else tokenizer.piece(number)
 
 

@@ -23,12 +23,11 @@ from bertscale.config.examples import TaskKind
 from bertscale.config.table import Size, Table, check_table, damaged, parse_object
 from bertscale.convert.hf_folder import (
     CONFIG_FILE,
-    WEIGHTS,
     HuggingFaceFolder,
     write_config,
     write_tokenizer,
 )
-from bertscale.convert.hf_names import hugging_face_config
+from bertscale.convert.hf_names import READ_ONLY, hugging_face_config
 from bertscale.convert.task_names import (
     ELECTRA_FORM,
     SUFFIXES,
@@ -37,6 +36,7 @@ from bertscale.convert.task_names import (
     task_names,
     to_task,
 )
+from bertscale.convert.tensor_files import WEIGHTS
 from bertscale.model.heads import HeadConfig, TaskModel, head_family
 from bertscale.tokenizer import Tokenizer
 from bertscale.train.checkpoint import stream_tensors
@@ -171,6 +171,11 @@ class TaskWeights(HuggingFaceFolder):
                 f"class {', '.join(dict.fromkeys(SUFFIXES.values()))}"
             )
         self.model: ModelConfig = encoder_model_of(self.config, self.origin)
+        if self.config["model_type"] in READ_ONLY:
+            raise UserError(
+                f"{self.origin} describes a {given.architectures[0]}, whose head is not that of a Bert; this "
+                "version reads its encoder alone: give the folder as encoder="
+            )
         self.open_file()
         kinds = [kind for kind in SUFFIXES if SUFFIXES[kind] == suffix]
         outputs = self._outputs(kinds[0])
@@ -186,8 +191,7 @@ class TaskWeights(HuggingFaceFolder):
             )
         if (wanted := OUTPUTS.get(kind, outputs)) != outputs:
             raise UserError(
-                f"{self.folder / WEIGHTS} has a head with {outputs} outputs, and {kind} needs {wanted}; "
-                f"{REMEDY}"
+                f"{self.files.main} has a head with {outputs} outputs, and {kind} needs {wanted}; {REMEDY}"
             )
         pooling = given.classifier_pooling if self.model.preset == "modern" else "cls"
         dropout = getattr(given, dropout_key(self.model, kind))
@@ -213,10 +217,8 @@ class TaskWeights(HuggingFaceFolder):
     def _outputs(self, kind: TaskKind) -> int:
         (bias,) = task_names("head.output.bias", self.model, kind)
         if bias not in self.names_in_file:
-            raise UserError(
-                f"{self.folder / WEIGHTS} lacks {bias}: it is not a complete {self.wanted}; {REMEDY}"
-            )
-        return math.prod(self.file.get_slice(bias).get_shape())
+            raise UserError(f"{self.files.main} lacks {bias}: it is not a complete {self.wanted}; {REMEDY}")
+        return math.prod(self.files.shape(bias))
 
     def _labels(self, given: dict[str, str] | None) -> list[str]:
         if self.head.kind not in LABELLED:

@@ -43,15 +43,6 @@ def task_class(model: ModelConfig, kind: TaskKind) -> str:
     return PREFIXES[head_family(model)] + SUFFIXES[kind]
 
 
-def encoder_names(name: str, model: ModelConfig) -> list[str]:
-    """Returns the names of an encoder's native parameter in transformers' class: one, or three for a query,
-    key and value in one."""
-    names = hugging_face_names(name, model.preset)
-    if head_family(model) == "electra":
-        return [theirs.replace("bert.", "electra.", 1) for theirs in names]
-    return names
-
-
 def task_names(name: str, model: ModelConfig, kind: TaskKind) -> list[str]:
     """Returns the names of a task model's native parameter in transformers' class: one or three."""
     family = head_family(model)
@@ -59,7 +50,7 @@ def task_names(name: str, model: ModelConfig, kind: TaskKind) -> list[str]:
         module, _, part = name.rpartition(".")
         heads = {"modern": dict.fromkeys(HEADS, MODERN_HEAD), "electra": ELECTRA_HEADS}.get(family, HEADS)
         return [f"{heads[SUFFIXES[kind]][module]}.{part}"]
-    return encoder_names(name, model)
+    return hugging_face_names(name, "electra" if family == "electra" else model.preset)
 
 
 def to_task(

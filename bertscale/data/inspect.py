@@ -182,12 +182,12 @@ def samples(dataset: Dataset, tokenizer: Tokenizer, kind: str, count: int) -> It
 
 def _append(text: Text, tokenizer: Tokenizer, token: int, target: int | None) -> None:
     """Appends a token to `text`, and with it the id that the model is to predict there."""
-    piece, space = _spelt(tokenizer, token)
+    piece, space = tokenizer.spelling(token)
     if target is None:
         special = token in tokenizer.special_ids
         text.append(f"{' ' if space else ''}{piece}{' ' if special else ''}", "dim" if special else "")
         return
-    right, space = _spelt(tokenizer, target)
+    right, space = tokenizer.spelling(target)
     text.append(" " if space else "")
     if token == target:
         text.append(f"<{right}=>", "green")
@@ -195,13 +195,3 @@ def _append(text: Text, tokenizer: Tokenizer, token: int, target: int | None) ->
         text.append(f"<{right}>", "cyan")
     else:
         text.append(f"<{right}={piece}>", "magenta")
-
-
-def _spelt(tokenizer: Tokenizer, piece_id: int) -> tuple[str, bool]:
-    """A piece without its marks, and whether a space goes before it."""
-    piece = tokenizer.piece(piece_id)
-    if piece.startswith("##"):
-        return piece[2:], False
-    if tokenizer.file_name == "tokenizer.json":
-        return piece, True
-    return piece.lstrip("▁").replace("▁", " "), piece.startswith("▁")

@@ -75,6 +75,8 @@ def doubts(manifest: dict[str, Any]) -> list[str]:
             what = f"{in_bytes:.0%} of the tokens are single bytes of characters without a piece"
         given = settings.get("tokenizer")
         remedy = "raise train_tokenizer.vocab_size or train_tokenizer.character_coverage"
+        if settings.get("train_tokenizer", {}).get("model") == "byte_bpe":
+            remedy = "raise train_tokenizer.vocab_size"
         if given:
             remedy = f"give another one than {given}, or leave `tokenizer` out, and prep trains one"
         lines.append(f"{what}, so the tokenizer does not fit this text: {remedy}")

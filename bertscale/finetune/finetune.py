@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bertscale.config import FinetuneConfig, UserError
+from bertscale.convert.tensor_files import weight_files
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.examples.read import describe, read_task_data
 from bertscale.files import file_digest, json_digest
@@ -261,7 +262,7 @@ def fingerprint(config: FinetuneConfig, source: Source) -> dict[str, str]:
 
 def _digest_of(folder: Path) -> str:
     table_file = folder / TABLE  # it holds the digests of a checkpoint's shards
-    files: Sequence[Path] = [table_file] if table_file.exists() else sorted(folder.glob("*.safetensors"))
+    files: Sequence[Path] = [table_file] if table_file.exists() else weight_files(folder)
     others = [folder / "config.json", find_tokenizer(folder)]
     digests = [file_digest(file) for file in (*files, *others) if file.exists()]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]

@@ -1,8 +1,8 @@
 """megatron-core's tensor-parallel layers behind the seam of `layers`, and the groups of their ranks.
 
 Tensor-parallel ranks see identical batches and hold shares of each layer (Shoeybi et al., 2019). This is the
-only module that imports megatron-core, and with it torch's compiler: two seconds of a core in each rank, from
-which `parallel` saves those that share no layer.
+only module that imports megatron-core: half a second of a core in each rank, from which `parallel` saves
+those that share no layer.
 
 Dimensions: P masked positions, V vocabulary on this rank, R ranks that share a layer, T tokens, t = T / R of
 them on this rank. The methods are documented in `layers`.
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from bertscale.model.kernels import first_above, running_sums
 from bertscale.model.layers import Layers, checkpoint_of
 
-with warnings.catch_warnings():  # it warns of each optional package that is not installed
+# It warns of each optional package that is not installed; and decorates functions that nobody calls here to
+# be compiled, which would load torch's compiler, two seconds of a core.
+with warnings.catch_warnings(), mock.patch.object(torch, "compile", lambda function: function):
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
     from megatron.core.model_parallel_config import ModelParallelConfig

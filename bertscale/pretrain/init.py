@@ -1,14 +1,13 @@
 """What a run starts from, with `init`: another run, a checkpoint, or a Hugging Face folder.
 
 Weights are taken over by name, moments too if `init.optimizer` is `keep`; step, data and schedule begin anew.
-The network must be the same, but for what has no weights (dropout, rotary bases) and for heads: those that
-the source lacks get first values.
+The network must be the same, but for what has no weights (dropout, rotary bases), for heads, of which those
+that the source lacks get first values, and for what `init` says: positions, tile, vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,16 @@ from torch import Tensor
 
 from bertscale.config import InitConfig, ModelConfig, PretrainConfig, UserError, check_config
 from bertscale.config.model import PRESET_DEFAULTS
-from bertscale.convert.convert import Weights, native_shapes, open_weights
+from bertscale.convert.convert import native_shapes
 from bertscale.convert.hf_folder import CONFIG_FILE
-from bertscale.data.shards import Dataset
+from bertscale.convert.sources import PARTS, InitSource, open_source_weights
 from bertscale.files import file_digest
 from bertscale.model.model import initial_value
+from bertscale.pretrain.positions import longer
+from bertscale.pretrain.tiling import SIZES, tiled
+from bertscale.pretrain.vocabulary import ROWS, check_same, extended, replaced, reworded
 from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_folder, checkpoints
-from bertscale.tokenizer import find_tokenizer, load_tokenizer
+from bertscale.tokenizer import Tokenizer, load_tokenizer
 from bertscale.train.checkpoint import Checkpoint
 from bertscale.train.engine import Engine
 from bertscale.train.parallel import Ranks
@@ -36,31 +38,19 @@ FREE = {
     *("global_rope_theta", "local_rope_theta"),
     *("sentence_head", "generator_size"),  # heads, beside the encoder
 }
-VOCABULARY = ("word_embeddings.weight", "decoder.bias")  # ends the names of tensors with a row for each piece
-HEADS = ("predictions.", "encoder.pooler.", "seq_relationship.", "generator.", "detector.")
+POSITIONS = "max_position_embeddings"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a run starts from; `digest` is that of all that is read of it."""
+    """What a run starts from; `digest` is that of all that is read of it.
 
-    weights: Weights
+    `checkpoint` is the same where it is one of ours.
+    """
+
+    weights: InitSource
     digest: str
-    missing: frozenset[str]  # parameters that the folder lacks and `weights` would invent
-
-    @property
-    def folder(self) -> Path:
-        return self.weights.folder
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """The source, where it is one of ours."""
-        return self.weights if isinstance(self.weights, Checkpoint) else None
-
-    @property
-    def names(self) -> set[str]:
-        """The parameters that it has."""
-        return set(self.weights.parameters) - self.missing
+    checkpoint: Checkpoint | None = None
 
 
 def open_source(init: InitConfig, run: Path, ranks: Ranks) -> Source:
@@ -74,11 +64,11 @@ def open_source(init: InitConfig, run: Path, ranks: Ranks) -> Source:
     if (path / CONFIG_FILE).is_file():
         if init.step is not None:
             raise UserError(f"init.step={init.step}: {path} is a Hugging Face folder, which has no steps")
-        weights = open_weights(path)
+        weights = open_source_weights(path)
         digest, failure = ranks.broadcast(_digest(weights) if ranks.rank == 0 else None)
         if failure:
             raise UserError(failure)
-        return Source(weights, digest, frozenset(getattr(weights, "missing", ())))
+        return Source(weights, digest)
     found: Checkpoint | str | None
     if init.step is None and (path / CHECKPOINTS).is_dir():
         found = newest_sound(path, ranks)
@@ -88,11 +78,10 @@ def open_source(init: InitConfig, run: Path, ranks: Ranks) -> Source:
         raise UserError(f"init.from={path}: this run has no finished checkpoint yet")
     if isinstance(found, str):
         raise UserError(found)
-    weights = open_weights(found.folder)
-    return Source(weights, file_digest(found.folder / TABLE), frozenset())
+    return Source(open_source_weights(found.folder), file_digest(found.folder / TABLE), found)
 
 
-def _digest(weights: Weights) -> tuple[str, str]:
+def _digest(weights: InitSource) -> tuple[str, str]:
     """The digest of a source, or what keeps it from being read: one rank finds it out for all."""
     try:
         return weights.digest(), ""
@@ -132,27 +121,54 @@ def _from(config: PretrainConfig) -> str:
     return config.init.source
 
 
-def check_source(config: PretrainConfig, source: Source, data: list[Dataset]) -> None:
-    """Raises UserError where the network or the tokenizer is another, or moments are to be kept and cannot
-    be."""
-    here, there = config.model.model_dump(), source.weights.model.model_dump()
-    for key in here:
-        if key not in FREE and here[key] != there[key]:
+def check_source(config: PretrainConfig, source: Source) -> None:
+    """Raises UserError where the network is another one that `init` says nothing of, or moments are to be
+    kept and cannot be."""
+    init = config.init
+    assert init is not None
+    here, there = config.model, source.weights.model
+    free = FREE | (set(SIZES) if init.tile else set())
+    free |= {POSITIONS} if here.rotary or init.positions else set()
+    hints = dict.fromkeys(SIZES, ", or make a larger network of a smaller one by init.tile=true")
+    hints[POSITIONS] = ", or get more rows by init.positions=copy or interpolate"
+    for key in type(here).model_fields:
+        if key not in free and getattr(here, key) != getattr(there, key):
             raise UserError(
-                f"model.{key}={here[key]}, but the source {source.folder} has {there[key]}: with init the "
-                "network stays the same; leave that key out"
+                f"model.{key}={getattr(here, key)}, but the source {source.weights.folder} has "
+                f"{getattr(there, key)}: leave that key out{hints.get(key, '')}"
             )
-    ours, theirs = load_tokenizer(data[0].tokenizer_path), load_tokenizer(find_tokenizer(source.folder))
-    if ours.sha256 != theirs.sha256:
+    if init.optimizer == "keep" and not (source.checkpoint and source.checkpoint.has_moments):
         raise UserError(
-            f"the data {data[0].folder} was made with another tokenizer than the source {source.folder} has: "
-            f"prepare the data with tokenizer={theirs.path}"
+            f"init.optimizer=keep: {source.weights.folder} has no moments of an optimizer; take "
+            "init.optimizer=fresh"
         )
-    assert config.init is not None
-    if config.init.optimizer == "keep" and not (source.checkpoint and source.checkpoint.has_moments):
-        raise UserError(
-            f"init.optimizer=keep: {source.folder} has no moments of an optimizer; take init.optimizer=fresh"
-        )
+
+
+def in_shape_of(config: PretrainConfig, source: InitSource, tokenizer: Tokenizer) -> tuple[InitSource, str]:
+    """The source in the shape that the config asks for, and what to say of its vocabulary.
+
+    `tokenizer` is that of the data. Raises UserError where `init` does not allow what differs.
+    """
+    init, model = config.init, config.model
+    assert init is not None
+    theirs, said = load_tokenizer(source.tokenizer), ""
+    if not model.rotary and model.max_position_embeddings != source.model.max_position_embeddings:
+        assert init.positions is not None
+        source = longer(source, model.max_position_embeddings, init.positions)
+    if init.tile:
+        source = tiled(source, model)
+    if init.vocabulary == "same":
+        check_same(theirs, tokenizer)
+    else:
+        change = extended if init.vocabulary == "extend" else replaced
+        vocabulary = change(theirs, tokenizer)
+        shapes = native_shapes(model, tokenizer.vocab_size)
+
+        def first(name: str) -> Tensor:
+            return initial_value(name, list(shapes[name]), model, tokenizer.vocab_size, config.train.seed)
+
+        source, said = reworded(source, vocabulary, tokenizer, first), str(vocabulary)
+    return source, said
 
 
 @dataclass(frozen=True)
@@ -169,46 +185,46 @@ class Start:
         return {"updates_before": self.updates_before, "lineage": list(self.lineage)}
 
 
-def start_from(engine: Engine[PretrainConfig], source: Source) -> Start:
+def start_from(engine: Engine[PretrainConfig], source: Source, tokenizer: Tokenizer) -> Start:
     """Gives the engine its first weights, those of the source, and its moments if `init.optimizer` says so.
 
-    What the source lacks of the heads gets first values. Raises UserError where it lacks more.
+    What the source lacks of the heads gets first values. `tokenizer` is that of the data. Raises UserError
+    where more than a head is missing, or the shape is another one than `init` allows.
     """
-    config, names = engine.config, source.names
+    config, before = engine.config, source.checkpoint
+    assert config.init is not None
+    weights, vocabulary = in_shape_of(config, source.weights, tokenizer)
     shapes = native_shapes(engine.sizes, engine.vocab_size)
-    missing = [name for name in shapes if name not in names]
-    left_out = sorted(names - shapes.keys())
-    if wrong := [name for name in missing if not name.startswith(HEADS)]:
-        raise UserError(f"init.from={_from(config)}: {source.folder} lacks {wrong[0]}, a part of the encoder")
-    first = partial(initial_value, config=engine.sizes, vocab_size=engine.vocab_size, seed=config.train.seed)
+    missing = [name for name in shapes if name not in weights.names]
+    if wrong := [name for name in missing if not name.startswith(PARTS)]:
+        raise UserError(f"init.from={config.init.source}: {source.weights.folder} lacks {wrong[0]}")
 
     def first_value(name: str, shape: list[int]) -> Tensor:
         if name in missing:
-            return first(name, shape)
-        value = source.weights.tensor(name)
-        if name.endswith(VOCABULARY):  # some published models have rows that no piece belongs to
+            return initial_value(name, shape, engine.sizes, engine.vocab_size, config.train.seed)
+        value = weights.tensor(name)
+        if name in ROWS and list(value.shape) != shape:  # published models may have rows that no piece has
             rows = torch.zeros(shape)
             rows[: engine.vocab_size] = value[: engine.vocab_size]
             return rows
         return value
 
-    before, updates = source.checkpoint, 0
-    assert config.init is not None
+    updates = 0
     if config.init.optimizer == "keep":
         assert before is not None
         engine.resume(before)
         updates = before.updates
     else:
         engine.start_from(first_value)
-    changed = differences(before.table["config"] if before else None, config, source.weights.model)
     ancestor = {
-        "folder": str(source.folder),
+        "folder": str(source.weights.folder),
         "step": before.step if before else None,
         "digest": source.digest,
         "optimizer": config.init.optimizer,
-        "changed": changed,
+        "changed": differences(before.table["config"] if before else None, config, source.weights.model),
+        "vocabulary": vocabulary,
         "first_values": missing,
-        "left_out": left_out,
+        "left_out": [*source.weights.left_out, *(name for name in weights.names if name not in shapes)],
     }
     lineage = (*(before.lineage if before else ()), ancestor)
     return Start(updates, lineage, tuple(_lines(lineage, ancestor)))
@@ -240,7 +256,8 @@ def differences(before: dict[str, Any] | None, config: PretrainConfig, model: Mo
 
 
 def _lines(lineage: tuple[dict[str, Any], ...], ancestor: dict[str, Any]) -> list[str]:
-    earlier = "" if len(lineage) == 1 else f", itself the {_ordinal(len(lineage))} of a chain"
+    links = sum("averaged" not in each and "base" not in each for each in lineage)  # not parts of an average
+    earlier = "" if links == 1 else f", itself the {_ordinal(links)} of a chain"
     moments = "weights and moments" if ancestor["optimizer"] == "keep" else "weights"
     lines = [f"started   from the {moments} of {ancestor['folder']} ({ancestor['digest'][:12]}){earlier}"]
     rows = ancestor["changed"]
@@ -251,6 +268,8 @@ def _lines(lineage: tuple[dict[str, Any], ...], ancestor: dict[str, Any]) -> lis
         for number, row in enumerate([head, *rows]):
             cells = "  ".join(cell.ljust(width) for cell, width in zip(row, [*wide, 0], strict=True))
             lines.append(f"{'' if number else 'differs':<10}{cells}".rstrip())
+    if ancestor["vocabulary"]:
+        lines.append(f"pieces    {ancestor['vocabulary']}")
     if ancestor["first_values"]:
         lines.append(f"new       {', '.join(ancestor['first_values'])}: not in the source, first values")
     if ancestor["left_out"]:

@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bertscale.pretrain.reshaped import InitSource, Reshaped
+from bertscale.convert.sources import InitSource
+from bertscale.pretrain.reshaped import Reshaped
 
 POSITIONS = "encoder.embeddings.position_embeddings.weight"
 

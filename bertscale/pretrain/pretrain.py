@@ -71,7 +71,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         config = with_model_of(config, before.model) if config.init else config
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
     if source is not None:
-        check_source(config, source, data)
+        check_source(config, source)
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = heldout_loaders(config, tokenizer, data, ranks)
@@ -92,7 +92,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         engine.resume(checkpoint)
         origin = resumed(checkpoint)
     elif source is not None:
-        origin = start_from(engine, source)
+        origin = start_from(engine, source, tokenizer)
     else:
         engine.start(config.train.seed)
 
@@ -236,4 +236,4 @@ def save(
     )
     beat(step)
     if engine.ranks.rank == 0 and not losses.in_a_row:
-        prune(run, config.train.keep_checkpoints)
+        prune(run, config.train.keep_checkpoints, config.train.keep_every)

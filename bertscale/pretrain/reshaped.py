@@ -1,28 +1,15 @@
-"""The weights that a run starts from, and these in another shape: by positions, tiling and vocabulary."""
+"""The weights that a run starts from, in another shape: by positions, tiling and vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from bertscale.config import ModelConfig
-
-
-class InitSource(Protocol):
-    """Gives native tensors by their names in `PretrainingModel`."""
-
-    folder: Path
-    model: ModelConfig
-    vocab_size: int
-    names: list[str]
-    tokenizer: Path
-
-    def tensor(self, name: str) -> Tensor: ...  # whole, float32, CPU
-
-    def digest(self) -> str: ...
+from bertscale.convert.sources import InitSource
 
 
 class Reshaped:
@@ -40,8 +27,10 @@ class Reshaped:
     ) -> None:
         """Whatever is not given is as in `source`; `sizes` are keys of its `ModelConfig` that differ."""
         self.folder, self.digest = source.folder, source.digest
+        self.missing, self.left_out = source.missing, source.left_out
         self.tensor = tensor
         self.names = source.names if names is None else names
         self.vocab_size = vocab_size or source.vocab_size
         self.tokenizer = tokenizer or source.tokenizer
+        self.missing, self.left_out = source.missing, source.left_out
         self.model: ModelConfig = source.model.model_copy(update=sizes)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
+from bertscale.convert.sources import InitSource
 from bertscale.model.model import join_fused, split_fused
-from bertscale.pretrain.reshaped import InitSource, Reshaped
+from bertscale.pretrain.reshaped import Reshaped
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 

@@ -1,11 +1,14 @@
-"""The tokenizer of a data set or a model: SentencePiece or WordPiece, behind one interface."""
+"""The tokenizer of a data set or a model: SentencePiece, WordPiece or BPE of bytes, behind one interface."""
 
 from bertscale.tokenizer.base import (
     CLS,
+    DROPPED_RULE,
+    FAST_NAME,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
+    SPACES_RULE,
     TOKENIZER_NAMES,
     UNK,
     VOCABULARY_NAME,
@@ -15,3 +18,4 @@ from bertscale.tokenizer.base import (
     normalize,
 )
 from bertscale.tokenizer.load import find_tokenizer, load_tokenizer
+from bertscale.tokenizer.wordpiece import CONTINUES, WordPieceTokenizer

@@ -1,7 +1,7 @@
 """The interface of tokenizers, the normal form of text, what a word is, and offsets in the given text.
 
-The kinds are in `sentence_piece` and `wordpiece`; `load` makes one of a file. A piece is always an entry of
-the vocabulary, an id its number; an offset counts characters of the text that was given.
+The kinds are in `sentence_piece`, `wordpiece` and `byte_level`; `load` makes one of a file. A piece is always
+an entry of the vocabulary, an id its number; an offset counts characters of the text that was given.
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK
 _byte_piece = re.compile(r"<0x[0-9A-F]{2}>")
 SPECIAL_KEYS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in tokenizer_config.json
 SENTENCE_PIECE_NAME = "tokenizer.model"
-WORD_PIECE_NAME = "tokenizer.json"
-TOKENIZER_NAMES = (SENTENCE_PIECE_NAME, WORD_PIECE_NAME)
+FAST_NAME = "tokenizer.json"  # of the library `tokenizers`: a WordPiece or a BPE tokenizer
+TOKENIZER_NAMES = (SENTENCE_PIECE_NAME, FAST_NAME)
 VOCABULARY_NAME = "vocab.txt"  # of published models
+CONFIG_NAME = "tokenizer_config.json"  # beside one of those
+REMEDY = "put a sound copy of it there"
+
+
+def spell(characters: str) -> str:
+    """The characters of a Python character class, unescaped, for the regular expressions of `tokenizers`."""
+    return re.sub(r"\\x(..)|\\u(....)", lambda m: chr(int(m[1] or m[2], 16)), characters)
+
 
 Ids = list[int]
 Spans = list[tuple[int, int]]  # begin and end in characters of the given text
@@ -34,6 +42,8 @@ Spans = list[tuple[int, int]]  # begin and end in characters of the given text
 # U+2581 is among the spaces: SentencePiece writes a space as that character and cannot tell the two apart.
 DROPPED = "\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\u00ad\\ufeff"
 SPACES = "\\x09-\\x0d\\x1c-\\x20\\x85\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\u2581"
+# Both as the regular expressions of `tokenizers` take them.
+DROPPED_RULE, SPACES_RULE = f"[{spell(DROPPED)}]+", f"[{spell(SPACES)}]+"
 _find_dropped = re.compile(f"[{DROPPED}\\ud800-\\udfff]+")
 _find_spaces = re.compile(f"[{SPACES}]+")
 
@@ -70,7 +80,7 @@ class Tokenizer(ABC):
     """What training, fine-tuning and prep know of a tokenizer; made by `load_tokenizer`."""
 
     file_name: ClassVar[str]  # in the folder of a data set or model
-    mark: ClassVar[str] = ""  # of the vocabulary, before pieces that begin a word, or that do not
+    mark: str = ""  # of the vocabulary, before pieces that begin a word, or that do not
 
     path: Path  # where it was read
     content: bytes  # of the one file that holds it
@@ -80,7 +90,9 @@ class Tokenizer(ABC):
     cls_id: int
     sep_id: int
     mask_id: int
-    form: Literal["NFC", "NFKC"] | None = None  # Unicode's, that `normalize` gives; None: WordPiece's rules
+    form: Literal["NFC", "NFKC"] | None = None  # Unicode's, that text is to have; None: WordPiece's own rules
+    # Whether the white space before a sentence belongs to its pieces, so that prep encodes it with it.
+    keeps_spaces: bool = False
 
     @cached_property
     def sha256(self) -> str:
@@ -89,11 +101,12 @@ class Tokenizer(ABC):
 
     @cached_property
     def special_ids(self) -> tuple[int, ...]:
+        """Those of the five roles, in this order; special pieces without such a role follow."""
         return (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
 
     @cached_property
     def byte_ids(self) -> list[int]:
-        """The pieces that spell, byte by byte, a character that has no piece; none in WordPiece."""
+        """The pieces that spell a character that has no piece, by some of its bytes; none in WordPiece."""
         return [i for i in range(self.vocab_size) if _byte_piece.fullmatch(self.piece(i))]
 
     @cached_property
@@ -154,6 +167,10 @@ class Tokenizer(ABC):
         """The piece as it is written in the vocabulary."""
 
     @abstractmethod
+    def spelling(self, piece_id: int) -> tuple[str, bool]:
+        """A piece without its marks, for people, and whether a space goes before it."""
+
+    @abstractmethod
     def export_hugging_face(self, folder: str | Path, max_length: int) -> None:
         """Writes what AutoTokenizer loads; `max_length` in tokens, [CLS] and [SEP] included.
 
@@ -206,7 +223,7 @@ def normalize_with_offsets(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str
     start = 0
     for end in range(1, len(remaining) + 1):
         run = "".join(c for c, _ in remaining[start:end])
-        if end < len(remaining) and _joins(run, remaining[end][0], form):
+        if end < len(remaining) and joins(run, remaining[end][0], form):
             continue
         normal = unicodedata.normalize(form, run)
         if normal == run:
@@ -233,7 +250,7 @@ def normalize_with_offsets(text: str, form: Literal["NFC", "NFKC"]) -> tuple[str
     return clean, spans
 
 
-def _joins(before: str, character: str, form: Literal["NFC", "NFKC"]) -> bool:
+def joins(before: str, character: str, form: Literal["NFC", "NFKC"]) -> bool:
     """Whether the normal form of `character` depends on the characters `before` it, or theirs on it."""
     if character < "\u0300":  # the first combining character
         return False

@@ -25,12 +25,12 @@ import sentencepiece
 from bertscale.config import UserError
 from bertscale.tokenizer.base import (
     CLS,
-    DROPPED,
+    DROPPED_RULE,
     MASK,
     PAD,
     SENTENCE_PIECE_NAME,
     SEP,
-    SPACES,
+    SPACES_RULE,
     SPECIAL,
     SPECIAL_KEYS,
     UNK,
@@ -152,6 +152,10 @@ class SentencePieceTokenizer(Tokenizer):
         name: str = self._model.id_to_piece(int(piece_id))
         return name
 
+    def spelling(self, piece_id: int) -> tuple[str, bool]:
+        piece = self.piece(piece_id)
+        return piece.lstrip(SPACE).replace(SPACE, " "), piece.startswith(SPACE)
+
     def _starts_word(self, piece_id: int) -> bool:
         piece = self.piece(piece_id)
         if self._model.is_byte(piece_id):
@@ -255,13 +259,12 @@ class SentencePieceTokenizer(Tokenizer):
     def _fast_normalizer(self, proto: Any) -> Any:
         from tokenizers import Regex, normalizers
 
-        dropped = f"[{_spell(DROPPED)}]+"
-        one_space = normalizers.Replace(Regex(f"[{_spell(SPACES)}]+"), " ")
-        steps: list[Any] = [normalizers.Replace(Regex(dropped), "")]
+        one_space = normalizers.Replace(Regex(SPACES_RULE), " ")
+        steps: list[Any] = [normalizers.Replace(Regex(DROPPED_RULE), "")]
         if proto.normalizer_spec.add_dummy_prefix:
             # Metaspace sets the first "▁" only before the very first character of the given text: where that
             # one is dropped, a space in its place becomes the "▁".
-            steps.insert(0, normalizers.Replace(Regex(f"\\A{dropped}"), " "))
+            steps.insert(0, normalizers.Replace(Regex(f"\\A{DROPPED_RULE}"), " "))
         steps += [{"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[self.form](), one_space]
         if proto.normalizer_spec.precompiled_charsmap:  # it drops some of the spaces, and makes others
             steps += [normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap), one_space]
@@ -317,8 +320,3 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
             if piece[:cut] in scores and piece[cut:] in scores:
                 merges.append((piece[:cut], piece[cut:]))
     return merges
-
-
-def _spell(characters: str) -> str:
-    """The characters of a Python character class, unescaped, for the regular expressions of `tokenizers`."""
-    return re.sub(r"\\x(..)|\\u(....)", lambda m: chr(int(m[1] or m[2], 16)), characters)

@@ -30,19 +30,20 @@ from bertscale.config import UserError
 from bertscale.config.table import Count, Table, check_table, damaged, parse_object, read_object
 from bertscale.tokenizer.base import (
     CLS,
+    CONFIG_NAME,
+    FAST_NAME,
+    REMEDY,
     SEP,
     SPECIAL,
     SPECIAL_KEYS,
     UNK,
-    WORD_PIECE_NAME,
+    VOCABULARY_NAME,
     Ids,
     Spans,
     Tokenizer,
     begins_like_a_word,
 )
 
-CONFIG_NAME = "tokenizer_config.json"
-REMEDY = "put a sound copy of it there"
 CONTINUES = "##"  # before a piece that does not begin a word
 CACHE_BYTES = 64 * 2**20  # for words whose ids are known, about
 WORD_BYTES = 250  # of a known word, about, beside its characters
@@ -58,7 +59,7 @@ _find_words = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+").findall
 class WordPieceTokenizer(Tokenizer):
     """A WordPiece tokenizer, made by `load_tokenizer`; pieces that continue a word begin with "##"."""
 
-    file_name = WORD_PIECE_NAME
+    file_name = FAST_NAME
     mark = CONTINUES
 
     def __init__(self, path: Path, content: bytes) -> None:
@@ -114,6 +115,17 @@ class WordPieceTokenizer(Tokenizer):
             self._known[word] = tuple(encoding.ids)
             self._known_bytes += WORD_BYTES + 12 * len(word)
 
+    def words(self, text: str) -> list[str]:
+        """The words of normalised `text`, each in the form that is cut into pieces."""
+        form: str = self._fast.normalizer.normalize_str(text)
+        return [word for word, _ in self._fast.pre_tokenizer.pre_tokenize_str(form)]
+
+    def extended(self, pieces: Sequence[str]) -> bytes:
+        """The content of the tokenizer.json that has new `pieces` after all others."""
+        content = json.loads(self.content)
+        content["model"]["vocab"] |= {piece: self.vocab_size + n for n, piece in enumerate(pieces)}
+        return _bytes_of(content)
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[Ids, Spans]]:
         results = []
         for text in texts:
@@ -150,6 +162,12 @@ class WordPieceTokenizer(Tokenizer):
             raise IndexError(f"no piece {piece_id}")
         return name
 
+    def spelling(self, piece_id: int) -> tuple[str, bool]:
+        piece = self.piece(piece_id)
+        if piece.startswith(CONTINUES):
+            return piece[len(CONTINUES) :], False
+        return piece, True
+
     def _starts_word(self, piece_id: int) -> bool:
         piece = self.piece(piece_id)
         if not piece.startswith(CONTINUES) or piece == CONTINUES:
@@ -172,7 +190,7 @@ class WordPieceTokenizer(Tokenizer):
         text = json.dumps(settings, indent=2) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         pieces = "".join(f"{self.piece(i)}\n" for i in range(self.vocab_size))
-        (folder / "vocab.txt").write_text(pieces, encoding="utf-8", newline="\n")
+        (folder / VOCABULARY_NAME).write_text(pieces, encoding="utf-8", newline="\n")
 
 
 def load(path: Path, content: bytes, lowercase: bool | None) -> WordPieceTokenizer:
@@ -282,6 +300,10 @@ def _tokenizer_json(pieces: list[str], lowercase: bool, strip_accents: bool | No
             "vocab": {piece: number for number, piece in enumerate(pieces)},
         },
     }
+    return _bytes_of(content)
+
+
+def _bytes_of(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -336,8 +358,8 @@ def _read(path: Path, content: bytes) -> _TokenizerJson:
     types = [part.get("type") if isinstance(part, dict) else None for part in named]
     if types != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
         raise UserError(
-            f"{path} is not the tokenizer of a BERT (a WordPiece model with BERT's rules); where it is the "
-            "Hugging Face form of a SentencePiece model, put that model beside it as tokenizer.model"
+            f"{path} is not the tokenizer of a BERT (a WordPiece model with BERT's rules), nor BPE; where it "
+            "is the Hugging Face form of a SentencePiece model, put that model beside it as tokenizer.model"
         )
     parts = check_table(_TokenizerJson, values, path, REMEDY)
     for name in SPECIAL:

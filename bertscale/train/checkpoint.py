@@ -40,7 +40,7 @@ from bertscale.files import (
     sync,
     write_json,
 )
-from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoints
+from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_step, checkpoints
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint_table import DIGEST, FORMAT, STATES, read_table
 from bertscale.train.parallel import Ranks
@@ -78,12 +78,17 @@ def write_shard(folder: Path, name: str, fragments: Iterable[StateFragment]) -> 
     path = folder / name
     save_tensors(path, tensors)
     sync(path)
+    pieces = {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in full}
+    return _file_entry(path, pieces)
+
+
+def _file_entry(path: Path, pieces: dict[str, list[int]]) -> dict[str, Any]:
+    """A file's entry in the table; `pieces` is the format's word for fragments: name -> [start, length]."""
     return {
-        "name": name,
+        "name": path.name,
         "bytes": path.stat().st_size,
         "digest": file_digest(path),
-        # The format's word for fragments: name -> [start, length].
-        "pieces": {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in full},
+        "pieces": pieces,
     }
 
 
@@ -240,9 +245,12 @@ class Checkpoint:
         return values
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of a run. Raises OSError."""
+def prune(run: Path, keep: int, every: int | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints of a run, and those of steps that are multiples of
+    `every`. Raises OSError."""
     for folder in checkpoints(run)[:-keep]:
+        if every and (checkpoint_step(folder) or 0) % every == 0:
+            continue
         (folder / TABLE).unlink()  # first: without it a half removed folder is no checkpoint
         shutil.rmtree(folder)
 
@@ -302,19 +310,32 @@ def stream_tensors(path: Path, shapes: dict[str, torch.Size], tensors: Iterable[
 
 
 def write_whole(
-    folder: Path, table: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path
+    folder: Path,
+    table: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Path,
+    shapes: dict[str, torch.Size] | None = None,
 ) -> None:
-    """Writes whole imported weights (no moments) as the checkpoint of one rank into `folder`, the table
-    last. Raises OSError."""
+    """Writes whole weights (no moments) as the checkpoint of one rank into `folder`, the table last.
+
+    With `shapes`, those of the tensors in their order, only one tensor is in memory at a time. Raises
+    OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     load_tokenizer(tokenizer).save(folder)
-    shapes: dict[str, list[int]] = {}
-    fragments = []
-    for name, value in tensors:
-        shapes[name] = list(value.shape)
-        fragments.append(StateFragment(name, 0, {"weight": value.float().flatten()}))
-    entry = write_shard(folder, shard_name(0, 0), fragments)
-    parameters = {n: {"shape": shape, "tensor_parallel_dimension": None} for n, shape in shapes.items()}
+    if shapes is None:
+        held = dict(tensors)
+        shapes, tensors = {name: value.shape for name, value in held.items()}, held.items()
+    path = folder / shard_name(0, 0)
+    lengths = {name: shape.numel() for name, shape in shapes.items()}
+    stream_tensors(
+        path,
+        {f"weight:{name}": torch.Size([length]) for name, length in lengths.items()},
+        ((f"weight:{name}", value.float().flatten()) for name, value in tensors),
+    )
+    sync(path)
+    entry = _file_entry(path, {name: [0, length] for name, length in lengths.items()})
+    parameters = {n: {"shape": list(shape), "tensor_parallel_dimension": None} for n, shape in shapes.items()}
     write_table(
         folder,
         {

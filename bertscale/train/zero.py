@@ -11,11 +11,13 @@ a tensor-parallel rank holds of a parameter. Fragment: what this rank holds of t
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,10 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.")
 # Its shared-memory all-reduce for CPUs needs a compiler and a minute at the first start; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Stages 1 to 3 import its Muon, which nobody calls here: ours is another. Decorated to be compiled, it would
+# load torch's compiler at each start of a rank, two seconds of a core.
+with mock.patch.object(deepspeed.runtime.compiler, "compile", return_value=lambda function: function):
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 from bertscale.config import FinetuneConfig, PretrainConfig, UserError  # noqa: E402
 from bertscale.optim.optimizers import Lamb, Muon, StableAdamW, gradient_of  # noqa: E402

@@ -122,8 +122,10 @@ def check(
 def _promise(job: StageJob, promises: Promises) -> None:
     target, config = job.spec.target, job.config
     promises.targets.add(target)
-    if isinstance(config, PrepConfig) and config.tokenizer is None:
-        promises.vocab_size = config.train_tokenizer.vocab_size
+    if isinstance(config, PrepConfig):
+        training = config.train_tokenizer
+        if config.tokenizer is None or training.extend_to is not None:
+            promises.vocab_size = training.extend_to or training.vocab_size
     if isinstance(config, PretrainConfig):
         promises.positions[target] = config.model.max_position_embeddings
     elif job.source is not None and (longest := _positions_of(job.source, promises)):
@@ -182,8 +184,13 @@ def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, r
     _check_memory(job, config, vocab_size, report)
     size = checkpoint_bytes(config.model, vocab_size)
     there = len(checkpoints(Path(config.run)))
-    more = max(1, config.train.keep_checkpoints + 1 - there)
-    keep = f"train.keep_checkpoints={config.train.keep_checkpoints} and the one being written"
+    train, newest, for_good = config.train, f"train.keep_checkpoints={config.train.keep_checkpoints}", 0
+    if train.keep_every and train.steps:  # of another budget nobody knows yet how many steps it has
+        older = (train.steps - 1) // train.save_every + 1 - train.keep_checkpoints  # than the newest ones
+        for_good = max(0, older * train.save_every) // train.keep_every
+        newest += f", train.keep_every={train.keep_every}"
+    more = max(1, train.keep_checkpoints + for_good + 1 - there)
+    keep = f"{newest} and the one being written"
     why = f"{more} checkpoints of {gb(size)} ({keep})"
     _check_space(f"run={config.run}", Path(config.run), more * size, why, report)
 

@@ -41,7 +41,8 @@ new_host=(unshare --net --uts --ipc --pid --mount --fork --kill-child)
 
 rm -rf "${dir:?}"/{etc,run,state,spool,log,refused}
 mkdir -p "$dir"/{etc,run,state,spool,log,shared}
-sed "s|@DIR@|$dir|; s|@USER@|$(id -u)|; s|@NODES@|$nodes|; s|@LAST@|$((10 + nodes))|; s|@CPUS@|$cpus|g" \
+sed "s|@DIR@|$dir|; s|@USER@|$(id -u)|; s|@NODES@|$nodes|; s|@LAST@|$((10 + nodes))|; s|@CPUS@|$cpus|g
+    s|@JOB@|$((1 + RANDOM))|" \
     "$here/slurm.conf" >"$dir/etc/slurm.conf"
 for i in 0 1 2 3; do ln -s /dev/null "$dir/etc/gpu$i"; done # slurmd counts only GPUs that are a device file
 echo "Name=gpu File=$dir/etc/gpu[0-3]" >"$dir/etc/gres.conf"
