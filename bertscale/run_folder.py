@@ -3,6 +3,7 @@
     RUN/                           a pretraining
         config.yaml                the resolved config
         metrics.jsonl              a JSON line for each log point
+        fills.jsonl                a JSON line for each evaluation, with train.fills
         tensorboard/               the same figures
         checkpoints/step-0000100/  complete when it has this name; its table is bertscale.json
         logs/                      events.jsonl and the attempts of a run that was started by hand
@@ -45,6 +46,7 @@ from bertscale.errors import UserError
 CONFIG = "config.yaml"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+FILLS = "fills.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 BEST = "best"  # of a fine-tuning: the weights that dev chose, of each of its runs
@@ -225,7 +227,12 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 def read_metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """Reads the entries of RUN/metrics.jsonl, each with its "step"."""
-    return [entry for entry in read_lines(run / METRICS, last_bytes) if is_number(entry.get("step"))]
+    return read_steps(run / METRICS, last_bytes)
+
+
+def read_steps(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Reads the entries of a file that have a "step"."""
+    return [entry for entry in read_lines(path, last_bytes) if is_number(entry.get("step"))]
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from bertscale.config import PrepConfig, UserError
 from bertscale.convert import masks
 from bertscale.data.inspect import inspect as inspect_data
 from bertscale.data.shards import open_dataset
+from bertscale.pretrain.fills import encode_masked
 from bertscale.pretrain.vocabulary import matches
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from bertscale.tokenizer.byte_level import ByteLevelTokenizer
@@ -424,8 +425,13 @@ def test_masks_that_a_conversion_shows(tokenizer: Tokenizer) -> None:
     [ids] = tokenizer.encode([text])
     found = masks._mask_a_word(text, ids, tokenizer, np.random.default_rng(0))
     assert found is not None
-    word = masks._spelt(found.target, tokenizer)
+    word = masks.spelt(found.target, tokenizer)
     assert found.text.replace("[MASK]", word) == text.strip()
+
+
+def test_a_mask_takes_the_space_before_it(tokenizer: Tokenizer) -> None:
+    [before], [whole] = tokenizer.encode(["The apple is"]), tokenizer.encode(["The apple is the."])
+    assert encode_masked("The apple is [MASK].", tokenizer) == [*before, tokenizer.mask_id, whole[-1]]
 
 
 def test_hugging_face_form(tokenizer: Tokenizer, tmp_path: Path) -> None:

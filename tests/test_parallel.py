@@ -13,13 +13,14 @@ from tiny import pretrain_config
 
 pytestmark = pytest.mark.slow
 
+FILLED = ["The cat [MASK] the [MASK].", "[MASK]"]
 TOPOLOGIES = [(1, 1, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3), (2, 1, 3), (2, 2, 3), (2, 2, 1), (4, 1, 3)]
 
 
 def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int | None = None) -> list[Any]:
-    """Runs on each rank: one short training for each topology; the figures of its steps."""
+    """Runs on each rank: one short training for each topology; the figures of its steps, and its fills."""
     from bertscale.pretrain.pretrain import train
-    from bertscale.run_folder import read_metrics
+    from bertscale.run_folder import FILLS, read_metrics, read_steps
     from bertscale.train import zero
     from bertscale.train.device import local_device
     from bertscale.train.parallel import leave_subgroups, start_ranks
@@ -34,19 +35,20 @@ def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int 
             data,
             run,
             parallel={"tensor": tensor, "zero_stage": stage},
-            train={"static_targets": size == 2},  # moves nothing
+            train={"static_targets": size == 2, "fills": FILLED},  # moves nothing
         )
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
         assert train(config, ranks, StopSignal()) == 0
         leave_subgroups(ranks)
         steps = [e for e in read_metrics(run) if "train/loss" in e]
-        results.append([[e["train/loss"], e["train/mlm_loss"], e["train/gradient_norm"]] for e in steps])
+        losses = [[e["train/loss"], e["train/mlm_loss"], e["train/gradient_norm"]] for e in steps]
+        results.append([losses, read_steps(run / FILLS)])
     return results
 
 
 @pytest.fixture(scope="module")
-def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Any]:
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Any]:
     folder = tmp_path_factory.mktemp("topologies")
     found: dict[tuple[int, int, int], Any] = {}
     for world in (1, 2, 4):
@@ -56,6 +58,25 @@ def figures(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
         )
         found |= dict(zip(here, results[0], strict=True))
     return found
+
+
+@pytest.fixture(scope="module")
+def figures(trained: dict[tuple[int, int, int], Any]) -> dict[tuple[int, int, int], Any]:
+    return {topology: losses for topology, (losses, _) in trained.items()}
+
+
+def test_fills_are_those_of_the_dense_run(trained: dict[tuple[int, int, int], Any]) -> None:
+    """Tensor-parallel ranks have the logits of a part of the vocabulary each, and ZeRO-3 gathers weights for
+    the forward pass alone."""
+    ((_, [expected]), *others) = (trained[topology] for topology in TOPOLOGIES)
+    assert expected["step"] == 10
+    for _, [found] in others:
+        for one, other in zip(expected["fills"], found["fills"], strict=True):
+            assert one["text"] == other["text"]
+            shares = [[[share for _, share in mask] for mask in each["masks"]] for each in (one, other)]
+            torch.testing.assert_close(*map(torch.tensor, shares), rtol=1e-3, atol=1e-6)
+            best = [[mask[0][0] for mask in each["masks"]] for each in (one, other)]
+            assert best[0] == best[1]
 
 
 def test_losses_are_the_recorded_ones(figures: dict[tuple[int, int, int], Any]) -> None:
@@ -85,7 +106,7 @@ def test_gradients_that_travel_while_others_are_computed(
     arguments: dict[str, Any] = {"data": str(tiny_data), "folder": str(tmp_path), "topologies": topologies}
     results = run_ranks(__file__, "train_each", world=4, bucket=3000, **arguments)
     dense = torch.tensor(figures[1, 1, 0], dtype=torch.float64)
-    for found in results[0]:
+    for found, _ in results[0]:
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), dense, rtol=1e-5, atol=1e-5)
 
 

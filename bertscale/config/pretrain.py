@@ -202,6 +202,11 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1, description="Steps between two log points.")
     eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
     eval_samples: int = Field(1024, ge=1, description="Number of samples of a held-out loss.")
+    fills: list[str] = Field(
+        [],
+        description="Sentences with [MASK], which the model fills at each held-out loss, to look at: "
+        '["Paris is the [MASK] of France."].',
+    )
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
     keep_every: int | None = Field(
@@ -226,6 +231,11 @@ class TrainConfig(Section):
             raise ValueError(f"schedule_steps={self.schedule_steps} needs a budget in steps (train.steps)")
         if self.schedule_steps is not None and self.steps and self.schedule_steps < self.steps:
             raise ValueError(f"schedule_steps={self.schedule_steps} is less than steps={self.steps}")
+        for text in self.fills:
+            if "[MASK]" not in text:
+                raise ValueError(
+                    f"fills: {text!r} has no [MASK]; put one where the model is to fill a piece in"
+                )
         if self.keep_every is not None and self.keep_every % self.save_every:
             raise ValueError(
                 f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}: other "
@@ -454,6 +464,8 @@ class PretrainConfig(Section):
                 "data: max_epochs needs a budget in train.steps or train.tokens; with "
                 f"train.hours={self.train.hours:g} nobody knows how many samples the run will use"
             )
+        if self.train.fills and not self.objectives.mlm:
+            raise ValueError("train.fills needs masked tokens to be learnt; objectives.mlm is 0")
         self._check_objectives()
         check_tensor_degree(
             self.parallel.tensor,

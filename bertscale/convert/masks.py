@@ -197,11 +197,11 @@ def _choices(probabilities: Tensor, target: int, tokenizer: Tokenizer) -> str:
     """The first choices at a mask, the right one marked; where it is not among them, it follows."""
     best = probabilities.topk(CHOICES)
     said = [
-        f"{_spelt(number, tokenizer)} {_percent(share)}{' (right)' if number == target else ''}"
+        f"{spelt(number, tokenizer)} {_percent(share)}{' (right)' if number == target else ''}"
         for share, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     if target >= 0 and target not in best.indices.tolist():
-        said.append(f"(right: {_spelt(target, tokenizer)})")
+        said.append(f"(right: {spelt(target, tokenizer)})")
     return "   ".join(said)  # no commas, which may be choices
 
 
@@ -209,7 +209,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _spelt(number: int, tokenizer: Tokenizer) -> str:
+def spelt(number: int, tokenizer: Tokenizer) -> str:
     """A piece as text; one without any, such as a special piece or half a character, as it is named."""
     text = tokenizer.decode([number]).strip()
     return text if text.strip("\ufffd ") else tokenizer.piece(number)

@@ -19,10 +19,11 @@ from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
+from bertscale.pretrain.fills import encode_sentences, fill, show_fills
 from bertscale.pretrain.heldout import evaluate, heldout_loaders
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from, with_model_of
 from bertscale.progress import Progress, TimeBudget, fold
-from bertscale.run_folder import CONFIG, RESULT, check_run_folder, checkpoint_folder
+from bertscale.run_folder import CONFIG, FILLS, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
@@ -63,7 +64,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     # What is trained: the network, data, schedule; where it starts.
     run, first = Path(config.run), ranks.rank == 0
     if first:
-        remove_leftovers(run)
+        remove_leftovers(run, [FILLS])
     checkpoint = newest_sound(run, ranks)
     source = open_source(config.init, run, ranks) if config.init and checkpoint is None else None
     if before := checkpoint or (source and source.weights):
@@ -74,6 +75,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = heldout_loaders(config, tokenizer, data, ranks)
+    sentences = encode_sentences(config, tokenizer)
     schedule = TrainingSchedule(config, loader.mixture.batches)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
     precision = f"{dtype}".removeprefix("torch.")
@@ -174,6 +176,10 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                 if writer:
                     writer.write(done, figures)
                 progress.say(words)
+                if sentences:
+                    fills = fill(engine, sentences, tokenizer)
+                    if writer:
+                        show_fills(writer, run, done, sentences, fills)
                 rate.restart()
             if last and first:  # before the checkpoint that makes the run a finished one
                 size = {"parameters": engine.num_parameters(), "precision": precision}

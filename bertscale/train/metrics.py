@@ -23,7 +23,7 @@ from bertscale.config import PAIRS, ModelConfig, Section
 from bertscale.files import write_bytes
 from bertscale.model.model import LossSums, attended_pairs, model_flops_per_token
 from bertscale.progress import show_count
-from bertscale.run_folder import METRICS, TENSORBOARD, append_line, read_metrics
+from bertscale.run_folder import FILLS, METRICS, TENSORBOARD, append_line, read_metrics, read_steps
 from bertscale.train.parallel import Ranks
 
 
@@ -154,8 +154,9 @@ class MetricsWriter:
 
         self.first_step, self.begin = first_step, begin
         self.path = run / METRICS
-        valid = [entry for entry in read_metrics(run) if entry["step"] <= first_step]
-        write_bytes(self.path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
+        _keep_until(self.path, first_step)
+        if (run / FILLS).exists():
+            _keep_until(run / FILLS, first_step)
         folder = run / TENSORBOARD / (name or run.resolve().name)
         self.events = SummaryWriter(str(folder), purge_step=first_step - begin + 1)
         self.facts: dict[str, Any] = {"run": name} if name else {}
@@ -181,11 +182,22 @@ class MetricsWriter:
             self.events.add_scalar(key, value, step - self.begin)
         self.events.flush()
 
+    def write_text(self, step: int, key: str, text: str) -> None:
+        """Shows a text in Markdown in TensorBoard, alone."""
+        self.events.add_text(key, text, step - self.begin)
+        self.events.flush()
+
     def close(self) -> None:
         """Ends a run that is finished."""
         if self.end is not None:
             self.events._get_file_writer().add_summary(self.end)  # type: ignore[no-untyped-call]
         self.events.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines of a file of JSON that are of later steps."""
+    valid = [entry for entry in read_steps(path) if entry["step"] <= step]
+    write_bytes(path, "".join(json.dumps(entry) + "\n" for entry in valid).encode())
 
 
 def add_outcome(
