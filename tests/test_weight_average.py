@@ -71,13 +71,8 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
             engine = pretraining_engine(config, tokenizer.vocab_size, ranks, dtype)
             engine.resume(saved)
 
-            def loss(engine: Any = engine, heldout: Any = heldout) -> float:
-                return evaluate(engine, {"heldout": heldout}, 16, 0)["heldout/loss"]
-
-            losses = [loss()]
-            with engine.averaged():
-                losses.append(loss())
-            losses.append(loss())
+            before, after = (evaluate(engine, {"heldout": heldout}, 16, 0) for _ in range(2))
+            losses = [before["heldout/loss"], before["heldout_average/loss"], after["heldout/loss"]]
             said[f"{stage} {dtype}"] = losses
     return said
 

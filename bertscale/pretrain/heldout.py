@@ -24,9 +24,11 @@ from bertscale.model.model import LossSums
 from bertscale.tokenizer import Tokenizer
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
+from bertscale.train.metrics import heldout_brief
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks
 
+AVERAGE = "heldout_average"  # begins the names of figures with the average of the weights
 MASKING = {  # as BERT was published
     "mask_unit": "token",
     "mask_rate": 0.15,
@@ -74,7 +76,31 @@ def heldout_loaders(
 def evaluate(
     engine: Engine[PretrainConfig], loaders: dict[str, Loader], samples: int, done: int
 ) -> dict[str, float]:
-    """Mean losses and accuracies of held-out documents, always over the same masked samples."""
+    """Mean losses and accuracies of held-out documents, always over the same masked samples.
+
+    Where the run keeps an average of its weights, its figures are there too, as `heldout_average/...`.
+    """
+    figures = _evaluate_sets(engine, loaders, samples, done)
+    if engine.config.train.average:
+        with engine.averaged():
+            again = _evaluate_sets(engine, loaders, samples, done)
+        figures |= {key.replace("heldout", AVERAGE, 1): value for key, value in again.items()}
+    return figures
+
+
+def in_words(figures: dict[str, float]) -> str:
+    """The figures of `evaluate` for the screen."""
+    average = {
+        key.replace(AVERAGE, "heldout", 1): value for key, value in figures.items() if key.startswith(AVERAGE)
+    }
+    weights = {key: value for key, value in figures.items() if not key.startswith(AVERAGE)}
+    words = f"held-out {heldout_brief(weights)}"
+    return f"{words}; with the average {heldout_brief(average)}" if average else words
+
+
+def _evaluate_sets(
+    engine: Engine[PretrainConfig], loaders: dict[str, Loader], samples: int, done: int
+) -> dict[str, float]:
     engine.model.eval()
     figures: dict[str, float] = {}
     for prefix, loader in loaders.items():

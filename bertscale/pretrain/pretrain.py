@@ -20,7 +20,7 @@ from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
 from bertscale.pretrain.fills import encode_sentences, fill, show_fills
-from bertscale.pretrain.heldout import evaluate, heldout_loaders
+from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from, with_model_of
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, FILLS, RESULT, check_run_folder, checkpoint_folder
@@ -29,7 +29,7 @@ from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
 from bertscale.train.engine import Engine, pretraining_engine
 from bertscale.train.heartbeat import beat
-from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, heldout_brief, result
+from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, result
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.train.resume import changed_settings, check_same_run, newest_sound, remove_leftovers
@@ -165,17 +165,10 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
                     facts = brief(mean_losses("train", config, totals, seen, ranks) | rate.so_far(ranks))
             progress.advance(1, **facts)
             if done % config.train.eval_every == 0 or last:
-                samples = config.train.eval_samples
-                figures = evaluate(engine, heldout, samples, done)
-                words = f"step {done}: held-out {heldout_brief(figures)}"
-                if config.train.average:
-                    with engine.averaged():
-                        again = evaluate(engine, heldout, samples, done)
-                    words += f"; with the average {heldout_brief(again)}"
-                    figures |= {key.replace("heldout", "heldout_average", 1): again[key] for key in again}
+                figures = evaluate(engine, heldout, config.train.eval_samples, done)
                 if writer:
                     writer.write(done, figures)
-                progress.say(words)
+                progress.say(f"step {done}: {in_words(figures)}")
                 if sentences:
                     fills = fill(engine, sentences, tokenizer)
                     if writer:
