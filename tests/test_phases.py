@@ -60,6 +60,9 @@ def test_a_phase_keeps_what_the_ones_before_changed(config: Path) -> None:
         (5, None),
     ]
     assert {each.train.global_batch for each in (short, long, decay)} == {4}
+    assert [each.train.seed for each in (short, long, decay)] == [0, 1, 2]
+    seeds = load_phases(config, ["train.seed=7", "phases.long.train.seed=3"]).values()
+    assert [each.train.seed for each in seeds] == [7, 3, 9]
     assert load_config(PretrainConfig, config, ["phase=long"]).run == long.run
 
 

@@ -5,7 +5,9 @@
       stable: {train: {tokens: 1.0e+9}}
       long: {samples: {max_length: 1024}, train: {tokens: 1.0e+8}}
 
-are the runs runs/mine/stable and runs/mine/long. What a phase changes stays so in the phases after it.
+are the runs runs/mine/stable and runs/mine/long. What a phase changes stays so in the phases after it, but
+for its seed: if it names none, it is the config's and one more for each phase before it, so that phases on
+the same data take other samples.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def values_of_phase(values: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"phases.{name}.{key}: a phase cannot change that")
         current = merged(_without_budget(current, changes), changes)
         current["run"] = os.path.join(run, str(name))
+        current["train"] = _seeded(current.get("train", {}), changes.get("train", {}), values, number)
         if number:
             init = changes.get("init", {})
             if not isinstance(init, dict) or "from" in init:
@@ -60,6 +63,15 @@ def values_of_phase(values: dict[str, Any]) -> dict[str, Any]:
         if name == wanted:
             break
     return current
+
+
+def _seeded(train: Any, changes: Any, values: dict[str, Any], number: int) -> Any:
+    """The section `train` with the seed of phase `number`; as it is where a part of it is no section."""
+    sections = train, changes, values.get("train", {})
+    if not all(isinstance(section, dict) for section in sections):
+        return train
+    seed = sections[2].get("seed", 0)
+    return train if "seed" in changes or not isinstance(seed, int) else {**train, "seed": seed + number}
 
 
 def _without_budget(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
