@@ -109,8 +109,8 @@ def read_table(folder: Path) -> dict[str, Any]:
     table = read_object(path, remedy)
     if table.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {table.get('format')}, this version reads {FORMAT}")
-    digest = table.pop(DIGEST, None)  # the first checkpoints have none
-    if digest is not None and digest != json_digest(table):
+    signed = DIGEST in table  # the first checkpoints are not
+    if signed and table.pop(DIGEST) != json_digest(table):
         raise damaged(path, "its digest is not that of its content", remedy)
     check_table(_Table, table, path, remedy)
     return table
