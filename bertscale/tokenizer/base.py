@@ -201,6 +201,28 @@ def begins_like_a_word(text: str) -> bool:
     return bool(han_or_kana.match(first)) or is_punctuation(first)
 
 
+def starts_by_bytes(
+    texts: list[str], counts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each token begins, in characters of all `texts`, -1 inside a character [tokens]; and how many
+    bytes more than its own the tokens of each text have [texts], 1 at most where the places are right.
+
+    `counts` [texts]: the tokens of each text; `sizes` [tokens]: the bytes of text that each stands for. Of a
+    byte too many the first token has it: the space that was put before the text.
+    """
+    owner = np.repeat(np.arange(len(texts)), counts)  # [tokens]
+    first_token = np.cumsum(counts) - counts
+    content = [text.encode() for text in texts]
+    lengths = np.fromiter(map(len, content), np.int64, len(content))  # [texts] bytes
+    surplus = np.bincount(owner, sizes, len(texts)).astype(np.int64) - lengths
+    before = np.cumsum(np.append(0, sizes))  # [tokens + 1] bytes of all tokens before it
+    place = before[:-1] - (before[first_token] + surplus)[owner]
+    place = np.clip(place, 0, (lengths - 1)[owner]) + (np.cumsum(lengths) - lengths)[owner]
+    begins = np.frombuffer(b"".join(content), np.uint8) & 0xC0 != 0x80  # of characters, [bytes]
+    starts: npt.NDArray[np.int64] = np.where(begins, np.cumsum(begins) - 1, -1)[place]
+    return starts, surplus
+
+
 def is_punctuation(character: str) -> bool:
     """Whether BERT's rules call it so: Unicode's punctuation, and all of ASCII but letters and digits."""
     if character.isascii():

@@ -41,10 +41,11 @@ from bertscale.tokenizer.base import (
     SPECIAL_KEYS,
     Ids,
     Spans,
-    Tokenizer,
     begins_like_a_word,
     joins,
+    starts_by_bytes,
 )
+from bertscale.tokenizer.fast import FastTokenizer
 from bertscale.tokenizer.wordpiece import CACHE_BYTES, WORD_BYTES
 
 SPACE, SPACE_BYTE = "▁", "Ġ"  # a space in the pieces of the form with byte fallback, and of byte-level BPE
@@ -81,7 +82,7 @@ _byte_piece = re.compile(r"<0x([0-9A-F]{2})>")
 Roles = dict[str, str]  # pad_token, unk_token, ... -> the piece
 
 
-class ByteLevelTokenizer(Tokenizer):
+class ByteLevelTokenizer(FastTokenizer):
     """A BPE tokenizer, made by `load_tokenizer`; the pieces of words after a space begin with that space."""
 
     file_name = FAST_NAME
@@ -215,17 +216,9 @@ class ByteLevelTokenizer(Tokenizer):
         inside a character."""
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded))  # [texts] tokens
         sizes = self._piece_bytes[np.fromiter(chain.from_iterable(encoded), np.int64)]  # [tokens]
-        content = [text.encode() for text in texts]
-        lengths = np.fromiter(map(len, content), np.int64, len(content))  # [texts] bytes
-        owner = np.repeat(np.arange(len(texts)), counts)  # [tokens]
-        first_token = np.cumsum(counts) - counts
         # Of each text the bytes of the pieces add up to its own, or to one more: the space put before it.
-        surplus = np.bincount(owner, sizes, len(texts)).astype(np.int64) - lengths
-        before = np.cumsum(np.append(0, sizes))  # [tokens + 1] bytes of all tokens before it
-        place = before[:-1] - (before[first_token] + surplus)[owner]
-        place = np.clip(place, 0, (lengths - 1)[owner]) + (np.cumsum(lengths) - lengths)[owner]
-        begins = np.frombuffer(b"".join(content), np.uint8) & 0xC0 != 0x80  # of characters, [bytes]
-        starts: npt.NDArray[np.int64] = np.where(begins, np.cumsum(begins) - 1, -1)[place]
+        starts, surplus = starts_by_bytes(texts, counts, sizes)
+        first_token = np.cumsum(counts) - counts
         # Where they do not, the tokenizer's rules have changed the text.
         for number in np.flatnonzero((surplus < 0) | (surplus > 1)).tolist():
             [(_, spans)] = self.encode_with_offsets([texts[number]])
@@ -235,19 +228,6 @@ class ByteLevelTokenizer(Tokenizer):
                 starts[first_token[number] + token] = -1 if inside else first + min(begin, last)
                 behind = max(behind, end)
         return starts
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special ids give no text."""
-        special = set(self.special_ids)
-        text: str = self._fast.decode([int(i) for i in ids if i not in special])
-        return text
-
-    def piece(self, piece_id: int) -> str:
-        """The piece as it is written in the vocabulary, "Ġ" or "▁" for a space."""
-        name: str | None = self._fast.id_to_token(int(piece_id))
-        if name is None:
-            raise IndexError(f"no piece {piece_id}")
-        return name
 
     def text_of(self, piece_id: int) -> str:
         return self._bytes(piece_id).decode(errors="replace").removeprefix(" ")

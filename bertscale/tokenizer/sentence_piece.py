@@ -40,6 +40,7 @@ from bertscale.tokenizer.base import (
     begins_like_a_word,
     normalize,
     normalize_with_offsets,
+    starts_by_bytes,
 )
 
 SPACE = "▁"
@@ -110,19 +111,9 @@ class SentencePieceTokenizer(Tokenizer):
         inside a character."""
         ids = np.fromiter(chain.from_iterable(encoded), np.int64)
         counts = np.fromiter(map(len, encoded), np.int64, len(encoded))  # [texts] tokens
-        owner = np.repeat(np.arange(len(texts)), counts)  # [tokens]
-        sizes = self._piece_bytes[ids]
-        first_token = np.cumsum(counts) - counts
-        content = [text.encode() for text in texts]
-        lengths = np.fromiter(map(len, content), np.int64, len(content))  # [texts] bytes
         # Of pieces that begin with a space, the first of a text has one that is not there.
-        surplus = np.bincount(owner, sizes, len(texts)).astype(np.int64) - lengths
-        before = np.cumsum(np.append(0, sizes))  # [tokens + 1] bytes of all tokens before it
-        place = before[:-1] - (before[first_token] + surplus)[owner]
-        place = np.clip(place, 0, (lengths - 1)[owner]) + (np.cumsum(lengths) - lengths)[owner]
-        begins = np.frombuffer(b"".join(content), np.uint8) & 0xC0 != 0x80  # of characters, [bytes]
-        # [tokens]; -1 inside a character
-        starts: npt.NDArray[np.int64] = np.where(begins, np.cumsum(begins) - 1, -1)[place]
+        starts, surplus = starts_by_bytes(texts, counts, self._piece_bytes[ids])
+        first_token = np.cumsum(counts) - counts
         # Where bytes do not add up, the model has changed the text or has no piece for some of it.
         for number in np.flatnonzero((surplus < 0) | (surplus > 1)).tolist():
             [(pieces, spans)] = self.encode_with_offsets([texts[number]])

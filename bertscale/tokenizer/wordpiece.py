@@ -40,9 +40,9 @@ from bertscale.tokenizer.base import (
     VOCABULARY_NAME,
     Ids,
     Spans,
-    Tokenizer,
     begins_like_a_word,
 )
+from bertscale.tokenizer.fast import FastTokenizer
 
 CONTINUES = "##"  # before a piece that does not begin a word
 CACHE_BYTES = 64 * 2**20  # for words whose ids are known, about
@@ -56,7 +56,7 @@ _ALONE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df!-/:-@[-`{
 _find_words = re.compile(f"[{_ALONE}]|[^ {_ALONE}]+").findall
 
 
-class WordPieceTokenizer(Tokenizer):
+class WordPieceTokenizer(FastTokenizer):
     """A WordPiece tokenizer, made by `load_tokenizer`; pieces that continue a word begin with "##"."""
 
     file_name = FAST_NAME
@@ -148,19 +148,6 @@ class WordPieceTokenizer(Tokenizer):
         starts = np.full(counts.sum(), -1)  # [tokens]
         starts[first[counts > 0]] = places[np.cumsum(lengths) - lengths][counts > 0]
         return starts
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The words of `ids` with a space between them; special ids give no text."""
-        special = set(self.special_ids)
-        text: str = self._fast.decode([int(i) for i in ids if i not in special])
-        return text
-
-    def piece(self, piece_id: int) -> str:
-        """The piece as it is written in the vocabulary, with "##" where it continues a word."""
-        name: str | None = self._fast.id_to_token(int(piece_id))
-        if name is None:
-            raise IndexError(f"no piece {piece_id}")
-        return name
 
     def spelling(self, piece_id: int) -> tuple[str, bool]:
         piece = self.piece(piece_id)
