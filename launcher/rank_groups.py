@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from bertscale.errors import STOPPED_AND_SAVED, UserError
 from bertscale.run_folder import ATTEMPT_VARIABLE, SLURM_DIGITS, SRUN_LOG, rank_log, rank_report
 from launcher import slurm
-from launcher.ranks import COPIED, PARENT, REPORT, Exit, describe_exit
+from launcher.ranks import COPIED, PARENT, REPORT, Exit, describe_exit, free_port
 from launcher.records import from_json
 
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for the ranks that outlive a failed one
@@ -58,14 +57,11 @@ class LocalRanks:
         self.died: dict[int, float] = {}  # when a rank failed, in seconds since 1970, not later than it did
         self.deadline = float("inf")
         self.last_look = time.time()
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]  # free again at once, for rank 0
         shared = {
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             ATTEMPT_VARIABLE: str(attempt.absolute()),
             PARENT: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",  # a rank that is killed has still written its log

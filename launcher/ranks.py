@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import json
 import os
+import random
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -96,6 +99,25 @@ def job_port(job: str, number: int) -> int:
     rank that has not died yet.
     """
     return 12_000 + (int(job) * 17 + number * 5) % 20_000
+
+
+def free_port() -> int:
+    """A port that nobody listens at, for ranks of this machine.
+
+    It is below those that the kernel gives to outgoing connections: one of these may be taken again in the
+    seconds before the first rank listens.
+    """
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise
+        return port
 
 
 def first_host(nodelist: str) -> str:

@@ -17,12 +17,13 @@ import io
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
+
+from launcher.ranks import free_port
 
 TESTS = str(Path(__file__).parent)
 FORKS = multiprocessing.get_context("forkserver")
@@ -45,13 +46,6 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_ranks(file: str, function: str, *, world: int, **arguments: Any) -> list[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,7 +19,7 @@ import pytest
 from bertscale.config import UserError
 from bertscale.run_folder import read_events
 from launcher import history
-from launcher.ranks import Rank, first_host, from_environment
+from launcher.ranks import Rank, first_host, free_port, from_environment
 from launcher.supervise import farewell
 
 PARENT = """
@@ -385,3 +387,16 @@ def test_not_a_rank_of_srun(change: dict[str, str | None]) -> None:
 )
 def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
+
+
+def test_the_port_of_local_ranks_is_none_that_the_kernel_gives_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another program's connection may have it before the first rank listens."""
+    first_given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    taken = free_port()
+    assert 12_000 <= taken < min(32_000, first_given_away)
+    draws = iter([taken, taken, taken + 1 if taken < 31_999 else 12_000])
+    monkeypatch.setattr(random.SystemRandom, "randrange", lambda *_: next(draws))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", taken))
+        listener.listen()
+        assert free_port() != taken
