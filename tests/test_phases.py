@@ -82,6 +82,16 @@ def test_mistakes_are_told_before_anything_starts(config: Path, overrides: list[
         load_phases(config, overrides)
 
 
+def test_a_phase_may_be_named_by_a_number(config: Path) -> None:
+    """As YAML reads it, in the file and on the command line."""
+    two = "phases={1: {train: {steps: 1}}, 2: {train: {steps: 2}}}"
+    assert [each.train.steps for each in load_phases(config, [two]).values()] == [1, 2]
+    first = load_config(PretrainConfig, config, [two, "phase=1"])
+    assert (Path(first.run).name, first.train.steps, first.init) == ("1", 1, None)
+    with pytest.raises(UserError, match=r"name one with phase=1$"):
+        load_config(PretrainConfig, config, ["phases={1: {train: {steps: 1}}}"])
+
+
 def test_a_command_for_one_run_asks_which_phase(config: Path) -> None:
     with pytest.raises(UserError, match="this config has phases: name one with phase=short, or long, decay"):
         load_config(PretrainConfig, config, [])

@@ -39,12 +39,11 @@ def values_of_phase(values: dict[str, Any]) -> dict[str, Any]:
     names, wanted = phase_names(values), values.get("phase")
     if not names:
         raise ValueError(f"phase={wanted}: this config has no phases")
-    if wanted not in names:
-        raise ValueError(
-            f"phase={wanted}: the phases are {', '.join(names)}"
-            if wanted
-            else f"this config has phases: name one with phase={names[0]}, or {', '.join(names[1:])}"
-        )
+    if wanted is None:
+        others = f", or {', '.join(names[1:])}" if names[1:] else ""
+        raise ValueError(f"this config has phases: name one with phase={names[0]}{others}")
+    if str(wanted) not in names:  # names may be numbers, which YAML reads as such
+        raise ValueError(f"phase={wanted}: the phases are {', '.join(names)}")
     run, current = str(values.get("run", "")), {**values}
     del current["phases"], current["phase"]
     for number, (name, changes) in enumerate(values["phases"].items()):
@@ -60,7 +59,7 @@ def values_of_phase(values: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"phases.{name}.init.from: it starts from the phase before it")
             before = os.path.join(run, names[number - 1])
             current["init"] = {"from": before, **init}
-        if name == wanted:
+        if str(name) == str(wanted):
             break
     return current
 

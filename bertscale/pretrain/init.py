@@ -29,7 +29,7 @@ from bertscale.tokenizer import Tokenizer, load_tokenizer
 from bertscale.train.checkpoint import Checkpoint
 from bertscale.train.engine import Engine
 from bertscale.train.parallel import Ranks
-from bertscale.train.resume import newest_sound, open_sound
+from bertscale.train.resume import newest_sound, open_sound, settings_that_differ
 
 # Keys of the model that may differ from the source's: no weight is shaped by them, nor means another thing.
 FREE = {
@@ -243,17 +243,9 @@ def differences(before: dict[str, Any] | None, config: PretrainConfig, model: Mo
     """
     now = config.model_dump(mode="json")
     known = {**(before or {}), "model": model.model_dump(mode="json")}
-    rows: list[list[str]] = []
-    for section, values in now.items():
-        if section in ("run", "init", "device", "launch") or section not in known:
-            continue
-        there = known[section]
-        if not (isinstance(values, dict) and isinstance(there, dict)):
-            values, there = {"": values}, {"": there}
-        for key, value in values.items():
-            if there.get(key, value) != value:  # the config of an older version lacks newer keys
-                rows.append([f"{section}.{key}".rstrip("."), str(there[key]), str(value)])
-    return rows
+    sections = [key for key in now if key in known and key not in ("run", "init", "device", "launch")]
+    rows = settings_that_differ(known, now, sections)
+    return [[key, str(there), str(here)] for key, there, here in rows]
 
 
 def _lines(lineage: tuple[dict[str, Any], ...], ancestor: dict[str, Any]) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bertscale.config import ObjectivesConfig, PretrainConfig, SamplesConfig, UserError
 from bertscale.data.mixture import data_digest
@@ -107,11 +108,25 @@ def check_same_run(
 
 def changed_settings(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
     """Lists the settings of the network, the optimizer, the training and the ranks that a resume changes."""
-    before, now = checkpoint.table["config"], config.model_dump(mode="json")
-    return [
-        f"changed   {section}.{key}: {before[section][key]} -> {value}"
-        for section in ("model", "optimizer", "train", "parallel")
-        for key, value in now[section].items()
-        # The config of an older version lacks newer keys.
-        if before[section].get(key, value) != value
-    ]
+    sections = ("model", "optimizer", "train", "parallel")
+    rows = settings_that_differ(checkpoint.table["config"], config.model_dump(mode="json"), sections)
+    return [f"changed   {key}: {there} -> {here}" for key, there, here in rows]
+
+
+def settings_that_differ(
+    before: dict[str, Any], now: dict[str, Any], sections: Iterable[str]
+) -> list[tuple[str, Any, Any]]:
+    """The (key, value before, value now) of settings in these sections that two dumped configs have
+    otherwise; the config of an older version lacks newer keys, which do not count."""
+    rows = []
+    for section in sections:
+        there, here = before[section], now[section]
+        if isinstance(there, dict) and isinstance(here, dict):
+            rows += [
+                (f"{section}.{key}", there[key], value)
+                for key, value in here.items()
+                if there.get(key, value) != value
+            ]
+        elif there != here:
+            rows.append((section, there, here))
+    return rows
