@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -199,6 +199,17 @@ def begins_like_a_word(text: str) -> bool:
     """Whether a piece with this text begins a word even where no space is before it."""
     first = text[:1]
     return bool(han_or_kana.match(first)) or is_punctuation(first)
+
+
+def fast_settings(max_length: int) -> dict[str, Any]:
+    """What tokenizer_config.json says of a tokenizer.json, for transformers, beside the special pieces."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def starts_by_bytes(

@@ -42,6 +42,7 @@ from bertscale.tokenizer.base import (
     Ids,
     Spans,
     begins_like_a_word,
+    fast_settings,
     joins,
     starts_by_bytes,
 )
@@ -283,11 +284,7 @@ class ByteLevelTokenizer(FastTokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder)
         settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": max_length,
-            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
+            **fast_settings(max_length),
             **self.roles,
         }
         if (mask := self._added[self.mask_id]).lstrip:

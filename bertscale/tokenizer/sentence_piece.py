@@ -38,6 +38,7 @@ from bertscale.tokenizer.base import (
     Spans,
     Tokenizer,
     begins_like_a_word,
+    fast_settings,
     normalize,
     normalize_with_offsets,
     starts_by_bytes,
@@ -204,11 +205,7 @@ class SentencePieceTokenizer(Tokenizer):
         # Not by its own `save`, whose errors of a full disk are no OSError.
         (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
         settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": max_length,
-            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
+            **fast_settings(max_length),
             **dict(zip(SPECIAL_KEYS[:-1], names[:-1], strict=True)),
             "mask_token": {
                 "__type": "AddedToken",
