@@ -649,6 +649,17 @@ def test_a_generator_takes_memory() -> None:
     assert 1.2 * plain.activations < both.activations < 1.5 * plain.activations
 
 
+def test_all_positions_of_a_causal_model_take_memory() -> None:
+    masked = large()
+    samples = masked.samples.model_copy(update={"kind": "packed"})
+    objectives = masked.objectives.model_copy(update={"mlm": 0.0, "clm": 1.0})
+    causal = masked.model_copy(update={"samples": samples, "objectives": objectives})
+    plain, both = (estimate_memory(each, 30_000, ranks=8, gpu=True) for each in (masked, causal))
+    tokens = masked.train.micro_batch * masked.samples.max_length
+    logits = 0.85 * tokens * 8 * 30_080  # of the positions that masks leave out
+    assert both.activations - plain.activations == pytest.approx(logits + tokens * 5 * 2 * 1024)
+
+
 def test_what_would_fit_changes_as_little_as_possible() -> None:
     config = large(zero_stage=0)
     needs = [estimate_memory(large(zero_stage=stage), 30_000, 8, True).total for stage in range(4)]

@@ -190,6 +190,8 @@ def export_verified(weights: Weights, folder: Path) -> list[str]:
             "earlier checkpoint"
         )
     said = [f"verified  logits of the native and the exported model differ by at most {difference:.1e}"]
+    if isinstance(weights, Checkpoint) and weights.causal:
+        said.insert(0, "note      trained causally; these weights are read with bidirectional attention")
     if left_out := [name for name in weights.parameters if not exported_names(name, weights.model)]:
         said.insert(0, f"left out  {', '.join(left_out)}: transformers' class has no place for them")
     return said

@@ -98,7 +98,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
     # What is reported of it.
     peak = ranks.sum(peak_flops(ranks.device, dtype))[0]
-    rate = Rate(config.model, tokenizer.vocab_size, peak)
+    rate = Rate(config.model, tokenizer.vocab_size, peak, causal=config.objectives.clm > 0)
     losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     writer = MetricsWriter(run, start) if first else None
@@ -121,7 +121,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     ) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
-            masked, tokens, stopping, asked, *times = ranks.sum_over_data(
+            predicted, tokens, stopping, asked, *times = ranks.sum_over_data(
                 sum(batch.num_targets for batch in micro_batches),
                 sum(len(batch.tokens) for batch in micro_batches),
                 float(stop.asked),
@@ -133,7 +133,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             now, after = (total / ranks.data for total in times)
             last = schedule.over(step + 1, after)
             learning_rate = schedule.learning_rate(step, now)
-            counts = Counts(masked, schedule.batch(step)[1], tokens)
+            counts = Counts(predicted, schedule.batch(step)[1], tokens)
 
             sums = train_step(engine, micro_batches, counts, step=step, learning_rate=learning_rate)
             losses.add(sums, counts, engine.step_applied)
@@ -223,6 +223,7 @@ def save(
         "samples_consumed": schedule.batch(step)[0],
         "skipped_steps": losses.skipped,
         "elapsed_seconds": elapsed,
+        "causal": config.objectives.clm > 0,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
     }
