@@ -736,6 +736,8 @@ def _check(
     check_init(config, made)
     if data:
         datasets = [open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora]
+        for corpus in config.corpora:
+            open_dataset(corpus.path, "validation", verify=verify)
         check_tokenizers(datasets)
         for name, folder in config.heldout.items():
             check_tokenizers(
