@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prep(arguments: list[str]) -> int:
-    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
+    """bertscale prep CONFIG [key=value ...] [--replace] [--verify | --tokenizer-only | --finish ...]"""
     from bertscale.checks import array_task, verify_digests
     from bertscale.config import PrepConfig, UserError, load_config
 
@@ -82,14 +82,19 @@ def prep(arguments: list[str]) -> int:
 
     from data_prep import build
 
+    task = None
+    if not options.tokenizer_only and not options.finish:
+        task = array_task(options.task_index, options.task_count)
+    if options.replace and (options.finish or task):
+        raise UserError("--replace is for the whole, or with --tokenizer-only: other parts go on with that")
     if options.tokenizer_only:
-        build.prep_tokenizer(config)
+        build.prep_tokenizer(config, options.replace)
     elif options.finish:
         build.prep_finish(config, options.task_count)
-    elif task := array_task(options.task_index, options.task_count):
+    elif task:
         build.prep_share(config, *task)
     else:
-        build.prep(config)
+        build.prep(config, options.replace)
     return 0
 
 
@@ -123,6 +128,12 @@ def _prep_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--task-count", metavar="N", type=int, help="Number of tasks (default: the size of the Slurm array)."
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="Where OUTPUT is a data set of other settings or input: make the new one, which takes its place "
+        "when it is finished; unfinished work is replaced at once. Without it nothing is touched.",
     )
     return parser
 
