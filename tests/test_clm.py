@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertscale.config import PretrainConfig, load_phases
-from bertscale.convert.average import Options, average
-from bertscale.convert.convert import convert, native_model
+from bertscale.convert.weights import native_model
 from bertscale.data.batches import make_loader
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.shards import open_dataset
+from bertscale.export.average import Options, average
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
 from bertscale.model import kernels
 from bertscale.model.kernels import Packing, attend
 from bertscale.pretrain.heldout import evaluate, heldout_loaders
@@ -218,7 +220,7 @@ def causal_run(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_an_export_says_that_it_is_read_from_both_sides(
     causal_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(causal_run("run"), tmp_path / "hf", show=True)
+    convert(causal_run("run"), tmp_path / "hf", ConvertOptions())
     said = capsys.readouterr().out.splitlines()
     assert said[1] == "note      trained causally; these weights are read with bidirectional attention"
     assert said[2].startswith("verified  logits of the native and the exported model differ by at most ")
