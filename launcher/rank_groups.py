@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertscale.errors import STOPPED_AND_SAVED, UserError
+from bertscale.errors import FAULT, STOPPED_AND_SAVED, UserError
 from bertscale.run_folder import ATTEMPT_VARIABLE, SLURM_DIGITS, SRUN_LOG, rank_log, rank_report
 from launcher import slurm
 from launcher.ranks import COPIED, PARENT, REPORT, Exit, describe_exit, free_port
@@ -235,9 +235,17 @@ class SlurmStep:
             self.dead = lost[1]
             ended.append(Exit(rank, lost[1], code, 0.0, "Slurm has lost its node", said))
         failed = [report for report in ended if report.code]
-        if code and not failed:  # no rank began, or all were killed together with their launcher.rank
+        if failed:
+            return failed
+        began = any(self.log(rank).exists() for rank in range(self.ranks))
+        mistake = None
+        if not began and len(self.missing) == self.ranks and (code == 0 or "Exited with exit code" in said):
+            what = slurm.task_error(said) if code else "the command of the ranks ended with exit code 0"
+            mistake = f"{what}: so no rank has begun; see to python, container and setup of the cluster file"
+            code = code or FAULT
+        if code:  # no rank began, or all were killed together with their launcher.rank
             reason = f"exit code {code} of srun"
-            failed.append(Exit(-1, "", code, time.time(), reason, said))
+            failed.append(Exit(-1, "", code, time.time(), reason, said, mistake))
         return failed
 
     def suspects(self) -> set[str]:

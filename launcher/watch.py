@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from bertscale.errors import (
     CRASH_LOOP,
@@ -38,6 +39,7 @@ from bertscale.run_folder import (
 from launcher import slurm
 from launcher.job import TRAINING, JobSpec
 from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.nodes.step import NOT_BEGUN, OF_JOB
 from launcher.rank_groups import SlurmStep
 from launcher.ranks import job_port
 from launcher.supervise import Limits, StopRequests, new_attempt, supervise
@@ -150,10 +152,11 @@ class Job:
         alive = nodes_alive(self.nodes)
         bad = {node: "Slurm finds it down or gets no answer" for node in self.nodes if node not in alive}
         failed = check_nodes(self.spec, alive, attempt) if self.spec.node_check and alive else {}
+        self.blame_the_job(alive, failed)
         for node, reason in (bad | failed).items():
             print(f"{node} is left out: {reason}", flush=True)
             self.events.write("node_left_out", node=node, reason=reason)
-            # When all of them fail, the fault is likelier the job's, such as its python.
+            # When all of them fail, the fault may be the job's.
             if node in failed and self.spec.bad_nodes and len(failed) < len(alive):
                 remember_bad(Path(self.spec.bad_nodes), node, reason)
         suspects = self.last.suspects() if self.last else set()
@@ -162,6 +165,28 @@ class Job:
             words = f"{len(sound)} of {len(self.nodes)} nodes are sound, and {self.spec.nodes} are needed"
             raise TooFewNodesError(words, failed)
         return [node for node in self.nodes if node in sound[: self.spec.nodes]]
+
+    def blame_the_job(self, alive: list[str], failed: dict[str, str]) -> None:
+        """Raises UserError where all nodes fail alike, in a way that the job's python or container may cause:
+        other nodes would do no better. One node is enough if nothing ran on it, else another one of before
+        counts too, since a job of one node may have met a broken one."""
+        reasons = set(failed.values())
+        if len(failed) < len(alive) or len(reasons) != 1 or not OF_JOB.match(reason := reasons.pop()):
+            return
+        before = [event for event in self.history() if event["event"] == "node_left_out"]
+        nodes = {*failed, *(str(event.get("node")) for event in before if event.get("reason") == reason)}
+        if len(nodes) > 1 or reason.startswith(NOT_BEGUN):
+            raise UserError(
+                f"{reason.removeprefix(NOT_BEGUN)}: so the check ended on all of {', '.join(sorted(nodes))}; "
+                "see to python, container, setup and srun of the cluster file (a container must pass on the "
+                "environment, and show the GPUs)"
+            )
+
+    def history(self) -> list[dict[str, Any]]:
+        """The events of this job since a person queued it."""
+        events = read_events(self.events.path)
+        last = max((i for i, event in enumerate(events) if event["event"] == "queued"), default=0)
+        return [event for event in events[last:] if event.get("job") == self.name]
 
     # -------------------------------------------------------------------------------- the job in Slurm
 
