@@ -8,6 +8,7 @@ group.exits()
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -56,6 +57,7 @@ class LocalRanks:
         self.ranks, self.attempt = ranks, attempt
         self.died: dict[int, float] = {}  # when a rank failed, in seconds since 1970, not later than it did
         self.deadline = float("inf")
+        self.asked: set[int] = set()  # ranks that lived when another one's death ended them
         self.last_look = time.time()
         shared = {
             "WORLD_SIZE": str(ranks),
@@ -109,6 +111,7 @@ class LocalRanks:
         self.last_look = look
         if self.died and self.deadline == float("inf"):
             self.deadline = time.monotonic() + GRACE_SECONDS
+            self.asked = {child.rank for child in self.alive}
             self._send(signal.SIGTERM)
         if time.monotonic() > self.deadline:
             self._send(signal.SIGKILL)
@@ -138,7 +141,7 @@ class LocalRanks:
             ended = describe_exit(rank, "", code, died, child.report, self.log(rank))
             os.close(child.report)
             if code:
-                failed.append(ended)
+                failed.append(dataclasses.replace(ended, asked=rank in self.asked and code < 0))
         return failed
 
     def _send(self, number: signal.Signals) -> None:
@@ -234,6 +237,10 @@ class SlurmStep:
             rank = next(rank for rank in range(self.ranks) if self.node(rank) == lost[1])
             self.dead = lost[1]
             ended.append(Exit(rank, lost[1], code, 0.0, "Slurm has lost its node", said))
+        elif code and (said_of := re.search(r"error: ([\w.-]+): task (\d+): (.*)", said)):
+            node, rank, how = said_of[1], int(said_of[2]), said_of[3]
+            if rank in self.missing and len(self.missing) < self.ranks:  # what srun heard of first
+                ended.append(Exit(rank, node, code, 0.0, f"its launcher.rank ended as well: {how}", said))
         failed = [report for report in ended if report.code]
         if failed:
             return failed

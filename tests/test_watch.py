@@ -23,7 +23,9 @@ from virtual import Cluster
 from bertscale.errors import UserError
 from bertscale.run_folder import Events, read_events
 from launcher import slurm, watch
+from launcher.history import first_failed
 from launcher.job import JobSpec, render
+from launcher.nodes.check import bad_nodes
 from launcher.rank_groups import SlurmStep
 from launcher.supervise import StopRequests
 
@@ -430,6 +432,60 @@ def test_ranks_that_never_begin_are_a_mistake(code: int, tmp_path: Path) -> None
     [ended] = step.exits()
     what = "no such image" if code else "the command of the ranks ended with exit code 0"
     assert (ended.mistake or "").startswith(f"{what}: so no rank has begun")
+
+
+ABORTED = {"code": -6, "time": 20.0, "reason": "killed by SIGABRT"}
+EXITED = {"code": 7, "time": 20.0, "reason": "exit code 7"}
+RAISED = {"code": 1, "time": 10.0, "reason": "exit code 1", "raised": True}  # on a node whose clock is slow
+MISTAKEN = {"code": 2, "time": 20.0, "reason": "exit code 2", "raised": True, "mistake": "no disk"}
+ENDED = {"code": -9, "time": 5.0, "reason": "killed by SIGKILL", "asked": True}
+
+
+@pytest.mark.parametrize("cause", [ABORTED, EXITED, MISTAKEN])
+def test_the_first_to_fail_is_not_guessed_from_clocks(cause: dict[str, Any], tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\nexit 1\n")
+    srun.chmod(0o755)
+    step = SlurmStep([str(srun)], ["n1"], 3, "7", tmp_path, {})
+    step.process.wait()
+    for rank, facts in enumerate((RAISED, ENDED, cause)):
+        report = {"rank": rank, "node": f"n{rank}", **facts}
+        (tmp_path / f"rank-{rank:04d}.json").write_text(json.dumps(report))
+    assert min(step.exits(), key=lambda ended: ended.order).rank == 2
+    first = first_failed(tmp_path)
+    assert first is not None
+    assert first["rank"] == 2
+
+
+def test_a_rank_that_dies_with_its_launcher_goes_before_exceptions(tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    lines = "error: n1: task 1: Out Of Memory\nsrun: error: n0: task 0: Exited with exit code 1"
+    srun.write_text(f"#!/bin/sh\necho 'srun: {lines}' >&2\nexit 1\n")
+    srun.chmod(0o755)
+    step = SlurmStep([str(srun)], ["n0", "n1"], 2, "7", tmp_path, {})
+    step.process.wait()
+    (tmp_path / "rank-0000.json").write_text(json.dumps({"rank": 0, "node": "n0", **RAISED}))
+    first = min(step.exits(), key=lambda ended: ended.order)
+    assert (first.rank, first.node) == (1, "n1")
+    assert first.reason == "its launcher.rank ended as well: Out Of Memory"
+
+
+def test_a_node_that_fails_first_twice_makes_room_for_a_spare(
+    fake_job: Callable[..., watch.Job], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    job = fake_job(names=("n1", "n2", "n3"), spares=1, bad_nodes=str(bad))
+    job.events.write("failed", node="n1")  # of what a person has mended since
+    job.events.write("queued")
+    job.events.write("failed", node="n1")
+    assert job.choose_nodes(tmp_path) == ["n1", "n2"]
+    job.events.write("failed", node="n1")
+    assert job.choose_nodes(tmp_path) == ["n2", "n3"]
+    left_out = facts(job.events.path, "node_left_out")
+    assert (left_out["node"], left_out["reason"]) == ("n1", "its ranks failed first in 2 starts")
+    assert not bad.exists()
+    job.finish()  # without it the job came to its end
+    assert list(bad_nodes(bad, 1)) == ["n1"]
 
 
 # ------------------------------------------------------------------------------------ on a real Slurm
