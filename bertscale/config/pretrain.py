@@ -207,6 +207,14 @@ class TrainConfig(Section):
         description="Sentences with [MASK], which the model fills at each held-out loss, to look at: "
         '["Paris is the [MASK] of France."].',
     )
+    tasks: list[str] = Field(
+        [],
+        description="Configs of small fine-tunings, whose figure of dev is followed: each begins from a "
+        "checkpoint just saved, as a process of low priority beside the training.",
+    )
+    tasks_every: int | None = Field(
+        None, ge=1, description="Steps between two rounds of tasks (and at the end); by default save_every."
+    )
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
     keep_every: int | None = Field(
@@ -236,11 +244,16 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"fills: {text!r} has no [MASK]; put one where the model is to fill a piece in"
                 )
-        if self.keep_every is not None and self.keep_every % self.save_every:
-            raise ValueError(
-                f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}: other "
-                "steps have no checkpoint"
-            )
+        for key in ("keep_every", "tasks_every"):
+            every = getattr(self, key)
+            if every is not None and every % self.save_every:
+                raise ValueError(
+                    f"{key}={every} is no multiple of save_every={self.save_every}: other steps have no "
+                    "checkpoint"
+                )
+        names = [Path(task).stem for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tasks: two files are called {twice}, the name of the curve; rename one")
         until = 0.0
         for tokens, samples in self.batch_warmup:
             if tokens <= until:
