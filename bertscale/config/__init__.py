@@ -39,6 +39,7 @@ from bertscale.config.pretrain import (
     SamplesConfig,
     TrainConfig,
     load_phases,
+    with_model_of,
 )
 from bertscale.config.section import (
     Config,

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.device import DEVICE, Device
 from bertscale.config.init import InitConfig
-from bertscale.config.model import ModelConfig
+from bertscale.config.model import PRESET_DEFAULTS, ModelConfig
 from bertscale.config.phases import phase_names, values_of_phase
 from bertscale.config.section import Section, check_config, override_values, read_values
 from bertscale.errors import UserError
@@ -514,6 +514,21 @@ class PretrainConfig(Section):
                 f"{objectives.pairs:g} with samples.kind={self.samples.kind}, and no generator "
                 "(model.generator_size) for replaced tokens; give one objective a weight"
             )
+
+
+def with_model_of(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
+    """The config with the source's `model` for all keys of it that were not given.
+
+    Raises UserError where the rest of the config does not go with them.
+    """
+    assert config.init is not None
+    source, given = config.init.source, config.model.model_dump(exclude_unset=True)
+    implied = PRESET_DEFAULTS.get(given.get("preset", ""), {})
+    kept = {key: value for key, value in given.items() if implied.get(key) != value}
+    if kept.get("preset", model.preset) != model.preset:
+        raise UserError(f"model.preset={kept['preset']}, but init.from={source} is of preset {model.preset}")
+    values = {**config.model_dump(), "model": {**model.model_dump(), **kept}}
+    return check_config(PretrainConfig, values, f"init.from={source}")
 
 
 def load_phases(path: str | Path, overrides: Sequence[str]) -> dict[str, PretrainConfig]:

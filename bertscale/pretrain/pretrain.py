@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from bertscale.config import PretrainConfig
+from bertscale.config import PretrainConfig, with_model_of
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
 from bertscale.data.mixture import data_digest
@@ -21,7 +21,7 @@ from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
 from bertscale.pretrain.fills import encode_sentences, fill, show_fills
 from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words
-from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from, with_model_of
+from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from
 from bertscale.pretrain.tasks import Begin, Tasks, check_encoder
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, FILLS, RESULT, check_run_folder, checkpoint_folder
