@@ -156,6 +156,7 @@ def inspect(arguments: list[str]) -> int:
 
 def pretrain(arguments: list[str]) -> int:
     """bertscale pretrain CONFIG [key=value ...] [--verify]"""
+    from bertscale.checks import check_tasks
     from bertscale.config import PretrainConfig, load_phases
     from launcher import ranks
 
@@ -182,6 +183,7 @@ def pretrain(arguments: list[str]) -> int:
     counts = {}
     for name, config in phases.items():
         counts[name] = _check(config, None, options.verify, made=list(runs.values()))
+        check_tasks(config)
         check_run_folder(runs[name])
     again = ["pretrain", options.config, *options.overrides]
     begun = [name for name, run in runs.items() if checkpoints(run)]
@@ -222,9 +224,10 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
 
     from bertscale.pretrain.pretrain import pretrain as train_as_rank
+    from launcher.child import start_child
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
-        return train_as_rank(config)
+        return train_as_rank(config, start_child)
 
 
 def bench(arguments: list[str]) -> int:
