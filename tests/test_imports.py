@@ -30,6 +30,7 @@ FLOORS = {
         "bertscale.train",
         "bertscale.convert",
         "bertscale.export",
+        "bertscale.inspect",
         "bertscale.pretrain",
         "bertscale.finetune",
         "bertscale.bench",
