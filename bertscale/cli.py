@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prep(arguments: list[str]) -> int:
-    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
+    """bertscale prep CONFIG [key=value ...] [--replace] [--verify | --tokenizer-only | --finish ...]"""
     from bertscale.checks import array_task, verify_digests
     from bertscale.config import PrepConfig, UserError, load_config
 
@@ -82,14 +82,19 @@ def prep(arguments: list[str]) -> int:
 
     from data_prep import build
 
+    task = None
+    if not options.tokenizer_only and not options.finish:
+        task = array_task(options.task_index, options.task_count)
+    if options.replace and (options.finish or task):
+        raise UserError("--replace is for the whole, or with --tokenizer-only: other parts go on with that")
     if options.tokenizer_only:
-        build.prep_tokenizer(config)
+        build.prep_tokenizer(config, options.replace)
     elif options.finish:
         build.prep_finish(config, options.task_count)
-    elif task := array_task(options.task_index, options.task_count):
+    elif task:
         build.prep_share(config, *task)
     else:
-        build.prep(config)
+        build.prep(config, options.replace)
     return 0
 
 
@@ -123,6 +128,12 @@ def _prep_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--task-count", metavar="N", type=int, help="Number of tasks (default: the size of the Slurm array)."
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="Where OUTPUT is a data set of other settings or input: make the new one, which takes its place "
+        "when it is finished; unfinished work is replaced at once. Without it nothing is touched.",
     )
     return parser
 
@@ -208,6 +219,7 @@ def _print(lines: list[str]) -> int:
 
 def pretrain(arguments: list[str]) -> int:
     """bertscale pretrain CONFIG [key=value ...] [--verify]"""
+    from bertscale.checks import check_tasks
     from bertscale.config import PretrainConfig, load_phases
     from launcher import ranks
 
@@ -234,6 +246,7 @@ def pretrain(arguments: list[str]) -> int:
     counts = {}
     for name, config in phases.items():
         counts[name] = _check(config, None, options.verify, made=list(runs.values()))
+        check_tasks(config)
         check_run_folder(runs[name])
     again = ["pretrain", options.config, *options.overrides]
     begun = [name for name, run in runs.items() if checkpoints(run)]
@@ -274,9 +287,10 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
 
     from bertscale.pretrain.pretrain import pretrain as train_as_rank
+    from launcher.child import start_child
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
-        return train_as_rank(config)
+        return train_as_rank(config, start_child)
 
 
 def bench(arguments: list[str]) -> int:
@@ -800,6 +814,8 @@ def _check(
     check_init(config, made)
     if data:
         datasets = [open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora]
+        for corpus in config.corpora:
+            open_dataset(corpus.path, "validation", verify=verify)
         check_tokenizers(datasets)
         for name, folder in config.heldout.items():
             check_tokenizers(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import change_manifest
 from test_convert import SIZES, padding_is_zero
 from tiny import OBJECTS, SUBJECTS, VERBS, prep_config, pretrain_config
 from transformers import pipeline
@@ -255,9 +256,7 @@ def manifest_of_nothing(data: Path) -> None:
 
 def other_data(data: Path) -> None:
     """Prepared anew: what was held out may have been trained on."""
-    manifest = json.loads((data / MANIFEST_NAME).read_text())
-    manifest["settings"]["seed"] = 17
-    (data / MANIFEST_NAME).write_text(json.dumps(manifest))
+    change_manifest(data, lambda manifest: manifest["settings"].update(seed=17))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.device import DEVICE, Device
 from bertscale.config.init import InitConfig
-from bertscale.config.model import ModelConfig
+from bertscale.config.model import PRESET_DEFAULTS, ModelConfig
 from bertscale.config.phases import phase_names, values_of_phase
 from bertscale.config.section import Section, check_config, override_values, read_values
 from bertscale.errors import UserError
@@ -207,6 +207,14 @@ class TrainConfig(Section):
         description="Sentences with [MASK], which the model fills at each held-out loss, to look at: "
         '["Paris is the [MASK] of France."].',
     )
+    tasks: list[str] = Field(
+        [],
+        description="Configs of small fine-tunings, whose figure of dev is followed: each begins from a "
+        "checkpoint just saved, as a process of low priority beside the training.",
+    )
+    tasks_every: int | None = Field(
+        None, ge=1, description="Steps between two rounds of tasks (and at the end); by default save_every."
+    )
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
     keep_every: int | None = Field(
@@ -236,11 +244,16 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"fills: {text!r} has no [MASK]; put one where the model is to fill a piece in"
                 )
-        if self.keep_every is not None and self.keep_every % self.save_every:
-            raise ValueError(
-                f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}: other "
-                "steps have no checkpoint"
-            )
+        for key in ("keep_every", "tasks_every"):
+            every = getattr(self, key)
+            if every is not None and every % self.save_every:
+                raise ValueError(
+                    f"{key}={every} is no multiple of save_every={self.save_every}: other steps have no "
+                    "checkpoint"
+                )
+        names = [Path(task).stem for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tasks: two files are called {twice}, the name of the curve; rename one")
         until = 0.0
         for tokens, samples in self.batch_warmup:
             if tokens <= until:
@@ -501,6 +514,21 @@ class PretrainConfig(Section):
                 f"{objectives.pairs:g} with samples.kind={self.samples.kind}, and no generator "
                 "(model.generator_size) for replaced tokens; give one objective a weight"
             )
+
+
+def with_model_of(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
+    """The config with the source's `model` for all keys of it that were not given.
+
+    Raises UserError where the rest of the config does not go with them.
+    """
+    assert config.init is not None
+    source, given = config.init.source, config.model.model_dump(exclude_unset=True)
+    implied = PRESET_DEFAULTS.get(given.get("preset", ""), {})
+    kept = {key: value for key, value in given.items() if implied.get(key) != value}
+    if kept.get("preset", model.preset) != model.preset:
+        raise UserError(f"model.preset={kept['preset']}, but init.from={source} is of preset {model.preset}")
+    values = {**config.model_dump(), "model": {**model.model_dump(), **kept}}
+    return check_config(PretrainConfig, values, f"init.from={source}")
 
 
 def load_phases(path: str | Path, overrides: Sequence[str]) -> dict[str, PretrainConfig]:

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,11 +270,12 @@ class AveragedCheckpoint(Checkpoint):
         return f"{super().digest()}-{AVERAGE}"
 
 
-def prune(run: Path, keep: int, every: int | None = None) -> None:
-    """Removes all but the newest `keep` checkpoints of a run, and those of steps that are multiples of
-    `every`. Raises OSError."""
+def prune(run: Path, keep: int, every: int | None = None, read: Collection[int] = ()) -> None:
+    """Removes all but the newest `keep` checkpoints of a run, those of steps that are multiples of `every`,
+    and those of the steps `read`, which a process reads. Raises OSError."""
     for folder in checkpoints(run)[:-keep]:
-        if every and (checkpoint_step(folder) or 0) % every == 0:
+        step = checkpoint_step(folder) or 0
+        if step in read or (every and step % every == 0):
             continue
         (folder / TABLE).unlink()  # first: without it a half removed folder is no checkpoint
         shutil.rmtree(folder)
