@@ -84,7 +84,7 @@ def is_utf8(encoding: str) -> bool:
 
 
 class TokenizerTraining(Section):
-    """How a SentencePiece or byte-level model is trained, or a given WordPiece vocabulary extended."""
+    """How a SentencePiece or byte-level model is trained, or a given tokenizer extended."""
 
     model: Literal["unigram", "bpe", "byte_bpe"] | None = Field(
         None,
@@ -105,8 +105,8 @@ class TokenizerTraining(Section):
     extend_to: int | None = Field(
         None,
         ge=1,
-        description="Number of pieces, old and new together, to which the given WordPiece tokenizer is "
-        "extended by pieces learnt from the input; by default it stays as it is.",
+        description="Number of pieces, old and new together, to which the given tokenizer, WordPiece or "
+        "SentencePiece, is extended by pieces learnt from the input; by default it stays as it is.",
     )
 
     @model_validator(mode="after")
