@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prep(arguments: list[str]) -> int:
-    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
+    """bertscale prep CONFIG [key=value ...] [--replace] [--verify | --tokenizer-only | --finish ...]"""
     from bertscale.checks import array_task, verify_digests
     from bertscale.config import PrepConfig, UserError, load_config
 
@@ -82,14 +82,19 @@ def prep(arguments: list[str]) -> int:
 
     from data_prep import build
 
+    task = None
+    if not options.tokenizer_only and not options.finish:
+        task = array_task(options.task_index, options.task_count)
+    if options.replace and (options.finish or task):
+        raise UserError("--replace is for the whole, or with --tokenizer-only: other parts go on with that")
     if options.tokenizer_only:
-        build.prep_tokenizer(config)
+        build.prep_tokenizer(config, options.replace)
     elif options.finish:
         build.prep_finish(config, options.task_count)
-    elif task := array_task(options.task_index, options.task_count):
+    elif task:
         build.prep_share(config, *task)
     else:
-        build.prep(config)
+        build.prep(config, options.replace)
     return 0
 
 
@@ -123,6 +128,12 @@ def _prep_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--task-count", metavar="N", type=int, help="Number of tasks (default: the size of the Slurm array)."
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="Where OUTPUT is a data set of other settings or input: make the new one, which takes its place "
+        "when it is finished; unfinished work is replaced at once. Without it nothing is touched.",
     )
     return parser
 
@@ -292,7 +303,9 @@ def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """bertscale convert SOURCE OUTPUT [--no-show] [--replace] [--average]"""
+    """bertscale convert SOURCE OUTPUT [--as FORM] [--no-show] [--replace] [--average]"""
+    from bertscale.export.options import FORMS, ConvertOptions
+
     parser = make_parser(
         "convert",
         "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
@@ -302,6 +315,14 @@ def convert(arguments: list[str]) -> int:
         "source", metavar="SOURCE", type=Path, help="A run folder, a checkpoint or a Hugging Face folder."
     )
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="The folder to write.")
+    parser.add_argument(
+        "--as",
+        dest="as_",
+        metavar="FORM",
+        choices=FORMS,
+        help=f"What to write: {'; '.join(f'{name}, {what}' for name, what in FORMS.items())}. By default a "
+        "Hugging Face folder becomes a checkpoint, and all else a Hugging Face folder.",
+    )
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
@@ -320,9 +341,10 @@ def convert(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    from bertscale.convert.convert import convert as convert_folder
+    from bertscale.export.convert import convert as convert_folder
 
-    convert_folder(options.source, options.output, options.show, options.replace, average=options.average)
+    chosen = ConvertOptions(options.as_, options.show, options.replace, options.average)
+    convert_folder(options.source, options.output, chosen)
     return 0
 
 
@@ -377,8 +399,8 @@ def average(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    from bertscale.convert.average import Options
-    from bertscale.convert.average import average as average_folders
+    from bertscale.export.average import Options
+    from bertscale.export.average import average as average_folders
 
     chosen = Options(options.weights, options.method, options.base, options.density, options.scale)
     average_folders(options.sources, options.output, chosen)

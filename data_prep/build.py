@@ -17,7 +17,9 @@ bertscale prep CONFIG --finish --task-count 4              # once, last: the sec
     OUTPUT/tokenizer.model, train-00000.arrow, validation-00000.arrow, ...
     OUTPUT/quarantine.jsonl                records that cannot be read: place, reason, excerpt
     OUTPUT/manifest.json                   last
-    OUTPUT/.prep/plan.json                 settings and inputs; when they differ, everything is made again
+    OUTPUT/.prep/plan.json                 settings and inputs; where they differ, nothing is touched
+    OUTPUT/.prep/inputs.json               digests of the input files, and the times that they had
+    OUTPUT/.replacement/                   with --replace: the new data set, until it is finished
     OUTPUT/.prep/tokenizer.json            its digest; written when the tokenizer is whole
     OUTPUT/.prep/unit-00000.json           done record of a work unit: spills and counters
     OUTPUT/.prep/unit-00000-*.spill        and .bad.jsonl; removed after the manifest is written
@@ -50,7 +52,7 @@ from bertscale.files import whole_file, write_json
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit, load_once
-from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
+from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json, take_place
 from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
@@ -67,8 +69,11 @@ BYTES_WORTH_A_PROCESS = 4 * 2**20
 PROCESSES_FOR_A_READER = 3
 
 
-def prep(config: PrepConfig) -> dict[str, Any]:
+def prep(config: PrepConfig, replace: bool = False) -> dict[str, Any]:
     """Makes `config.output` a data set, or finds that it is one; returns a summary of it.
+
+    Where it is one of other settings or input, a UserError says what differs, and nothing is changed; with
+    `replace` the new one takes its place when it is finished. Unfinished work is replaced at once.
 
     The summary: documents, sentences, tokens, text_bytes, records, bad and dropped (counts by reason),
     shards, seconds of this call, and whether it was `reused`. Raises UserError for input that cannot be used,
@@ -78,7 +83,7 @@ def prep(config: PrepConfig) -> dict[str, Any]:
     began = time.monotonic()
     plan = Plan(config)
     with _stops_explained(config), plan.alone():
-        plan.begin()
+        plan.begin(replace)
         if (manifest := plan.finished()) is not None:
             return _reused(plan, manifest, began)
         (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
@@ -92,11 +97,11 @@ def prep(config: PrepConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------- the same in three parts
 
 
-def prep_tokenizer(config: PrepConfig) -> None:
-    """The first part of `prep`: the plan and the tokenizer. It alone may start over, as `prep` may."""
+def prep_tokenizer(config: PrepConfig, replace: bool = False) -> None:
+    """The first part of `prep`: the plan and the tokenizer. It alone may `replace`, as `prep` may."""
     plan = Plan(config)
     with _stops_explained(config), plan.alone():
-        plan.begin()
+        plan.begin(replace)
         if plan.finished() is not None:
             print(f"already prepared: {plan.output}")
             return
@@ -311,6 +316,8 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
         words=plan.config.words is not None,
     )
     plan.remove_spills()
+    if plan.output != plan.final:
+        take_place(plan.final)
     return manifest
 
 
@@ -358,7 +365,6 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
         few = [place for of_unit in places for place in of_unit.get(reason, [])][:PLACES_SHOWN]
         lines.append(f"{number:,} bad: {reason} ({'; '.join(few)}{'; ...' if number > len(few) else ''})")
         print(f"prep: {lines[-1]}")
-    print(f"prep: all {count:,} bad records, with place and excerpt: {quarantine}")
     undecoded = sum(sums["bad"][reason] for reason in undecodable(plan.config.encoding))
     if undecoded > count / 2:  # else another fault is to be mended first
         plan.check_encoding(undecoded, records)
@@ -368,6 +374,7 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
             f"max_bad_fraction={plan.config.max_bad_fraction} allows: {'; '.join(lines)}. They are listed in "
             f"{quarantine}. Mend them, or raise max_bad_fraction: finished work is kept"
         )
+    print(f"prep: all {count:,} bad records, with place and excerpt: {plan.final / QUARANTINE_NAME}")
 
 
 def _reused(plan: Plan, manifest: dict[str, Any], began: float) -> dict[str, Any]:

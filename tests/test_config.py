@@ -66,7 +66,8 @@ def test_the_quickstart_s_overrides(gpus: int, tmp_path: Path, monkeypatch: pyte
     for run in (Path("runs/quickstart"), tmp_path):
         for name, _, command in stages(run, gpus):
             if name in sections:
-                config = load_config(sections[name], command[2], command[3:])
+                overrides = [word for word in command[3:] if word != "--replace"]
+                config = load_config(sections[name], command[2], overrides)
                 assert ("runs/quickstart" in config.model_dump_json()) == (run != tmp_path), shlex.join(
                     command
                 )

@@ -181,6 +181,16 @@ def test_a_prep_array_is_three_jobs(tmp_path: Path) -> None:
     assert {job.spec.target for job in jobs} == {str(tmp_path / "data")}
 
 
+def test_replace_is_for_who_makes_the_plan(tmp_path: Path) -> None:
+    prep, site = write(tmp_path / "prep.yaml", prep_values(tmp_path)), write(tmp_path / "site.yaml", {})
+    [alone], _ = stage_jobs([PipelineStage(prep=prep, replace=True)], site)
+    assert alone.spec.command[4:] == ("--replace",)
+    jobs, _ = stage_jobs([PipelineStage(prep=prep, array=3, replace=True)], site)
+    assert ["--replace" in job.spec.command for job in jobs] == [True, False, False]
+    with pytest.raises(ValueError, match="replace=true is for prep, not convert"):
+        PipelineStage(convert=["run", "hf"], replace=True)
+
+
 def glue_folder(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).mkdir(parents=True)

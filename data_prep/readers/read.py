@@ -42,6 +42,7 @@ class InputFile:
     mtime_ns: int
     named: bool  # by the user, not found in a folder
     kind: str  # one of FORMATS by its name's end, or WIKI
+    digest: str = ""  # of its bytes, once they were read for it
 
 
 @dataclass(frozen=True)

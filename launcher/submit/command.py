@@ -262,6 +262,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     if stage == "prep":
         text = "Share the work between N jobs of one node each; two short jobs come before and after them."
         parser.add_argument("--array", metavar="N", type=_positive, default=0, help=text)
+        text = "Make the data set anew where the output holds one of other settings or input."
+        parser.add_argument("--replace", action="store_true", help=text)
     text = "Begin when the job with this id has ended; may be given several times."
     parser.add_argument("--after", metavar="JOB", action="append", default=[], help=text)
     text = "Nodes to avoid, beside those that failed a check; names with commas between them."

@@ -170,11 +170,12 @@ def _jobs_of(
     else:
         assert stage.convert is not None
         target = os.path.abspath(stage.convert[1])
+    replace = ("--replace",) if stage.replace else ()
     if not stage.array:
-        return [_job(stage, site, config, target, pipeline)]
+        return [_job(stage, site, config, target, pipeline, options=replace)]
     count = ("--task-count", str(stage.array))
     return [
-        _job(stage, site, config, target, pipeline, "tokenizer", ("--tokenizer-only",)),
+        _job(stage, site, config, target, pipeline, "tokenizer", ("--tokenizer-only", *replace)),
         _job(stage, site, config, target, pipeline, "", count, array=stage.array),
         _job(stage, site, config, target, pipeline, "finish", ("--finish", *count)),
     ]
