@@ -303,7 +303,9 @@ def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """bertscale convert SOURCE OUTPUT [--no-show] [--replace] [--average]"""
+    """bertscale convert SOURCE OUTPUT [--as FORM] [--no-show] [--replace] [--average]"""
+    from bertscale.export.options import FORMS, ConvertOptions
+
     parser = make_parser(
         "convert",
         "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
@@ -313,6 +315,14 @@ def convert(arguments: list[str]) -> int:
         "source", metavar="SOURCE", type=Path, help="A run folder, a checkpoint or a Hugging Face folder."
     )
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="The folder to write.")
+    parser.add_argument(
+        "--as",
+        dest="as_",
+        metavar="FORM",
+        choices=FORMS,
+        help=f"What to write: {'; '.join(f'{name}, {what}' for name, what in FORMS.items())}. By default a "
+        "Hugging Face folder becomes a checkpoint, and all else a Hugging Face folder.",
+    )
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
@@ -331,9 +341,10 @@ def convert(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    from bertscale.convert.convert import convert as convert_folder
+    from bertscale.export.convert import convert as convert_folder
 
-    convert_folder(options.source, options.output, options.show, options.replace, average=options.average)
+    chosen = ConvertOptions(options.as_, options.show, options.replace, options.average)
+    convert_folder(options.source, options.output, chosen)
     return 0
 
 
@@ -388,8 +399,8 @@ def average(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    from bertscale.convert.average import Options
-    from bertscale.convert.average import average as average_folders
+    from bertscale.export.average import Options
+    from bertscale.export.average import average as average_folders
 
     chosen = Options(options.weights, options.method, options.base, options.density, options.scale)
     average_folders(options.sources, options.output, chosen)
@@ -736,6 +747,8 @@ def _check(
     check_init(config, made)
     if data:
         datasets = [open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora]
+        for corpus in config.corpora:
+            open_dataset(corpus.path, "validation", verify=verify)
         check_tokenizers(datasets)
         for name, folder in config.heldout.items():
             check_tokenizers(

@@ -359,7 +359,10 @@ def training_process(run: Path) -> int | None:
     try:
         inode = (run / LOCK).stat().st_ino
         locks = Path("/proc/locks").read_text(encoding="utf-8")
+        said = (run / LOCK).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     lock = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
-    return int(lock.group(1)) if lock else None
+    if lock is None:  # on a file system without locks (bertscale.files.alone) the file names the process
+        lock = re.match(rf".*\n{re.escape(os.uname().nodename)} (\d+) ", said)
+    return int(lock.group(1)) if lock and Path("/proc", lock.group(1)).exists() else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import change_manifest
 from tiny import pretrain_config
 
 from bertscale.config import PretrainConfig, UserError
@@ -72,12 +73,10 @@ def test_sets_with_names_are_masked_alike_whatever_training_does(tiny_data: Path
 def test_a_set_of_another_tokenizer_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_data, other)
-    (manifest,) = other.glob("manifest.json")
-    digest = open_dataset(other).manifest["tokenizer_sha256"]
     tokenizer = open_dataset(other).tokenizer_path
     tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
     changed = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    manifest.write_text(manifest.read_text().replace(digest, changed))
+    change_manifest(other, lambda manifest: manifest.update(tokenizer_sha256=changed))
     with pytest.raises(
         UserError, match=r"^heldout\.web: .*other was made with another tokenizer than .*data"
     ):

@@ -29,6 +29,7 @@ FLOORS = {
         "bertscale.optim",
         "bertscale.train",
         "bertscale.convert",
+        "bertscale.export",
         "bertscale.pretrain",
         "bertscale.finetune",
         "bertscale.bench",

@@ -94,14 +94,15 @@ def test_heads_that_are_not_there_are_named(runs: tuple[Path, dict[str, str]]) -
 def test_what_comes_out_loads_strictly(kind: str, runs: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     import transformers
 
-    from bertscale.convert.convert import convert
+    from bertscale.export.convert import convert
+    from bertscale.export.options import ConvertOptions
 
     folder, _ = runs
     (newest,) = checkpoints(folder / kind / "run")[-1:]
     trained = open_checkpoint(newest)
     assert trained.step == STEPS
     assert trained.lineage[0]["folder"] == str(folder / kind / "source")
-    convert(newest, tmp_path / "out", show=False)
+    convert(newest, tmp_path / "out", ConvertOptions(show=False))
     (name,) = json.loads((tmp_path / "out/config.json").read_text())["architectures"]
     assert name == CLASSES[kind][1]
     _, loading = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)

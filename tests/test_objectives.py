@@ -13,7 +13,7 @@ from tiny import prep_config, pretrain_config
 from torch.nn import functional as F
 
 from bertscale.config import PrepConfig, PretrainConfig, SamplesConfig, UserError
-from bertscale.convert.convert import native_model
+from bertscale.convert.weights import native_model
 from bertscale.data.loader import Loader
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import Mixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from damage import change_manifest
 from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
@@ -340,9 +340,8 @@ def test_corpora_of_two_tokenizers_are_a_problem(site: Slurm, desk: Desk) -> Non
     shutil.copytree(desk.data, other)
     model = other / "tokenizer.model"
     model.write_bytes(model.read_bytes() + b" ")
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["tokenizer_sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
+    change_manifest(other, lambda manifest: manifest.update(tokenizer_sha256=sha256))
     for key, value in (("data", f"[{desk.data},{other}]"), ("heldout.web", str(other))):
         report = desk.report(GPU, nodes=2, set=[*FIT, f"{key}={value}"])
         assert report.problems == [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import change_manifest
 from dist import run_command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
@@ -246,9 +247,7 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     import shutil
 
     other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["settings"]["note"] = "as if of other text"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(other, lambda manifest: manifest["settings"].update(note="as if of other text"))
     changes: dict[str, Any] = {
         "parallel": {"tensor": 1, "ranks": 2},
         "samples": {"max_length": 48, "kind": "sop", "warmup": [[5, 16]]},

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bertscale.config import UserError
-from bertscale.convert.convert import convert, native_shapes
 from bertscale.convert.encoders import open_encoder
 from bertscale.convert.sources import InitSource, open_source_weights
+from bertscale.convert.weights import native_shapes
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
 from bertscale.model.model import PretrainingModel
 from bertscale.train.checkpoint import open_checkpoint
 
@@ -454,7 +456,7 @@ def test_an_import_and_its_export_are_the_source(
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="8KB")
     as_pickle(tmp_path / "theirs")
     put_tokenizer(tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "checkpoint", show=False)
+    convert(tmp_path / "theirs", tmp_path / "checkpoint", ConvertOptions(show=False))
     assert "verified  logits" in capsys.readouterr().out
     folder, checkpoint = (
         open_source_weights(tmp_path / "theirs"),
@@ -467,7 +469,7 @@ def test_an_import_and_its_export_are_the_source(
     assert checkpoint.tokenizer.parent == tmp_path / "checkpoint"
     for name in folder.names:
         assert checkpoint.tensor(name).equal(folder.tensor(name)), name
-    convert(tmp_path / "checkpoint", tmp_path / "exported", show=False)
+    convert(tmp_path / "checkpoint", tmp_path / "exported", ConvertOptions(show=False))
     again = open_source_weights(tmp_path / "exported")
     compare(again, theirs)
     for name in folder.names:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bertscale.config import ModelConfig
-from bertscale.convert.convert import Weights, open_weights
 from bertscale.convert.hf_folder import CONFIG_FILE, HuggingFaceFolder
 from bertscale.convert.hf_names import hugging_face_names
 from bertscale.convert.task_names import encoder_model_of
+from bertscale.convert.weights import Weights, open_weights
 from bertscale.model.heads import head_family
 from bertscale.model.layers import Layers
 from bertscale.model.model import Encoder

@@ -24,11 +24,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError, check_config
-from bertscale.convert.convert import GENERATOR, Weights, native_shapes, open_weights
-from bertscale.convert.electra import electra_names
+from bertscale.convert.electra import GENERATOR, electra_names
 from bertscale.convert.hf_folder import CONFIG_FILE, HuggingFaceFolder, tokenizer_of
 from bertscale.convert.hf_names import hugging_face_names, model_of
 from bertscale.convert.task_names import encoder_model_of
+from bertscale.convert.weights import Weights, native_shapes, open_weights
 from bertscale.files import file_digest
 
 # Of each of these a source may lack all parameters; the rest of the network every source has.

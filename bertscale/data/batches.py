@@ -17,6 +17,7 @@ import torch
 
 from bertscale.config import PretrainConfig, UserError, load_config
 from bertscale.data.batch_phases import FOREVER
+from bertscale.data.contents import check_contents
 from bertscale.data.index import Peers
 from bertscale.data.loader import Loader
 from bertscale.data.manifest import Split
@@ -55,6 +56,7 @@ def make_loader(
     check_batches(config, world)
     samples, training = config.samples, split == "train"
     datasets = datasets or [open_dataset(corpus.path, split) for corpus in config.corpora]
+    check_contents(datasets, tokenizer.vocab_size, ranks)
     mixture = Mixture(
         datasets,
         weights_of(datasets, config.corpora, samples),

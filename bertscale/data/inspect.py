@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from bertscale.config import SamplesConfig, UserError
+from bertscale.data.contents import check_shard
 from bertscale.data.quality import count_pieces, doubts
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.progress import Progress
@@ -92,7 +93,7 @@ def _what_was_read(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
 class _Measures:
     """Lengths of documents and sentences and the pieces of one data split; reads every byte of it.
 
-    Raises UserError for a shard whose digest is not its own.
+    Raises UserError for a shard whose digest is not its own, or whose rows or ids are not sound.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, progress: Progress) -> None:
@@ -101,6 +102,7 @@ class _Measures:
         self.pieces: Counts = np.zeros(tokenizer.vocab_size, np.int64)
         for shard in dataset.shards:
             shard.verify()
+            check_shard(shard, tokenizer.vocab_size)
             self.documents = _add(self.documents, np.bincount(np.diff(shard.token_offsets)))
             self.sentences = _add(self.sentences, np.bincount(shard.sentence_lengths))
             self.pieces += count_pieces(shard.tokens, len(self.pieces))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bertscale.config import InitConfig, ModelConfig, PretrainConfig, UserError, check_config
 from bertscale.config.model import PRESET_DEFAULTS
-from bertscale.convert.convert import native_shapes
 from bertscale.convert.hf_folder import CONFIG_FILE
 from bertscale.convert.sources import PARTS, InitSource, open_source_weights
+from bertscale.convert.weights import native_shapes
 from bertscale.files import file_digest
 from bertscale.model.model import initial_value
 from bertscale.pretrain.positions import longer

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from bertscale.config import UserError
-from bertscale.convert.convert import Weights, native_shapes, open_weights
 from bertscale.convert.hf_folder import tokenizer_of
-from bertscale.convert.output import check_output
+from bertscale.convert.weights import Weights, native_shapes, open_weights
+from bertscale.export.output import check_output
 from bertscale.files import whole_folder
 from bertscale.progress import Progress
 from bertscale.tokenizer import load_tokenizer
