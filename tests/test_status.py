@@ -87,6 +87,9 @@ def test_the_comment_decides_whose_a_job_is() -> None:
     assert [job.id for job in queue_jobs.jobs_of(Path("/runs/base/job"), ["2", "3"], queue)] == ["1", "6"]
     assert queue_jobs.jobs_of(Path("/runs/old/job"), ["1", "2"], queue) == []  # Slurm uses its numbers again
     assert [job.id for job in queue_jobs.jobs_of(Path("/runs/old/job"), ["7"], queue)] == ["7_1"]
+    # A site's own comment, and a later job of the folder that is gone already.
+    queue = queue_jobs.parse_squeue(QUEUE.replace("bertscale /runs/base/job", "project 12"))
+    assert [job.id for job in queue_jobs.jobs_of(Path("/runs/base/job"), ["1", "8"], queue)] == ["1"]
 
 
 @pytest.mark.parametrize(("reason", "sentence", "remedy"), REASONS)

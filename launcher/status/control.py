@@ -16,7 +16,7 @@ from launcher import history, queue_jobs, runs, slurm
 from launcher.job import TRAINING
 from launcher.queue_jobs import QueueJob
 from launcher.runs import Place, place_of, read_spec
-from launcher.submit.command import queue
+from launcher.submit.command import making, queue
 
 
 def cancel(place: Place, *, now: bool) -> int:
@@ -77,18 +77,23 @@ def resume(place: Place, *, only: bool) -> int:
     if place.job is None:
         print(f"{place.shown} was started by hand; to resume: {local_command(place)}")
         return 0
+    with making(place.job):
+        return _resume(place, place.job, only)
+
+
+def _resume(place: Place, job: Path, only: bool) -> int:
     jobs = queue_jobs.own_jobs()
-    if active := _active(place.job, jobs):
-        ending = (place.job / CANCELLED).exists() and not active[0].waits
+    if active := _active(job, jobs):
+        ending = (job / CANCELLED).exists() and not active[0].waits
         advice = "it was cancelled and is about to end: wait for it" if ending else "it needs no resume"
         state = "waits in the queue" if active[0].waits else "is running"
         raise UserError(f"job {active[0].id} of {place.shown} {state}: {advice}")
-    folders = [place.job, *([] if only else map(Path, read_spec(place.job).following))]
+    folders = [job, *([] if only else map(Path, read_spec(job).following))]
     numbers: dict[Path, str] = {}
     for folder in folders:
         if _is_done(folder):
             print(f"{_shown(folder)} is done already")
-        elif folder == place.job or not _active(folder, jobs):
+        elif folder == job or not _active(folder, jobs):
             numbers[folder] = _queue_again(folder, jobs, numbers)
     return 0
 

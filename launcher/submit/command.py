@@ -20,17 +20,19 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bertscale.config import PipelineConfig, PipelineStage, UserError, load_config
 from bertscale.config.glue import add_arguments, from_options
 from bertscale.errors import MISTAKE
-from bertscale.run_folder import CANCELLED, EVENTS, SCRIPT, Events
+from bertscale.files import HeldError, alone
+from bertscale.run_folder import CANCELLED, EVENTS, LOCK, SCRIPT, Events
 from launcher import slurm
 from launcher.job import STAGES, TRAINING, JobSpec, render
 from launcher.nodes.check import bad_nodes
@@ -98,7 +100,7 @@ def submit(
         if not jobs:
             return 0
     # Not at the top: it brings pyarrow, which help can do without.
-    from launcher.submit.preflight import check
+    from launcher.submit.preflight import Report, check, check_not_queued
 
     jobs = _in_order(jobs, after)
     report = check(jobs, after, {job.spec.folder: _left_out(job.spec, exclude) for job in jobs}, mistakes)
@@ -111,8 +113,40 @@ def submit(
     if dry_run:
         print("\nnothing was queued: this was a dry run")
         return 0
-    for job in jobs:
-        freeze(job.spec, job.config, about_now(job.spec.environment))
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(making(Path(job.spec.folder)))
+        again = Report()
+        check_not_queued(jobs, again)  # by another one, since the checks above
+        if again.problems:
+            raise UserError("\n".join(again.problems))
+        for job in jobs:
+            freeze(job.spec, job.config, about_now(job.spec.environment))
+        _queue_all(jobs, after, exclude)
+    target = quoted(jobs[-1].spec.target)
+    print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
+    return 0
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Keeps other processes from freezing or queueing the job of `folder` meanwhile. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(folder / LOCK, str(os.getpid())))
+        except HeldError as error:
+            words = (
+                f"another command is just queueing the job of {shown(folder)}: `bertscale status` shows it"
+            )
+            raise UserError(words) from error
+        except OSError as error:
+            raise UserError(f"cannot write the job folder {folder}: {error.strerror or error}") from error
+        yield
+
+
+def _queue_all(jobs: Sequence[StageJob], after: Sequence[str], exclude: Sequence[str]) -> None:
+    """Queues all, each behind the one before it, or none."""
     queued: list[tuple[str, JobSpec]] = []
     try:
         for job in jobs:
@@ -122,9 +156,6 @@ def submit(
     except BaseException:
         _take_back(queued)
         raise
-    target = quoted(jobs[-1].spec.target)
-    print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
-    return 0
 
 
 def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:
