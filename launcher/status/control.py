@@ -13,10 +13,11 @@ from pathlib import Path
 from bertscale.errors import UserError
 from bertscale.run_folder import CANCELLED, CONFIG, EVENTS, Events, read_events
 from launcher import history, queue_jobs, runs, slurm
+from launcher.enqueue import queue
 from launcher.job import TRAINING
 from launcher.queue_jobs import QueueJob
 from launcher.runs import Place, place_of, read_spec
-from launcher.submit.command import making, queue
+from launcher.submit.command import left_out, making
 
 
 def cancel(place: Place, *, now: bool) -> int:
@@ -115,7 +116,7 @@ def _queue_again(job: Path, jobs: list[QueueJob], queued: dict[Path, str]) -> st
     was_cancelled = marker.exists()
     marker.unlink(missing_ok=True)  # before the job can begin and see it
     try:
-        number = queue(spec, after)  # finished tasks of an array end as soon as they begin
+        number = queue(spec, after, left_out(spec))  # finished tasks of an array end as soon as they begin
     except UserError:
         if was_cancelled:
             marker.touch()

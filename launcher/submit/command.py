@@ -34,6 +34,7 @@ from bertscale.errors import MISTAKE
 from bertscale.files import HeldError, alone
 from bertscale.run_folder import CANCELLED, EVENTS, LOCK, SCRIPT, Events
 from launcher import slurm
+from launcher.enqueue import queue
 from launcher.job import STAGES, TRAINING, JobSpec, render
 from launcher.nodes.check import bad_nodes
 from launcher.runs import shown
@@ -103,7 +104,7 @@ def submit(
     from launcher.submit.preflight import Report, check, check_not_queued
 
     jobs = _in_order(jobs, after)
-    report = check(jobs, after, {job.spec.folder: _left_out(job.spec, exclude) for job in jobs}, mistakes)
+    report = check(jobs, after, {job.spec.folder: left_out(job.spec, exclude) for job in jobs}, mistakes)
     for line in report.warnings:
         print(f"bertscale submit: warning: {line}", file=sys.stderr)
     if dry_run:
@@ -151,7 +152,7 @@ def _queue_all(jobs: Sequence[StageJob], after: Sequence[str], exclude: Sequence
     try:
         for job in jobs:
             before = [queued[-1][0]] if queued else after
-            queued.append((queue(job.spec, before, exclude), job.spec))
+            queued.append((queue(job.spec, before, left_out(job.spec, exclude)), job.spec))
             _announce(job.spec, queued[-1][0], before)
     except BaseException:
         _take_back(queued)
@@ -167,22 +168,6 @@ def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:
             slurm.ask("scancel", job)
         Events(folder / EVENTS).write("cancelled", job=job, reason="a later job was refused")
         print(f"job {job} ({spec.name}) was cancelled: a later job could not be queued", file=sys.stderr)
-
-
-def queue(spec: JobSpec, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
-    """Submits the script in `spec.folder`, writes the event and returns the job's id; freezes nothing.
-
-    It begins when the jobs `after` have ended; nodes of `exclude` and of the list of bad nodes are left
-    out. Raises UserError when Slurm refuses.
-    """
-    options = [f"--dependency=afterany:{':'.join(after)}"] if after else []
-    if out := _left_out(spec, exclude):
-        options.append(f"--exclude={','.join(out)}")
-    script = f"{spec.folder}/{SCRIPT}"
-    done = slurm.ask("sbatch", "--parsable", *options, script, env=slurm.own_environment())
-    job = done.stdout.strip().partition(";")[0]  # the cluster's name may follow
-    Events(Path(spec.folder, EVENTS)).write("queued", job=job, after=list(after))
-    return job
 
 
 def _in_order(jobs: list[StageJob], after: Sequence[str]) -> list[StageJob]:
@@ -205,7 +190,7 @@ def _in_order(jobs: list[StageJob], after: Sequence[str]) -> list[StageJob]:
     ]
 
 
-def _left_out(spec: JobSpec, exclude: Sequence[str]) -> list[str]:
+def left_out(spec: JobSpec, exclude: Sequence[str] = ()) -> list[str]:
     """The nodes that the person does not want, and those that failed a check lately."""
     bad = bad_nodes(Path(spec.bad_nodes), spec.bad_node_hours) if spec.bad_nodes else {}
     return list(dict.fromkeys([*exclude, *bad]))
@@ -237,7 +222,7 @@ def _show(jobs: list[StageJob], facts: Sequence[str], after: Sequence[str], excl
     print("--- the jobs in their order")
     before = f"job {', '.join(after)}" if after else ""
     for job in jobs:
-        out = _left_out(job.spec, exclude)
+        out = left_out(job.spec, exclude)
         without = f", without {','.join(out)}" if out else ""
         behind = f", after {before}" if before else ""
         print(f"{job.spec.name}: {_size(job.spec)}{behind}{without}")
