@@ -135,6 +135,12 @@ def minutes_of(time: str) -> float | None:
     return first + second / 60 if rest[2] is None else first * 60 + second + third / 60
 
 
+def show_minutes(minutes: float) -> str:
+    """A time limit as sbatch reads it: 90 -> 1:30:00, 2880 -> 2-00:00:00."""
+    days, rest = divmod(round(minutes), 1440)
+    return f"{f'{days}-' if days else ''}{rest // 60:0{2 if days else 1}d}:{rest % 60:02d}:00"
+
+
 def bytes_of(memory: str) -> int | None:
     """Bytes of a memory size as sbatch --mem reads it (`200G`; MiB by default); None for no such thing."""
     size = re.fullmatch(r"(\d+)([KMGT]?)B?", memory.upper())

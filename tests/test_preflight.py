@@ -710,6 +710,8 @@ def test_what_would_fit_changes_as_little_as_possible() -> None:
 )
 def test_times_as_slurm_writes_them(time: str, minutes: float | None) -> None:
     assert slurm.minutes_of(time) == minutes
+    if minutes and minutes != float("inf"):
+        assert slurm.minutes_of(slurm.show_minutes(minutes)) == round(minutes)
 
 
 def test_sizes_and_gpus_as_slurm_writes_them() -> None:
