@@ -20,7 +20,7 @@ from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
 from bertscale.pretrain.fills import encode_sentences, fill, show_fills
-from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words
+from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words, unmasked_samples
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from
 from bertscale.pretrain.tasks import Begin, Tasks, check_encoder
 from bertscale.progress import Progress, TimeBudget, fold
@@ -77,6 +77,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = heldout_loaders(config, tokenizer, data, ranks)
+    unmasked = unmasked_samples(config, tokenizer, data, heldout, ranks)
     sentences = encode_sentences(config, tokenizer)
     schedule = TrainingSchedule(config, loader.mixture.batches)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
@@ -171,7 +172,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
                     facts = brief(mean_losses("train", config, totals, seen, ranks) | rate.so_far(ranks))
             progress.advance(1, **facts)
             if done % config.train.eval_every == 0 or last:
-                figures = evaluate(engine, heldout, config.train.eval_samples, done)
+                figures = evaluate(engine, heldout, unmasked, config.train.eval_samples, done)
                 if writer:
                     writer.write(done, figures)
                 progress.say(f"step {done}: {in_words(figures)}")
