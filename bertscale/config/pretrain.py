@@ -568,7 +568,7 @@ def with_model_of(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
     assert config.init is not None
     source, given = config.init.source, config.model.model_dump(exclude_unset=True)
     implied = PRESET_DEFAULTS.get(given.get("preset", ""), {})
-    kept = {key: value for key, value in given.items() if implied.get(key) != value}
+    kept = {key: value for key, value in given.items() if key not in implied or implied[key] != value}
     if kept.get("preset", model.preset) != model.preset:
         raise UserError(f"model.preset={kept['preset']}, but init.from={source} is of preset {model.preset}")
     values = {**config.model_dump(), "model": {**model.model_dump(), **kept}}
