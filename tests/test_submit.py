@@ -663,6 +663,11 @@ def test_only_jobs_of_ours_have_a_folder(tmp_path: Path) -> None:
     assert folder_of({"Comment": f"bertscale {tmp_path}"}) == tmp_path
     assert folder_of({"Comment": f"{tmp_path}"}) is None
     assert folder_of({}) is None
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "job.json").write_text("{}")
+    assert folder_of({"Comment": "of the site", "Command": f"{job}/script.sh"}) == job
+    assert folder_of({"Comment": "of the site", "Command": "/some/script.sh"}) is None
 
 
 def test_the_config_is_whole(tiny_data: Path) -> None:
