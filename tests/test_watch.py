@@ -437,6 +437,39 @@ def test_ranks_that_never_begin_are_a_mistake(code: int, tmp_path: Path) -> None
     assert (ended.mistake or "").startswith(f"{what}: so no rank has begun")
 
 
+@pytest.mark.parametrize("forbidden", ["Requeue=0", "Requeue=1"])
+def test_where_no_job_may_be_requeued_another_one_resumes(
+    forbidden: str, fake_job: Callable[..., watch.Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = make_job(tmp_path / "after")
+    Events(Path(after.folder, "events.jsonl")).write("queued", job="8", after=["7"])
+    job = fake_job(following=(after.folder, str(tmp_path / "last")))
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        if command[:2] == ("scontrol", "requeue"):
+            return subprocess.CompletedProcess(command, 1, "", "Requested operation is presently disabled")
+        record = f"JobId=7 JobState=RUNNING {forbidden} ExcNodeList=n9 Dependency=afterany:7(unfulfilled)"
+        return subprocess.CompletedProcess(command, 0, "9\n" if command[0] == "sbatch" else record, "")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    job.events.write("queued", job="7")
+    for earlier in range(2):  # these are its own starts, although each was another job
+        job.events.write("requeued", job=str(5 + earlier), checkpoint=0)
+        job.events.write("queued", job=str(6 + earlier), succeeds=str(5 + earlier))
+    assert job.requeue(75, "SIGUSR1") == 75
+    script = str(tmp_path / "job/script.sh")
+    words = ("sbatch", "--parsable", "--dependency=afterany:7", "--exclude=n9", script)
+    assert words in asked
+    assert ("scontrol", "update", "JobId=8", "Dependency=afterany:7,afterany:9") in asked
+    assert (("scontrol", "requeue", "7") in asked) == (forbidden == "Requeue=1")
+    queued = facts(job.events.path, "queued")
+    assert (queued["job"], queued["succeeds"]) == ("9", "7")
+    assert job.idle_requeues(0) == 3
+    assert "gave_up" not in kinds(job.events.path)
+
+
 @pytest.mark.parametrize(
     ("stage", "minutes_left", "units", "ends"),
     [
@@ -692,6 +725,23 @@ def test_a_signal_saves_requeues_and_resumes(cluster: Cluster) -> None:
     assert facts(run.events, "requeued")["checkpoint"] == facts(run.events, "resumed")["step"] == 1
     assert facts(run.events, "started")["restart_count"] == 1
     assert "requeued (SIGUSR1)" in run.said()
+
+
+@pytest.mark.slurm
+def test_where_no_job_may_be_requeued_the_pipeline_goes_on(cluster: Cluster) -> None:
+    body = 'if start == 1:\n    ready()\n    wait_for("never")'
+    later = Run(cluster, "behind", "", previous=(str(cluster.shared / "watch-forbidden"),))
+    run = Run(cluster, "forbidden", body, following=(str(later.folder),))
+    first = run.submit("--no-requeue")
+    later.submit(f"--dependency=afterany:{first}")
+    run.ready(1)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    later.wait("COMPLETED")
+    assert run.happened() == [
+        *("queued", "started", "signal", "checkpoint", "requeued", "queued"),
+        *("started", "resumed", "done"),
+    ]
+    assert facts(run.events, "started")["job"] == facts(run.events, "queued")["job"] != first
 
 
 @pytest.mark.slurm
