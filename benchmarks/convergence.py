@@ -45,8 +45,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from bertscale.bench.machine import processor
 from bertscale.config import Corpus, PretrainConfig, SamplesConfig, UserError, load_config
-from bertscale.convert.convert import load_model
 from bertscale.convert.hf_names import hugging_face_config
+from bertscale.convert.weights import load_model
 from bertscale.data.batch_phases import batch_phases
 from bertscale.data.loader import Loader
 from bertscale.data.manifest import Split

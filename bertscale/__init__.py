@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "UserError": "bertscale.errors",
     "iterate_batches": "bertscale.data.batches",
-    "load_model": "bertscale.convert.convert",
+    "load_model": "bertscale.convert.weights",
     "load_task_model": "bertscale.finetune.predict",
     "load_tokenizer": "bertscale.tokenizer",
     "open_dataset": "bertscale.data.shards",
@@ -22,7 +22,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from bertscale.convert.convert import load_model
+    from bertscale.convert.weights import load_model
     from bertscale.data.batches import iterate_batches
     from bertscale.data.shards import open_dataset
     from bertscale.errors import UserError

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from bertscale.cli import main
 from bertscale.config import InitConfig, ModelConfig, UserError
-from bertscale.convert.average import Options, average, threshold
-from bertscale.convert.convert import convert, load_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import load_model
+from bertscale.export.average import Options, average, threshold
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
 from bertscale.files import file_digest
 from bertscale.pretrain.init import open_source
 from bertscale.run_folder import TABLE
@@ -146,7 +149,7 @@ def test_the_threshold_is_the_largest_magnitude_but_so_many(keep: int) -> None:
 
 
 def test_hugging_face_folders_runs_and_what_reads_the_result(three: list[Path], tmp_path: Path) -> None:
-    convert(three[1], tmp_path / "hf", show=False)
+    convert(three[1], tmp_path / "hf", ConvertOptions(show=False))
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     shutil.copytree(three[0], run / "checkpoints" / "step-0000004")
@@ -156,7 +159,7 @@ def test_hugging_face_folders_runs_and_what_reads_the_result(three: list[Path], 
     assert is_times(output, 3.75)
     loaded = dict(load_model(output).named_parameters())
     assert torch.equal(loaded[PART], 3.75 * values(PART, torch.Size([8])))
-    convert(output, tmp_path / "exported", show=False)
+    convert(output, tmp_path / "exported", ConvertOptions(show=False))
     average([output, three[0]], tmp_path / "again", Options())
     ancestors = open_checkpoint(tmp_path / "again").lineage
     assert [len(each["lineage"]) for each in ancestors] == [2, 0]
@@ -235,7 +238,7 @@ def test_another_tokenizer(three: list[Path], make: Make, tmp_path: Path) -> Non
 def test_a_head_that_one_lacks(three: list[Path], tmp_path: Path) -> None:
     from transformers import BertForMaskedLM
 
-    convert(three[1], tmp_path / "hf", show=False)
+    convert(three[1], tmp_path / "hf", ConvertOptions(show=False))
     BertForMaskedLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "hf")
     words = "hf lacks encoder.pooler.bias, which"
     refused([three[0], tmp_path / "hf"], tmp_path / "out", words)

@@ -21,9 +21,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Fast
 
 from bertscale.config import PrepConfig, UserError
-from bertscale.convert import masks
 from bertscale.data.inspect import inspect as inspect_data
 from bertscale.data.shards import open_dataset
+from bertscale.export import masks
 from bertscale.pretrain.fills import encode_masked
 from bertscale.pretrain.vocabulary import matches
 from bertscale.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -425,7 +425,7 @@ def test_masks_that_a_conversion_shows(tokenizer: Tokenizer) -> None:
     [ids] = tokenizer.encode([text])
     found = masks._mask_a_word(text, ids, tokenizer, np.random.default_rng(0))
     assert found is not None
-    word = masks.spelt(found.target, tokenizer)
+    word = tokenizer.spelt(found.target)
     assert found.text.replace("[MASK]", word) == text.strip()
 
 

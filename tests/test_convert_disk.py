@@ -10,8 +10,10 @@ import pytest
 from test_convert import write_checkpoint
 
 from bertscale.config import UserError
-from bertscale.convert.convert import convert, open_weights
-from bertscale.convert.output import is_output_of
+from bertscale.convert.weights import open_weights
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
+from bertscale.export.output import is_output_of
 from bertscale.files import whole_folder
 from bertscale.train.resume import remove_leftovers
 
@@ -24,15 +26,15 @@ def native(tiny_data: Path, tmp_path: Path) -> Path:
 
 def refused(source: Path, output: Path, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        convert(source, output, show=False)
+        convert(source, output, ConvertOptions(show=False))
     assert len(str(caught.value).splitlines()) == 1
     assert list(output.parent.iterdir()) == []
 
 
 def test_a_disk_that_is_full_or_read_only(native: Path, disk: Path, tmp_path: Path) -> None:
-    convert(native, tmp_path / "hf", show=False)
+    convert(native, tmp_path / "hf", ConvertOptions(show=False))
     for source in (native, tmp_path / "hf"):
-        convert(source, disk / "out", show=False)
+        convert(source, disk / "out", ConvertOptions(show=False))
         sizes = sorted({path.stat().st_size for path in (disk / "out").iterdir()})
         whole = sum(-(-path.stat().st_size // 4096) * 4096 for path in (disk / "out").iterdir())
         subprocess.run(["rm", "-r", str(disk / "out")], check=True)

@@ -17,8 +17,9 @@ from tiny import pretrain_config
 from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification
 
 from bertscale.config import UserError
-from bertscale.convert.convert import convert
-from bertscale.convert.output import RECORD
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
+from bertscale.export.output import RECORD
 from bertscale.files import file_digest
 from bertscale.run_folder import TABLE, checkpoint_folder
 from bertscale.train.checkpoint import open_checkpoint, write_whole
@@ -32,7 +33,7 @@ def native(tiny_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def exported(native: Path, tmp_path: Path) -> Path:
-    convert(native, tmp_path / "hf", show=False)
+    convert(native, tmp_path / "hf", ConvertOptions(show=False))
     return tmp_path / "hf"
 
 
@@ -55,7 +56,7 @@ def newer(native: Path) -> None:
 def refused(source: Path, output: Path, words: str) -> None:
     before = contents(output) if output.is_dir() else {}
     with pytest.raises(UserError) as caught:
-        convert(source, output, show=False)
+        convert(source, output, ConvertOptions(show=False))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (contents(output) if output.is_dir() else {}) == before
@@ -65,7 +66,7 @@ def refused(source: Path, output: Path, words: str) -> None:
 def test_an_earlier_output_is_replaced_by_a_newer_checkpoint(native: Path, exported: Path) -> None:
     before = file_digest(exported / "model.safetensors")
     newer(native)
-    convert(native, exported, show=False)
+    convert(native, exported, ConvertOptions(show=False))
     assert file_digest(exported / "model.safetensors") != before
 
 
@@ -74,7 +75,7 @@ def test_an_output_that_lost_its_weights_is_made_again(
 ) -> None:
     (exported / "model.safetensors").unlink()
     capsys.readouterr()
-    convert(native, exported, show=False)
+    convert(native, exported, ConvertOptions(show=False))
     assert "already converted" not in capsys.readouterr().out
     assert (exported / "model.safetensors").is_file()
 
@@ -86,11 +87,11 @@ def test_a_model_that_was_trained_from_an_export_is_not_replaced(native: Path, e
     refused(native, exported, "config.json in it was changed after `bertscale convert`")
     model = AutoModelForPreTraining.from_pretrained(exported)
     for name in ("README.md", "onnx/model.onnx", "checkpoint-500/model.safetensors"):
-        convert(native, exported, show=False, replace=True)
+        convert(native, exported, ConvertOptions(show=False, replace=True))
         (exported / name).parent.mkdir(exist_ok=True)
         (exported / name).write_text("mine")
         refused(native, exported, f"{name} in it was not written by `bertscale convert`")
-    convert(native, exported, show=False, replace=True)
+    convert(native, exported, ConvertOptions(show=False, replace=True))
     assert not (exported / "checkpoint-500").exists()
 
 
@@ -112,16 +113,16 @@ def test_checkpoints_of_a_run_are_never_replaced(native: Path, exported: Path, t
     for output in (run, checkpoint_folder(run, 7), checkpoint_folder(run, 8)):
         for replace in (False, True):
             with pytest.raises(UserError, match="holds a run's checkpoints; they are never replaced"):
-                convert(exported, output, show=False, replace=replace)
+                convert(exported, output, ConvertOptions(show=False, replace=replace))
     assert (checkpoint_folder(run, 7) / TABLE).is_file()
     assert not checkpoint_folder(run, 8).exists()
 
 
 def test_an_import_is_replaced_only_where_it_is_one(exported: Path, tmp_path: Path) -> None:
     imported = tmp_path / "imported"
-    convert(exported, imported, show=False)
+    convert(exported, imported, ConvertOptions(show=False))
     before = contents(imported)
-    convert(exported, imported, show=False)
+    convert(exported, imported, ConvertOptions(show=False))
     assert contents(imported) == before
     (imported / "notes.txt").write_text("mine")
     refused(exported, imported, "notes.txt in it was not written by")
@@ -184,7 +185,7 @@ def test_the_record_names_every_file(native: Path, exported: Path) -> None:
 def test_a_run_does_not_begin_with_random_weights_in_a_model(
     exported: Path, tmp_path: Path, tiny_data: Path, bertscale: Command
 ) -> None:
-    convert(exported, tmp_path / "imported", show=False)
+    convert(exported, tmp_path / "imported", ConvertOptions(show=False))
     config = tmp_path / "tiny.yaml"
     for folder in (exported, tmp_path / "imported"):
         before = contents(folder)

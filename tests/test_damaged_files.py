@@ -23,10 +23,12 @@ from test_heads import random_model
 
 from bertscale.config import ModelConfig, UserError
 from bertscale.console import disk_errors_in_one_line
-from bertscale.convert.convert import convert, open_weights
 from bertscale.convert.task_models import write_task_model
+from bertscale.convert.weights import open_weights
 from bertscale.data.inspect import inspect
 from bertscale.data.shards import MANIFEST_NAME, open_dataset
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
 from bertscale.files import json_digest
 from bertscale.finetune.output import finished_result
 from bertscale.finetune.predict import load_task_model
@@ -111,7 +113,7 @@ def test_a_manifest(tiny_data: Path, tmp_path: Path) -> None:
 def model(request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_checkpoint(folder / "native", tiny_data, request.param)
-    convert(folder / "native", folder / "hf", show=False)
+    convert(folder / "native", folder / "hf", ConvertOptions(show=False))
     return folder / "hf"
 
 
@@ -134,7 +136,7 @@ def test_a_conversion_of_damaged_files_leaves_nothing(model: Path, tmp_path: Pat
     def convert_it() -> None:
         before = set(tmp_path.iterdir())
         try:
-            convert(model, tmp_path / "out", show=False)
+            convert(model, tmp_path / "out", ConvertOptions(show=False))
             shutil.rmtree(tmp_path / "out")
         finally:
             assert set(tmp_path.iterdir()) == before

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import pretrain_config
 
 from bertscale.config import PretrainConfig, UserError
-from bertscale.convert.masks import Masked, spelt
-from bertscale.convert.masks import fill as fill_masks
 from bertscale.data.shards import open_dataset
+from bertscale.export.masks import Masked
+from bertscale.export.masks import fill as fill_masks
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.pretrain.fills import (
     Sentence,
@@ -96,7 +96,7 @@ def test_fills_are_those_of_the_model(generator: float | None, tokenizer: Tokeni
         for place, choices in zip(places, masks, strict=True):
             [expected] = fill_masks(engine.model, [Masked("", sentence.ids, place, -1)], tokenizer)
             best = expected.topk(5)
-            assert [piece for piece, _ in choices] == [spelt(n, tokenizer) for n in best.indices.tolist()]
+            assert [piece for piece, _ in choices] == [tokenizer.spelt(n) for n in best.indices.tolist()]
             assert [share for _, share in choices] == pytest.approx(best.values.tolist(), rel=1e-4)
 
 

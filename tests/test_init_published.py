@@ -41,7 +41,8 @@ CLASSES: dict[str, tuple[dict[str, Any], str]] = {
 
 def go_on(data: str, folder: str) -> dict[str, str]:
     """On a rank: each class saved, its weights in the engine at the start, and a training from there."""
-    from bertscale.pretrain.init import open_source, start_from, with_model_of
+    from bertscale.config import with_model_of
+    from bertscale.pretrain.init import open_source, start_from
     from bertscale.pretrain.pretrain import train
     from bertscale.train.device import local_device
     from bertscale.train.engine import pretraining_engine
@@ -94,14 +95,15 @@ def test_heads_that_are_not_there_are_named(runs: tuple[Path, dict[str, str]]) -
 def test_what_comes_out_loads_strictly(kind: str, runs: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     import transformers
 
-    from bertscale.convert.convert import convert
+    from bertscale.export.convert import convert
+    from bertscale.export.options import ConvertOptions
 
     folder, _ = runs
     (newest,) = checkpoints(folder / kind / "run")[-1:]
     trained = open_checkpoint(newest)
     assert trained.step == STEPS
     assert trained.lineage[0]["folder"] == str(folder / kind / "source")
-    convert(newest, tmp_path / "out", show=False)
+    convert(newest, tmp_path / "out", ConvertOptions(show=False))
     (name,) = json.loads((tmp_path / "out/config.json").read_text())["architectures"]
     assert name == CLASSES[kind][1]
     _, loading = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -111,8 +113,9 @@ def test_what_comes_out_loads_strictly(kind: str, runs: tuple[Path, dict[str, st
 def test_another_tokenizer_is_refused_before_training(
     runs: tuple[Path, dict[str, str]], tiny_data: Path
 ) -> None:
+    from bertscale.config import with_model_of
     from bertscale.convert.sources import open_source_weights
-    from bertscale.pretrain.init import in_shape_of, with_model_of
+    from bertscale.pretrain.init import in_shape_of
 
     source = runs[0] / "BertModel" / "source"
     vocabulary = source.parent / "vocab.txt"

@@ -14,15 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import change_manifest
 from test_convert import SIZES, padding_is_zero
 from tiny import OBJECTS, SUBJECTS, VERBS, prep_config, pretrain_config
 from transformers import pipeline
 
 from bertscale.config import PrepConfig
-from bertscale.convert import masks
-from bertscale.convert.convert import convert, native_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import native_model
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import MANIFEST_NAME, open_dataset
+from bertscale.export import masks
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
 from bertscale.model.model import initial_value
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint, write_whole
@@ -36,7 +40,7 @@ CHINESE = (
 )
 
 
-def write_run(folder: Path, data: Path, **changes: Any) -> Path:
+def write_run(folder: Path, data: Path, causal: bool = False, **changes: Any) -> Path:
     """The checkpoint of a run on `data` (the manifest's digest, the config), with drawn weights."""
     config = pretrain_config(data, folder, **{"model": {**SIZES, **changes.pop("model", {})}, **changes})
     dataset = open_dataset(data)
@@ -56,6 +60,7 @@ def write_run(folder: Path, data: Path, **changes: Any) -> Path:
         "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
         "data_digest": data_digest([dataset], config.corpora),
         "config": config.model_dump(mode="json"),
+        "causal": causal,
     }
     write_whole(folder, table, tensors.items(), dataset.tokenizer_path)
     return folder
@@ -84,7 +89,7 @@ def sentences_of(data: Path) -> set[str]:
 def test_a_conversion_fills_masks_in_held_out_sentences_as_the_pipeline_does(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(write_run(tmp_path / "run", tiny_data), tmp_path / "hf", show=True)
+    convert(write_run(tmp_path / "run", tiny_data), tmp_path / "hf", ConvertOptions(show=True))
     first, baseline, surest, *answers = shown(capsys)
     count = int(first.removeprefix("masks     the masked word of ").split()[0])
     assert count >= 40
@@ -102,7 +107,7 @@ def test_a_conversion_fills_masks_in_held_out_sentences_as_the_pipeline_does(
         word, share = choices.split("   ")[2].strip().removesuffix(" (right)").removesuffix(" %").rsplit(" ")
         assert word == best["token_str"].strip()
         assert share == f"{100 * best['score']:.0f}"
-    convert(tmp_path / "run", tmp_path / "hf", show=True)  # again: already converted
+    convert(tmp_path / "run", tmp_path / "hf", ConvertOptions(show=True))  # again: already converted
     assert shown(capsys) == [first, baseline, surest, *answers]
 
 
@@ -186,7 +191,7 @@ def test_the_generator_fills_the_masks(tiny_data: Path, tmp_path: Path) -> None:
         samples={"mask_token_rate": 1.0, "random_token_rate": 0.0},
     )
     checkpoint, tokenizer = open_checkpoint(run), load_tokenizer(tiny_data)
-    convert(run, tmp_path / "hf", show=False)
+    convert(run, tmp_path / "hf", ConvertOptions(show=False))
     masked = masks.held_out(checkpoint.table, tokenizer, 24)[:3]
     ours = masks.fill(native_model(checkpoint), masked, tokenizer)
     folder = str(tmp_path / "hf" / "generator")
@@ -201,7 +206,7 @@ def test_a_model_that_never_filled_masks_shows_none(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", tiny_data, objectives={"mlm": 0}, samples={"kind": "nsp"})
-    convert(run, tmp_path / "hf", show=True)
+    convert(run, tmp_path / "hf", ConvertOptions(show=True))
     assert shown(capsys) == []
 
 
@@ -253,9 +258,7 @@ def manifest_of_nothing(data: Path) -> None:
 
 def other_data(data: Path) -> None:
     """Prepared anew: what was held out may have been trained on."""
-    manifest = json.loads((data / MANIFEST_NAME).read_text())
-    manifest["settings"]["seed"] = 17
-    (data / MANIFEST_NAME).write_text(json.dumps(manifest))
+    change_manifest(data, lambda manifest: manifest["settings"].update(seed=17))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ def test_data_without_validation_documents_is_no_error(
 ) -> None:
     shutil.copy(tiny_data.parent / "corpus.jsonl", tmp_path)
     prep(PrepConfig.model_validate(prep_config(tmp_path, validation_fraction=0.0)))
-    convert(write_run(tmp_path / "run", tmp_path / "data"), tmp_path / "hf", show=True)
+    convert(write_run(tmp_path / "run", tmp_path / "data"), tmp_path / "hf", ConvertOptions(show=True))
     first, *_ = shown(capsys)
     assert first.startswith("masks     not tried in held-out sentences: the validation data of ")
 
@@ -307,10 +310,10 @@ def test_data_without_validation_documents_is_no_error(
 def test_an_imported_model_goes_out_again_without_data(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(write_run(tmp_path / "run", tiny_data), tmp_path / "hf", show=False)
-    convert(tmp_path / "hf", tmp_path / "imported", show=True)
+    convert(write_run(tmp_path / "run", tiny_data), tmp_path / "hf", ConvertOptions(show=False))
+    convert(tmp_path / "hf", tmp_path / "imported", ConvertOptions(show=True))
     assert shown(capsys) == []
-    convert(tmp_path / "imported", tmp_path / "again", show=True)
+    convert(tmp_path / "imported", tmp_path / "again", ConvertOptions(show=True))
     first, *_ = shown(capsys)
     assert first == (
         "masks     not tried in held-out sentences: the checkpoint was imported, so that no data is known"

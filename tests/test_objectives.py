@@ -13,7 +13,7 @@ from tiny import prep_config, pretrain_config
 from torch.nn import functional as F
 
 from bertscale.config import PrepConfig, PretrainConfig, SamplesConfig, UserError
-from bertscale.convert.convert import native_model
+from bertscale.convert.weights import native_model
 from bertscale.data.loader import Loader
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import Mixture
@@ -356,6 +356,7 @@ def test_which_objectives_are_trained() -> None:
         return pretrain_config("data", "run", **changes).trained
 
     assert trained_with() == ("mlm", "nsp", None)
+    assert trained_with(objectives={"clm": 1}, samples={"kind": "packed"}) == ("clm", None, None)
     assert trained_with(samples={"kind": "packed"}) == ("mlm", None, None)
     assert trained_with(samples={"kind": "sop"}, objectives={"mlm": 0}) == (None, "sop", None)
     assert trained_with(model={"generator_size": 1.0}, objectives={"pairs": 0}) == ("mlm", None, "rtd")

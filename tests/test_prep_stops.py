@@ -295,12 +295,16 @@ def test_input_that_changes(corpus: Path, tmp_path: Path, change: Callable[[Path
     change(tmp_path / "input" / "c.jsonl")
     text, _ = process.communicate()
     assert process.returncode == 2, text
-    assert f"{tmp_path / 'input' / 'c.jsonl'} changed while it was read; run the same command again" in text
+    changed = f"{tmp_path / 'input' / 'c.jsonl'} changed while it was read"
+    assert f"{changed}; run the same command again with --replace" in text
     assert "Traceback" not in text
     process = start(config)
     text, _ = process.communicate()
+    assert process.returncode == 2, text
+    assert "holds the unfinished work of a prep of other settings or input (input: 1 file changed" in text
+    process = start(config, "--replace")
+    text, _ = process.communicate()
     assert process.returncode == 0, text
-    assert "the input changed since the last run" in text
     prep(config_for(tmp_path, "whole", max_bad_fraction=0.5))
     assert bytes_of(tmp_path / "output") == bytes_of(tmp_path / "whole")
 

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from damage import change_manifest
 from dist import _command, run_command, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
@@ -179,17 +181,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
 def stopped_while_it_looks(words: list[str], step: int) -> tuple[int, str]:
     """`bertscale WORDS` as a rank, of which the second is told to stop in the evaluation after `step`."""
-    from bertscale.pretrain import heldout
-
-    real = heldout.beat
 
     def beat(done: int) -> None:
         if done == step and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        real(done)
 
-    heldout.beat = beat  # type: ignore[attr-defined]
-    return _command(words)
+    with mock.patch("bertscale.pretrain.heldout.beat", beat):
+        return _command(words)
 
 
 @pytest.mark.parametrize("step", [6, 12])
@@ -290,9 +288,7 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     import shutil
 
     other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["settings"]["note"] = "as if of other text"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(other, lambda manifest: manifest["settings"].update(note="as if of other text"))
     changes: dict[str, Any] = {
         "parallel": {"tensor": 1, "ranks": 2},
         "samples": {"max_length": 48, "kind": "sop", "warmup": [[5, 16]]},

@@ -25,9 +25,10 @@ from tiny import pretrain_config
 import bertscale
 from bertscale.cli import main
 from bertscale.config import FinetuneConfig, ModelConfig, PretrainConfig, UserError, load_config
-from bertscale.convert.convert import convert
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.shards import Dataset
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
 from bertscale.finetune.predict import TaskPredictor
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.run_folder import checkpoint_folder
@@ -58,7 +59,7 @@ def quickstart(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shape = load_config(PretrainConfig, ROOT / "configs/pretrain/quickstart.yaml", []).model
     write_model(checkpoint_folder(runs / "pretrain", 1), shape, tokenizer, seed=1)
     write_model(checkpoint_folder(runs / "pretrain", 2), shape, tokenizer, seed=2)
-    convert(runs / "pretrain", runs / "hugging-face", show=False)
+    convert(runs / "pretrain", runs / "hugging-face", ConvertOptions(show=False))
 
     rows = [
         {"text": f"{word} {number}", "label": word} for word in ("the cat", "a boat") for number in range(8)

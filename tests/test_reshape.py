@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
-from bertscale.convert.convert import native_shapes
+from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.sources import InitSource
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.model.model import PretrainingModel, split_fused

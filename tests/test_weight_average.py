@@ -13,7 +13,10 @@ from tiny import pretrain_config
 from torch import Tensor
 
 from bertscale.config import UserError
-from bertscale.convert.convert import convert, load_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import load_model
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
 from bertscale.model.model import initial_value
 from bertscale.run_folder import checkpoints, read_metrics
 from bertscale.train.checkpoint import open_checkpoint
@@ -152,17 +155,17 @@ def test_it_is_exported_on_request(
     two: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = two
-    convert(folder / "whole", tmp_path / "weights", show=False)
-    convert(folder / "whole", tmp_path / "average", show=False, average=True)
+    convert(folder / "whole", tmp_path / "weights", ConvertOptions(show=False))
+    convert(folder / "whole", tmp_path / "average", ConvertOptions(show=False, average=True))
     checkpoint = open_checkpoint(folder / "whole")
     for state, name in (("weight", "weights"), ("average", "average")):
         for key, value in load_model(tmp_path / name).named_parameters():
             if "decoder.bias" not in key and "word_embeddings" not in key:  # rows of no piece are left out
                 assert torch.equal(value, checkpoint.tensor(key, state)), key
     capsys.readouterr()
-    convert(folder / "whole", tmp_path / "average", show=False, average=True)
+    convert(folder / "whole", tmp_path / "average", ConvertOptions(show=False, average=True))
     assert capsys.readouterr().out.startswith("already converted")
     with pytest.raises(UserError, match=r"step-0000004 holds no average of the weights; a run with "):
-        convert(folder / "plain", tmp_path / "none", show=False, average=True)
+        convert(folder / "plain", tmp_path / "none", ConvertOptions(show=False, average=True))
     with pytest.raises(UserError, match=r"--average: .* is a Hugging Face folder"):
-        convert(tmp_path / "weights", tmp_path / "none", show=False, average=True)
+        convert(tmp_path / "weights", tmp_path / "none", ConvertOptions(show=False, average=True))

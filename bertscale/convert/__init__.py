@@ -1,1 +1,1 @@
-"""Converts checkpoints to Hugging Face folders and back."""
+"""Reads checkpoints and Hugging Face folders: names, orders, shapes."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from bertscale.config import ModelConfig, UserError
 from bertscale.convert.hf_names import hugging_face_config, hugging_face_names, to_hugging_face
 
+GENERATOR = "generator"  # the inner folder, and the part of an ELECTRA that it holds
 CLASSES = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}
 
 

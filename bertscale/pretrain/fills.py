@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bertscale.config import PretrainConfig, UserError
-from bertscale.convert.masks import spelt
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.run_folder import FILLS, append_line
 from bertscale.tokenizer import MASK, Tokenizer
@@ -130,7 +129,7 @@ def _merge(shares: list[Share], tokenizer: Tokenizer) -> list[Fill]:
         total = highest + math.log(sum(math.exp(each - highest) for _, _, each in parts))
         choices = [pair for values, ids, _ in parts for pair in zip(values, ids, strict=True)]
         best = sorted(choices, key=lambda pair: (-pair[0], pair[1]))[:CHOICES]
-        fills.append([(spelt(number, tokenizer), math.exp(value - total)) for value, number in best])
+        fills.append([(tokenizer.spelt(number), math.exp(value - total)) for value, number in best])
     return fills
 
 

@@ -124,6 +124,11 @@ class Tokenizer(ABC):
         """The text that a piece stands for, without the mark that the vocabulary gives it."""
         return self.piece(piece_id).removeprefix(self.mark)
 
+    def spelt(self, piece_id: int) -> str:
+        """A piece as text; one without any, such as a special piece or half a character, as it is named."""
+        text = self.decode([piece_id]).strip()
+        return text if text.strip("\ufffd ") else self.piece(piece_id)
+
     def save(self, folder: str | Path) -> Path:
         """Writes the tokenizer's file into `folder`; returns its path."""
         path = Path(folder) / self.file_name

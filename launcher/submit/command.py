@@ -2,7 +2,7 @@
 
 bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
 bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
-bertscale submit convert SOURCE OUTPUT --cluster FILE
+bertscale submit convert SOURCE OUTPUT --cluster FILE [--average]
 bertscale submit finetune CONFIG [key=value ...] --cluster FILE [--nodes N] [--spares K]
 bertscale submit glue MODEL FOLDER [key=value ...] --cluster FILE
 bertscale submit pipeline PIPELINE [key=value ...] [--cluster FILE]
@@ -122,7 +122,7 @@ def submit(
         if again.problems:
             raise UserError("\n".join(again.problems))
         for job in jobs:
-            freeze(job.spec, job.config, about_now(job.spec.environment))
+            freeze(job.spec, job.config, about_now(job.spec.environment), job.tasks)
         _queue_all(jobs, after, exclude)
     target = quoted(jobs[-1].spec.target)
     print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
@@ -265,6 +265,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     if stage == "convert":
         parser.add_argument("source", help="A run folder, a checkpoint or a Hugging Face folder.")
         parser.add_argument("output", help="The folder to write.")
+        text = "Export the moving average of the weights that a run with train.average has kept."
+        parser.add_argument("--average", action="store_true", help=text)
     elif stage == "glue":
         add_arguments(parser)
     elif stage == "pipeline":
@@ -290,6 +292,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     if stage == "prep":
         text = "Share the work between N jobs of one node each; two short jobs come before and after them."
         parser.add_argument("--array", metavar="N", type=_positive, default=0, help=text)
+        text = "Make the data set anew where the output holds one of other settings or input."
+        parser.add_argument("--replace", action="store_true", help=text)
     text = "Begin when the job with this id has ended; may be given several times."
     parser.add_argument("--after", metavar="JOB", action="append", default=[], help=text)
     text = "Nodes to avoid, beside those that failed a check; names with commas between them."

@@ -48,6 +48,9 @@ def show_masks(model: PretrainingModel, table: dict[str, Any], tokenizer: Tokeni
     `table` is the checkpoint's. Data that is absent, damaged or of another run is a line, no error.
     """
     config = table.get("config")
+    if table.get("causal"):
+        _print("masks     not tried: the last training was causal (objectives.clm), without masks")
+        return
     if config and not config.get("objectives", {}).get("mlm", 1):
         return  # it never learnt to fill masks
     longest = min(LONGEST, model.config.max_position_embeddings - 2)
@@ -197,22 +200,16 @@ def _choices(probabilities: Tensor, target: int, tokenizer: Tokenizer) -> str:
     """The first choices at a mask, the right one marked; where it is not among them, it follows."""
     best = probabilities.topk(CHOICES)
     said = [
-        f"{spelt(number, tokenizer)} {_percent(share)}{' (right)' if number == target else ''}"
+        f"{tokenizer.spelt(number)} {_percent(share)}{' (right)' if number == target else ''}"
         for share, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     if target >= 0 and target not in best.indices.tolist():
-        said.append(f"(right: {spelt(target, tokenizer)})")
+        said.append(f"(right: {tokenizer.spelt(target)})")
     return "   ".join(said)  # no commas, which may be choices
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def spelt(number: int, tokenizer: Tokenizer) -> str:
-    """A piece as text; one without any, such as a special piece or half a character, as it is named."""
-    text = tokenizer.decode([number]).strip()
-    return text if text.strip("\ufffd ") else tokenizer.piece(number)
 
 
 def _print(line: str) -> None:

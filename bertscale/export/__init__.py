@@ -1,0 +1,1 @@
+"""What `bertscale convert` and `bertscale average` write."""
