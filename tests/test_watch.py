@@ -28,7 +28,8 @@ from launcher.history import first_failed
 from launcher.job import JobSpec, render
 from launcher.nodes.check import bad_nodes
 from launcher.rank_groups import SlurmStep
-from launcher.supervise import StopRequests
+from launcher.supervise import Limits, StopRequests
+from launcher.supervise import watch as watch_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -263,6 +264,53 @@ def test_steps_are_signs_of_life(parent: Parent) -> None:
         )
     )
     assert code == 0
+
+
+class Sleepers:
+    """Ranks that do nothing, and have ended after so many turns."""
+
+    poll_seconds, ranks, silent = 0.1, 1, ()
+
+    def __init__(self, attempt: Path, turns: int) -> None:
+        self.attempt, self.turns, self.killed = attempt, turns, False
+
+    def running(self) -> bool:
+        self.turns -= 1
+        return self.turns > 0 and not self.killed
+
+    def ask_to_save(self) -> None:
+        pass
+
+    ask_for_stacks = ask_to_save
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def log(self, rank: int) -> Path:
+        return self.attempt / f"rank-{rank}.log"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize(("suspended", "ends"), [(True, False), (False, True)])
+def test_a_suspended_job_does_not_hang(
+    asked: bool, suspended: bool, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under gang scheduling, or `scontrol suspend`, the supervisor stands still as well."""
+    clock = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 3 * 3600 if suspended and len(waits) == 10 else 1.0
+        waits.append(seconds)
+
+    waits: list[float] = []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    group, stop = Sleepers(tmp_path, 50 if suspended else 1000), StopRequests()
+    stop.count, stop.name = int(asked), "SIGUSR1"
+    limits = Limits(start_seconds=100, hang_seconds=100, save_seconds=60)
+    found = watch_ranks(group, limits, Events(tmp_path / "events.jsonl"), None, stop, 0)  # type: ignore[arg-type]
+    assert group.killed == ends
+    assert (found is not None) == (ends and not asked)
 
 
 def test_a_signal_saves_and_nothing_is_started_again(parent: Parent, tmp_path: Path) -> None:
