@@ -374,6 +374,17 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
             f"max_bad_fraction={plan.config.max_bad_fraction} allows: {'; '.join(lines)}. They are listed in "
             f"{quarantine}. Mend them, or raise max_bad_fraction: finished work is kept"
         )
+    lost, size = sums["counters"]["lost_bytes"], sum(file.size for file in plan.files)
+    if lost > plan.config.max_lost_fraction * size:
+        raise UserError(
+            f"about {lost / size:.2%} of the input's {size:,} bytes are lost with bad records, more than "
+            f"max_lost_fraction={plan.config.max_lost_fraction} allows: {'; '.join(lines)}. They are listed "
+            f"in {quarantine}. Mend them, or raise max_lost_fraction: finished work is kept"
+        )
+    if lost:
+        print(
+            f"prep: warning: about {lost:,} bytes ({lost / size:.2%}) of the input are lost with bad records"
+        )
     print(f"prep: all {count:,} bad records, with place and excerpt: {plan.final / QUARANTINE_NAME}")
 
 

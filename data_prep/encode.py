@@ -108,6 +108,8 @@ def _batches(
             tally["bad"][record.reason] += 1
             if tally["bad"][record.reason] <= PLACES_SHOWN:
                 places.setdefault(record.reason, []).append(record.place)
+            if record.lost:
+                tally["counters"]["lost_bytes"] += record.lost
             line = {"place": record.place, "reason": record.reason, "excerpt": record.excerpt}
             quarantine.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             continue

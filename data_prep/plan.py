@@ -30,7 +30,7 @@ from bertscale.files import HeldError, alone, file_digest, sync, write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from data_prep.readers.compressed import COMPRESSIONS
 from data_prep.readers.encodings import other_encoding
-from data_prep.readers.read import InputFile, Part, cut_into_units, find_files, read_records
+from data_prep.readers.read import UNPACKED, InputFile, Part, cut_into_units, find_files, read_records
 from data_prep.readers.records import Record, printable
 from data_prep.words import segmenter_version
 
@@ -269,7 +269,7 @@ class Plan:
 
     def text_bytes(self) -> int:
         """The input's size, compressed files counted as what is in them, roughly."""
-        return sum(file.size * (3 if file.name.endswith(COMPRESSIONS) else 1) for file in self.files)
+        return sum(file.size * (UNPACKED if file.name.endswith(COMPRESSIONS) else 1) for file in self.files)
 
     def begin(self, replace: bool = False) -> None:
         """Makes this the plan of the output folder; with `replace`, of what will take its place.
@@ -533,7 +533,7 @@ def _is_unchanged(file: InputFile) -> bool:
 
 def _that_matter(settings: PrepConfig) -> dict[str, Any]:
     """The settings on which the bytes depend; one without a new key is that of an earlier version."""
-    values = settings.model_dump(exclude={"output", "workers", "max_bad_fraction"})
+    values = settings.model_dump(exclude={"output", "workers", "max_bad_fraction", "max_lost_fraction"})
     if is_utf8(values["encoding"]):
         del values["encoding"]
     values["train_tokenizer"]["model"] = settings.tokenizer_model

@@ -206,6 +206,13 @@ class PrepConfig(Section):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Largest share of unreadable records; above it the command fails."
     )
+    max_lost_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Largest share of the input's bytes that are lost with unreadable records and damaged "
+        "files; above it the command fails.",
+    )
     workers: int = Field(0, ge=0, description="Number of worker processes; 0 starts one for each core.")
     seed: int = Field(0, ge=0, description="Seed of the order of documents and of the tokenizer's sample.")
 
