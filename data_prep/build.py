@@ -303,6 +303,10 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
         sums["dropped"]["duplicate"] += duplicates
     for line in _dropped(sums):
         print(f"prep: {line}")
+    if joined := sums["counters"]["joined_lines"]:
+        where = f"{sums['counters']['joined_documents']:,} documents that look wrapped"
+        remedy = "" if plan.config.wrapped == "yes" else " (wrapped=no keeps each line)"
+        print(f"prep: {joined:,} line ends joined in {where}{remedy}")
     plan.check_input()
     shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
     plan.remove_all_but({shard.name for shard in shards})

@@ -102,7 +102,7 @@ def _batches(
 ) -> Iterator[Batch]:
     """Yields the documents that are kept; counts them all, and writes bad records to `quarantine`."""
     batch, characters = Batch([], [], []), 0
-    for number, (record, text, reason, held_out) in enumerate(clean_records(unit)):
+    for number, (record, text, reason, held_out, joined) in enumerate(clean_records(unit)):
         tally["counters"]["records"] += 1
         if isinstance(record, Bad):
             tally["bad"][record.reason] += 1
@@ -117,6 +117,8 @@ def _batches(
         if reason:
             tally["dropped"][reason] += 1
             continue
+        if joined:
+            tally["counters"].update(joined_lines=joined, joined_documents=1)
         if number < LETTERS_OF[0] or number % LETTERS_OF[1] == 0:
             tally["letters"].update(count_letters(text))
         batch.numbers.append(unit.number << 32 | number)

@@ -622,3 +622,19 @@ def test_a_tokenizer_of_another_language_is_told(tmp_path: Path, capsys: pytest.
     summary = prep(given, replace=True)
     assert summary["unknown"] > 0.5 * summary["tokens"]
     assert "% of the tokens are unknown pieces, so the tokenizer does not fit" in capsys.readouterr().out
+
+
+def test_a_data_set_of_an_earlier_version_is_used_and_its_unfinished_work_is_not(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prep(config_for(corpus))
+    path = corpus / "output" / ".prep" / "plan.json"
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    assert prep(config_for(corpus))["reused"]
+    assert "an earlier version of bertscale made" in capsys.readouterr().out
+    assert prep(config_for(corpus), replace=True)["reused"] is False
+    prep_tokenizer(config_for(corpus, output=str(corpus / "other")))
+    path = corpus / "other" / ".prep" / "plan.json"
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(UserError, match=r"\(another version of bertscale, which gives other bytes\)"):
+        prep(config_for(corpus, output=str(corpus / "other")))
