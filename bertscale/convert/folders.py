@@ -56,7 +56,7 @@ class FolderSource(HuggingFaceFolder):
     ) -> None:
         super().__init__(folder)
         self.generates = False  # whether its layers become those of our generator
-        self.alone = alone
+        self.alone, self.file = alone, file
         if self.form == "electra" and not alone:
             self.open_file(file)
             self.model: ModelConfig = self._electra_model(discriminator)
