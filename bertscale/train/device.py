@@ -102,12 +102,17 @@ def describe(device: torch.device) -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch works in one thread. Copies gain nothing from more, and on a busy machine threads wait for
-    one another: a conversion took seven times as long."""
+    """Inside, torch works in one thread.
+
+    Copies gain nothing from more, and on a busy machine threads wait for each other: a conversion took seven
+    times as long.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def synchronize(device: torch.device) -> None:
