@@ -97,8 +97,14 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[R
 
 def at(ranks: Ranks, **more: Any) -> ConvertOptions:
     tensor, replicas, stage = ranks
-    topology = {"tensor_parallel": tensor, "data_parallel": replicas, "zero_stage": stage}
-    return ConvertOptions("checkpoint", show=False, **topology, **more)
+    return ConvertOptions(
+        "checkpoint",
+        show=False,
+        tensor_parallel=tensor,
+        data_parallel=replicas,
+        zero_stage=stage,
+        **more,
+    )
 
 
 def states(folder: Path) -> dict[tuple[str, str], Tensor]:
@@ -332,6 +338,9 @@ def test_a_folder_of_deepspeed_that_is_not_whole_is_refused(
     other = trained[(1, 2, 3)].parent / "global_step2" / lost.name  # of a run without tensor ranks
     lost.write_bytes(other.read_bytes())
     refused(source, options, "is damaged")
+    at_half = len(content) // 2  # within the values of a tensor
+    lost.write_bytes(content[:at_half] + bytes([content[at_half] ^ 1]) + content[at_half + 1 :])
+    refused(source, options, f"{lost} is damaged: the checksum of ")
     torch.save({"optimizer_state_dict": {"zero_stage": 3}}, lost)
     refused(source, options, str(lost), "its content is not what DeepSpeed")
 
