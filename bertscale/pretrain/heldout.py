@@ -31,6 +31,7 @@ from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import heldout_brief
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks
+from bertscale.train.stop import StopSignal, heed
 
 AVERAGE = "heldout_average"  # begins the names of figures with the average of the weights
 PERPLEXITIES = {"mlm_loss": "masked_perplexity", "clm_loss": "perplexity"}
@@ -118,16 +119,18 @@ def evaluate(
     unmasked: dict[str, MicroBatch],
     samples: int,
     done: int,
+    stop: StopSignal | None = None,
 ) -> dict[str, float]:
     """Mean losses and accuracies of held-out documents, always over the same samples and masks, and the
     pseudo-perplexities of the `unmasked_samples`.
 
     Where the run keeps an average of its weights, its figures are there too, as `heldout_average/...`.
+    Raises CutShortError after a signal: what is there of the time before a limit is for saving.
     """
-    figures = _evaluate_sets(engine, loaders, unmasked, samples, done)
+    figures = _evaluate_sets(engine, loaders, unmasked, samples, done, stop)
     if engine.config.train.average:
         with engine.averaged():
-            again = _evaluate_sets(engine, loaders, unmasked, samples, done)
+            again = _evaluate_sets(engine, loaders, unmasked, samples, done, stop)
         figures |= {key.replace("heldout", AVERAGE, 1): value for key, value in again.items()}
     return figures
 
@@ -148,19 +151,22 @@ def _evaluate_sets(
     unmasked: dict[str, MicroBatch],
     samples: int,
     done: int,
+    stop: StopSignal | None,
 ) -> dict[str, float]:
     engine.model.eval()
     figures: dict[str, float] = {}
-    for prefix, loader in loaders.items():
-        found = _evaluate(engine, prefix, loader, samples, done)
-        for loss, name in PERPLEXITIES.items():
-            if prefix != "heldout" and f"{prefix}/{loss}" in found:
-                found[f"{prefix}/{name}"] = perplexity(found[f"{prefix}/{loss}"])
-        if prefix in unmasked:
-            alone = mean_loss_alone(engine, unmasked[prefix], loader.rules, done)
-            found[f"{prefix}/pseudo_perplexity"] = perplexity(alone)
-        figures |= found
-    engine.model.train()
+    try:
+        for prefix, loader in loaders.items():
+            found = _evaluate(engine, prefix, loader, samples, done, stop)
+            for loss, name in PERPLEXITIES.items():
+                if prefix != "heldout" and f"{prefix}/{loss}" in found:
+                    found[f"{prefix}/{name}"] = perplexity(found[f"{prefix}/{loss}"])
+            if prefix in unmasked:
+                alone = mean_loss_alone(engine, unmasked[prefix], loader.rules, done, stop)
+                found[f"{prefix}/pseudo_perplexity"] = perplexity(alone)
+            figures |= found
+    finally:
+        engine.model.train()
     return figures
 
 
@@ -174,7 +180,12 @@ def perplexity(loss: float) -> float:
 
 
 def _evaluate(
-    engine: Engine[PretrainConfig], prefix: str, loader: Loader, samples: int, done: int
+    engine: Engine[PretrainConfig],
+    prefix: str,
+    loader: Loader,
+    samples: int,
+    done: int,
+    stop: StopSignal | None,
 ) -> dict[str, float]:
     """The figures of one held-out set, in evaluation mode."""
     ranks = engine.ranks
@@ -182,6 +193,7 @@ def _evaluate(
     predicted = tokens = 0
     steps = max(1, samples // loader.global_batch)
     for step in range(steps):
+        heed(stop, ranks)
         for batch in loader.step(step):
             totals += torch.stack(engine(batch.to(ranks.device)))
             predicted += batch.num_targets

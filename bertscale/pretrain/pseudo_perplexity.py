@@ -22,6 +22,7 @@ from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.samples import spread
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
+from bertscale.train.stop import StopSignal, heed
 
 
 class Copies(NamedTuple):
@@ -87,17 +88,23 @@ def _of_rank(
 
 
 def mean_loss_alone(
-    engine: Engine[PretrainConfig], samples: MicroBatch, rules: MaskRules, done: int
+    engine: Engine[PretrainConfig],
+    samples: MicroBatch,
+    rules: MaskRules,
+    done: int,
+    stop: StopSignal | None = None,
 ) -> float:
     """The mean loss of the tokens of the unmasked `samples`, the same on all ranks, each masked alone.
 
-    In evaluation mode, without gradients. All ranks must call; all get the same.
+    In evaluation mode, without gradients. All ranks must call; all get the same. Raises CutShortError, on all
+    of them, after a signal.
     """
     ranks, train = engine.ranks, engine.config.train
     budget = train.micro_tokens or train.micro_batch * engine.config.samples.max_length
     copies = copies_of(samples, rules)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for batch in _of_rank(samples, copies, rules, budget, ranks.data_rank, ranks.data):
+        heed(stop, ranks)
         total += engine(batch.to(ranks.device)).mlm
         beat(done)
     (loss,) = ranks.sum_over_data(float(total))
