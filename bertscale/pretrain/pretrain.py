@@ -7,10 +7,8 @@ torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or is one rank 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -137,9 +135,11 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
             return STOPPED_AND_SAVED
         if over:
             finish()
+            tasks.add(start, last=True)
+            whole = tasks.finish(stop)
             if writer:
                 writer.close()
-            return 0
+            return 0 if whole else STOPPED_AND_SAVED
 
     hours = TimeBudget(schedule.seconds, clock.elapsed()) if schedule.seconds else None
     with Progress(
@@ -214,10 +214,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     if cut or not last:  # a signal came
         tasks.ask_to_stop()
         if saved < done:
-            spent = (schedule.seconds or 0.0) if last else 0.0
-            elapsed = max(clock.elapsed(), spent)
-            more = {UNEVALUATED: True} if cut else {}
-            save(engine, done, data, schedule, elapsed, losses, origin, tasks, more)
+            elapsed = max(clock.elapsed(), (schedule.seconds or 0.0) if last else 0.0)
+            save(engine, done, data, schedule, elapsed, losses, origin, tasks, cut)
         tasks.end()
         if first:  # in its log: on the screen the process that has started the ranks says how to go on
             print(f"stopped after step {done} of {schedule.text}", file=sys.stderr, flush=True)
@@ -243,10 +241,7 @@ def look(
     writer: MetricsWriter | None,
     step: int,
 ) -> str:
-    """Evaluates the weights after `step` and writes the figures; the line that tells them.
-
-    Raises CutShortError, on all ranks, after a signal.
-    """
+    """Evaluates the weights after `step`; the line with the figures. Raises CutShortError after a signal."""
     figures = evaluate(engine, heldout, unmasked, engine.config.train.eval_samples, step, stop)
     if writer:
         writer.write(step, figures)
@@ -274,7 +269,7 @@ def save(
     losses: LossAccumulator,
     origin: Start,
     tasks: Tasks,
-    more: Mapping[str, Any] = {},
+    cut: bool = False,
 ) -> None:
     """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes the oldest ones.
 
@@ -292,12 +287,13 @@ def save(
         "causal": config.objectives.clm > 0,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
+        **({UNEVALUATED: True} if cut else {}),
     }
     beat(step)
     save_checkpoint(
         checkpoint_folder(run, step),
         engine.fragments_to_save(),
-        {**facts, **more, **origin.facts, **engine.table()},
+        {**facts, **origin.facts, **engine.table()},
         data[0].tokenizer_path,
         engine.ranks,
     )

@@ -97,7 +97,7 @@ def mean_loss_alone(
     """The mean loss of the tokens of the unmasked `samples`, the same on all ranks, each masked alone.
 
     In evaluation mode, without gradients. All ranks must call; all get the same. Raises CutShortError, on all
-    of them, after a signal.
+    ranks, after a signal.
     """
     ranks, train = engine.ranks, engine.config.train
     budget = train.micro_tokens or train.micro_batch * engine.config.samples.max_length
