@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from bertscale.run_folder import (
     read_metrics,
 )
 from bertscale.train.checkpoint import prune
+from launcher.child import NICENESS, start_child
 
 RESULT = {"metric": "accuracy", "pretrained": {"dev": {"accuracy": {"mean": 0.75}}}}
 GOOD = f"mkdir -p $O/model && echo '{json.dumps(RESULT)}' > $O/result.json"
@@ -185,6 +188,21 @@ def test_the_last_ones_may_be_left_to_a_later_start(tmp_path: Path) -> None:
     assert tasks.process is not None
     assert tasks.process.returncode == -15
     assert begin.made == ["step-0000002/one"]
+
+
+def test_a_child_beside_a_rank_is_no_rank_and_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "2")
+    # As a rank of two it would want MASTER_ADDR.
+    child = start_child(["finetune", "none.yaml"], tmp_path / "log", threads=3)
+    assert child.wait() == 2
+    assert (tmp_path / "log").read_text().startswith("bertscale finetune: error: cannot read the config none")
+    code = "import os; os.execv = lambda *words: print(os.nice(0), words[1][1:]); give_way()"
+    command = [sys.executable, "-c", f"from launcher.child import *; {code}", str(os.getpid()), "a", "b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{min(19, os.nice(0) + NICENESS)} ['-m', 'bertscale', 'a', 'b']\n"
 
 
 def test_mistakes_in_tasks_are_found_before_the_training_begins(tmp_path: Path) -> None:
