@@ -218,7 +218,7 @@ def _print(lines: list[str]) -> int:
 
 
 def pretrain(arguments: list[str]) -> int:
-    """bertscale pretrain CONFIG [key=value ...] [--verify]"""
+    """bertscale pretrain CONFIG [key=value ...] [--verify] [--leave-tasks | --tasks-only]"""
     from bertscale.checks import check_tasks
     from bertscale.config import PretrainConfig, load_phases
     from launcher import ranks
@@ -234,7 +234,14 @@ def pretrain(arguments: list[str]) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="Compare the shards with their digests before training starts."
     )
+    part = parser.add_mutually_exclusive_group()
+    text = "Do not await the last tasks (train.tasks) when the training is over."
+    part.add_argument("--leave-tasks", action="store_true", help=text)
+    text = "Train nothing: make the figures of tasks that checkpoints of the run lack."
+    part.add_argument("--tasks-only", action="store_true", help=text)
     options = parser.parse_intermixed_args(arguments)
+    if options.tasks_only:
+        return ranks.run_as_rank(partial(_only_tasks, options))
     rank = ranks.from_environment()
     if rank is not None:
         return ranks.run_as_rank(partial(_train, options, rank))
@@ -257,7 +264,8 @@ def pretrain(arguments: list[str]) -> int:
             continue
         if name:
             print(f"phase {name} (of {', '.join(phases)}): {runs[name]}", flush=True)
-        code = _supervised([*again, *phase], counts[name], config.launch, runs[name], LOGS, again)
+        leave = ["--leave-tasks"] if options.leave_tasks else []
+        code = _supervised([*again, *phase, *leave], counts[name], config.launch, runs[name], LOGS, again)
         if code:
             return code
     return 0
@@ -290,7 +298,26 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     from launcher.child import start_child
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
-        return train_as_rank(config, start_child)
+        return train_as_rank(config, start_child, leave=options.leave_tasks)
+
+
+def _only_tasks(options: argparse.Namespace) -> int:
+    from bertscale.checks import check_tasks
+    from bertscale.config import UserError, load_phases
+    from bertscale.run_folder import checkpoints
+
+    phases = load_phases(options.config, options.overrides)
+    configs = [config for config in phases.values() if len(phases) == 1 or checkpoints(Path(config.run))]
+    for config in configs:
+        if not config.train.tasks:
+            raise UserError("--tasks-only, and train.tasks names no task")
+        check_tasks(config)
+
+    from bertscale.pretrain.tasks import only_tasks
+    from launcher.child import start_child
+
+    with disk_errors_in_one_line():
+        return next((code for config in configs if (code := only_tasks(config, start_child))), 0)
 
 
 def bench(arguments: list[str]) -> int:

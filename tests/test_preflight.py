@@ -566,9 +566,10 @@ def test_tasks_beside_a_pretraining_are_checked(site: Slurm, desk: Desk) -> None
     write(desk.folder / "a.yaml", {**values, "samples": {"max_length": 64}})
     write(desk.folder / "b.yaml", {**values, "data": {**values["data"], "dev": "no.csv"}})
     long, missing = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
-    assert long.startswith("train.tasks: a: samples.max_length=64 is longer than the encoder")
+    assert long.startswith("night-pretrain: train.tasks: a: samples.max_length=64 is longer than the encoder")
     path = desk.folder / "no.csv"
-    assert missing == f"train.tasks: b: data.dev={path}: cannot be read here: No such file or directory"
+    told = f"train.tasks: b: data.dev={path}: cannot be read here: No such file or directory"
+    assert missing == f"night-pretrain: {told}"
     write(desk.folder / "a.yaml", {**values, "sample": {}})
     (wrong,) = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
     assert wrong == f"train.tasks: {desk.folder}/a.yaml: unknown key sample; did you mean samples?"
