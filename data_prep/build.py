@@ -315,7 +315,7 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         settings=plan.content["settings"],
-        counters=_counters(sums, shard_records),
+        counters=_counters(sums, shard_records) | {"files": plan.files_by_kind()},
         shards=shards,
         words=plan.config.words is not None,
     )

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +93,12 @@ def arrow_of(documents: list[str], new: Any = pa.ipc.new_file, kind: Any = "stri
 WRITERS: dict[str, Callable[[list[str]], bytes]] = {
     "a.txt": lambda docs: "\n \r\n".join(docs).encode(),
     "a.jsonl": lambda docs: "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in docs).encode(),
+    "a.ndjson": lambda docs: "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in docs).encode(),
+    "a.json": lambda docs: json.dumps([{"text": t, "id": 1} for t in docs], indent=1).encode(),
+    "lines.json": lambda docs: "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in docs).encode(),
+    "json_00": lambda docs: "".join(
+        json.dumps({"id": "1", "url": "u", "title": "t", "text": t}) + "\n" for t in docs
+    ).encode(),
     "a.csv": csv_of,
     "a.tsv": lambda docs: ("id\ttext\n" + "".join(f"1\t{t}\n" for t in docs)).encode(),
     "a.parquet": parquet_of,
@@ -707,6 +714,63 @@ def test_inputs_are_found_once_and_in_order(tmp_path: Path) -> None:
     names = [os.path.relpath(file.name, tmp_path) for file in files]
     assert names == ["b.jsonl", "a.txt", "C.CSV", "sub/d.txt.gz", "wiki_00"]
     assert [file.named for file in files] == [False, True, False, False, False]
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.html", "c.HTML", "d.xml.gz", "noted", "sub/e.pdf", "sub/f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "settings.json").write_text('{"vocab": 5}')
+    (tmp_path / "text.json").write_text('{"text": "One."}')
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refused(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    unread = Counter[str]()
+    assert len(find_files([str(tmp_path)], "text", unread)) == 3
+    assert unread == {
+        ".html": 2,
+        ".xml.gz": 1,
+        "without an ending": 1,
+        ".pdf": 1,
+        ".json without a field 'text'": 1,
+        "link to nothing": 1,
+        "folder: Permission denied": 1,
+    }
+
+
+def test_json_of_one_object_and_of_a_broken_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "Only one.", "id": 1}, indent=2))
+    assert texts(path) == ["Only one."]
+    array = json.dumps([{"text": f"Number {number}"} for number in range(100)])
+    path.write_text(array[:-500])
+    found = read(path)
+    assert good(found) == [f"Number {number}" for number in range(len(found) - 1)]
+    assert reasons(found) == [("broken JSON, the rest of the file lost", f"object {len(found) - 1}")]
+    monkeypatch.setattr(formats, "CHUNK", 50)
+    path.write_text(array)
+    assert len(texts(path)) == 100
+    path.write_bytes(b'[{"text": "a \xff"}, {"body": 1}, 5, {"text": "good"}]')
+    assert [reason for reason, _ in reasons(read(path))] == [
+        "invalid UTF-8",
+        "no field 'text'",
+        "not a JSON object",
+    ]
+
+
+def test_a_field_that_no_line_has_is_told_with_those_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"txt": "One.", "id": 1}\n{"body": "Two."}\n')
+    with pytest.raises(
+        UserError, match=r"no field 'text'; did you mean 'txt'\?; its fields are 'txt', 'id', 'body'"
+    ):
+        read(tmp_path)
 
 
 def test_output_of_prep_is_no_input(tmp_path: Path) -> None:
