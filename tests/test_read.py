@@ -128,8 +128,6 @@ def one_line(document: str, name: str) -> str:
 @pytest.mark.parametrize("name", WRITERS)
 def test_formats(tmp_path: Path, name: str, compression: str) -> None:
     expected = [one_line(text, name) for text in TEXTS]
-    if "wiki" in name:
-        expected[3] = expected[3].replace("<tag>", " ")  # what is left of HTML in an article
     path = tmp_path / (name + compression)
     path.write_bytes(COMPRESS[compression](WRITERS[name](expected if "wiki" not in name else TEXTS)))
     assert texts(path) == expected
@@ -180,6 +178,22 @@ def test_articles(tmp_path: Path) -> None:
     assert [str(other).strip() for other in others[1:]] == ["Notably so.", "Never closed."]
 
 
+def test_escaped_text_of_articles_is_text(tmp_path: Path) -> None:
+    (tmp_path / "wiki_00").write_text(
+        '<doc id="1" url="u" title="C">\nC\n\nA vector&lt;int&gt; v; if 1 &lt;x and y&gt; 2.\nint main () {\n'
+        "call ();\n#include &lt;math.h&gt;\nShimen () &lt;br /&gt;is&lt;/ref&gt;.\n</doc>\n"
+    )
+    assert texts(tmp_path) == [
+        "A vector<int> v; if 1 <x and y> 2.\nint main () {\ncall ();\n#include <math.h>\nShimen  is ."
+    ]
+
+
+@pytest.mark.parametrize("line", ["\n", " \t\n", '{"text": "  \\n "}\n', '{"text": ""}\n'])
+def test_blank_lines_and_rows_are_dropped(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n' + line * 3)
+    assert read(tmp_path) == ["One.", *[Dropped("blank")] * 3]
+
+
 @pytest.mark.parametrize("chunk", [30, 47, 64, 200])
 def test_articles_are_found_wherever_blocks_end(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -195,8 +209,8 @@ def test_quotation_marks(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_bytes(b'n\ttext\r\n1\t"open\r\n2\tsaid "x" and\r\n\r\n3\r\n')
     found = read(tmp_path / "a.tsv")
     assert found[:2] == ['"open', 'said "x" and']
-    assert [(r.reason, r.place[-7:]) for r in found[2:] if isinstance(r, Bad)] == [
-        ("blank", "byte 33"),
+    assert found[2] == Dropped("blank")
+    assert [(r.reason, r.place[-7:]) for r in found[3:] if isinstance(r, Bad)] == [
         ("a row with too few columns", "byte 35"),
     ]
     (tmp_path / "a.csv").write_bytes(
@@ -204,10 +218,8 @@ def test_quotation_marks(tmp_path: Path) -> None:
     )
     found = read(tmp_path / "a.csv")
     assert found[:2] == ['a "b"\r\n\r\nc, d', '5" disk']
-    assert [(r.reason, r.place.rpartition(" ")[2]) for r in found[2:4] if isinstance(r, Bad)] == [
-        ("blank", "6"),
-        ("invalid UTF-8", "7"),
-    ]
+    assert found[2] == Dropped("blank")
+    assert reasons(found) == [("invalid UTF-8", "line 7")]
     assert found[4] == "last"
 
 
@@ -474,8 +486,6 @@ BAD_LINES = [
     (b'{"text": null}', "field 'text' is null"),
     (b'{"text": 5}', "field 'text' is not a string"),
     (b'{"text": "a lone \\ud800 surrogate"}', "lone surrogate"),
-    (b'{"text": "  \\n "}', "blank"),
-    (b"", "blank"),
 ]
 
 
@@ -496,7 +506,7 @@ def test_bad_text_costs_its_document(tmp_path: Path) -> None:
     assert [record for record in found if isinstance(record, str)] == ["good\n", "good\n"]
     assert found[1] == Bad("invalid UTF-8", f"{tmp_path}/a.txt, byte 6", "b\ufffdd\n")
     (tmp_path / "a.txt").write_bytes(b" \n\t")
-    assert [r.reason for r in read(tmp_path, documents="file") if isinstance(r, Bad)] == ["blank"]
+    assert read(tmp_path, documents="file") == [Dropped("blank")]
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream, None])
@@ -515,9 +525,9 @@ def test_bad_rows(tmp_path: Path, new: Any) -> None:
     bad = [record for record in found if isinstance(record, Bad)]
     assert [(record.reason, record.place) for record in bad] == [
         ("the text is null", f"{path}, row 1"),
-        ("blank", f"{path}, row 2"),
         ("invalid UTF-8", f"{path}, row 3"),
     ]
+    assert found[2] == Dropped("blank")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])

@@ -21,7 +21,7 @@ from typing import Any
 
 from bertscale.config import CsvConfig, UserError
 from data_prep.readers.markdown import MarkdownText
-from data_prep.readers.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
+from data_prep.readers.records import BLANK, LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
 
 # A .jsonl, .csv or .tsv record is read as a whole. Python needs up to eight times as much memory for it.
 RECORD_BYTES = 16 * 2**20
@@ -29,7 +29,17 @@ LINES_LOOKED_AT, FIELDS_SHOWN = 20, 20  # of a .jsonl, for the field of the text
 CHUNK = 2**20  # bytes of a longer document that are read at a time
 _BOM = codecs.BOM_UTF8
 _title = re.compile(rb'title="(.*)"\s*>')
-_tag = re.compile(r"<(/?[a-z]+[^<>]*)>", re.IGNORECASE)
+# Elements of HTML and of wikitext, which WikiExtractor escapes as it does "vector<int>", which is text.
+_ELEMENTS = (
+    "a abbr b bdi bdo big blockquote br caption ce center chem cite code dd del dfn div dl dt em font "
+    "gallery h1 h2 h3 h4 h5 h6 hiero hr i imagemap img includeonly indicator inputbox ins kbd li "
+    "mapframe maplink mark math nobr noinclude nowiki ol onlyinclude p poem pre q rb ref references rp "
+    "rt ruby s samp score section small source span strike strong sub sup syntaxhighlight table tbody "
+    "td templatestyles tfoot th thead timeline tr tt u ul var wbr"
+)
+_tag = re.compile(rf"</?(?:{'|'.join(_ELEMENTS.split())})(?:\s[^<>]*)?/?>", re.IGNORECASE)
+# What is left of a template in brackets; behind `main`, or before what follows a call, they are code.
+_emptied = re.compile(r"(?<!\bmain) \(\)(?!\s*(?:[{=]|;\s*$))", re.MULTILINE)
 
 Chunk = tuple[int, bytes, bool]  # where the document starts, some bytes of it, whether they are its last
 Strip = Callable[[str, bool], str]  # (some text of a document, whether it is the last) -> what is kept of it
@@ -80,6 +90,9 @@ def read_jsonl(stream: BufferedReader, name: str, end: int | None, field: str) -
         if size > len(line):
             yield bad(TOO_LONG, name, where, line, size)
             continue
+        if not line.strip():
+            yield BLANK
+            continue
         text, reason = _text_of_json(line, field)
         if reason:
             yield bad(reason, name, where, line)
@@ -94,7 +107,7 @@ def _text_of_json(line: bytes, field: str) -> tuple[str, str]:
     except UnicodeDecodeError:
         return "", "invalid UTF-8"
     except (ValueError, RecursionError):
-        return "", "broken JSON" if line.strip() else "blank"
+        return "", "broken JSON"
     return _text_of_object(record, field)
 
 
@@ -225,7 +238,7 @@ def read_tsv(
         if size > len(line):
             yield bad(TOO_LONG, name, where, line, size)
         elif len(cells) != count:
-            yield bad(_misfit(len(cells), count) if line.strip() else "blank", name, where, line)
+            yield bad(_misfit(len(cells), count), name, where, line) if line.strip() else BLANK
         else:
             yield from judged(cells[index], name, where)
 
@@ -348,8 +361,10 @@ def read_csv(stream: BufferedReader, name: str, column: str, dialect: CsvConfig)
             reason = _csv_fault(error, lines, columns, dialect)
             yield bad(reason, name, where, lines.record[0], lines.size)
             continue
-        if len(cells) != columns:
-            reason = _misfit(len(cells), columns) if cells else "blank"
+        if not cells:
+            yield BLANK
+        elif len(cells) != columns:
+            reason = _misfit(len(cells), columns)
             reason = NOT_CLOSED if _went_back(lines, columns, dialect) else reason
             yield bad(reason, name, where, lines.record[0], lines.size)
         else:
@@ -511,7 +526,7 @@ def next_article(stream: BufferedReader, position: int) -> int:
 
 
 class _Article:
-    """The text of a <doc> block: no title, HTML or emptied brackets, a blank line after each line."""
+    """The text of a <doc> block: no title, tags or emptied brackets, a blank line after each line."""
 
     def begin(self, tag: bytes) -> None:
         title = _title.search(tag)
@@ -527,7 +542,7 @@ class _Article:
                 if not text[len(title) : first_line].strip():
                     text = text[first_line:]
             self._title = None
-        return text.replace(" ()", "").replace("（）", "").replace("\n", "\n\n")
+        return _emptied.sub("", text).replace("（）", "").replace("\n", "\n\n")
 
 
 def _documents(
@@ -563,5 +578,5 @@ def _documents(
             if not wrong and rest and not rest.isspace():
                 yield kind(rest)
             elif not wrong and not given:
-                yield nothing if strip else bad("blank", name, f"byte {start}", rest, 0)
+                yield nothing if strip else BLANK
             rest, kind, given, wrong, head, size = "", str, False, False, b"", 0
