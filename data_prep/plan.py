@@ -10,6 +10,7 @@ writes while others start over is never taken for a part of the new one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -239,7 +240,9 @@ class Plan:
         inner = self.final / WORK_FOLDER
         try:
             inner.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise UserError(f"output: cannot make the folder {self.final}: {error.strerror}") from error
         with ExitStack() as stack:
             try:
