@@ -245,7 +245,9 @@ def _look_at_training(place: Place, facts: Facts) -> None:
     if saved:
         (facts.checkpoint_step, facts.checkpoint_time), facts.checkpoint = saved[-1], folders[-1]
     attempt = facts.attempts[-1] if facts.attempts else None
-    reached = [(entry["step"], changed(place.run / METRICS)) for entry in entries[-1:]]
+    # Not that of the last line, which may be of a task of an earlier checkpoint.
+    steps = [entry["step"] for entry in entries]
+    reached = [(max(steps), changed(place.run / METRICS))] if steps else []
     reached += saved[-1:]
     if attempt and attempt.folder:
         reached += heartbeat(attempt.folder)

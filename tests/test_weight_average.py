@@ -13,7 +13,8 @@ from tiny import pretrain_config
 from torch import Tensor
 
 from bertscale.config import UserError
-from bertscale.convert.weights import load_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import load_model
 from bertscale.export.convert import convert
 from bertscale.export.options import ConvertOptions
 from bertscale.model.model import initial_value
@@ -73,7 +74,7 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
             engine = pretraining_engine(config, tokenizer.vocab_size, ranks, dtype)
             engine.resume(saved)
 
-            before, after = (evaluate(engine, {"heldout": heldout}, 16, 0) for _ in range(2))
+            before, after = (evaluate(engine, {"heldout": heldout}, {}, 16, 0) for _ in range(2))
             losses = [before["heldout/loss"], before["heldout_average/loss"], after["heldout/loss"]]
             said[f"{stage} {dtype}"] = losses
     return said

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.section import Section
+from bertscale.run_folder import PREP_WORK
 
-WORK_FOLDER = ".prep"  # in the output folder: what a prep that is stopped resumes from
+WORK_FOLDER = PREP_WORK
 _ISO_639_1 = (
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
     "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
@@ -84,7 +85,7 @@ def is_utf8(encoding: str) -> bool:
 
 
 class TokenizerTraining(Section):
-    """How a SentencePiece or byte-level model is trained, or a given WordPiece vocabulary extended."""
+    """How a SentencePiece or byte-level model is trained, or a given tokenizer extended."""
 
     model: Literal["unigram", "bpe", "byte_bpe"] | None = Field(
         None,
@@ -105,8 +106,8 @@ class TokenizerTraining(Section):
     extend_to: int | None = Field(
         None,
         ge=1,
-        description="Number of pieces, old and new together, to which the given WordPiece tokenizer is "
-        "extended by pieces learnt from the input; by default it stays as it is.",
+        description="Number of pieces, old and new together, to which the given tokenizer, WordPiece or "
+        "SentencePiece, is extended by pieces learnt from the input; by default it stays as it is.",
     )
 
     @model_validator(mode="after")

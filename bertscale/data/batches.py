@@ -4,7 +4,7 @@
         print(step, [batch.tokens.shape for batch in micro_batches])
         break
 
-T: tokens, P: masked positions, S: samples.
+T: tokens, P: predicted positions, S: samples.
 """
 
 from __future__ import annotations
@@ -45,14 +45,18 @@ def make_loader(
     split: Split,
     datasets: list[Dataset] | None = None,
     ranks: JobRanks | None = None,
+    *,
+    whole: bool = False,
 ) -> Loader:
-    """Makes the loader of this rank of `ranks`; without them, of one process alone on a CPU.
+    """Makes the loader of this rank of `ranks`; without them, of one process alone on a CPU. `whole`: each
+    rank has all samples of a batch.
 
     `split` is `train`, or `validation` for the batches of the held-out loss: the same ones each time, of the
     full length, whatever the run's seed. `datasets` are those of `config.data` where they are open already.
     Raises UserError where a batch does not divide (`check_batches`) or a data set is damaged or too small.
     """
     rank, world, device = (0, 1, "cpu") if ranks is None else (ranks.data_rank, ranks.data, ranks.device.type)
+    rank, world = (0, 1) if whole else (rank, world)
     check_batches(config, world)
     samples, training = config.samples, split == "train"
     datasets = datasets or [open_dataset(corpus.path, split) for corpus in config.corpora]
@@ -75,6 +79,7 @@ def make_loader(
         micro_batch=config.train.micro_batch,
         micro_tokens=config.train.micro_tokens,
         masks=config.objectives.mlm > 0,
+        causal=config.objectives.clm > 0,
         draws=config.model.generator_size is not None,
         static_targets=config.has_static_targets(device),
         rank=rank,
@@ -93,7 +98,8 @@ def iterate_batches(
 
     A micro-batch holds S samples laid end to end, without padding: `tokens`, `token_types` and `positions`
     are int64 [T], `lengths` tells where sequences end, `target_positions` and `targets` are int64 [P], and
-    `next_sentence_label` is int64 [S], or None for samples without pairs (see `MicroBatch`).
+    `next_sentence_label` is int64 [S], or None for samples without pairs; `causal` says that each token
+    predicts the next one (see `MicroBatch`).
 
     Raises UserError, at the call, for a config or a data set that is missing, wrong or damaged.
 

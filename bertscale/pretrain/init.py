@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertscale.config import InitConfig, ModelConfig, PretrainConfig, UserError, check_config
-from bertscale.config.model import PRESET_DEFAULTS
+from bertscale.config import InitConfig, ModelConfig, PretrainConfig, UserError
 from bertscale.convert.hf_folder import CONFIG_FILE
-from bertscale.convert.sources import PARTS, InitSource, open_source_weights
-from bertscale.convert.weights import native_shapes
+from bertscale.convert.model_shape import PARTS, native_shapes
+from bertscale.convert.sources import InitSource, open_source_weights
 from bertscale.files import file_digest
 from bertscale.model.model import initial_value
 from bertscale.pretrain.positions import longer
@@ -100,22 +99,6 @@ def _folder(path: Path, step: int | None) -> Path:
     return folder
 
 
-def with_model_of(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
-    """The config with the source's `model` for all keys of it that were not given.
-
-    Raises UserError where the rest of the config does not go with them.
-    """
-    given = config.model.model_dump(exclude_unset=True)
-    implied = PRESET_DEFAULTS.get(given.get("preset", ""), {})
-    kept = {key: value for key, value in given.items() if implied.get(key) != value}
-    if kept.get("preset", model.preset) != model.preset:
-        raise UserError(
-            f"model.preset={kept['preset']}, but init.from={_from(config)} is of preset {model.preset}"
-        )
-    values = {**config.model_dump(), "model": {**model.model_dump(), **kept}}
-    return check_config(PretrainConfig, values, f"init.from={_from(config)}")
-
-
 def _from(config: PretrainConfig) -> str:
     assert config.init is not None
     return config.init.source
@@ -188,14 +171,18 @@ class Start:
 def start_from(engine: Engine[PretrainConfig], source: Source, tokenizer: Tokenizer) -> Start:
     """Gives the engine its first weights, those of the source, and its moments if `init.optimizer` says so.
 
-    What the source lacks of the heads gets first values. `tokenizer` is that of the data. Raises UserError
-    where more than a head is missing, or the shape is another one than `init` allows.
+    What the source lacks of the heads, or has in another size, gets first values. `tokenizer` is that of the
+    data. Raises UserError where more than a head is missing, or the shape is another one than `init` allows.
     """
     config, before = engine.config, source.checkpoint
     assert config.init is not None
     weights, vocabulary = in_shape_of(config, source.weights, tokenizer)
     shapes = native_shapes(engine.sizes, engine.vocab_size)
     missing = [name for name in shapes if name not in weights.names]
+    if engine.sizes.generator_size != weights.model.generator_size:
+        # The head for masked tokens is then as wide as the generator; so are the layers of another generator.
+        heads = [name for name in shapes if name in weights.names and name.startswith(PARTS)]
+        missing += [name for name in heads if name not in ROWS and weights.tensor(name).shape != shapes[name]]
     if wrong := [name for name in missing if not name.startswith(PARTS)]:
         raise UserError(f"init.from={config.init.source}: {source.weights.folder} lacks {wrong[0]}")
 
@@ -264,7 +251,8 @@ def _lines(lineage: tuple[dict[str, Any], ...], ancestor: dict[str, Any]) -> lis
     if ancestor["vocabulary"]:
         lines.append(f"pieces    {ancestor['vocabulary']}")
     if ancestor["first_values"]:
-        lines.append(f"new       {', '.join(ancestor['first_values'])}: not in the source, first values")
+        new = ", ".join(ancestor["first_values"])
+        lines.append(f"new       {new}: not in the source, or in another size; first values")
     if ancestor["left_out"]:
         lines.append(f"left out  {', '.join(ancestor['left_out'])}: this model has no place for them")
     return lines
