@@ -156,6 +156,7 @@ def inspect(arguments: list[str]) -> int:
 
 def pretrain(arguments: list[str]) -> int:
     """bertscale pretrain CONFIG [key=value ...] [--verify]"""
+    from bertscale.checks import check_tasks
     from bertscale.config import PretrainConfig, load_phases
     from launcher import ranks
 
@@ -182,6 +183,7 @@ def pretrain(arguments: list[str]) -> int:
     counts = {}
     for name, config in phases.items():
         counts[name] = _check(config, None, options.verify, made=list(runs.values()))
+        check_tasks(config)
         check_run_folder(runs[name])
     again = ["pretrain", options.config, *options.overrides]
     begun = [name for name, run in runs.items() if checkpoints(run)]
@@ -222,9 +224,10 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
 
     from bertscale.pretrain.pretrain import pretrain as train_as_rank
+    from launcher.child import start_child
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
-        return train_as_rank(config)
+        return train_as_rank(config, start_child)
 
 
 def bench(arguments: list[str]) -> int:
@@ -339,11 +342,43 @@ def convert(arguments: list[str]) -> int:
         action="store_true",
         help="Export the moving average of the weights that a run with train.average has kept.",
     )
+    for name, default, meaning in (
+        ("--tensor-parallel", 1, "Tensor-parallel size of the run that the checkpoint is for"),
+        ("--data-parallel", 1, "Data-parallel ranks of that run"),
+        ("--zero-stage", 0, "Its ZeRO stage"),
+    ):
+        parser.add_argument(
+            name,
+            metavar="N",
+            type=int,
+            help=f"{meaning} (default: as in SOURCE, if that is a checkpoint; else {default}).",
+        )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=Path,
+        help="The tokenizer of a SOURCE that has none beside it.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="model.KEY=VALUE",
+        nargs="*",
+        help="The shape of a SOURCE that does not tell it, such as model.num_attention_heads=12.",
+    )
     options = parser.parse_args(arguments)
+    topology = (options.tensor_parallel, options.data_parallel, options.zero_stage)
 
     from bertscale.export.convert import convert as convert_folder
 
-    chosen = ConvertOptions(options.as_, options.show, options.replace, options.average)
+    chosen = ConvertOptions(
+        options.as_,
+        options.show,
+        options.replace,
+        options.average,
+        *topology,
+        model=tuple(options.model),
+        tokenizer=options.tokenizer,
+    )
     convert_folder(options.source, options.output, chosen)
     return 0
 

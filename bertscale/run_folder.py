@@ -4,6 +4,7 @@
         config.yaml                the resolved config
         metrics.jsonl              a JSON line for each log point
         fills.jsonl                a JSON line for each evaluation, with train.fills
+        tasks/step-0000100/NAME/   the fine-tuning of that checkpoint for a task, with train.tasks
         tensorboard/               the same figures
         checkpoints/step-0000100/  complete when it has this name; its table is bertscale.json
         logs/                      events.jsonl and the attempts of a run that was started by hand
@@ -47,6 +48,7 @@ CONFIG = "config.yaml"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 FILLS = "fills.jsonl"
+TASKS = "tasks"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 BEST = "best"  # of a fine-tuning: the weights that dev chose, of each of its runs

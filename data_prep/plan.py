@@ -10,7 +10,6 @@ writes while others start over is never taken for a part of the new one.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 from bertscale.config import WORK_FOLDER, PrepConfig, UserError, is_utf8
 from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
-from bertscale.files import file_digest, sync, write_json
+from bertscale.files import HeldError, alone, file_digest, sync, write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from data_prep.readers.compressed import COMPRESSIONS
 from data_prep.readers.encodings import other_encoding
@@ -230,30 +229,21 @@ class Plan:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Raises UserError while another process prepares the whole of the output folder.
-
-        The lock is the kernel's: it goes with the process, however that ends. On a file system without locks
-        nothing is held.
-        """
+        """Raises UserError while another process prepares the whole of the output folder."""
         inner = self.final / WORK_FOLDER
         try:
             inner.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise UserError(f"output: cannot make the folder {self.final}: {error.strerror}") from error
-        with open(inner / LOCK_NAME, "a+", encoding="utf-8") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
+                me = f"process {os.getpid()} on {platform.node()}\n"
+                stack.enter_context(alone(inner / LOCK_NAME, me))
+            except HeldError as error:
                 raise UserError(
-                    f"output: another bertscale prep ({file.read().strip() or 'just begun'}) is at work in "
+                    f"output: another bertscale prep ({str(error) or 'just begun'}) is at work in "
                     f"{self.final}; wait until it has ended, or choose another folder"
                 ) from error
-            except OSError:
-                pass  # no locks here
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
             yield
 
     def check_space(self, needed: float, what: str) -> None:

@@ -60,6 +60,17 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return "; ".join(dict.fromkeys(filter(None, lines))) or f"exit code {done.returncode}"
 
 
+def task_error(said: str) -> str:
+    """The last line of what the tasks of a step wrote, from all that its srun wrote; else srun's own.
+
+    Slurm says afterwards that the tasks have failed: that is not the reason.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith('Try "srun')]
+    of_tasks = [line for line in lines if not re.match(r"srun: |slurmstepd\S*: .*\*\*\*", line)]
+    last = (of_tasks or lines or ["srun ended without a message"])[-1]
+    return re.sub(r"^slurmstepd\S*: error: ", "", last)
+
+
 def _silent(said: str) -> str:
     return f"the Slurm controller does not answer ({said}): try again; `scontrol ping` tells whether it is up"
 

@@ -13,7 +13,9 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from bertscale.errors import (
     CRASH_LOOP,
@@ -38,6 +40,7 @@ from bertscale.run_folder import (
 from launcher import slurm
 from launcher.job import TRAINING, JobSpec
 from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.nodes.step import NOT_BEGUN, OF_JOB
 from launcher.rank_groups import SlurmStep
 from launcher.ranks import job_port
 from launcher.supervise import Limits, StopRequests, new_attempt, supervise
@@ -90,6 +93,8 @@ class Job:
         self.done = self.folder / done_marks(spec.array)[int(self.index or 0)]
         self.nodes = slurm.hosts(env["SLURM_JOB_NODELIST"])  # in the order in which srun fills them
         self.last: SlurmStep | None = None
+        self.reached = 0  # step of the newest checkpoint when the ranks were last started
+        self.replaced: dict[str, str] = {}  # nodes that made room for a spare then, with the reason
 
     def run(self) -> int:
         """From the first check to the last mark."""
@@ -131,9 +136,11 @@ class Job:
         if self.last is not None:
             self.last.wait_until_gone()
         spec = self.spec
+        if newest_step(self.run_folder) > self.reached:
+            self.convict()
         attempt = new_attempt(Path(spec.logs), self.name, self.index)
         nodes = self.choose_nodes(attempt)
-        reached = newest_step(self.run_folder)
+        self.reached = reached = newest_step(self.run_folder)
         number = attempt_number(attempt.name)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.events.write("started", attempt=attempt.name, nodes=nodes, restart_count=restarts)
@@ -150,18 +157,61 @@ class Job:
         alive = nodes_alive(self.nodes)
         bad = {node: "Slurm finds it down or gets no answer" for node in self.nodes if node not in alive}
         failed = check_nodes(self.spec, alive, attempt) if self.spec.node_check and alive else {}
+        self.blame_the_job(alive, failed)
         for node, reason in (bad | failed).items():
             print(f"{node} is left out: {reason}", flush=True)
             self.events.write("node_left_out", node=node, reason=reason)
-            # When all of them fail, the fault is likelier the job's, such as its python.
+            # When all of them fail, the fault may be the job's.
             if node in failed and self.spec.bad_nodes and len(failed) < len(alive):
                 remember_bad(Path(self.spec.bad_nodes), node, reason)
         suspects = self.last.suspects() if self.last else set()
-        sound = sorted((node for node in alive if node not in failed), key=lambda node: node in suspects)
+        first = Counter(event["node"] for event in self.history() if event["event"] == "failed")
+        often = {node: times for node, times in first.items() if node and times > 1}
+        sound = sorted(
+            (node for node in alive if node not in failed),
+            key=lambda node: (node in suspects, often.get(node, 0)),
+        )
         if len(sound) < self.spec.nodes:
             words = f"{len(sound)} of {len(self.nodes)} nodes are sound, and {self.spec.nodes} are needed"
             raise TooFewNodesError(words, failed)
+        self.replaced = {
+            node: f"its ranks failed first in {often[node]} starts"
+            for node in sound[self.spec.nodes :]
+            if node in often
+        }
+        for node, reason in self.replaced.items():
+            print(f"{node} is left out: {reason}", flush=True)
+            self.events.write("node_left_out", node=node, reason=reason)
         return [node for node in self.nodes if node in sound[: self.spec.nodes]]
+
+    def convict(self) -> None:
+        """Remembers the nodes without which the job has come further: the fault was theirs."""
+        for node, reason in self.replaced.items():
+            if self.spec.bad_nodes:
+                remember_bad(Path(self.spec.bad_nodes), node, reason)
+        self.replaced = {}
+
+    def blame_the_job(self, alive: list[str], failed: dict[str, str]) -> None:
+        """Raises UserError where all nodes fail alike, in a way that the job's python or container may cause:
+        other nodes would do no better. One node is enough if nothing ran on it, else another one of before
+        counts too, since a job of one node may have met a broken one."""
+        reasons = set(failed.values())
+        if len(failed) < len(alive) or len(reasons) != 1 or not OF_JOB.match(reason := reasons.pop()):
+            return
+        before = [event for event in self.history() if event["event"] == "node_left_out"]
+        nodes = {*failed, *(str(event.get("node")) for event in before if event.get("reason") == reason)}
+        if len(nodes) > 1 or reason.startswith(NOT_BEGUN):
+            raise UserError(
+                f"{reason.removeprefix(NOT_BEGUN)}: so the check ended on all of {', '.join(sorted(nodes))}; "
+                "see to python, container, setup and srun of the cluster file (a container must pass on the "
+                "environment, and show the GPUs)"
+            )
+
+    def history(self) -> list[dict[str, Any]]:
+        """The events of this job since a person queued it."""
+        events = read_events(self.events.path)
+        last = max((i for i, event in enumerate(events) if event["event"] == "queued"), default=0)
+        return [event for event in events[last:] if event.get("job") == self.name]
 
     # -------------------------------------------------------------------------------- the job in Slurm
 
@@ -190,6 +240,8 @@ class Job:
             print("cancelled: not requeued", flush=True)
             return code
         reached = newest_step(self.run_folder)
+        if reached > self.reached:
+            self.convict()
         if self.idle_requeues(reached) > self.spec.restarts:
             return self.give_up(CRASH_LOOP, f"no checkpoint after that of step {reached} in all requeues")
         self.wait_until_running()
@@ -232,6 +284,7 @@ class Job:
 
     def finish(self) -> None:
         """Writes the marker that the next job looks for."""
+        self.convict()
         write_json(self.done, {"job": self.name, "time": time.time()})
         self.events.write("done")
         print("done", flush=True)

@@ -299,6 +299,26 @@ def test_an_override_without_key_or_value(minimal: Path, override: str) -> None:
         load_config(PretrainConfig, minimal, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("heldout={wiki:runs/wiki}", "{wiki: runs/wiki}, or give heldout.wiki=runs/wiki"),
+        ("model={preset: modern, hidden_size:64}", "{hidden_size: 64}, or give model.hidden_size=64"),
+        ("train={fills: [{a:b}]}", "{a: b}"),
+    ],
+)
+def test_a_colon_without_a_blank_is_told(minimal: Path, override: str, remedy: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(PretrainConfig, minimal, [override])
+    assert str(error.value) == f"{override!r}: YAML needs a blank after the colon: {remedy}"
+    minimal.write_text("heldout: {wiki:DIR}\n")
+    with pytest.raises(UserError, match=r"minimal.yaml: YAML needs a blank after the colon: \{wiki: DIR\}$"):
+        load_config(PretrainConfig, minimal, [])
+    minimal.write_text("run: a\ndata: b\ntrain:\n  steps:5\n")
+    with pytest.raises(UserError, match=r"train='steps:5': .*; YAML needs a blank after the colon$"):
+        load_config(PretrainConfig, minimal, [])
+
+
 def test_an_override_inside_a_value(minimal: Path) -> None:
     with pytest.raises(UserError, match="run is a value, not a section"):
         load_config(PretrainConfig, minimal, ["run.folder=3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -514,6 +515,86 @@ def test_glue_behind_a_pretraining(site: Slurm, desk: Desk, capsys: pytest.Captu
     assert "wnli: unknown key train.epoch; did you mean train.epochs?" in problems
 
 
+def test_tasks_beside_a_pretraining_are_checked(site: Slurm, desk: Desk) -> None:
+    values: dict[str, Any] = finetune_values(desk.folder)
+    values |= {"data": {**values["data"], "dev": values["data"].pop("test")}, "samples": {"max_length": 40}}
+    tasks = [write(desk.folder / f"{name}.yaml", values) for name in "ab"]
+    assert desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems == []
+    write(desk.folder / "a.yaml", {**values, "samples": {"max_length": 64}})
+    write(desk.folder / "b.yaml", {**values, "data": {**values["data"], "dev": "no.csv"}})
+    long, missing = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
+    assert long.startswith("train.tasks: a: samples.max_length=64 is longer than the encoder")
+    path = desk.folder / "no.csv"
+    assert missing == f"train.tasks: b: data.dev={path}: cannot be read here: No such file or directory"
+    write(desk.folder / "a.yaml", {**values, "sample": {}})
+    (wrong,) = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
+    assert wrong == f"train.tasks: {desk.folder}/a.yaml: unknown key sample; did you mean samples?"
+
+
+BERT_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+
+
+def write_source(folder: Path, name: str, values: dict[str, Any]) -> None:
+    """Makes `folder` one with the file `name` alone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(values))
+
+
+def test_the_shape_is_that_of_what_a_pretraining_starts_from(site: Slurm, desk: Desk, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    values = pretrain_config(desk.data, tmp_path / "run").model_dump()
+    values |= {"model": {}, "init": str(source)}
+    stage = PipelineStage(pretrain=write(tmp_path / "run.yaml", values), set=FIT)
+
+    def memory(*stages: PipelineStage) -> str:
+        report = desk.check([*stages, stage], GPU)
+        assert report.problems == []
+        return next(fact for fact in report.facts[::-1] if "memory of a rank" in fact)
+
+    write_source(source, "bertscale.json", {"model": {**BERT_LARGE, "preset": "bert"}})
+    expected = memory()
+    assert "weights 1.22" in expected  # GB, of 0.3 G parameters in float32
+    write_source(source, "config.json", {"model_type": "bert", **BERT_LARGE})
+    assert memory() == expected
+    roberta = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}
+    write_source(source, "config.json", {**roberta, **BERT_LARGE})
+    assert memory() == expected
+    small = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 512}
+    write_source(source, "config.json", {"model_type": "distilbert", **small})
+    assert "weights 0.0" in memory()
+    write_source(source, "config.json", {"model_type": "t5"})
+    assert memory() == f"memory of a rank: not estimated, the shape of init.from={source} is not known"
+    # A start that would fail is told now.
+    write_source(source, "config.json", {"model_type": "bert", **BERT_LARGE, "max_position_embeddings": 32})
+    (problem,) = desk.check([stage], GPU).problems
+    assert problem.startswith(f"init.from={source}: samples.max_length=48 is longer than")
+    # What an earlier job will have made is known, too.
+    shutil.rmtree(source)
+    first = {**values, "run": str(source), "init": None, "model": BERT_LARGE}
+    of_both = memory(PipelineStage(pretrain=write(tmp_path / "first.yaml", first), set=FIT))
+    assert of_both.endswith(expected.partition(": ")[2])
+
+
+def test_an_average_is_there_to_be_converted(site: Slurm, desk: Desk, tmp_path: Path) -> None:
+    source, stage = tmp_path / "source", PipelineStage(convert=["source", "hf"], average=True)
+    told = f"average: SOURCE={source} keeps no average of the weights; a run with train.average does"
+    for states, problems in (["weight", "average"], []), (["weight", "exp_avg"], [told]):
+        write_source(source, "bertscale.json", {"parameters": {"a": {"states": states}}})
+        assert desk.check([stage], GPU).problems == problems
+    shutil.rmtree(source)
+    desk.report(GPU)
+    run, settings = str(tmp_path / "run.yaml"), [*FIT, f"run={source}", "train.average=0.9"]
+    assert desk.check([PipelineStage(pretrain=run, set=settings), stage], GPU).problems == []
+    (problem,) = desk.check([PipelineStage(pretrain=run, set=settings[:-1]), stage], GPU).problems
+    assert problem == f"night-convert: {told}"
+
+
 def test_what_earlier_links_make_need_not_be_there(site: Slurm, desk: Desk) -> None:
     folder = desk.folder
     write_corpus(folder / "corpus.jsonl", 5)
@@ -646,6 +727,17 @@ def test_a_generator_takes_memory() -> None:
     plain, both = (estimate_memory(each, 30_000, ranks=8, gpu=True) for each in (config, with_one))
     assert 1.05 * plain.weights < both.weights < 1.15 * plain.weights
     assert 1.2 * plain.activations < both.activations < 1.5 * plain.activations
+
+
+def test_all_positions_of_a_causal_model_take_memory() -> None:
+    masked = large()
+    samples = masked.samples.model_copy(update={"kind": "packed"})
+    objectives = masked.objectives.model_copy(update={"mlm": 0.0, "clm": 1.0})
+    causal = masked.model_copy(update={"samples": samples, "objectives": objectives})
+    plain, both = (estimate_memory(each, 30_000, ranks=8, gpu=True) for each in (masked, causal))
+    tokens = masked.train.micro_batch * masked.samples.max_length
+    logits = 0.85 * tokens * 8 * 30_080  # of the positions that masks leave out
+    assert both.activations - plain.activations == pytest.approx(logits + tokens * 5 * 2 * 1024)
 
 
 def test_what_would_fit_changes_as_little_as_possible() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from bertscale import files
 from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.data.shards import open_dataset
 from data_prep.build import prep, prep_share, prep_tokenizer
@@ -233,6 +234,7 @@ def test_a_file_system_without_locks(corpus: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(files, "BEAT_SECONDS", 0.1)
     prep(config_for(corpus, "unlocked"))
     assert bytes_of(corpus / "unlocked") == bytes_of(corpus / "whole")
 

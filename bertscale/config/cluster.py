@@ -94,6 +94,9 @@ class PipelineStage(Section):
         None, min_length=2, max_length=2, description="Conversion: [SOURCE, OUTPUT]."
     )
     finetune: str | None = Field(None, description="Config of a fine-tuning.")
+    average: bool = Field(
+        False, description="Whether convert exports the moving average that a run with train.average keeps."
+    )
     glue: GlueConfig | None = Field(
         None, description="Fine-tunings on a folder of tasks: a mapping of model, folder, output, seeds, ..."
     )
@@ -127,6 +130,8 @@ class PipelineStage(Section):
             raise ValueError("glue takes no array, nodes and spares: each task is a job on one node")
         if self.replace and not self.prep:
             raise ValueError(f"replace=true is for prep, not {given[0]}")
+        if self.average and not self.convert:
+            raise ValueError(f"average=true is for convert, not {given[0]}")
         if self.ranks_per_node is not None and not (self.pretrain or self.finetune):
             raise ValueError(
                 f"ranks_per_node={self.ranks_per_node} is for pretrain and finetune, not {given[0]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from bertscale.config import PretrainConfig
+from bertscale.config import PretrainConfig, with_model_of
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
 from bertscale.data.mixture import data_digest
@@ -21,7 +21,8 @@ from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
 from bertscale.pretrain.fills import encode_sentences, fill, show_fills
 from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words
-from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from, with_model_of
+from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from
+from bertscale.pretrain.tasks import Begin, Tasks, check_encoder
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, FILLS, RESULT, check_run_folder, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer
@@ -38,11 +39,11 @@ from bertscale.train.step import train_step
 from bertscale.train.stop import StopSignal, only_one, skipped
 
 
-def pretrain(config: PretrainConfig) -> int:
+def pretrain(config: PretrainConfig, begin: Begin | None = None) -> int:
     """Runs this rank of the job to its end; returns 0, or STOPPED_AND_SAVED when a signal stopped it.
 
-    Raises UserError for what the user can correct: data, config and checkpoint that do not fit
-    together, a full disk.
+    `begin` starts a command beside this process: without it there are no tasks. Raises UserError for what the
+    user can correct: data, config and checkpoint that do not fit together, a full disk.
     """
     check_run_folder(Path(config.run))
     stop = StopSignal()
@@ -51,12 +52,12 @@ def pretrain(config: PretrainConfig) -> int:
     ranks.say(device_line(device, config.device, ranks.world))
     try:
         with only_one(Path(config.run), ranks):
-            return train(config, ranks, stop)
+            return train(config, ranks, stop, begin)
     finally:
         stop_ranks()
 
 
-def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
+def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin | None = None) -> int:
     """The training loop of one rank, from the newest sound checkpoint to the end of the budget.
 
     Returns 0 there, or 75 when a signal stopped it after a checkpoint. Raises UserError as `pretrain`.
@@ -72,6 +73,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     data = [open_dataset(corpus.path, "train") for corpus in config.corpora]
     if source is not None:
         check_source(config, source)
+    check_encoder(config)
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = heldout_loaders(config, tokenizer, data, ranks)
@@ -84,7 +86,9 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         check_same_run(checkpoint, config, data, schedule)
         if schedule.over(checkpoint.step, checkpoint.elapsed_seconds):
             ranks.say(f"already pretrained: {checkpoint.folder} is the end of {schedule.text}")
-            return 0
+            tasks = Tasks(config, ranks, begin)
+            tasks.add(checkpoint.step, last=True)
+            return 0 if tasks.finish(stop) else STOPPED_AND_SAVED
     start = saved = sound = done = checkpoint.step if checkpoint else 0
     engine = pretraining_engine(config, tokenizer.vocab_size, ranks, dtype)
     origin = Start()
@@ -98,7 +102,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
 
     # What is reported of it.
     peak = ranks.sum(peak_flops(ranks.device, dtype))[0]
-    rate = Rate(config.model, tokenizer.vocab_size, peak)
+    rate = Rate(config.model, tokenizer.vocab_size, peak, causal=config.objectives.clm > 0)
     losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     writer = MetricsWriter(run, start) if first else None
@@ -113,6 +117,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
         ranks.say(fold(line))
     for line in origin.lines:
         ranks.say(fold(line))
+    tasks = Tasks(config, ranks, begin, writer)
     last = False  # whether this step is the last of the budget; all ranks must find the same
 
     hours = TimeBudget(schedule.seconds, clock.elapsed()) if schedule.seconds else None
@@ -121,7 +126,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
     ) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
-            masked, tokens, stopping, asked, *times = ranks.sum_over_data(
+            predicted, tokens, stopping, asked, *times = ranks.sum_over_data(
                 sum(batch.num_targets for batch in micro_batches),
                 sum(len(batch.tokens) for batch in micro_batches),
                 float(stop.asked),
@@ -133,7 +138,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             now, after = (total / ranks.data for total in times)
             last = schedule.over(step + 1, after)
             learning_rate = schedule.learning_rate(step, now)
-            counts = Counts(masked, schedule.batch(step)[1], tokens)
+            counts = Counts(predicted, schedule.batch(step)[1], tokens)
 
             sums = train_step(engine, micro_batches, counts, step=step, learning_rate=learning_rate)
             losses.add(sums, counts, engine.step_applied)
@@ -142,6 +147,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             clock.stepped()
             done = step + 1
             beat(done)
+            tasks.look(progress.say)
 
             facts: dict[str, str] = {}
             if done % config.train.log_every == 0 or done == start + 1 or last:
@@ -180,22 +186,28 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal) -> int:
             if done % config.train.save_every == 0 or last:
                 # A budget in hours is spent when its last step is likely to pass it.
                 spent = (schedule.seconds or 0.0) if last else 0.0
-                save(engine, done, data, schedule, max(clock.elapsed(), spent), losses, origin)
+                save(engine, done, data, schedule, max(clock.elapsed(), spent), losses, origin, tasks)
                 saved = done
+                tasks.add(done, last, progress.say)
                 sound = sound if losses.in_a_row else saved  # the newest one not saved among skipped steps
                 rate.restart()
             if last:
                 break
 
     if not last:  # a signal came
+        tasks.ask_to_stop()
         if saved < done:
-            save(engine, done, data, schedule, clock.elapsed(), losses, origin)
+            save(engine, done, data, schedule, clock.elapsed(), losses, origin, tasks)
+        tasks.end()
         if first:  # in its log: on the screen the process that has started the ranks says how to go on
             print(f"stopped after step {done} of {schedule.text}", file=sys.stderr, flush=True)
         return STOPPED_AND_SAVED
+    whole = tasks.finish(stop)
+    if first and not losses.in_a_row:  # those that were only there to be read
+        prune(run, config.train.keep_checkpoints, config.train.keep_every, tasks.read)
     if writer:
         writer.close()
-    return 0
+    return 0 if whole else STOPPED_AND_SAVED
 
 
 # ---------------------------------------------------------------------------------------- its parts
@@ -209,6 +221,7 @@ def save(
     elapsed: float,
     losses: LossAccumulator,
     origin: Start,
+    tasks: Tasks,
 ) -> None:
     """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes the oldest ones.
 
@@ -223,6 +236,7 @@ def save(
         "samples_consumed": schedule.batch(step)[0],
         "skipped_steps": losses.skipped,
         "elapsed_seconds": elapsed,
+        "causal": config.objectives.clm > 0,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
     }
@@ -236,4 +250,4 @@ def save(
     )
     beat(step)
     if engine.ranks.rank == 0 and not losses.in_a_row:
-        prune(run, config.train.keep_checkpoints, config.train.keep_every)
+        prune(run, config.train.keep_checkpoints, config.train.keep_every, tasks.read)

@@ -2,7 +2,7 @@
 
 bertscale submit prep CONFIG [key=value ...] --cluster FILE [--array N]
 bertscale submit pretrain CONFIG [key=value ...] --cluster FILE --nodes N [--spares K]
-bertscale submit convert SOURCE OUTPUT --cluster FILE
+bertscale submit convert SOURCE OUTPUT --cluster FILE [--average]
 bertscale submit finetune CONFIG [key=value ...] --cluster FILE [--nodes N] [--spares K]
 bertscale submit glue MODEL FOLDER [key=value ...] --cluster FILE
 bertscale submit pipeline PIPELINE [key=value ...] [--cluster FILE]
@@ -112,7 +112,7 @@ def submit(
         print("\nnothing was queued: this was a dry run")
         return 0
     for job in jobs:
-        freeze(job.spec, job.config, about_now(job.spec.environment))
+        freeze(job.spec, job.config, about_now(job.spec.environment), job.tasks)
     queued: list[tuple[str, JobSpec]] = []
     try:
         for job in jobs:
@@ -237,6 +237,8 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     if stage == "convert":
         parser.add_argument("source", help="A run folder, a checkpoint or a Hugging Face folder.")
         parser.add_argument("output", help="The folder to write.")
+        text = "Export the moving average of the weights that a run with train.average has kept."
+        parser.add_argument("--average", action="store_true", help=text)
     elif stage == "glue":
         add_arguments(parser)
     elif stage == "pipeline":
