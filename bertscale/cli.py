@@ -1,6 +1,6 @@
 """The `bertscale` command: reads the command line, checks the arguments and the config, starts the work.
 
-bertscale prep|pretrain|convert|average|finetune|predict|score|bench|quickstart --help
+bertscale prep|inspect|pretrain|convert|diff|average|finetune|predict|score|bench|quickstart --help
 
 No large library is imported before the work begins, so that help texts and error messages come at once.
 Exit codes are those of bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bertscale.console import complain, disk_errors_in_one_line, figure_lines, key_table, make_parser
-from bertscale.errors import BROKEN_PIPE, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
+from bertscale.errors import BROKEN_PIPE, DIFFERENT, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,18 +139,81 @@ def _prep_parser() -> argparse.ArgumentParser:
 
 
 def inspect(arguments: list[str]) -> int:
-    """bertscale inspect FOLDER"""
+    """bertscale inspect PATH [--tensors] [--json]"""
+    from bertscale.config import UserError
+
     parser = make_parser(
         "inspect",
-        "Shows what a prepared folder holds: counts, lengths of documents and sentences, and samples as the "
-        "model will see them. Compares every shard with its digest as well.",
+        "Shows what a folder holds. Of a run, a checkpoint or a model: network, parameters, topology, step, "
+        "what it started from, losses, digests, bytes. Of a prepared folder: counts, lengths of documents "
+        "and sentences, and samples as the model will see them; every shard is compared with its digest.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="An output folder of `bertscale prep`.")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="A run, a checkpoint, a model's folder, or the output of `bertscale prep` or `finetune`.",
+    )
+    parser.add_argument(
+        "--tensors",
+        action="store_true",
+        help="List the parameters: shape, data type, mean, standard deviation, largest absolute value.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print one value of JSON, for programs.")
     options = parser.parse_args(arguments)
 
-    from bertscale.data.inspect import inspect as show
+    from bertscale.inspect.facts import describe, is_prepared
 
-    show(options.folder)
+    prepared = is_prepared(options.path)
+    if prepared and options.tensors:
+        raise UserError(f"{options.path} is a data set, which has no parameters")
+    if prepared and not options.json:
+        from bertscale.data.inspect import inspect as show
+
+        show(options.path)
+        return 0
+    facts = describe(options.path)
+    rows = []
+    if options.tensors:
+        from bertscale.inspect.tensors import statistics, table_of
+
+        rows = list(statistics(options.path))
+    if options.json:
+        return _print([json.dumps({**facts, "tensors": rows} if rows else facts, indent=1)])
+
+    from bertscale.inspect.show import lines_of
+
+    return _print([*lines_of(facts), *(["", *table_of(rows)] if rows else [])])
+
+
+def diff(arguments: list[str]) -> int:
+    """bertscale diff A B [--json]"""
+    parser = make_parser(
+        "diff",
+        "Compares the parameters and the settings of two checkpoints, runs (the newest checkpoint of each) "
+        f"or models, of any topology. Exit code 0: equal; {DIFFERENT}: not; {MISTAKE}: one of them cannot "
+        "be read.",
+    )
+    for place in ("first", "second"):
+        parser.add_argument(place, metavar=place.upper(), type=Path, help="A run, a checkpoint or a model.")
+    parser.add_argument("--json", action="store_true", help="Print one value of JSON, for programs.")
+    options = parser.parse_args(arguments)
+
+    from bertscale.inspect.diff import diff as compare
+    from bertscale.inspect.diff import lines_of
+
+    found = compare(options.first, options.second)
+    _print([json.dumps(found, indent=1)] if options.json else lines_of(found))
+    return 0 if found["equal"] else DIFFERENT
+
+
+def _print(lines: list[str]) -> int:
+    """Prints the lines; returns the exit code, which is another one where nobody reads them."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:  # its reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     return 0
 
 
@@ -721,9 +784,10 @@ def ask(name: str, arguments: list[str]) -> int:
 BENCH_CONFIG = "configs/pretrain/quickstart.yaml"  # by default
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prep": ("raw text -> tokenizer and token shards", prep),
-    "inspect": ("what a prepared folder holds: counts, lengths, digests, samples", inspect),
+    "inspect": ("what a data set, run, checkpoint or model holds", inspect),
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
+    "diff": ("what differs between two checkpoints or models", diff),
     "average": ("several checkpoints or models of one shape -> one checkpoint", average),
     "finetune": ("encoder and labelled examples -> task model", finetune),
     "predict": ("task model and a file, or a text -> its predictions", predict),

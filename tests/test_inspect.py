@@ -102,7 +102,7 @@ def test_the_command(
     assert done.returncode == 0, done.stderr
     assert "train documents, lengths in tokens" in done.stdout
     assert cli.main(["inspect", "nothing-here"]) == 2
-    assert "there is no data folder nothing-here" in capsys.readouterr().err
+    assert "there is no folder nothing-here" in capsys.readouterr().err
     for former in (["--inspect", str(tiny_data)], ["config.yaml", f"--inspect={tiny_data}"]):
         assert cli.main(["prep", *former]) == 2
         assert capsys.readouterr().err == (

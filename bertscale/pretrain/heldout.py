@@ -28,6 +28,7 @@ from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import heldout_brief
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks
+from bertscale.train.stop import StopSignal, heed
 
 AVERAGE = "heldout_average"  # begins the names of figures with the average of the weights
 PERPLEXITIES = {"mlm_loss": "masked_perplexity", "clm_loss": "perplexity"}
@@ -76,16 +77,21 @@ def heldout_loaders(
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine[PretrainConfig], loaders: dict[str, Loader], samples: int, done: int
+    engine: Engine[PretrainConfig],
+    loaders: dict[str, Loader],
+    samples: int,
+    done: int,
+    stop: StopSignal | None = None,
 ) -> dict[str, float]:
     """Mean losses and accuracies of held-out documents, always over the same samples and masks.
 
     Where the run keeps an average of its weights, its figures are there too, as `heldout_average/...`.
+    Raises CutShortError after a signal: what is there of the time before a limit is for saving.
     """
-    figures = _evaluate_sets(engine, loaders, samples, done)
+    figures = _evaluate_sets(engine, loaders, samples, done, stop)
     if engine.config.train.average:
         with engine.averaged():
-            again = _evaluate_sets(engine, loaders, samples, done)
+            again = _evaluate_sets(engine, loaders, samples, done, stop)
         figures |= {key.replace("heldout", AVERAGE, 1): value for key, value in again.items()}
     return figures
 
@@ -101,17 +107,23 @@ def in_words(figures: dict[str, float]) -> str:
 
 
 def _evaluate_sets(
-    engine: Engine[PretrainConfig], loaders: dict[str, Loader], samples: int, done: int
+    engine: Engine[PretrainConfig],
+    loaders: dict[str, Loader],
+    samples: int,
+    done: int,
+    stop: StopSignal | None,
 ) -> dict[str, float]:
     engine.model.eval()
     figures: dict[str, float] = {}
-    for prefix, loader in loaders.items():
-        found = _evaluate(engine, prefix, loader, samples, done)
-        for loss, name in PERPLEXITIES.items():
-            if prefix != "heldout" and f"{prefix}/{loss}" in found:
-                found[f"{prefix}/{name}"] = perplexity(found[f"{prefix}/{loss}"])
-        figures |= found
-    engine.model.train()
+    try:
+        for prefix, loader in loaders.items():
+            found = _evaluate(engine, prefix, loader, samples, done, stop)
+            for loss, name in PERPLEXITIES.items():
+                if prefix != "heldout" and f"{prefix}/{loss}" in found:
+                    found[f"{prefix}/{name}"] = perplexity(found[f"{prefix}/{loss}"])
+            figures |= found
+    finally:
+        engine.model.train()
     return figures
 
 
@@ -125,7 +137,12 @@ def perplexity(loss: float) -> float:
 
 
 def _evaluate(
-    engine: Engine[PretrainConfig], prefix: str, loader: Loader, samples: int, done: int
+    engine: Engine[PretrainConfig],
+    prefix: str,
+    loader: Loader,
+    samples: int,
+    done: int,
+    stop: StopSignal | None,
 ) -> dict[str, float]:
     """The figures of one held-out set, in evaluation mode."""
     ranks = engine.ranks
@@ -133,6 +150,7 @@ def _evaluate(
     predicted = tokens = 0
     steps = max(1, samples // loader.global_batch)
     for step in range(steps):
+        heed(stop, ranks)
         for batch in loader.step(step):
             totals += torch.stack(engine(batch.to(ranks.device)))
             predicted += batch.num_targets

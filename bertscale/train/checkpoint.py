@@ -42,7 +42,7 @@ from bertscale.files import (
 )
 from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_step, checkpoints
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
-from bertscale.train.checkpoint_table import AVERAGE, DIGEST, FORMAT, STATES, read_table
+from bertscale.train.checkpoint_table import AVERAGE, DIGEST, FORMAT, STATES, check_files, read_table
 from bertscale.train.parallel import Ranks
 
 
@@ -308,12 +308,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"the run {folder} has no finished checkpoint yet")
         return open_checkpoint(finished[-1])
     table = read_table(folder)
-    for file in table["files"]:
-        path = folder / file["name"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != file["bytes"]:
-            state = "missing" if size is None else f"{size:,} bytes instead of {file['bytes']:,}"
-            raise UserError(f"the checkpoint file {path} is damaged: {state}; use another checkpoint")
+    check_files(folder, table)
     return Checkpoint(folder, table)
 
 
