@@ -288,10 +288,10 @@ def _all_spills(path: Path, plan: str) -> list[Spill]:
 def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
     """Judges the first pass, makes the second one, and writes the manifest."""
     records = [read_json(unit.record) for unit in plan.units]
-    sums = {key: Counter[str]() for key in ("counters", "bad", "dropped", "letters")}
+    sums = {key: Counter[str]() for key in ("counters", "bad", "dropped", "letters", "changes")}
     for record in records:
         for key, counter in sums.items():
-            counter.update(record[key])
+            counter.update(record.get(key, {}))
     _judge(plan, sums, [record["places"] for record in records])
     plan.check_input()
     spills: dict[str, list[Spill]] = {split: [] for split in SPLITS}
@@ -304,7 +304,7 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
     shard_records = _shuffle(pool, plan, spills, tokenizer)
     if duplicates := sum(record["duplicates"] for record in shard_records):
         sums["dropped"]["duplicate"] += duplicates
-    for line in _dropped(sums):
+    for line in (*_dropped(sums), *(f"{count:,} {what}" for what, count in sorted(sums["changes"].items()))):
         print(f"prep: {line}")
     plan.check_input()
     shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
@@ -360,6 +360,7 @@ def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]
         "bad": dict(sorted(sums["bad"].items())),
         "dropped": dict(sorted(sums["dropped"].items())),
         "letters": dict(sorted(sums["letters"].items())),
+        **({"changes": dict(sorted(sums["changes"].items()))} if sums["changes"] else {}),
     }
 
 

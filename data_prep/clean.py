@@ -1,15 +1,17 @@
 """A document's text -> the text that is kept, one line for each paragraph, or the reason why it is dropped.
 
-    text, reason = clean("Two   words.\\r\\n\\r\\nNext paragraph.", config)
+    text, reason = clean("Two   words.\\r\\n\\r\\nNext paragraph.", config, Counter())
 
 Newlines, Unicode form, control characters and white space are made one; then the document is dropped if it is
-too short, too long, has too few letters (`min_letters`) or is mostly in scripts not wanted (`scripts`).
+too short, too long, has too few letters (`min_letters`), is mostly in scripts not wanted (`scripts`), or
+breaks a rule of `quality`. Personal data is masked last (`mask`).
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
@@ -20,6 +22,7 @@ import xxhash
 
 from bertscale.config import PrepConfig
 from bertscale.tokenizer import normalize
+from data_prep.filters import personal, quality
 from data_prep.plan import Unit
 from data_prep.readers.records import Cut, Record
 
@@ -60,25 +63,33 @@ SCRIPTS: dict[str, list[tuple[int, int]]] = {
 _OTHER = 1  # a letter of another script; 2 and more are SCRIPTS, 0 is no letter
 
 
-def clean_records(unit: Unit) -> Iterator[tuple[Record, str, str, bool]]:
+def clean_records(unit: Unit, changes: Counter[str]) -> Iterator[tuple[Record, str, str, bool]]:
     """Yields (record, its clean text, or "" and the reason why it is left out, whether it is for validation).
 
-    All parts of a document are for training, or all for validation: what a Cut continues decides. The same
-    text is always on the same side, wherever it stands.
+    What was changed in them is counted in `changes`. All parts of a document are for training, or all for
+    validation: what a Cut continues decides. The same text is always on the same side, wherever it stands.
     """
     held_out = False
     for record in unit.records():
-        text, reason = clean(record, unit.config) if isinstance(record, str) else ("", record.reason)
+        text, reason = clean(record, unit.config, changes) if isinstance(record, str) else ("", record.reason)
         if not isinstance(record, Cut):
             held_out = xxhash.xxh3_64_intdigest(text.encode()) < unit.config.validation_fraction * 2**64
         yield record, text, reason, held_out
 
 
-def clean(text: str, config: PrepConfig) -> tuple[str, str]:
-    """Returns (the text that is kept, "") or ("", reason)."""
+def clean(text: str, config: PrepConfig, changes: Counter[str]) -> tuple[str, str]:
+    """Returns (the text that is kept, "") or ("", reason); counts lines that are left out, and marks."""
+    cleaned, reason = cleaned_text(text, config, changes)
+    if reason := reason or why_drop(cleaned, config) or quality.why_drop(cleaned, config.quality):
+        return "", reason
+    return (personal.mask(cleaned, config.mask, changes) if config.mask else cleaned), ""
+
+
+def cleaned_text(text: str, config: PrepConfig, changes: Counter[str]) -> tuple[str, str]:
+    """The text in one form with the lines that are kept, before it is judged, or "" and the reason."""
     cleaned = one_form(split_paragraphs(newlines(text)), "NFKC" if config.normalization == "nfkc" else "NFC")
-    reason = why_drop(cleaned, config)
-    return ("", reason) if reason else (cleaned, "")
+    kept = quality.keep_lines(cleaned, config.quality, changes)
+    return (kept, "") if kept or not cleaned else ("", "no line of it is left")
 
 
 def newlines(text: str) -> str:

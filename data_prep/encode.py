@@ -69,7 +69,7 @@ def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map)
         tokenizer = load_once(tokenizer_path, unit.plan)
     finally:
         unit.check_plan()  # the better reason where the tokenizer is gone
-    tally = {name: Counter[str]() for name in ("counters", "bad", "dropped", "letters")}
+    tally = {name: Counter[str]() for name in ("counters", "bad", "dropped", "letters", "changes")}
     by_source, places = Tally(unit.config.seed, unit.number), dict[str, list[str]]()
     writer = _Writer(unit, tokenizer)
     with whole_file(unit.bad_records) as quarantine:
@@ -108,7 +108,7 @@ def _batches(
 ) -> Iterator[Batch]:
     """Yields the documents that are kept; counts them all, and writes bad records to `quarantine`."""
     batch, characters = Batch([], [], []), 0
-    for number, (source, (record, text, reason, held_out)) in enumerate(_records(unit)):
+    for number, (source, (record, text, reason, held_out)) in enumerate(_records(unit, tally["changes"])):
         tally["counters"]["records"] += 1
         if isinstance(record, Bad):
             by_source.bad(source, record.reason)
@@ -137,11 +137,11 @@ def _batches(
         yield batch
 
 
-def _records(unit: Unit) -> Iterator[tuple[str, tuple[Record, str, str, bool]]]:
+def _records(unit: Unit, changes: Counter[str]) -> Iterator[tuple[str, tuple[Record, str, str, bool]]]:
     """The cleaned records of the unit, each with its source."""
     for part in unit.parts:
         source = source_of(part.name, tuple(unit.config.input))
-        for record in clean_records(replace(unit, parts=[part])):
+        for record in clean_records(replace(unit, parts=[part]), changes):
             yield source, record
 
 

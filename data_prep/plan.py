@@ -40,7 +40,8 @@ LOCK_NAME = "lock"
 DIGESTS_NAME = "inputs.json"  # the digest of each input file, and the size and time that it had then
 REPLACEMENT = ".replacement"  # in the output folder: the data set that will take its place
 DIFFERENCES_SHOWN = 8
-LATER_KEYS = ("csv",)  # settings that earlier versions did not have: where they are the default, none is kept
+# Settings that earlier versions did not have: where they are the default, none is kept.
+LATER_KEYS = ("csv", "quality", "mask")
 FILES_LOOKED_AT = 1000  # for another encoding
 DIGEST_THREADS = 8
 SAID_FROM = 2**30  # bytes of input whose digests take so long that a line says so

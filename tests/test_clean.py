@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import pytest
@@ -19,13 +20,13 @@ def config(**values: Any) -> PrepConfig:
 
 
 def kept(text: str, **values: Any) -> str:
-    result, reason = clean(text, config(**values))
+    result, reason = clean(text, config(**values), Counter())
     assert not reason
     return result
 
 
 def reason(text: str, **values: Any) -> str:
-    return clean(text, config(**values))[1]
+    return clean(text, config(**values), Counter())[1]
 
 
 # Characters that clean treats in different ways, among many others.
@@ -49,7 +50,7 @@ def test_one_form_is_normalize_of_each_paragraph(paragraphs: list[str], form: Li
 @given(TEXTS)
 def test_clean_text_stays_as_it_is(text: str) -> None:
     for form in ("nfc", "nfkc"):
-        once, why = clean(text, config(normalization=form))
+        once, why = clean(text, config(normalization=form), Counter())
         assert bool(once) != bool(why)
         assert "\n\n" not in once
         assert "  " not in once

@@ -51,6 +51,7 @@ class _Counters(Table):
     bad: dict[str, Count] = Field(default_factory=dict)
     dropped: dict[str, Count] = Field(default_factory=dict)
     letters: dict[str, Count] = Field(default_factory=dict)
+    changes: dict[str, Count] = Field(default_factory=dict)
 
 
 class _Settings(Table):
