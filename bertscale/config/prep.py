@@ -193,6 +193,13 @@ class PrepConfig(Section):
         [], description="Personal data that a mark takes the place of: mail, phone and ip addresses."
     )
     deduplicate: bool = Field(True, description="Keep only one of the documents with the same text.")
+    near_duplicates: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Of documents that are as similar (Jaccard similarity of five words in a row), such as "
+        "0.8, only the first is kept; by default they are not compared.",
+    )
     tokenizer: str | None = Field(
         None,
         description="An existing SentencePiece model, the vocab.txt of a WordPiece tokenizer, or a "
