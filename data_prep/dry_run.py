@@ -33,7 +33,7 @@ def dry_run(config: PrepConfig, count: int) -> None:
         if not isinstance(record, str):
             first[f"{'bad' if isinstance(record, Bad) else 'dropped'}: {record.reason}"] += 1
             continue
-        text, reason = cleaned_text(record, config, changes)
+        text, reason, _ = cleaned_text(record, config, changes)
         reason = reason or why_drop(text, config) or quality.why_drop(text, config.quality)
         if reason:
             first[f"dropped: {reason}"] += 1

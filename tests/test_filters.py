@@ -31,7 +31,7 @@ def config(**values: Any) -> PrepConfig:
 def cleaned(text: str, **values: Any) -> tuple[str, str, dict[str, int]]:
     changes = Counter[str]()
     # Every line is a paragraph, whatever it looks like.
-    return *clean(text.replace("\n", "\n\n"), config(**values), changes), dict(changes)
+    return *clean(text.replace("\n", "\n\n"), config(**values), changes)[:2], dict(changes)
 
 
 # A document that breaks a rule at its published value, and no other one before it in the table.
