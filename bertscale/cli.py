@@ -77,6 +77,13 @@ def prep(arguments: list[str]) -> int:
     if options.verify:
         verify_digests(config.output)
         return 0
+    if options.dry_run is not None:
+        from data_prep.dry_run import dry_run
+
+        if options.dry_run < 1:
+            parser.error(f"--dry-run must be 1 or more, not {options.dry_run}")
+        dry_run(config, options.dry_run)
+        return 0
     if options.task_count is not None and options.task_count < 1:
         parser.error(f"--task-count must be 1 or more, not {options.task_count}")
 
@@ -113,6 +120,12 @@ def _prep_parser() -> argparse.ArgumentParser:
         "--verify",
         action="store_true",
         help="Only compare the files of an existing output with the sizes and digests in its manifest.",
+    )
+    part.add_argument(
+        "--dry-run",
+        metavar="N",
+        type=int,
+        help="Only show what the rules that drop and change text would do to N documents; write nothing.",
     )
     part.add_argument(
         "--tokenizer-only", action="store_true", help="Stop when the plan and the tokenizer are written."
