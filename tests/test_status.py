@@ -471,6 +471,35 @@ def test_each_source_in_its_turn(
     assert ask_status(capsys, "18")[0]["run"] == str(job.parent)
 
 
+@pytest.mark.parametrize(("state", "word"), [("DOWN+NOT_RESPONDING", "lost"), ("ALLOCATED", "running")])
+def test_a_job_that_runs_without_its_first_node_is_lost(
+    state: str,
+    word: str,
+    here: Path,
+    slurm_says: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """A job with spares outlives its first node, and with it the supervisor; nobody is there to save."""
+    job = make_job(here / "runs/base", spares=1)
+    write_events(job, {"event": "queued", "job": "18"})
+    os.environ["PATH"] += ":/bin:/usr/bin"
+    slurm_says(
+        squeue=f"18|RUNNING|3|node[1-3]|2026-11-22T04:51:35|N/A|(null)|None|bertscale {job}\n",
+        scontrol=f"JobId=18 JobState=RUNNING BatchHost=node1\nNodeName=node1 State={state}\n",
+    )
+    scancel = tmp_path / "commands/scancel"
+    scancel.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    scancel.chmod(0o755)
+    slurm.nodes.cache_clear()
+    [report] = ask_status(capsys, "runs/base")
+    assert report["state"] == word
+    assert (report["next"] == "scontrol requeue 18") == (word == "lost")
+    assert status.main("cancel", ["runs/base"]) == 0
+    assert (tmp_path / "asked").read_text() == ("18\n" if word == "lost" else "--batch --signal=USR1 18\n")
+    slurm.nodes.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("start", "checkpoints", "newest", "expected"),
     [
