@@ -21,7 +21,6 @@ from bertscale.run_folder import CANCELLED, EVENTS, JOB_SPEC, Events, newest_ste
 from launcher import slurm
 from launcher.enqueue import queue
 from launcher.job import TRAINING, JobSpec
-from launcher.nodes.check import node_states
 
 LOOK_SECONDS = 10.0  # between two looks at the node
 RETRY_SECONDS = 5.0  # between two questions to a controller that does not answer
@@ -35,7 +34,8 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # they are for the ranks
         signal.signal(number, signal.SIG_IGN)
     folder, job, host = Path(arguments[0]), arguments[1], arguments[2]
-    while not node_states([host]).get(host, "").startswith("down"):
+    print(f"guards job {job}, whose supervisor is on {host}", flush=True)
+    while not slurm.is_down(host):
         time.sleep(LOOK_SECONDS)
     if (folder / CANCELLED).exists():
         insist("scancel", job)

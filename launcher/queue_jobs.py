@@ -126,8 +126,7 @@ def lost_host(job: QueueJob) -> str:
     """The first node of a job that runs on without it (sbatch --no-kill), and so without its supervisor;
     empty where that node is not down. Raises UserError when Slurm does not answer."""
     host = (slurm.show_job(job.id) or {}).get("BatchHost", "") if job.state == "RUNNING" else ""
-    states = [node.get("State", "") for node in slurm.nodes(host)]
-    return host if any(state.startswith("DOWN") for state in states) else ""
+    return host if host and slurm.is_down(host) else ""
 
 
 # ----------------------------------------------------------------------------------------- reading

@@ -491,13 +491,11 @@ def test_a_job_that_runs_without_its_first_node_is_lost(
     scancel = tmp_path / "commands/scancel"
     scancel.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
     scancel.chmod(0o755)
-    slurm.nodes.cache_clear()
     [report] = ask_status(capsys, "runs/base")
     assert report["state"] == word
     assert (report["next"] == "scontrol requeue 18") == (word == "lost")
     assert status.main("cancel", ["runs/base"]) == 0
     assert (tmp_path / "asked").read_text() == ("18\n" if word == "lost" else "--batch --signal=USR1 18\n")
-    slurm.nodes.cache_clear()
 
 
 @pytest.mark.parametrize(

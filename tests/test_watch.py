@@ -476,15 +476,16 @@ def test_what_the_guard_does(
     make_job(tmp_path / "job", spares=1)
     if cancelled:
         (tmp_path / "job/cancelled").touch()
-    looks = iter(["mixed", "mixed*", "", "down*"])
+    looks = iter(["MIXED", "MIXED+NOT_RESPONDING", "", "DOWN+COMPLETING+NOT_RESPONDING"])
     asked: list[str] = []
 
     def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
+        if command[:3] == ("scontrol", "show", "node"):
+            return subprocess.CompletedProcess(command, 0, f"NodeName=n1 State={next(looks)}\n", "")
         asked.append(" ".join(command).replace(str(tmp_path), ""))
         code = refused if command[1] == "requeue" else 0
         return subprocess.CompletedProcess(command, code, "9\n", "")
 
-    monkeypatch.setattr(guard, "node_states", lambda nodes: {nodes[0]: next(looks)})
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(slurm, "ask", ask)
     assert guard.main([str(tmp_path / "job"), "7", "n1"]) == 0
@@ -933,6 +934,7 @@ def test_the_death_of_the_first_node_is_noticed_on_another_one(cluster: Cluster)
     run.submit()
     run.ready(1)
     first = facts(run.events, "started")["nodes"][0]
+    run.until(lambda: "guards job" in (run.folder / "logs/guard.log").read_text())
     cluster.fault("crash", first)
     run.until(lambda: "requeued" in run.happened())
     assert facts(run.events, "requeued")["reason"] == f"{first} is down, on which its supervisor was"
