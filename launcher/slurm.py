@@ -126,8 +126,8 @@ def _record(line: str) -> dict[str, str]:
 
 
 def gpus_of(gres: str) -> int:
-    """The number of GPUs in Slurm's Gres: `gpu:h100:8(S:0-1),nvme:1` -> 8."""
-    return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres))
+    """The number of GPUs in Slurm's Gres: `gpu:h100:8(S:0-1),nvme:1` -> 8, `gpu:a100:no_consume:4` -> 4."""
+    return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)*(\d+)", gres))
 
 
 def minutes_of(time: str) -> float | None:
