@@ -16,13 +16,14 @@ from bertscale.config import PretrainConfig, with_model_of
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
 from bertscale.data.loader import Loader
+from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
 from bertscale.pretrain.fills import Sentence, encode_sentences, fill, show_fills
-from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words
+from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words, unmasked_samples
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from
 from bertscale.pretrain.tasks import Begin, Tasks, check_encoder
 from bertscale.progress import Progress, TimeBudget, fold
@@ -79,6 +80,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = heldout_loaders(config, tokenizer, data, ranks)
+    unmasked = unmasked_samples(config, tokenizer, data, heldout, ranks)
     sentences = encode_sentences(config, tokenizer)
     schedule = TrainingSchedule(config, loader.mixture.batches)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
@@ -124,7 +126,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     tasks = Tasks(config, ranks, begin, writer)
     last = False  # whether this step is the last of the budget; all ranks must find the same
     cut = False  # whether a signal has cut an evaluation short, likewise
-    see = partial(look, engine, heldout, stop, sentences, tokenizer, writer)
+    see = partial(look, engine, heldout, unmasked, stop, sentences, tokenizer, writer)
     finish = partial(write_result, engine, rate, precision, peak)
     if checkpoint is not None and UNEVALUATED in checkpoint.table:
         try:
@@ -232,6 +234,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
 def look(
     engine: Engine[PretrainConfig],
     heldout: dict[str, Loader],
+    unmasked: dict[str, MicroBatch],
     stop: StopSignal,
     sentences: list[Sentence],
     tokenizer: Tokenizer,
@@ -239,7 +242,7 @@ def look(
     step: int,
 ) -> str:
     """Evaluates the weights after `step`; the line with the figures. Raises CutShortError after a signal."""
-    figures = evaluate(engine, heldout, engine.config.train.eval_samples, step, stop)
+    figures = evaluate(engine, heldout, unmasked, engine.config.train.eval_samples, step, stop)
     if writer:
         writer.write(step, figures)
     if sentences:
