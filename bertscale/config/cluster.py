@@ -75,8 +75,10 @@ class ClusterConfig(Section):
         for name, value in environment.items():
             if isinstance(value, bool):
                 raise ValueError(f"{name} is written as yes, no, true or false: put the value in quotes")
-        number = lambda value: isinstance(value, int | float)  # noqa: E731
-        return {name: str(value) if number(value) else value for name, value in environment.items()}
+        return {
+            name: str(value) if isinstance(value, int | float) else value
+            for name, value in environment.items()
+        }
 
     @field_validator("environment")
     @classmethod
