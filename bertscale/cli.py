@@ -810,15 +810,26 @@ def quickstart(arguments: list[str]) -> int:
 def submit(arguments: list[str]) -> int:
     """bertscale submit STAGE ..."""
     from launcher.submit.command import main as submit_stage
+    from launcher.terminal import outlive_readers
 
+    outlive_readers()  # of a pipeline all is queued or nothing, whoever reads what is said of it
     return submit_stage(arguments)
 
 
 def ask(name: str, arguments: list[str]) -> int:
     """bertscale status [RUN], or logs, cancel or resume RUN"""
     from launcher.status.commands import main as answer
+    from launcher.terminal import outlive_readers
 
-    return answer(name, arguments)
+    if name in ("cancel", "resume"):
+        outlive_readers()
+    try:
+        code = answer(name, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
 
 
 BENCH_CONFIG = "configs/pretrain/quickstart.yaml"  # by default

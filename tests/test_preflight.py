@@ -828,8 +828,15 @@ def test_sizes_and_gpus_as_slurm_writes_them() -> None:
     assert slurm.bytes_of("480000") == 480_000 * 2**20
     assert slurm.bytes_of("0") == 0
     assert slurm.bytes_of("all") is None
-    gpus = ["gpu:4", "gpu:h100:8(S:0-1)", "gpu:1g.10gb:7,nvme:2", "gpu:a:2,gpu:b:3", "(null)"]
-    assert [slurm.gpus_of(text) for text in gpus] == [4, 8, 7, 5, 0]
+    gpus = [
+        "gpu:4",
+        "gpu:h100:8(S:0-1)",
+        "gpu:1g.10gb:7,nvme:2",
+        "gpu:a:2,gpu:b:3",
+        "(null)",
+        "gpu:a100:no_consume:4",
+    ]
+    assert [slurm.gpus_of(text) for text in gpus] == [4, 8, 7, 5, 0, 4]
 
 
 def test_a_refusal_is_one_line() -> None:
