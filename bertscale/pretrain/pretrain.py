@@ -15,25 +15,24 @@ import yaml
 from bertscale.config import PretrainConfig, with_model_of
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
-from bertscale.data.loader import Loader
-from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
-from bertscale.files import write_bytes, write_json
+from bertscale.files import write_bytes
 from bertscale.pretrain.banner import banner, epochs
-from bertscale.pretrain.fills import Sentence, encode_sentences, fill, show_fills
-from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words, unmasked_samples
+from bertscale.pretrain.figures import look, write_result
+from bertscale.pretrain.fills import encode_sentences
+from bertscale.pretrain.heldout import heldout_loaders, unmasked_samples
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from
 from bertscale.pretrain.tasks import Begin, Tasks, check_encoder
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, FILLS, RESULT, check_run_folder, checkpoint_folder
-from bertscale.tokenizer import Tokenizer, load_tokenizer
+from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
 from bertscale.train.engine import Engine, pretraining_engine
 from bertscale.train.heartbeat import beat
-from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief, result
+from bertscale.train.metrics import LossAccumulator, MetricsWriter, Rate, brief
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.train.resume import changed_settings, check_same_run, newest_sound, remove_leftovers
@@ -127,13 +126,11 @@ def train(
         (run / RESULT).unlink(missing_ok=True)  # of a shorter budget
     for line in banner(config, data, loader, ranks, precision, reason, peak, start, schedule):
         ranks.say(fold(line))
-    for line in changed_settings(checkpoint, config) if checkpoint else ():
-        ranks.say(fold(line))
-    for line in origin.lines:
+    for line in (*(changed_settings(checkpoint, config) if checkpoint else ()), *origin.lines):
         ranks.say(fold(line))
     tasks = Tasks(config, ranks, begin, writer, leave=leave)
-    last = False  # whether this step is the last of the budget; all ranks must find the same
-    cut = False  # whether a signal has cut an evaluation short, likewise
+    # Whether a step is the last of the budget, a signal has cut an evaluation: all ranks must find the same.
+    last = cut = False
     see = partial(look, engine, heldout, unmasked, stop, sentences, tokenizer, writer)
     finish = partial(write_result, engine, rate, precision, peak)
     if checkpoint is not None and UNEVALUATED in checkpoint.table:
@@ -237,35 +234,6 @@ def train(
 
 
 # ---------------------------------------------------------------------------------------- its parts
-
-
-def look(
-    engine: Engine[PretrainConfig],
-    heldout: dict[str, Loader],
-    unmasked: dict[str, MicroBatch],
-    stop: StopSignal,
-    sentences: list[Sentence],
-    tokenizer: Tokenizer,
-    writer: MetricsWriter | None,
-    step: int,
-) -> str:
-    """Evaluates the weights after `step`; the line with the figures. Raises CutShortError after a signal."""
-    figures = evaluate(engine, heldout, unmasked, engine.config.train.eval_samples, step, stop)
-    if writer:
-        writer.write(step, figures)
-    if sentences:
-        fills = fill(engine, sentences, tokenizer)
-        if writer:
-            show_fills(writer, Path(engine.config.run), step, sentences, fills)
-    return f"step {step}: {in_words(figures)}"
-
-
-def write_result(engine: Engine[PretrainConfig], rate: Rate, precision: str, peak: float) -> None:
-    """Writes what the run comes to, by the first rank."""
-    if engine.ranks.rank == 0:
-        run = Path(engine.config.run)
-        size = {"parameters": engine.num_parameters(), "precision": precision}
-        write_json(run / RESULT, {**result(run), **rate.overall(), **size, "peak_flops": peak})
 
 
 def save(
