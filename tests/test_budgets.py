@@ -73,12 +73,12 @@ def runs(tiny_data: Path, folder: Path) -> dict[str, Any]:
     tokens = {"steps": None, "tokens": 1000}
     hours = {"steps": None, "hours": 4 / 3600, "save_every": 1000, "eval_every": 1000}
     plan = [
-        ["growing", GROWING, 99, 0, "adamw"],
+        ["growing", GROWING, 10**6, 0, "adamw"],
         ["stopped", GROWING, 3, 0, "adamw"],
-        ["stopped", GROWING, 99, 0, "adamw"],
-        ["stopped", {**GROWING, "batch_warmup": [[100, 2]]}, 99, 0, "adamw"],
-        ["tokens", tokens, 99, 1, "adamw"],
-        ["tokens", tokens, 99, 1, "adamw"],
+        ["stopped", GROWING, 10**6, 0, "adamw"],
+        ["stopped", {**GROWING, "batch_warmup": [[100, 2]]}, 10**6, 0, "adamw"],
+        ["tokens", tokens, 10**6, 1, "adamw"],
+        ["tokens", tokens, 10**6, 1, "adamw"],
         ["hours", hours, 2, 1, "adamw"],
         ["hours", hours, 10**9, 1, "adamw"],
         ["hours", hours, 10**9, 1, "adamw"],
@@ -92,7 +92,8 @@ def runs(tiny_data: Path, folder: Path) -> dict[str, Any]:
         f"{name}-{number}": result
         for number, ((name, *_), result) in enumerate(zip(plan, results, strict=True))
     }
-    two = run_ranks(__file__, "train_each", world=2, runs=[["two", GROWING, 99, 2, "adamw"]], **arguments)[0]
+    alone = [["two", GROWING, 10**6, 2, "adamw"]]
+    two = run_ranks(__file__, "train_each", world=2, runs=alone, **arguments)[0]
     return {**found, "two": two[0]}
 
 
