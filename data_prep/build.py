@@ -336,7 +336,7 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
     plan.check_input()
     shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
     plan.remove_all_but({shard.name for shard in shards})
-    counters = _counters(sums, shard_records)
+    counters = _counters(sums, shard_records) | {"files": plan.files_by_kind()}
     _report(plan, records, shards, {"counters": counters, "vocab_size": tokenizer.vocab_size})
     manifest = write_manifest(
         plan.output,

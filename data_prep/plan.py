@@ -10,12 +10,14 @@ writes while others start over is never taken for a part of the new one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -188,7 +190,8 @@ class Plan:
     def __init__(self, config: PrepConfig) -> None:
         self.final = Path(config.output)
         self._work_in(self.final, config)
-        self.files: list[InputFile] = find_files(config.input)
+        self.unread = Counter[str]()  # files of the input, by what they are
+        self.files: list[InputFile] = find_files(config.input, config.text_field, self.unread)
         settings = PrepConfig.model_validate(config.model_dump())  # a default of 0 is 0.0, as if it was given
         given = load_tokenizer(config.tokenizer, config.lowercase).sha256 if config.tokenizer else None
         self.content: dict[str, Any] = {
@@ -246,7 +249,9 @@ class Plan:
         inner = self.final / WORK_FOLDER
         try:
             inner.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise UserError(f"output: cannot make the folder {self.final}: {error.strerror}") from error
         with ExitStack() as stack:
             try:
@@ -293,6 +298,7 @@ class Plan:
             (self.output / name).resolve() for name in ("", *TOKENIZER_NAMES)
         ]:
             raise UserError(f"tokenizer: {given} is prep's own output; copy it to another place first")
+        print(f"prep: {self._said_of_files()}", flush=True)
         if (self.final / REPLACEMENT / MANIFEST_NAME).is_file():
             take_place(self.final)  # what a kill left half-done
         old = _read_plan(self.output)
@@ -323,6 +329,20 @@ class Plan:
         else:
             self._start(old)
         self._write_digests()
+
+    def files_by_kind(self) -> dict[str, dict[str, int]]:
+        """How many files of which kinds are read, and how many are not."""
+        read = Counter(file.kind for file in self.files)
+        return {"read": dict(sorted(read.items())), "not_read": dict(sorted(self.unread.items()))}
+
+    def _said_of_files(self) -> str:
+        counts = {key: sum(kinds.values()) for key, kinds in self.files_by_kind().items()}
+        shown = {
+            key: ", ".join(f"{number:,} {kind}" for kind, number in kinds.items())
+            for key, kinds in self.files_by_kind().items()
+        }
+        read = f"reading {counts['read']:,} files ({shown['read']})"
+        return read if not counts["not_read"] else f"{read}, not {counts['not_read']:,} ({shown['not_read']})"
 
     def _is_work_done(self, old: dict[str, Any]) -> bool:
         """Whether there is more in the output folder than `old`, its plan, and a copied tokenizer."""
@@ -398,7 +418,7 @@ class Plan:
 
     def check_input(self) -> None:
         """Raises UserError if an input file is not what it was when this plan was made."""
-        now = [file.name for file in find_files(self.config.input)]
+        now = [file.name for file in find_files(self.config.input, self.config.text_field)]
         if now != [file.name for file in self.files] or not all(map(_is_unchanged, self.files)):
             raise UserError(f"input: a file changed while it was read; {_SAME_AGAIN}")
 
