@@ -24,7 +24,7 @@ import xxhash
 
 from bertscale.config import PrepConfig
 from bertscale.tokenizer import normalize
-from data_prep.filters import personal, quality
+from data_prep.filters import overlap, personal, quality
 from data_prep.plan import Unit
 from data_prep.readers.records import Cut, Record
 
@@ -97,6 +97,9 @@ def clean(text: str, config: PrepConfig, changes: Counter[str]) -> tuple[str, st
     cleaned, reason, joined = cleaned_text(text, config, changes)
     if reason := reason or why_drop(cleaned, config) or quality.why_drop(cleaned, config.quality):
         return "", reason, 0
+    files = tuple(config.decontaminate)
+    if files and overlap.overlaps(cleaned, files, config.decontaminate_words, config.is_spaced):
+        return "", "overlap with a file of decontaminate", 0
     return (personal.mask(cleaned, config.mask, changes) if config.mask else cleaned), "", joined
 
 

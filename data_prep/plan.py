@@ -44,7 +44,7 @@ DIGESTS_NAME = "inputs.json"  # the digest of each input file, and the size and 
 REPLACEMENT = ".replacement"  # in the output folder: the data set that will take its place
 DIFFERENCES_SHOWN = 8
 # Settings that earlier versions did not have: where they are the default, none is kept.
-LATER_KEYS = ("csv", "wrapped", "quality", "mask", "near_duplicates")
+LATER_KEYS = ("csv", "wrapped", "quality", "mask", "near_duplicates", "decontaminate", "decontaminate_words")
 FILES_LOOKED_AT = 1000  # for another encoding
 DIGEST_THREADS = 8
 SAID_FROM = 2**30  # bytes of input whose digests take so long that a line says so
@@ -582,11 +582,21 @@ def _that_matter(settings: PrepConfig) -> dict[str, Any]:
     for key in LATER_KEYS:
         if getattr(settings, key) == type(settings).model_fields[key].default:
             del values[key]
+    if settings.decontaminate:
+        values["decontaminate"] = list(map(_evaluation_digest, settings.decontaminate))
     if not settings.is_spaced:
         values["train_tokenizer"]["space_before_text"] = False
     if values.pop("words"):
         values["words"] = segmenter_version()
     return values
+
+
+def _evaluation_digest(name: str) -> str:
+    """The digest of a file, whatever its name. Raises UserError."""
+    try:
+        return file_digest(name)
+    except OSError as error:
+        raise UserError(f"decontaminate: cannot read {name}: {error.strerror}") from error
 
 
 def no_tokenizer(output: Path) -> str:

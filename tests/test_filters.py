@@ -15,6 +15,7 @@ from bertscale.config import PrepConfig, UserError, check_config
 from data_prep.clean import clean
 from data_prep.filters.personal import MARKS, mask
 from data_prep.filters.quality import PUBLISHED, Looks, breaks, why_drop
+from data_prep.plan import Plan
 
 GOOD = (
     "The river runs to the sea, and the boats that lie there have a long way home. "
@@ -129,6 +130,45 @@ def test_a_dry_run_shows_each_rule_and_writes_nothing(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "config.yaml"]
     assert main(["prep", str(path), *arguments[:-1], "4"]) == 0
     assert "of 4 documents" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ decontamination
+
+
+def test_documents_of_the_evaluation_are_dropped(tmp_path: Path) -> None:
+    question = "Which of the old boats that lie in the harbour has the longest way home, and why?"
+    (tmp_path / "dev.jsonl").write_text(json.dumps({"id": 3, "more": [{"question": question}]}) + "\n\n")
+    (tmp_path / "test.tsv").write_text(f"1\t{GOOD.splitlines()[1]}\nshort one\n")
+    files = [str(tmp_path / name) for name in ("dev.jsonl", "test.tsv")]
+    reason = "overlap with a file of decontaminate"
+    quoted = "She asked: WHICH of the old boats, that lie in the harbour, has the longest way home? He wept."
+    assert cleaned(quoted, decontaminate=files)[1] == reason
+    assert cleaned(GOOD, decontaminate=files)[1] == reason
+    assert cleaned(GOOD, decontaminate=files[:1])[1] == ""
+    assert cleaned("A short one.", decontaminate=files)[1] == ""
+    assert cleaned("Which of the old boats lie in the harbour?", decontaminate=files)[1] == ""
+    assert cleaned("Which of the old boats", decontaminate=files, decontaminate_words=5)[1] == reason
+    chinese = "他走了很远的路，然后回家去看他的母亲，可是她已经不在那里了。"
+    (tmp_path / "zh.txt").write_text(chinese)
+    for text, why in ((f"有人说：{chinese}", reason), (chinese[:20], "")):
+        assert cleaned(text, language="zh", decontaminate=[str(tmp_path / "zh.txt")])[1] == why
+
+
+def test_another_content_is_another_setting(tmp_path: Path) -> None:
+    path, plans = tmp_path / "dev.txt", []
+    (tmp_path / "a.txt").write_text(GOOD)
+    for content in ("one", "two"):
+        path.write_text(content)
+        values = {
+            "input": [str(tmp_path / "a.txt")],
+            "output": str(tmp_path / "out"),
+            "decontaminate": [str(path)],
+        }
+        plans.append(Plan(PrepConfig.model_validate(values)).content["settings"]["decontaminate"])
+    assert plans[0] != plans[1]
+    path.unlink()
+    with pytest.raises(UserError, match=r"decontaminate: cannot read .*dev\.txt: No such file"):
+        Plan(PrepConfig.model_validate(values))
 
 
 # --------------------------------------------------------------------------------------- personal data

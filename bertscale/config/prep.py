@@ -198,6 +198,16 @@ class PrepConfig(Section):
         [], description="Personal data that a mark takes the place of: mail, phone and ip addresses."
     )
     deduplicate: bool = Field(True, description="Keep only one of the documents with the same text.")
+    decontaminate: list[str] = Field(
+        [],
+        description="Files of evaluation examples (.jsonl, .json, or text by lines): documents that have a "
+        "stretch of words in common with one are dropped.",
+    )
+    decontaminate_words: int = Field(
+        13,
+        ge=1,
+        description="Words of such a stretch; twice as many characters where there are no spaces.",
+    )
     near_duplicates: float | None = Field(
         None,
         gt=0,

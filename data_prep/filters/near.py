@@ -60,16 +60,8 @@ def row_type(hashes: int) -> np.dtype[Any]:
 
 def signature(text: str, spaced: bool, hashes: int) -> Hashes:
     """The smallest value of each hash function over the shingles of the text, uint32 [hashes]."""
-    if spaced:
-        parts = [xxhash.xxh3_64_intdigest(word.encode()) for word in text.lower().split()]
-        units = np.array(parts, np.uint64)
-    else:
-        characters = "".join(text.lower().split()).encode("utf-32-le")
-        units = _mix(np.frombuffer(characters, np.uint32).astype(np.uint64) + _BASE)
-    size = max(1, min(SHINGLE, len(units)))
-    shingles = np.zeros(max(len(units) - size + 1, 0), np.uint64)
-    for place in range(size):
-        shingles = shingles * _BASE + units[place : place + len(shingles)]
+    units = hashes_of(text.lower().split() if spaced else "".join(text.lower().split()))
+    shingles = shingles_of(units, max(1, min(SHINGLE, len(units))))
     factors, terms = _functions(hashes)
     smallest = np.full(hashes, 2**32 - 1, np.uint32)
     for begin in range(0, len(shingles), SHINGLES_AT_ONCE):
@@ -78,6 +70,21 @@ def signature(text: str, spaced: bool, hashes: int) -> Hashes:
         values += terms
         np.minimum(smallest, values.min(axis=0), out=smallest)
     return smallest
+
+
+def hashes_of(units: list[str] | str) -> npt.NDArray[np.uint64]:
+    """A hash of each word, or of each character of a string."""
+    if isinstance(units, str):
+        return _mix(np.frombuffer(units.encode("utf-32-le"), np.uint32).astype(np.uint64) + _BASE)
+    return np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in units], np.uint64)
+
+
+def shingles_of(units: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.uint64]:
+    """A hash of each `size` of them in a row."""
+    shingles = np.zeros(max(len(units) - size + 1, 0), np.uint64)
+    for place in range(size):
+        shingles = shingles * _BASE + units[place : place + len(shingles)]
+    return shingles
 
 
 @lru_cache
@@ -119,7 +126,8 @@ def near_duplicates(paths: Sequence[Path], similarity: float) -> npt.NDArray[np.
             similar = equal.mean(axis=1) >= similarity
             _join(first_of, some[similar].tolist(), others[similar].tolist())
         first_of = _flat(first_of)
-    return documents[first_of != np.arange(len(documents))]
+    later: npt.NDArray[np.uint64] = documents[first_of != np.arange(len(documents))]
+    return later
 
 
 def _meeting(parts: list[Hashes]) -> tuple[Indices, Indices]:
