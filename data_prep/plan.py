@@ -37,15 +37,14 @@ from data_prep.readers.records import Record, printable
 from data_prep.words import segmenter_version
 
 PLAN_VERSION = 3  # raise it when the same settings begin to give other bytes
+NEAR_NAME = "near-duplicates"  # numbers of documents, uint64
 QUARANTINE_NAME = "quarantine.jsonl"
 LOCK_NAME = "lock"
 DIGESTS_NAME = "inputs.json"  # the digest of each input file, and the size and time that it had then
 REPLACEMENT = ".replacement"  # in the output folder: the data set that will take its place
 DIFFERENCES_SHOWN = 8
-LATER_KEYS = (
-    "csv",
-    "wrapped",
-)  # settings that earlier versions did not have: where they are the default, none is kept
+# Settings that earlier versions did not have: where they are the default, none is kept.
+LATER_KEYS = ("csv", "wrapped", "quality", "mask", "near_duplicates")
 FILES_LOOKED_AT = 1000  # for another encoding
 DIGEST_THREADS = 8
 SAID_FROM = 2**30  # bytes of input whose digests take so long that a line says so
@@ -108,6 +107,10 @@ class Unit(Work):
     def bad_records(self) -> Path:
         return self.inner / f"unit-{self.number:05d}.bad.jsonl"
 
+    @property
+    def signatures(self) -> Path:
+        return self.inner / f"unit-{self.number:05d}.signatures"
+
     def spill(self, split: str, number: int) -> Path:
         return self.inner / f"unit-{self.number:05d}-{split}-{number:03d}.spill"
 
@@ -132,6 +135,8 @@ class Unit(Work):
             return False
         sizes = {spill["name"]: spill["bytes"] for spill in record["spills"]}
         sizes[self.bad_records.name] = record["quarantine_bytes"]
+        if self.config.near_duplicates:
+            sizes[self.signatures.name] = record["signature_bytes"]
         try:
             return all((self.inner / name).stat().st_size == size for name, size in sizes.items())
         except FileNotFoundError:
@@ -153,6 +158,10 @@ class ShardUnit(Work):
     @property
     def spills(self) -> Path:
         return self.inner / "spills.json"
+
+    @property
+    def near_duplicates(self) -> Path:
+        return self.inner / NEAR_NAME
 
     @property
     def record(self) -> Path:
@@ -437,7 +446,7 @@ class Plan:
 
     def remove_spills(self) -> None:
         """Removes the first pass's files, when the manifest says that nobody needs them any more."""
-        for pattern in ("unit-*.spill", "unit-*.bad.jsonl"):
+        for pattern in ("unit-*.spill", "unit-*.bad.jsonl", "unit-*.signatures", NEAR_NAME):
             for file in self.inner.glob(pattern):
                 file.unlink(missing_ok=True)
 

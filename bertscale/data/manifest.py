@@ -55,6 +55,7 @@ class _Counters(Table):
     dropped: dict[str, Count] = Field(default_factory=dict)
     letters: dict[str, Count] = Field(default_factory=dict)
     files: dict[str, dict[str, Count]] = Field(default_factory=dict)
+    changes: dict[str, Count] = Field(default_factory=dict)
 
 
 class _Settings(Table):
