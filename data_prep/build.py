@@ -73,6 +73,7 @@ from data_prep.words import spill_dtype, split_words
 from data_prep.workers import map_in_order, number_of_cores, worker_pool
 
 MISSING_SHOWN = 20  # work units
+MANY_DOCUMENTS, SHORT_DOCUMENTS = 100, 1000  # of a .txt file; bytes of each: a book cut at its blank lines
 # Tokens and sentence lengths take about 0.45 bytes for a byte of text; less is asked for, lest text with much
 # else in its files be refused.
 BYTES_OF_TEXT = 0.35
@@ -440,6 +441,26 @@ def _reused(plan: Plan, manifest: dict[str, Any], began: float) -> dict[str, Any
     return _summary(plan, manifest, began, reused=True)
 
 
+def _hints(manifest: dict[str, Any]) -> list[str]:
+    """A line, with what to do, for settings that are possible but seldom meant."""
+    counters, settings = manifest["counters"], manifest["settings"]
+    lines, documents = [], counters["documents"]
+    if settings.get("validation_fraction") and not counters["splits"]["validation"]["documents"]:
+        lines.append(
+            f"no document is held out, of {documents:,} and validation_fraction="
+            f"{settings['validation_fraction']}: raise it, or pretraining has no held-out loss"
+        )
+    read = counters.get("files", {}).get("read", {})
+    if settings.get("documents") == "blank_line" and read.keys() == {".txt"}:
+        of_file, size = documents / read[".txt"], counters["text_bytes"] / documents
+        if of_file > MANY_DOCUMENTS and size < SHORT_DOCUMENTS:
+            lines.append(
+                f"a .txt file has {of_file:,.0f} documents of {size:,.0f} bytes on average, as blank lines "
+                "end one: if each file is one text, such as a novel, set documents=file"
+            )
+    return lines
+
+
 def _summary(plan: Plan, manifest: dict[str, Any], began: float, *, reused: bool) -> dict[str, Any]:
     summary = {
         **manifest["counters"],
@@ -457,6 +478,6 @@ def _summary(plan: Plan, manifest: dict[str, Any], began: float, *, reused: bool
         print(f"prep: {line}")
     if (plan.final / PAGE_NAME).exists():
         print(f"prep: all of it, with plots and examples: {plan.final / PAGE_NAME}")
-    for doubt in doubts(manifest):
+    for doubt in (*doubts(manifest), *_hints(manifest)):
         print(f"prep: warning: {doubt}")
     return summary

@@ -144,7 +144,7 @@ def prep_config(tmp_path: Path) -> str:
 def test_full_disk(
     prep_config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fill(_: Any, **__: Any) -> None:
+    def fill(*_: Any) -> None:
         with open("/dev/full", "wb", buffering=0) as file:
             try:
                 file.write(b"x")
@@ -162,7 +162,7 @@ def test_full_disk(
 def test_ctrl_c(
     prep_config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(_: Any, **__: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     put_stage(monkeypatch, interrupt)
@@ -171,7 +171,7 @@ def test_ctrl_c(
 
 
 def test_a_fault_keeps_its_traceback(prep_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Any, **__: Any) -> None:
+    def fail(*_: Any) -> None:
         raise ZeroDivisionError("boom")
 
     put_stage(monkeypatch, fail)

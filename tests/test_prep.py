@@ -638,3 +638,13 @@ def test_a_data_set_of_an_earlier_version_is_used_and_its_unfinished_work_is_not
     path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
     with pytest.raises(UserError, match=r"\(another version of bertscale, which gives other bytes\)"):
         prep(config_for(corpus, output=str(corpus / "other")))
+
+
+def test_settings_that_are_seldom_meant_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "novel.txt").write_text("\n\n".join(make_documents(120)))
+    prep(config_for(tmp_path, validation_fraction=1e-9))
+    said = capsys.readouterr().out
+    assert "prep: warning: no document is held out, of 120 and validation_fraction=1e-09: raise it" in said
+    assert "prep: warning: a .txt file has 120 documents of" in said
+    assert "set documents=file" in said

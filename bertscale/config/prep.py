@@ -155,8 +155,8 @@ class PrepConfig(Section):
 
     input: list[str] = Field(
         min_length=1,
-        description="Files, folders or globs, one or a list: .txt, .md, .jsonl, .csv, .tsv, .parquet, .arrow "
-        "and WikiExtractor output, each also as .gz, .bz2, .xz or .zst.",
+        description="Files, folders or globs, one or a list: .txt, .md, .jsonl, .ndjson, .json, .csv, .tsv, "
+        ".parquet, .arrow and WikiExtractor output, each also as .gz, .bz2, .xz or .zst.",
     )
     output: str = Field(description="Folder for the tokenizer, the shards and manifest.json.")
     text_field: str = Field("text", description="Name of the field or column that holds the text.")
