@@ -77,6 +77,11 @@ def open_source_weights(path: Path) -> InitSource:
     return source
 
 
+def source_of(weights: Weights) -> InitSource:
+    """The parameters of an open checkpoint."""
+    return _OfCheckpoint(weights)
+
+
 class _OfCheckpoint:
     """All parameters of a model for pretraining."""
 

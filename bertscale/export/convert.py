@@ -2,6 +2,7 @@
 
     bertscale convert runs/quickstart/pretrain runs/quickstart/hugging-face   # newest checkpoint of a run
     bertscale convert runs/quickstart/hugging-face runs/imported              # and back
+    bertscale convert runs/quickstart/pretrain runs/vectors --as sentence-transformers --pooling mean
 
 Weights are read and written one tensor at a time. It needs no GPU.
 """
@@ -9,17 +10,20 @@ Weights are read and written one tensor at a time. It needs no GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bertscale.config import UserError
 from bertscale.convert.hf_folder import CONFIG_FILE, tokenizer_of
-from bertscale.convert.weights import HuggingFaceWeights, Weights, native_model, open_weights
+from bertscale.convert.sources import InitSource, open_source_weights, source_of
+from bertscale.convert.weights import HuggingFaceWeights, native_model, open_weights
 from bertscale.export.checkpoint import write_checkpoint
 from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.masks import show_masks
 from bertscale.export.options import ConvertOptions
 from bertscale.export.output import check_output, is_output_of, write_record
+from bertscale.export.sentence_transformers import write_sentence_transformers
 from bertscale.files import whole_folder
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import AveragedCheckpoint, Checkpoint
@@ -37,26 +41,39 @@ class Form(NamedTuple):
     write: Callable[[Any, Path, ConvertOptions], list[str]]
 
 
-def _open_weights(source: Path, options: ConvertOptions) -> Weights:
+def open_source(source: Path, options: ConvertOptions) -> InitSource:
+    """Opens all that a pretraining may start from; with `average` the average of a checkpoint."""
+    if (source / CONFIG_FILE).is_file():
+        _refuse_average(source, options)
+        return open_source_weights(source)
     weights = open_weights(source)
-    if not options.average:
-        return weights
-    if not isinstance(weights, Checkpoint):
-        raise UserError(f"--average: {source} is a Hugging Face folder; checkpoints alone have an average")
-    return AveragedCheckpoint(weights)
+    if options.average:
+        assert isinstance(weights, Checkpoint)
+        weights = AveragedCheckpoint(weights)
+    return source_of(weights)
 
 
 def _open_folder(source: Path, options: ConvertOptions) -> HuggingFaceWeights:
-    weights = _open_weights(source, options)
+    _refuse_average(source, options)
+    weights = open_weights(source)
     if not isinstance(weights, HuggingFaceWeights):
         raise UserError(f"--as checkpoint: {source} holds a checkpoint already; give a Hugging Face folder")
     return weights
 
 
+def _refuse_average(source: Path, options: ConvertOptions) -> None:
+    if options.average:
+        raise UserError(f"--average: {source} is a Hugging Face folder; checkpoints alone have an average")
+
+
 FORMS = {  # by the keys of `options.FORMS`
-    "pretraining": Form(_open_weights, write_hugging_face),
+    "pretraining": Form(open_source, partial(write_hugging_face, form="pretraining")),
+    "masked-lm": Form(open_source, partial(write_hugging_face, form="masked-lm")),
+    "encoder": Form(open_source, partial(write_hugging_face, form="encoder")),
+    "sentence-transformers": Form(open_source, write_sentence_transformers),
     "checkpoint": Form(_open_folder, write_checkpoint),
 }
+FILL_MASKS = ("pretraining", "masked-lm")
 
 
 def convert(source: Path, output: Path, options: ConvertOptions) -> None:
@@ -67,20 +84,21 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
     """
     default = "checkpoint" if (source / CONFIG_FILE).is_file() else "pretraining"
     name = options.as_ or default
-    form = FORMS[name]
-    opened = form.open(source, options)
+    options.check(name)
+    opened = FORMS[name].open(source, options)
     tokenizer_of(opened.folder)
-    digest = opened.digest() + ("" if name == default else f" as {name}")
+    digest = f"{opened.digest()} {options.key(name, default)}".strip()
     if is_output_of(output, digest):
         print(f"already converted: {output} is {opened.folder}")
     else:
         check_output(output, opened.folder, replace=options.replace)
         try:
-            with whole_folder(output) as partial:
-                said = form.write(opened, partial, options)
-                write_record(partial, digest)
+            with whole_folder(output) as partial_output:
+                said = FORMS[name].write(opened, partial_output, options)
+                write_record(partial_output, digest)
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from error
         print(f"converted {opened.folder} -> {output}", *said, sep="\n")
-    if options.show and isinstance(opened, Checkpoint):
-        show_masks(native_model(opened), opened.table, load_tokenizer(opened.folder))
+    weights = getattr(opened, "weights", None)
+    if options.show and name in FILL_MASKS and isinstance(weights, Checkpoint):
+        show_masks(native_model(weights), weights.table, load_tokenizer(weights.folder))
