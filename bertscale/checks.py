@@ -67,8 +67,8 @@ def check_comparison(config: PretrainConfig, count: int) -> None:
         )
     if config.model.generator or not config.objectives.mlm:
         raise UserError(
-            "--against transformers compares masked tokens and sentence pairs, not a generator; add "
-            "model.generator_size=null objectives.mlm=1"
+            "--against transformers compares masked tokens and sentence pairs, nothing else; add "
+            "model.generator_size=null objectives.mlm=1 objectives.clm=0"
         )
 
 
@@ -86,14 +86,22 @@ def check_init(config: PretrainConfig, made: Sequence[Path]) -> None:
         )
 
 
+def check_tasks(config: PretrainConfig) -> None:
+    """Refuses tasks whose configs are wrong, whose files are missing, or that do not fit the encoder."""
+    from bertscale.config import load_tasks
+
+    for name, task in load_tasks(config).items():
+        try:
+            _check_files(task)
+            if config.init is None:  # else the encoder is not known yet
+                task.check_encoder(config.model)
+        except UserError as error:
+            raise UserError(f"train.tasks: {name}: {error}") from error
+
+
 def check_examples(config: FinetuneConfig) -> None:
     """Refuses a fine-tuning whose files or encoder are missing, before anything is imported for it."""
-    data = config.data
-    files = [("data.train", file.path) for file in data.training_files]
-    files += [(f"data.{name}", path) for name in ("dev", "test") if (path := getattr(data, name)) is not None]
-    for key, path in files:
-        if not os.path.isfile(path):
-            raise UserError(f"{key}={path}: there is no such file")
+    _check_files(config)
     if not os.path.isdir(config.source):
         key = "encoder" if config.encoder else "init"
         raise UserError(
@@ -135,3 +143,12 @@ def _check_output(output: Path, given: str) -> None:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     if output.exists() and os.path.samefile(output, given):
         raise UserError(f"--output {output} would take the place of the input; give another name")
+
+
+def _check_files(config: FinetuneConfig) -> None:
+    data = config.data
+    files = [("data.train", file.path) for file in data.training_files]
+    files += [(f"data.{name}", path) for name in ("dev", "test") if (path := getattr(data, name)) is not None]
+    for key, path in files:
+        if not os.path.isfile(path):
+            raise UserError(f"{key}={path}: there is no such file")

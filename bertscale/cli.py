@@ -1,6 +1,6 @@
 """The `bertscale` command: reads the command line, checks the arguments and the config, starts the work.
 
-bertscale prep|pretrain|convert|average|finetune|predict|score|bench|quickstart --help
+bertscale prep|inspect|pretrain|convert|diff|average|finetune|predict|score|bench|quickstart --help
 
 No large library is imported before the work begins, so that help texts and error messages come at once.
 Exit codes are those of bertscale.errors; `bertscale pretrain` passes on the code of a failed rank.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bertscale.console import complain, disk_errors_in_one_line, figure_lines, key_table, make_parser
-from bertscale.errors import BROKEN_PIPE, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
+from bertscale.errors import BROKEN_PIPE, DIFFERENT, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prep(arguments: list[str]) -> int:
-    """bertscale prep CONFIG [key=value ...] [--verify | --tokenizer-only | --task-index I | --finish]"""
+    """bertscale prep CONFIG [key=value ...] [--replace] [--verify | --tokenizer-only | --finish ...]"""
     from bertscale.checks import array_task, verify_digests
     from bertscale.config import PrepConfig, UserError, load_config
 
@@ -82,14 +82,19 @@ def prep(arguments: list[str]) -> int:
 
     from data_prep import build
 
+    task = None
+    if not options.tokenizer_only and not options.finish:
+        task = array_task(options.task_index, options.task_count)
+    if options.replace and (options.finish or task):
+        raise UserError("--replace is for the whole, or with --tokenizer-only: other parts go on with that")
     if options.tokenizer_only:
-        build.prep_tokenizer(config)
+        build.prep_tokenizer(config, options.replace)
     elif options.finish:
         build.prep_finish(config, options.task_count)
-    elif task := array_task(options.task_index, options.task_count):
+    elif task:
         build.prep_share(config, *task)
     else:
-        build.prep(config)
+        build.prep(config, options.replace)
     return 0
 
 
@@ -124,27 +129,97 @@ def _prep_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task-count", metavar="N", type=int, help="Number of tasks (default: the size of the Slurm array)."
     )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="Where OUTPUT is a data set of other settings or input: make the new one, which takes its place "
+        "when it is finished; unfinished work is replaced at once. Without it nothing is touched.",
+    )
     return parser
 
 
 def inspect(arguments: list[str]) -> int:
-    """bertscale inspect FOLDER"""
+    """bertscale inspect PATH [--tensors] [--json]"""
+    from bertscale.config import UserError
+
     parser = make_parser(
         "inspect",
-        "Shows what a prepared folder holds: counts, lengths of documents and sentences, and samples as the "
-        "model will see them. Compares every shard with its digest as well.",
+        "Shows what a folder holds. Of a run, a checkpoint or a model: network, parameters, topology, step, "
+        "what it started from, losses, digests, bytes. Of a prepared folder: counts, lengths of documents "
+        "and sentences, and samples as the model will see them; every shard is compared with its digest.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="An output folder of `bertscale prep`.")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="A run, a checkpoint, a model's folder, or the output of `bertscale prep` or `finetune`.",
+    )
+    parser.add_argument(
+        "--tensors",
+        action="store_true",
+        help="List the parameters: shape, data type, mean, standard deviation, largest absolute value.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print one value of JSON, for programs.")
     options = parser.parse_args(arguments)
 
-    from bertscale.data.inspect import inspect as show
+    from bertscale.inspect.facts import describe, is_prepared
 
-    show(options.folder)
+    prepared = is_prepared(options.path)
+    if prepared and options.tensors:
+        raise UserError(f"{options.path} is a data set, which has no parameters")
+    if prepared and not options.json:
+        from bertscale.data.inspect import inspect as show
+
+        show(options.path)
+        return 0
+    facts = describe(options.path)
+    rows = []
+    if options.tensors:
+        from bertscale.inspect.tensors import statistics, table_of
+
+        rows = list(statistics(options.path))
+    if options.json:
+        return _print([json.dumps({**facts, "tensors": rows} if rows else facts, indent=1)])
+
+    from bertscale.inspect.show import lines_of
+
+    return _print([*lines_of(facts), *(["", *table_of(rows)] if rows else [])])
+
+
+def diff(arguments: list[str]) -> int:
+    """bertscale diff A B [--json]"""
+    parser = make_parser(
+        "diff",
+        "Compares the parameters and the settings of two checkpoints, runs (the newest checkpoint of each) "
+        f"or models, of any topology. Exit code 0: equal; {DIFFERENT}: not; {MISTAKE}: one of them cannot "
+        "be read.",
+    )
+    for place in ("first", "second"):
+        parser.add_argument(place, metavar=place.upper(), type=Path, help="A run, a checkpoint or a model.")
+    parser.add_argument("--json", action="store_true", help="Print one value of JSON, for programs.")
+    options = parser.parse_args(arguments)
+
+    from bertscale.inspect.diff import diff as compare
+    from bertscale.inspect.diff import lines_of
+
+    found = compare(options.first, options.second)
+    _print([json.dumps(found, indent=1)] if options.json else lines_of(found))
+    return 0 if found["equal"] else DIFFERENT
+
+
+def _print(lines: list[str]) -> int:
+    """Prints the lines; returns the exit code, which is another one where nobody reads them."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:  # its reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     return 0
 
 
 def pretrain(arguments: list[str]) -> int:
     """bertscale pretrain CONFIG [key=value ...] [--verify]"""
+    from bertscale.checks import check_tasks
     from bertscale.config import PretrainConfig, load_phases
     from launcher import ranks
 
@@ -171,6 +246,7 @@ def pretrain(arguments: list[str]) -> int:
     counts = {}
     for name, config in phases.items():
         counts[name] = _check(config, None, options.verify, made=list(runs.values()))
+        check_tasks(config)
         check_run_folder(runs[name])
     again = ["pretrain", options.config, *options.overrides]
     begun = [name for name, run in runs.items() if checkpoints(run)]
@@ -211,9 +287,10 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     config, _ = _checked(options.config, options.overrides, rank.world_size, verify)
 
     from bertscale.pretrain.pretrain import pretrain as train_as_rank
+    from launcher.child import start_child
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
-        return train_as_rank(config)
+        return train_as_rank(config, start_child)
 
 
 def bench(arguments: list[str]) -> int:
@@ -365,8 +442,32 @@ def convert(arguments: list[str]) -> int:
         action="store_true",
         help="Export the moving average of the weights that a run with train.average has kept.",
     )
+    for name, default, meaning in (
+        ("--tensor-parallel", 1, "Tensor-parallel size of the run that the checkpoint is for"),
+        ("--data-parallel", 1, "Data-parallel ranks of that run"),
+        ("--zero-stage", 0, "Its ZeRO stage"),
+    ):
+        parser.add_argument(
+            name,
+            metavar="N",
+            type=int,
+            help=f"{meaning} (default: as in SOURCE, if that is a checkpoint; else {default}).",
+        )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=Path,
+        help="The tokenizer of a SOURCE that has none beside it.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="model.KEY=VALUE",
+        nargs="*",
+        help="The shape of a SOURCE that does not tell it, such as model.num_attention_heads=12.",
+    )
     options = parser.parse_args(arguments)
     chosen = {key: value for key, value in vars(options).items() if key not in ("source", "output")}
+    chosen["model"] = tuple(options.model)
 
     from bertscale.export.convert import convert as convert_folder
 
@@ -712,9 +813,10 @@ def ask(name: str, arguments: list[str]) -> int:
 BENCH_CONFIG = "configs/pretrain/quickstart.yaml"  # by default
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prep": ("raw text -> tokenizer and token shards", prep),
-    "inspect": ("what a prepared folder holds: counts, lengths, digests, samples", inspect),
+    "inspect": ("what a data set, run, checkpoint or model holds", inspect),
     "pretrain": ("token shards -> checkpoints", pretrain),
     "convert": ("checkpoint <-> Hugging Face folder", convert),
+    "diff": ("what differs between two checkpoints or models", diff),
     "average": ("several checkpoints or models of one shape -> one checkpoint", average),
     "finetune": ("encoder and labelled examples -> task model", finetune),
     "predict": ("task model and a file, or a text -> its predictions", predict),
@@ -773,6 +875,8 @@ def _check(
     check_init(config, made)
     if data:
         datasets = [open_dataset(corpus.path, "train", verify=verify) for corpus in config.corpora]
+        for corpus in config.corpora:
+            open_dataset(corpus.path, "validation", verify=verify)
         check_tokenizers(datasets)
         for name, folder in config.heldout.items():
             check_tokenizers(

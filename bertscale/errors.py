@@ -9,6 +9,7 @@ class UserError(ValueError):
 
 
 FAULT = 1
+DIFFERENT = 1  # of `bertscale diff`, as of `diff`
 MISTAKE = 2
 STOPPED_AND_SAVED = 75  # EX_TEMPFAIL of sysexits.h: try again
 HUNG = 76

@@ -15,10 +15,15 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+BEAT_SECONDS = 5.0  # between two signs of life of who holds a lock where the file system has none
+BEATS_AWAITED = 5  # of a process that may be dead
 
 # ---------------------------------------------------------------------------------------------- files
 
@@ -139,6 +144,92 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
             yield True
     finally:
         os.close(handle)
+
+
+# ---------------------------------------------------------------------------------- one process at a time
+
+
+class HeldError(Exception):
+    """Another process holds the lock; its text is what that one wrote there of itself."""
+
+
+@contextmanager
+def alone(path: Path, holder: str, ours: Callable[[str], bool] = lambda holder: False) -> Iterator[None]:
+    """Holds the lock file `path`, which says `holder`, while the block runs. Raises HeldError, OSError.
+
+    The lock is the kernel's: it goes with the process, however that ends. Where the file system has none, the
+    process writes into the file every BEAT_SECONDS, and whoever comes waits that long for a few beats. A lock
+    of which `ours` says yes, by its holder, is taken over: that process can do no more harm.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+        locked = _lock(file)
+        if locked is False:
+            file.seek(0)
+            if not ours(other := file.read().strip()):
+                raise HeldError(other)
+            path.unlink()
+            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+            locked = _lock(file)
+        if locked is None:
+            stack.enter_context(_beating(path, holder, ours))
+        else:
+            file.truncate(0)
+            file.write(holder)
+            file.flush()
+        yield
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """Whether the kernel gives the lock; None where the file system has no locks (Lustre, NFS, FUSE)."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def _beating(path: Path, holder: str, ours: Callable[[str], bool]) -> Iterator[None]:
+    """The lock where there is none: the file holds the holder, the process, and the number of its beats."""
+    found, end = path.read_text(encoding="utf-8"), time.monotonic() + BEATS_AWAITED * BEAT_SECONDS
+    other = found.partition("\n")[0].strip()
+    while found and not ours(other) and time.monotonic() < end:
+        time.sleep(BEAT_SECONDS / 2)
+        if path.read_text(encoding="utf-8") != found:
+            raise HeldError(other)
+    me = f"{holder.strip()}\n{os.uname().nodename} {os.getpid()} {time.time()} "
+    stop = threading.Event()
+
+    def mine() -> bool:
+        with suppress(OSError):  # which says nothing about the lock
+            return path.read_text(encoding="utf-8").startswith(me)
+        return True
+
+    def beat() -> None:
+        beats = 1
+        while not stop.wait(BEAT_SECONDS) and mine():  # else it was taken over
+            # Over the old one, of the same length: an empty file would look like a lock that is free.
+            with suppress(OSError), open(path, "r+", encoding="utf-8") as file:
+                file.write(f"{me}{beats:09d}")
+            beats += 1
+
+    path.write_text(f"{me}{0:09d}", encoding="utf-8")
+    time.sleep(BEAT_SECONDS / 2)  # of two that come at the same moment the later one stays
+    if not mine():
+        raise HeldError(path.read_text(encoding="utf-8").partition("\n")[0])
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with suppress(OSError):
+            if mine():
+                path.write_text("")
 
 
 def sync(path: Path) -> None:

@@ -94,7 +94,8 @@ def stages(run: Path, gpus: int, minutes: float = MINUTES) -> list[tuple[str, st
     pretrain = _pretrain(run)
     commands = {
         "collect": ["python", "-m", "data_prep.docstrings", str(run)],
-        "prep": ["bertscale", "prep", "configs/prep/quickstart.yaml", *prep],
+        # The corpus is collected anew when packages have changed.
+        "prep": ["bertscale", "prep", "configs/prep/quickstart.yaml", *prep, "--replace"],
         "pretrain": [*pretrain, *budget, *ranks],
         "parallel": [*pretrain, *longer, *two_ranks],
         "convert": ["bertscale", "convert", f"{run}/pretrain", f"{run}/hugging-face"],

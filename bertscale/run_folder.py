@@ -4,6 +4,7 @@
         config.yaml                the resolved config
         metrics.jsonl              a JSON line for each log point
         fills.jsonl                a JSON line for each evaluation, with train.fills
+        tasks/step-0000100/NAME/   the fine-tuning of that checkpoint for a task, with train.tasks
         tensorboard/               the same figures
         checkpoints/step-0000100/  complete when it has this name; its table is bertscale.json
         logs/                      events.jsonl and the attempts of a run that was started by hand
@@ -47,6 +48,7 @@ CONFIG = "config.yaml"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 FILLS = "fills.jsonl"
+TASKS = "tasks"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 BEST = "best"  # of a fine-tuning: the weights that dev chose, of each of its runs
@@ -54,6 +56,8 @@ TABLE = "bertscale.json"  # of a checkpoint, written last
 LOGS = "logs"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
+
+PREP_WORK = ".prep"  # in the output of a prep: what one that is stopped resumes from
 
 JOB = "job"  # of a run folder
 JOB_SPEC = "job.json"

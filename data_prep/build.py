@@ -17,7 +17,9 @@ bertscale prep CONFIG --finish --task-count 4              # once, last: the sec
     OUTPUT/tokenizer.model, train-00000.arrow, validation-00000.arrow, ...
     OUTPUT/quarantine.jsonl                records that cannot be read: place, reason, excerpt
     OUTPUT/manifest.json                   last
-    OUTPUT/.prep/plan.json                 settings and inputs; when they differ, everything is made again
+    OUTPUT/.prep/plan.json                 settings and inputs; where they differ, nothing is touched
+    OUTPUT/.prep/inputs.json               digests of the input files, and the times that they had
+    OUTPUT/.replacement/                   with --replace: the new data set, until it is finished
     OUTPUT/.prep/tokenizer.json            its digest; written when the tokenizer is whole
     OUTPUT/.prep/unit-00000.json           done record of a work unit: spills and counters
     OUTPUT/.prep/unit-00000-*.spill        and .bad.jsonl; removed after the manifest is written
@@ -45,12 +47,14 @@ import numpy as np
 
 from bertscale.config import PrepConfig, UserError
 from bertscale.data.quality import count_pieces, doubts, facts
-from bertscale.data.shards import MANIFEST_NAME, ShardEntry, token_dtype, write_columns, write_manifest
+from bertscale.data.report import PAGE_NAME, read_report, source_lines, write_report
+from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, token_dtype, write_columns, write_manifest
 from bertscale.files import whole_file, write_json
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit, load_once
-from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json
+from data_prep.filters.tally import combined
+from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json, take_place
 from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
@@ -67,8 +71,11 @@ BYTES_WORTH_A_PROCESS = 4 * 2**20
 PROCESSES_FOR_A_READER = 3
 
 
-def prep(config: PrepConfig) -> dict[str, Any]:
+def prep(config: PrepConfig, replace: bool = False) -> dict[str, Any]:
     """Makes `config.output` a data set, or finds that it is one; returns a summary of it.
+
+    Where it is one of other settings or input, a UserError says what differs, and nothing is changed; with
+    `replace` the new one takes its place when it is finished. Unfinished work is replaced at once.
 
     The summary: documents, sentences, tokens, text_bytes, records, bad and dropped (counts by reason),
     shards, seconds of this call, and whether it was `reused`. Raises UserError for input that cannot be used,
@@ -78,7 +85,7 @@ def prep(config: PrepConfig) -> dict[str, Any]:
     began = time.monotonic()
     plan = Plan(config)
     with _stops_explained(config), plan.alone():
-        plan.begin()
+        plan.begin(replace)
         if (manifest := plan.finished()) is not None:
             return _reused(plan, manifest, began)
         (plan.output / MANIFEST_NAME).unlink(missing_ok=True)
@@ -86,17 +93,17 @@ def prep(config: PrepConfig) -> dict[str, Any]:
             tokenizer = make_tokenizer(pool, plan)
             _encode(pool, plan, plan.units, tokenizer)
             manifest = _finish(pool, plan, tokenizer)
-    return _summary(manifest, began, reused=False)
+    return _summary(plan, manifest, began, reused=False)
 
 
 # ----------------------------------------------------------------------------- the same in three parts
 
 
-def prep_tokenizer(config: PrepConfig) -> None:
-    """The first part of `prep`: the plan and the tokenizer. It alone may start over, as `prep` may."""
+def prep_tokenizer(config: PrepConfig, replace: bool = False) -> None:
+    """The first part of `prep`: the plan and the tokenizer. It alone may `replace`, as `prep` may."""
     plan = Plan(config)
     with _stops_explained(config), plan.alone():
-        plan.begin()
+        plan.begin(replace)
         if plan.finished() is not None:
             print(f"already prepared: {plan.output}")
             return
@@ -142,7 +149,7 @@ def prep_finish(config: PrepConfig, count: int | None = None) -> dict[str, Any]:
                 )
             with worker_pool(config.workers) as pool:
                 manifest = _finish(pool, plan, tokenizer)
-    return _summary(manifest, began, reused=False)
+    return _summary(plan, manifest, began, reused=False)
 
 
 def _join(config: PrepConfig) -> tuple[Plan, Tokenizer]:
@@ -262,6 +269,7 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_path: Path) -> None:
         "shard": shard and dataclasses.asdict(shard),
         "text_bytes": merged.text_bytes,
         "duplicates": merged.duplicates,
+        "words": int((columns["word_starts"] if words else pieces[tokenizer.starts_word]).sum()),
         "unknown": int(pieces[tokenizer.unk_id]),
         "single_bytes": int(pieces[tokenizer.byte_ids].sum()),
     }
@@ -301,22 +309,38 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
     plan.check_input()
     shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
     plan.remove_all_but({shard.name for shard in shards})
+    counters = _counters(sums, shard_records)
+    _report(plan, records, shards, {"counters": counters, "vocab_size": tokenizer.vocab_size})
     manifest = write_manifest(
         plan.output,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         settings=plan.content["settings"],
-        counters=_counters(sums, shard_records),
+        counters=counters,
         shards=shards,
         words=plan.config.words is not None,
     )
     plan.remove_spills()
+    if plan.output != plan.final:
+        take_place(plan.final)
     return manifest
+
+
+def _report(
+    plan: Plan, records: list[dict[str, Any]], shards: list[ShardEntry], manifest: dict[str, Any]
+) -> None:
+    """Writes the report of what is in `manifest` so far, and of the done `records` of the first pass."""
+    if not all("tally" in record for record in records):  # an earlier version began this
+        return
+    tally = combined([record["tally"] for record in records], plan.config.input)
+    mapped = [Shard(plan.output / shard.name, shard) for shard in shards]
+    manifest |= {"settings": {**plan.content["settings"], "input": plan.config.input}}
+    write_report(plan.output, manifest, tally, mapped)
 
 
 def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest counts: what was read, what was left out and why, and what stands in the shards."""
-    names = ("documents", "sentences", "tokens", "text_bytes", "unknown", "single_bytes")
+    names = ("documents", "sentences", "tokens", "text_bytes", "unknown", "single_bytes", "words")
     splits = {split: Counter[str](dict.fromkeys(names, 0)) for split in SPLITS}
     for record in shard_records:
         if shard := record["shard"]:
@@ -327,6 +351,7 @@ def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]
                 text_bytes=record["text_bytes"],
                 unknown=record["unknown"],
                 single_bytes=record["single_bytes"],
+                words=record.get("words", 0),  # an earlier version counted none
             )
     return {
         **dict(sorted(sums["counters"].items())),
@@ -358,7 +383,6 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
         few = [place for of_unit in places for place in of_unit.get(reason, [])][:PLACES_SHOWN]
         lines.append(f"{number:,} bad: {reason} ({'; '.join(few)}{'; ...' if number > len(few) else ''})")
         print(f"prep: {lines[-1]}")
-    print(f"prep: all {count:,} bad records, with place and excerpt: {quarantine}")
     undecoded = sum(sums["bad"][reason] for reason in undecodable(plan.config.encoding))
     if undecoded > count / 2:  # else another fault is to be mended first
         plan.check_encoding(undecoded, records)
@@ -368,15 +392,16 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
             f"max_bad_fraction={plan.config.max_bad_fraction} allows: {'; '.join(lines)}. They are listed in "
             f"{quarantine}. Mend them, or raise max_bad_fraction: finished work is kept"
         )
+    print(f"prep: all {count:,} bad records, with place and excerpt: {plan.final / QUARANTINE_NAME}")
 
 
 def _reused(plan: Plan, manifest: dict[str, Any], began: float) -> dict[str, Any]:
     print(f"already prepared: {plan.output}")
     plan.remove_spills()  # a kill just after the manifest leaves them
-    return _summary(manifest, began, reused=True)
+    return _summary(plan, manifest, began, reused=True)
 
 
-def _summary(manifest: dict[str, Any], began: float, *, reused: bool) -> dict[str, Any]:
+def _summary(plan: Plan, manifest: dict[str, Any], began: float, *, reused: bool) -> dict[str, Any]:
     summary = {
         **manifest["counters"],
         "shards": len(manifest["shards"]),
@@ -389,6 +414,10 @@ def _summary(manifest: dict[str, Any], began: float, *, reused: bool) -> dict[st
     )
     if line := facts(manifest):
         print(f"prep: {line}")
+    for line in source_lines(read_report(plan.final)):
+        print(f"prep: {line}")
+    if (plan.final / PAGE_NAME).exists():
+        print(f"prep: all of it, with plots and examples: {plan.final / PAGE_NAME}")
     for doubt in doubts(manifest):
         print(f"prep: warning: {doubt}")
     return summary

@@ -1,6 +1,7 @@
 """A command of its own inside another one: `bertscale glue` runs each `bertscale finetune` so.
 
     code = run_child(["finetune", "runs/base-glue/cola.yaml"])
+    process = start_child(["finetune", "sst2.yaml"], Path("sst2.log"), threads=1)    # beside this process
 
 The child is in a session of its own, and gets every signal from this process alone, once: Ctrl-C, the end of
 a job, pre-emption. It dies with this process.
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import FrameType
 
 from bertscale.errors import INTERRUPTED, STOPPED_AND_SAVED
@@ -24,6 +26,7 @@ OF_RANKS = (
     *(ATTEMPT_VARIABLE, PARENT, REPORT, COPIED),
 )
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+NICENESS = 10  # of a child beside: about a tenth of a core that both want
 
 
 def run_child(words: list[str]) -> int:
@@ -58,3 +61,29 @@ def run_child(words: list[str]) -> int:
     if stopped:
         return STOPPED_AND_SAVED if code == STOPPED_AND_SAVED else INTERRUPTED
     return code if code >= 0 else 128 - code
+
+
+def start_child(words: list[str], log: Path, threads: int) -> subprocess.Popen[bytes]:
+    """Starts `bertscale WORDS` beside this process, with less right to the cores, and `threads` of them; it
+    writes to `log`. A task of a Slurm step may do so too: the child is no task of it."""
+    me = os.getpid()
+
+    def settle() -> None:
+        os.nice(NICENESS)
+        die_with_parent(me)
+
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OF_RANKS and not name.startswith("SLURM_")
+    }
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "bertscale", *words],
+            env={**kept, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=settle,
+        )

@@ -6,7 +6,7 @@ for attempt in read_attempts(read_events(events_path), attempt_folders(logs)): .
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.run_folder import attempt_job, attempt_number, attempts_in, is_number, rank_reports
+from launcher.ranks import Exit
+from launcher.records import from_json
 
 
 @dataclass
@@ -102,16 +104,12 @@ def first_failed(attempt: Path) -> dict[str, Any] | None:
     """The exit report of the rank that failed first, of those in the attempt's folder."""
     reports = []
     for path in rank_reports(attempt):
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            report = {**report, "time": float(report["time"]), "rank": int(report["rank"])}
-            if not is_number(report["time"]):
-                continue
-            if report["code"] not in (0, STOPPED_AND_SAVED):
+        with contextlib.suppress(OSError, ValueError):
+            report = from_json(Exit, path.read_text(encoding="utf-8"))
+            if is_number(report.time) and report.code not in (0, STOPPED_AND_SAVED):
                 reports.append(report)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            continue
-    return min(reports, key=lambda report: report["time"], default=None)
+    first = min(reports, key=lambda report: report.order, default=None)
+    return dataclasses.asdict(first) if first else None
 
 
 def tell(event: dict[str, Any]) -> str:
@@ -133,7 +131,7 @@ def tell(event: dict[str, Any]) -> str:
         "hang": f"no step{given('seconds', ' for ', ' s')}{given('step', ' after step ')}"
         f"{given('silent', '; silent: ranks ')}",
         "relaunched": f"all ranks are started again{given('checkpoint', ' from step ')}",
-        "requeued": f"saved and requeued{given('reason', ': ')}",
+        "requeued": f"{'saved and ' if event.get('saved') is True else ''}requeued{given('reason', ': ')}",
         "resumed": f"resumed from step {given('step')}",
         "node_left_out": f"{given('node')} left out{given('reason', ': ')}",
         "done": "done",

@@ -93,7 +93,8 @@ def _run(rank: int, attempt: Path, command: list[str], log: Path, file: IO[bytes
     signal.alarm(0)
     copier.join(timeout=1)  # a process that the rank left behind may hold the pipe open
     node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    return describe_exit(rank, node, code, died, reading, log)
+    ended = describe_exit(rank, node, code, died, reading, log)
+    return dataclasses.replace(ended, asked=bool(ending) and code < 0)
 
 
 def _environment(rank: int) -> dict[str, str]:

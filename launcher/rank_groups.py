@@ -8,6 +8,7 @@ group.exits()
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertscale.errors import STOPPED_AND_SAVED, UserError
+from bertscale.errors import FAULT, STOPPED_AND_SAVED, UserError
 from bertscale.run_folder import ATTEMPT_VARIABLE, SLURM_DIGITS, SRUN_LOG, rank_log, rank_report
 from launcher import slurm
 from launcher.ranks import COPIED, PARENT, REPORT, Exit, describe_exit, free_port
@@ -56,6 +57,7 @@ class LocalRanks:
         self.ranks, self.attempt = ranks, attempt
         self.died: dict[int, float] = {}  # when a rank failed, in seconds since 1970, not later than it did
         self.deadline = float("inf")
+        self.asked: set[int] = set()  # ranks that lived when another one's death ended them
         self.last_look = time.time()
         shared = {
             "WORLD_SIZE": str(ranks),
@@ -109,6 +111,7 @@ class LocalRanks:
         self.last_look = look
         if self.died and self.deadline == float("inf"):
             self.deadline = time.monotonic() + GRACE_SECONDS
+            self.asked = {child.rank for child in self.alive}
             self._send(signal.SIGTERM)
         if time.monotonic() > self.deadline:
             self._send(signal.SIGKILL)
@@ -138,7 +141,7 @@ class LocalRanks:
             ended = describe_exit(rank, "", code, died, child.report, self.log(rank))
             os.close(child.report)
             if code:
-                failed.append(ended)
+                failed.append(dataclasses.replace(ended, asked=rank in self.asked and code < 0))
         return failed
 
     def _send(self, number: signal.Signals) -> None:
@@ -212,8 +215,8 @@ class SlurmStep:
         while time.monotonic() < deadline:
             with contextlib.suppress(UserError):  # the controller is away
                 listing = slurm.ask("squeue", "--steps", f"--jobs={self.job}", "--noheader", "--format=%i %j")
-                steps = dict(line.split(maxsplit=1) for line in listing.stdout.splitlines())
-                mine = [step for step, name in steps.items() if name.strip() == self.attempt.name]
+                steps = [line.split() for line in listing.stdout.splitlines()]
+                mine = [step[0] for step in steps if step[1:] == [self.attempt.name]]
                 if not mine:
                     return
                 slurm.ask("scancel", "--signal=KILL", *mine, check=False)
@@ -234,10 +237,22 @@ class SlurmStep:
             rank = next(rank for rank in range(self.ranks) if self.node(rank) == lost[1])
             self.dead = lost[1]
             ended.append(Exit(rank, lost[1], code, 0.0, "Slurm has lost its node", said))
+        elif code and (said_of := re.search(r"error: ([\w.-]+): task (\d+): (.*)", said)):
+            node, rank, how = said_of[1], int(said_of[2]), said_of[3]
+            if rank in self.missing and len(self.missing) < self.ranks:  # what srun heard of first
+                ended.append(Exit(rank, node, code, 0.0, f"its launcher.rank ended as well: {how}", said))
         failed = [report for report in ended if report.code]
-        if code and not failed:  # no rank began, or all were killed together with their launcher.rank
+        if failed:
+            return failed
+        began = any(self.log(rank).exists() for rank in range(self.ranks))
+        mistake = None
+        if not began and len(self.missing) == self.ranks and (code == 0 or "Exited with exit code" in said):
+            what = slurm.task_error(said) if code else "the command of the ranks ended with exit code 0"
+            mistake = f"{what}: so no rank has begun; see to python, container and setup of the cluster file"
+            code = code or FAULT
+        if code:  # no rank began, or all were killed together with their launcher.rank
             reason = f"exit code {code} of srun"
-            failed.append(Exit(-1, "", code, time.time(), reason, said))
+            failed.append(Exit(-1, "", code, time.time(), reason, said, mistake))
         return failed
 
     def suspects(self) -> set[str]:

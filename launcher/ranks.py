@@ -191,6 +191,16 @@ class Exit:
     reason: str
     text: str = ""
     mistake: str | None = None
+    raised: bool = False  # it has left a report: an exception ended it
+    asked: bool = False  # it was told to end, since another one had failed
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sorts the deaths of a start, the cause first. The clocks of nodes differ, so time alone does not
+        tell: an exception may be about a rank that died without a word, and hardly the other way round."""
+        if not self.raised and self.code not in (0, STOPPED_AND_SAVED):
+            return (3 if self.asked else 0), self.time
+        return (2 if self.mistake is None else 1), self.time
 
 
 def describe_exit(rank: int, node: str, code: int, died: float, pipe: int, log: Path) -> Exit:
@@ -202,7 +212,7 @@ def describe_exit(rank: int, node: str, code: int, died: float, pipe: int, log: 
     except BlockingIOError:
         report = {}
     if report:
-        return Exit(rank, node, code, reason=f"exit code {code}", **report)
+        return Exit(rank, node, code, reason=f"exit code {code}", raised=True, **report)
     if code in (0, STOPPED_AND_SAVED):
         return Exit(rank, node, code, died, reason)
     if code == -signal.SIGKILL:

@@ -245,7 +245,9 @@ def _look_at_training(place: Place, facts: Facts) -> None:
     if saved:
         (facts.checkpoint_step, facts.checkpoint_time), facts.checkpoint = saved[-1], folders[-1]
     attempt = facts.attempts[-1] if facts.attempts else None
-    reached = [(entry["step"], changed(place.run / METRICS)) for entry in entries[-1:]]
+    # Not that of the last line, which may be of a task of an earlier checkpoint.
+    steps = [entry["step"] for entry in entries]
+    reached = [(max(steps), changed(place.run / METRICS))] if steps else []
     reached += saved[-1:]
     if attempt and attempt.folder:
         reached += heartbeat(attempt.folder)
@@ -359,7 +361,10 @@ def training_process(run: Path) -> int | None:
     try:
         inode = (run / LOCK).stat().st_ino
         locks = Path("/proc/locks").read_text(encoding="utf-8")
+        said = (run / LOCK).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     lock = re.search(rf"FLOCK\s+ADVISORY\s+WRITE\s+(\d+)\s+\S+:{inode}\s", locks)
-    return int(lock.group(1)) if lock else None
+    if lock is None:  # on a file system without locks (bertscale.files.alone) the file names the process
+        lock = re.match(rf".*\n{re.escape(os.uname().nodename)} (\d+) ", said)
+    return int(lock.group(1)) if lock and Path("/proc", lock.group(1)).exists() else None

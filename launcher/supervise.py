@@ -167,7 +167,7 @@ def supervise(
             print("\x1b[?25h", end="", flush=True)
         if hang is None and not exits:
             return 0
-        first = min(exits, key=lambda ended: ended.time, default=None)
+        first = min(exits, key=lambda ended: ended.order, default=None)
         if hang is None and first is not None:
             if first.code == STOPPED_AND_SAVED:
                 return STOPPED_AND_SAVED

@@ -9,11 +9,15 @@ pre-emption) has stopped it, and ends the pipeline when it gives up. Exit codes:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import sys
 import time
+from collections import Counter
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from bertscale.errors import (
     CRASH_LOOP,
@@ -29,6 +33,7 @@ from bertscale.run_folder import (
     CANCELLED,
     EVENTS,
     JOB_SPEC,
+    PREP_WORK,
     Events,
     attempt_number,
     done_marks,
@@ -38,12 +43,14 @@ from bertscale.run_folder import (
 from launcher import slurm
 from launcher.job import TRAINING, JobSpec
 from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.nodes.step import NOT_BEGUN, OF_JOB
 from launcher.rank_groups import SlurmStep
 from launcher.ranks import job_port
 from launcher.supervise import Limits, StopRequests, new_attempt, supervise
 
 RETRY_SECONDS = 2.0  # between two questions to a controller that does not answer
 END_SECONDS = 900.0  # until Slurm has ended a job that it said it would
+SIGNAL_EARLY_SECONDS = 90.0
 SAVE_SHARE = 0.8  # of the seconds between the signal and the time limit; the rest is for the requeue
 
 
@@ -90,6 +97,8 @@ class Job:
         self.done = self.folder / done_marks(spec.array)[int(self.index or 0)]
         self.nodes = slurm.hosts(env["SLURM_JOB_NODELIST"])  # in the order in which srun fills them
         self.last: SlurmStep | None = None
+        self.reached = 0  # step of the newest checkpoint when the ranks were last started
+        self.replaced: dict[str, str] = {}  # nodes that made room for a spare then, with the reason
 
     def run(self) -> int:
         """From the first check to the last mark."""
@@ -111,6 +120,7 @@ class Job:
             restarts_without_progress=spec.restarts_without_progress,
             save_seconds=SAVE_SHARE * spec.signal_seconds,
         )
+        self.began = self.progress()
         try:
             code = supervise(self.start, limits, self.events, self.run_folder, self.stop)
         except TooFewNodesError as error:
@@ -119,6 +129,8 @@ class Job:
             self.finish()
             return 0
         if code == STOPPED_AND_SAVED or (self.stop.count and code != MISTAKE):
+            if code != STOPPED_AND_SAVED and (words := self.too_short()):
+                return self.give_up(MISTAKE, words)
             reason = self.stop.name or "SIGTERM to the ranks"
             return self.requeue(INTERRUPTED if code == INTERRUPTED else STOPPED_AND_SAVED, reason)
         return self.give_up(code, f"exit code {code}; what failed is above, and in {self.spec.logs}")
@@ -131,9 +143,11 @@ class Job:
         if self.last is not None:
             self.last.wait_until_gone()
         spec = self.spec
+        if newest_step(self.run_folder) > self.reached:
+            self.convict()
         attempt = new_attempt(Path(spec.logs), self.name, self.index)
         nodes = self.choose_nodes(attempt)
-        reached = newest_step(self.run_folder)
+        self.reached = reached = newest_step(self.run_folder)
         number = attempt_number(attempt.name)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.events.write("started", attempt=attempt.name, nodes=nodes, restart_count=restarts)
@@ -150,18 +164,61 @@ class Job:
         alive = nodes_alive(self.nodes)
         bad = {node: "Slurm finds it down or gets no answer" for node in self.nodes if node not in alive}
         failed = check_nodes(self.spec, alive, attempt) if self.spec.node_check and alive else {}
+        self.blame_the_job(alive, failed)
         for node, reason in (bad | failed).items():
             print(f"{node} is left out: {reason}", flush=True)
             self.events.write("node_left_out", node=node, reason=reason)
-            # When all of them fail, the fault is likelier the job's, such as its python.
+            # When all of them fail, the fault may be the job's.
             if node in failed and self.spec.bad_nodes and len(failed) < len(alive):
                 remember_bad(Path(self.spec.bad_nodes), node, reason)
         suspects = self.last.suspects() if self.last else set()
-        sound = sorted((node for node in alive if node not in failed), key=lambda node: node in suspects)
+        first = Counter(event["node"] for event in self.history() if event["event"] == "failed")
+        often = {node: times for node, times in first.items() if node and times > 1}
+        sound = sorted(
+            (node for node in alive if node not in failed),
+            key=lambda node: (node in suspects, often.get(node, 0)),
+        )
         if len(sound) < self.spec.nodes:
             words = f"{len(sound)} of {len(self.nodes)} nodes are sound, and {self.spec.nodes} are needed"
             raise TooFewNodesError(words, failed)
+        self.replaced = {
+            node: f"its ranks failed first in {often[node]} starts"
+            for node in sound[self.spec.nodes :]
+            if node in often
+        }
+        for node, reason in self.replaced.items():
+            print(f"{node} is left out: {reason}", flush=True)
+            self.events.write("node_left_out", node=node, reason=reason)
         return [node for node in self.nodes if node in sound[: self.spec.nodes]]
+
+    def convict(self) -> None:
+        """Remembers the nodes without which the job has come further: the fault was theirs."""
+        for node, reason in self.replaced.items():
+            if self.spec.bad_nodes:
+                remember_bad(Path(self.spec.bad_nodes), node, reason)
+        self.replaced = {}
+
+    def blame_the_job(self, alive: list[str], failed: dict[str, str]) -> None:
+        """Raises UserError where all nodes fail alike, in a way that the job's python or container may cause:
+        other nodes would do no better. One node is enough if nothing ran on it, else another one of before
+        counts too, since a job of one node may have met a broken one."""
+        reasons = set(failed.values())
+        if len(failed) < len(alive) or len(reasons) != 1 or not OF_JOB.match(reason := reasons.pop()):
+            return
+        before = [event for event in self.history() if event["event"] == "node_left_out"]
+        nodes = {*failed, *(str(event.get("node")) for event in before if event.get("reason") == reason)}
+        if len(nodes) > 1 or reason.startswith(NOT_BEGUN):
+            raise UserError(
+                f"{reason.removeprefix(NOT_BEGUN)}: so the check ended on all of {', '.join(sorted(nodes))}; "
+                "see to python, container, setup and srun of the cluster file (a container must pass on the "
+                "environment, and show the GPUs)"
+            )
+
+    def history(self) -> list[dict[str, Any]]:
+        """The events of this job since a person queued it."""
+        events = read_events(self.events.path)
+        last = max((i for i, event in enumerate(events) if event["event"] == "queued"), default=0)
+        return [event for event in events[last:] if event.get("job") == self.name]
 
     # -------------------------------------------------------------------------------- the job in Slurm
 
@@ -189,11 +246,15 @@ class Job:
         if (self.folder / CANCELLED).exists():
             print("cancelled: not requeued", flush=True)
             return code
-        reached = newest_step(self.run_folder)
+        reached = self.progress()
+        if newest_step(self.run_folder) > self.reached:
+            self.convict()
         if self.idle_requeues(reached) > self.spec.restarts:
-            return self.give_up(CRASH_LOOP, f"no checkpoint after that of step {reached} in all requeues")
+            last = f"checkpoint after that of step {reached}" if self.run_folder else "progress"
+            return self.give_up(CRASH_LOOP, f"no {last} in all requeues")
         self.wait_until_running()
-        self.events.write("requeued", reason=reason, checkpoint=reached)
+        saved = code == STOPPED_AND_SAVED
+        self.events.write("requeued", reason=reason, checkpoint=reached, saved=saved)
         print(f"requeued ({reason})", flush=True)
         while True:
             with contextlib.suppress(UserError):
@@ -207,6 +268,32 @@ class Job:
             self.exclude(list(bad))
         time.sleep(END_SECONDS)
         return code
+
+    def progress(self) -> int:
+        """What the job can resume: the step of its newest checkpoint, or how much of its input is done."""
+        if self.spec.stage == "prep":
+            return sum(1 for _ in Path(self.spec.target, PREP_WORK).glob("*.json"))
+        return newest_step(self.run_folder)
+
+    def too_short(self) -> str | None:
+        """Why the next start would come no further than this one, ended by its time limit; else None."""
+        spec = self.spec
+        if spec.stage not in ("prep", "convert") or self.progress() > self.began:
+            return None
+        try:
+            record = slurm.show_job(self.name) or {}
+            minutes = slurm.minutes_of(record.get("TimeLimit", ""))
+            end = datetime.fromisoformat(record["StartTime"]).timestamp() + (minutes or math.inf) * 60
+        except (UserError, KeyError, ValueError):
+            return None
+        # Slurm sends the signal up to a minute too early. Pre-emption sends it too, but at any time.
+        if end - time.time() > spec.signal_seconds + SIGNAL_EARLY_SECONDS:
+            return None
+        what = "the conversion had ended" if spec.stage == "convert" else "a part of it was done"
+        return (
+            f"its time limit, {record['TimeLimit']}, came before {what}, and there is nothing to resume: "
+            f"submit it again with --time {slurm.show_minutes(2 * (minutes or 0))} or more"
+        )
 
     def idle_requeues(self, reached: int) -> int:
         """How often in a row, since a person queued it, the job was requeued with this newest checkpoint."""
@@ -232,6 +319,7 @@ class Job:
 
     def finish(self) -> None:
         """Writes the marker that the next job looks for."""
+        self.convict()
         write_json(self.done, {"job": self.name, "time": time.time()})
         self.events.write("done")
         print("done", flush=True)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from bertscale.data.shards import MANIFEST_NAME
+from bertscale.files import json_digest
 
 VALUES: list[Any] = [None, -1, 0, 10**30, 1.5, 1e400, "x", "../x", [], {}, [[]], True, "\ud800"]
 
@@ -44,6 +49,15 @@ def edited_json(value: Any, draw: random.Random) -> Any:
         case _:
             node[key] = draw.choice(VALUES)
     return value
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None], *, signed: bool = True) -> None:
+    """Changes the manifest of a data set and its digest; not `signed`: without one, as earlier versions."""
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_bytes())
+    del manifest["digest"]
+    change(manifest)
+    path.write_text(json.dumps({**manifest, "digest": json_digest(manifest)} if signed else manifest))
 
 
 def edited_table(table: dict[str, Any], draw: random.Random) -> bytes:

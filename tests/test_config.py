@@ -66,7 +66,8 @@ def test_the_quickstart_s_overrides(gpus: int, tmp_path: Path, monkeypatch: pyte
     for run in (Path("runs/quickstart"), tmp_path):
         for name, _, command in stages(run, gpus):
             if name in sections:
-                config = load_config(sections[name], command[2], command[3:])
+                overrides = [word for word in command[3:] if word != "--replace"]
+                config = load_config(sections[name], command[2], overrides)
                 assert ("runs/quickstart" in config.model_dump_json()) == (run != tmp_path), shlex.join(
                     command
                 )
@@ -296,6 +297,26 @@ def test_a_wrong_value_is_named(minimal: Path, override: str, message: str) -> N
 def test_an_override_without_key_or_value(minimal: Path, override: str) -> None:
     with pytest.raises(UserError, match="is not of the form key=value, such as"):
         load_config(PretrainConfig, minimal, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("heldout={wiki:runs/wiki}", "{wiki: runs/wiki}, or give heldout.wiki=runs/wiki"),
+        ("model={preset: modern, hidden_size:64}", "{hidden_size: 64}, or give model.hidden_size=64"),
+        ("train={fills: [{a:b}]}", "{a: b}"),
+    ],
+)
+def test_a_colon_without_a_blank_is_told(minimal: Path, override: str, remedy: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(PretrainConfig, minimal, [override])
+    assert str(error.value) == f"{override!r}: YAML needs a blank after the colon: {remedy}"
+    minimal.write_text("heldout: {wiki:DIR}\n")
+    with pytest.raises(UserError, match=r"minimal.yaml: YAML needs a blank after the colon: \{wiki: DIR\}$"):
+        load_config(PretrainConfig, minimal, [])
+    minimal.write_text("run: a\ndata: b\ntrain:\n  steps:5\n")
+    with pytest.raises(UserError, match=r"train='steps:5': .*; YAML needs a blank after the colon$"):
+        load_config(PretrainConfig, minimal, [])
 
 
 def test_an_override_inside_a_value(minimal: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from bertscale import files
 from bertscale.files import (
     file_digest,
     fresh_folder,
@@ -166,6 +170,64 @@ def test_a_kill_while_the_older_folder_goes_leaves_no_half_of_it(
     put_in_place(tmp_path / ".made.partial", final)
     assert len(seen) == 4
     assert all(files == ["new"] for files in seen)
+
+
+# ------------------------------------------------------------------------------- one process at a time
+
+
+@pytest.fixture(params=[None, 38, 95, 37], ids=["locks", "ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """A file system with the kernel's locks, or one that answers flock with this error, and a quick pulse."""
+    monkeypatch.setattr(files, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(files, "BEATS_AWAITED", 15)
+    if request.param is not None:
+
+        def flock(*_: Any) -> None:
+            raise OSError(request.param, os.strerror(request.param))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+    return cast("int | None", request.param)
+
+
+def test_a_second_process_is_noticed_with_and_without_locks(tmp_path: Path, locks: int | None) -> None:
+    lock = tmp_path / "lock"
+    with (
+        files.alone(lock, "job 7"),
+        pytest.raises(files.HeldError, match=r"^job 7$"),
+        files.alone(lock, "job 8"),
+    ):
+        pass
+    with files.alone(lock, "job 8"):  # free again
+        assert lock.read_text().startswith("job 8")
+
+
+def test_a_lock_is_taken_from_the_dead_and_from_our_own(tmp_path: Path, locks: int | None) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text("job 7" if locks is None else "job 7\nnode1 4711 17.0 3")
+    with files.alone(lock, "job 8"), files.alone(lock, "job 8", "job 8".__eq__):
+        time.sleep(0.2)  # the earlier one notices it, and writes no more
+        with pytest.raises(files.HeldError), files.alone(lock, "job 9"):
+            pass
+
+
+def test_of_two_that_come_at_the_same_moment_one_stays(tmp_path: Path, locks: int | None) -> None:
+    gate, done, won = threading.Barrier(2), threading.Event(), list[int]()
+
+    def come(number: int) -> None:
+        gate.wait()
+        try:
+            with files.alone(tmp_path / "lock", str(number)):
+                won.append(number)
+                done.wait()
+        except files.HeldError:
+            done.set()
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
 
 
 def test_digest(tmp_path: Path) -> None:

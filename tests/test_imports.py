@@ -29,13 +29,15 @@ FLOORS = {
         "bertscale.optim",
         "bertscale.train",
         "bertscale.convert",
+        "bertscale.onnx",
         "bertscale.export",
+        "bertscale.inspect",
         "bertscale.pretrain",
         "bertscale.finetune",
         "bertscale.bench",
         "command line",
     ),
-    "data_prep": ("data_prep.readers", "data_prep", "data_prep.demo"),
+    "data_prep": ("data_prep.readers", "data_prep.filters", "data_prep", "data_prep.demo"),
     "launcher": ("launcher", "launcher.nodes", "launcher.submit", "launcher.status"),
 }
 COMMAND_LINE = {f"bertscale.{name}" for name in ("checks", "cli", "console", "quickstart", "__main__")}
@@ -46,7 +48,7 @@ DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.watch"}
 OPEN_TO = {
     "data_prep": {
         *("bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
-        *("bertscale.data.quality", "bertscale.data.shards", "bertscale.tokenizer"),
+        *("bertscale.data.quality", "bertscale.data.report", "bertscale.data.shards", "bertscale.tokenizer"),
     },
     "launcher": {
         *("bertscale", "bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
@@ -211,7 +213,7 @@ def declared() -> dict[str, Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [text for extra in project["optional-dependencies"].values() for text in extra]
     wanted = [Requirement(text) for text in project["dependencies"] + extras]
-    return {canonicalize_name(requirement.name): requirement for requirement in wanted}
+    return {canonicalize_name(each.name): each for each in wanted if each.name != "bertscale"}
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:

@@ -16,10 +16,10 @@ from test_checkpoint import StopAfter
 from test_reshape import Source as RandomSource
 from tiny import pretrain_config
 
-from bertscale.config import PretrainConfig, UserError
-from bertscale.convert.weights import native_shapes
+from bertscale.config import PretrainConfig, UserError, with_model_of
+from bertscale.convert.model_shape import native_shapes
 from bertscale.files import file_digest
-from bertscale.pretrain.init import Source, check_source, differences, in_shape_of, with_model_of
+from bertscale.pretrain.init import Source, check_source, differences, in_shape_of
 from bertscale.run_folder import TABLE, checkpoints, read_metrics
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import open_checkpoint

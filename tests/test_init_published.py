@@ -41,7 +41,8 @@ CLASSES: dict[str, tuple[dict[str, Any], str]] = {
 
 def go_on(data: str, folder: str) -> dict[str, str]:
     """On a rank: each class saved, its weights in the engine at the start, and a training from there."""
-    from bertscale.pretrain.init import open_source, start_from, with_model_of
+    from bertscale.config import with_model_of
+    from bertscale.pretrain.init import open_source, start_from
     from bertscale.pretrain.pretrain import train
     from bertscale.train.device import local_device
     from bertscale.train.engine import pretraining_engine
@@ -112,8 +113,9 @@ def test_what_comes_out_loads_strictly(kind: str, runs: tuple[Path, dict[str, st
 def test_another_tokenizer_is_refused_before_training(
     runs: tuple[Path, dict[str, str]], tiny_data: Path
 ) -> None:
+    from bertscale.config import with_model_of
     from bertscale.convert.sources import open_source_weights
-    from bertscale.pretrain.init import in_shape_of, with_model_of
+    from bertscale.pretrain.init import in_shape_of
 
     source = runs[0] / "BertModel" / "source"
     vocabulary = source.parent / "vocab.txt"

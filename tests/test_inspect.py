@@ -14,7 +14,8 @@ from rich.console import Console
 
 from bertscale import cli
 from bertscale.config import UserError
-from bertscale.data.inspect import inspect, percentile, samples
+from bertscale.data.inspect import inspect, samples
+from bertscale.data.report import percentile
 from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 
@@ -101,7 +102,7 @@ def test_the_command(
     assert done.returncode == 0, done.stderr
     assert "train documents, lengths in tokens" in done.stdout
     assert cli.main(["inspect", "nothing-here"]) == 2
-    assert "there is no data folder nothing-here" in capsys.readouterr().err
+    assert "there is no folder nothing-here" in capsys.readouterr().err
     for former in (["--inspect", str(tiny_data)], ["config.yaml", f"--inspect={tiny_data}"]):
         assert cli.main(["prep", *former]) == 2
         assert capsys.readouterr().err == (

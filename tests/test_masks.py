@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import change_manifest
 from test_convert import SIZES, padding_is_zero
 from tiny import OBJECTS, SUBJECTS, VERBS, prep_config, pretrain_config
 from transformers import pipeline
 
 from bertscale.config import PrepConfig
-from bertscale.convert.weights import native_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import native_model
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import MANIFEST_NAME, open_dataset
 from bertscale.export import masks
@@ -38,7 +40,7 @@ CHINESE = (
 )
 
 
-def write_run(folder: Path, data: Path, **changes: Any) -> Path:
+def write_run(folder: Path, data: Path, causal: bool = False, **changes: Any) -> Path:
     """The checkpoint of a run on `data` (the manifest's digest, the config), with drawn weights."""
     config = pretrain_config(data, folder, **{"model": {**SIZES, **changes.pop("model", {})}, **changes})
     dataset = open_dataset(data)
@@ -58,6 +60,7 @@ def write_run(folder: Path, data: Path, **changes: Any) -> Path:
         "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
         "data_digest": data_digest([dataset], config.corpora),
         "config": config.model_dump(mode="json"),
+        "causal": causal,
     }
     write_whole(folder, table, tensors.items(), dataset.tokenizer_path)
     return folder
@@ -255,9 +258,7 @@ def manifest_of_nothing(data: Path) -> None:
 
 def other_data(data: Path) -> None:
     """Prepared anew: what was held out may have been trained on."""
-    manifest = json.loads((data / MANIFEST_NAME).read_text())
-    manifest["settings"]["seed"] = 17
-    (data / MANIFEST_NAME).write_text(json.dumps(manifest))
+    change_manifest(data, lambda manifest: manifest["settings"].update(seed=17))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from virtual import Cluster
 from launcher.job import JobSpec
 from launcher.nodes.check import bad_nodes, check_nodes, node_states, nodes_alive, remember_bad
 from launcher.nodes.measure import EXCHANGED, Gpu, _exchange_gpus, ask_all, cpu_product, exchange
-from launcher.nodes.step import judge
+from launcher.nodes.step import OF_JOB, judge
 
 ROOT = Path(__file__).parents[1]
 
@@ -334,6 +334,28 @@ fi"""
     found = check_nodes(spec_for(), ["node1", "node2"], tmp_path)
     assert set(found) == {"node1", "node2"}
     assert "srun: error: Invalid account" in found["node1"]
+
+
+def test_what_never_began_tells_the_last_line_of_its_error(path: Path, tmp_path: Path) -> None:
+    """A container that drops the environment, a python that is not there, a container plug-in that is not."""
+    said = "for node in ${nodes//,/ }; do echo srun: error: $node: task 0: Exited with exit code 1 >&2; done"
+    put_srun(path, agent=False, after=f"wait; {said}; exit 1")
+    dropped = spec_for(container=("env", "-u", "BERTSCALE_CHECK"))
+    reason = "its check did not begin: the environment of the job does not arrive here"
+    assert check_nodes(dropped, ["node1", "node2"], tmp_path) == {"node1": reason, "node2": reason}
+
+    gone = "slurmstepd-node1: error: execve(): /no/python: No such file or directory"
+    ends = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 2"
+    put(path / "srun", f"#!/bin/sh\necho '{gone}' >&2\necho '{ends}' >&2\nexit 2\n")
+    found = check_nodes(spec_for(), ["node1", "node2"], tmp_path)
+    assert set(found.values()) == {"its check did not begin: execve(): /no/python: No such file or directory"}
+
+    wrong = "srun: unrecognized option '--container-image=a'"
+    put(path / "srun", f'#!/bin/sh\necho "{wrong}\nTry \\"srun --help\\" for more" >&2\nexit 1\n')
+    [reason] = set(check_nodes(spec_for(), ["node1", "node2"], tmp_path).values())
+    assert reason == f"its check did not begin: {wrong}"
+    assert OF_JOB.match(reason)
+    assert not OF_JOB.match("its check did not begin: srun: error: Unable to create step for job 7: busy")
 
 
 # ------------------------------------------------------------------------------------- on the virtual cluster

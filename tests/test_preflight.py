@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from damage import change_manifest
 from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
 from bertscale.config import ModelConfig, PipelineStage, PretrainConfig, UserError
 from bertscale.model.model import PretrainingModel
+from bertscale.run_folder import Events
 from launcher import slurm
+from launcher.submit import command
 from launcher.submit.command import main as submit
 from launcher.submit.freeze import freeze
 from launcher.submit.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit
@@ -340,9 +343,8 @@ def test_corpora_of_two_tokenizers_are_a_problem(site: Slurm, desk: Desk) -> Non
     shutil.copytree(desk.data, other)
     model = other / "tokenizer.model"
     model.write_bytes(model.read_bytes() + b" ")
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["tokenizer_sha256"] = hashlib.sha256(model.read_bytes()).hexdigest()
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
+    change_manifest(other, lambda manifest: manifest.update(tokenizer_sha256=sha256))
     for key, value in (("data", f"[{desk.data},{other}]"), ("heldout.web", str(other))):
         report = desk.report(GPU, nodes=2, set=[*FIT, f"{key}={value}"])
         assert report.problems == [
@@ -425,6 +427,30 @@ def test_a_job_of_the_same_folder_is_in_the_queue(site: Slurm, desk: Desk) -> No
     assert report.problems == [
         "job 41 already makes run: `bertscale status run` shows it, `bertscale cancel run` ends it"
     ]
+    # The same where the site's own comment has taken the place of ours: the events tell.
+    site.queue = "41|PENDING|2||N/A|N/A||Priority|project 12\n"
+    assert desk.report(GPU, nodes=2, set=FIT).problems == []
+    (desk.folder / "run/job").mkdir(parents=True)
+    Events(desk.folder / "run/job/events.jsonl").write("queued", job="41")
+    Events(desk.folder / "run/job/events.jsonl").write("queued", job="42")
+    assert desk.report(GPU, nodes=2, set=FIT).problems == report.problems
+
+
+def test_two_submissions_at_the_same_moment(site: Slurm, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(desk.folder / "run.yaml", pretrain_config(desk.data, desk.folder / "run").model_dump())
+    jobs, _ = stage_jobs([PipelineStage(pretrain=config, set=FIT)], write(desk.folder / "site.yaml", GPU))
+    folder = desk.folder / "run/job"
+    with command.making(folder), pytest.raises(UserError, match="is just queueing the job of run/job"):
+        command.submit(jobs, [], (), (), dry_run=False)
+
+    def one_came_first(*_: object) -> Report:
+        site.queue = f"41|PENDING|2||N/A|N/A||Priority|bertscale {folder}\n"
+        return Report()
+
+    monkeypatch.setattr("launcher.submit.preflight.check", one_came_first)
+    with pytest.raises(UserError, match="job 41 already makes run"):
+        command.submit(jobs, [], (), (), dry_run=False)
+    assert not (folder / "script.sh").exists()
 
 
 EXAMPLES = '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n'
@@ -513,6 +539,86 @@ def test_glue_behind_a_pretraining(site: Slurm, desk: Desk, capsys: pytest.Captu
     problems = "\n".join(desk.check(stages, GPU).problems)
     assert "RTE/train.tsv, line 1: there is no column 'label'" in problems
     assert "wnli: unknown key train.epoch; did you mean train.epochs?" in problems
+
+
+def test_tasks_beside_a_pretraining_are_checked(site: Slurm, desk: Desk) -> None:
+    values: dict[str, Any] = finetune_values(desk.folder)
+    values |= {"data": {**values["data"], "dev": values["data"].pop("test")}, "samples": {"max_length": 40}}
+    tasks = [write(desk.folder / f"{name}.yaml", values) for name in "ab"]
+    assert desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems == []
+    write(desk.folder / "a.yaml", {**values, "samples": {"max_length": 64}})
+    write(desk.folder / "b.yaml", {**values, "data": {**values["data"], "dev": "no.csv"}})
+    long, missing = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
+    assert long.startswith("train.tasks: a: samples.max_length=64 is longer than the encoder")
+    path = desk.folder / "no.csv"
+    assert missing == f"train.tasks: b: data.dev={path}: cannot be read here: No such file or directory"
+    write(desk.folder / "a.yaml", {**values, "sample": {}})
+    (wrong,) = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
+    assert wrong == f"train.tasks: {desk.folder}/a.yaml: unknown key sample; did you mean samples?"
+
+
+BERT_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+
+
+def write_source(folder: Path, name: str, values: dict[str, Any]) -> None:
+    """Makes `folder` one with the file `name` alone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(values))
+
+
+def test_the_shape_is_that_of_what_a_pretraining_starts_from(site: Slurm, desk: Desk, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    values = pretrain_config(desk.data, tmp_path / "run").model_dump()
+    values |= {"model": {}, "init": str(source)}
+    stage = PipelineStage(pretrain=write(tmp_path / "run.yaml", values), set=FIT)
+
+    def memory(*stages: PipelineStage) -> str:
+        report = desk.check([*stages, stage], GPU)
+        assert report.problems == []
+        return next(fact for fact in report.facts[::-1] if "memory of a rank" in fact)
+
+    write_source(source, "bertscale.json", {"model": {**BERT_LARGE, "preset": "bert"}})
+    expected = memory()
+    assert "weights 1.22" in expected  # GB, of 0.3 G parameters in float32
+    write_source(source, "config.json", {"model_type": "bert", **BERT_LARGE})
+    assert memory() == expected
+    roberta = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}
+    write_source(source, "config.json", {**roberta, **BERT_LARGE})
+    assert memory() == expected
+    small = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 512}
+    write_source(source, "config.json", {"model_type": "distilbert", **small})
+    assert "weights 0.0" in memory()
+    write_source(source, "config.json", {"model_type": "t5"})
+    assert memory() == f"memory of a rank: not estimated, the shape of init.from={source} is not known"
+    # A start that would fail is told now.
+    write_source(source, "config.json", {"model_type": "bert", **BERT_LARGE, "max_position_embeddings": 32})
+    (problem,) = desk.check([stage], GPU).problems
+    assert problem.startswith(f"init.from={source}: samples.max_length=48 is longer than")
+    # What an earlier job will have made is known, too.
+    shutil.rmtree(source)
+    first = {**values, "run": str(source), "init": None, "model": BERT_LARGE}
+    of_both = memory(PipelineStage(pretrain=write(tmp_path / "first.yaml", first), set=FIT))
+    assert of_both.endswith(expected.partition(": ")[2])
+
+
+def test_an_average_is_there_to_be_converted(site: Slurm, desk: Desk, tmp_path: Path) -> None:
+    source, stage = tmp_path / "source", PipelineStage(convert=["source", "hf"], average=True)
+    told = f"average: SOURCE={source} keeps no average of the weights; a run with train.average does"
+    for states, problems in (["weight", "average"], []), (["weight", "exp_avg"], [told]):
+        write_source(source, "bertscale.json", {"parameters": {"a": {"states": states}}})
+        assert desk.check([stage], GPU).problems == problems
+    shutil.rmtree(source)
+    desk.report(GPU)
+    run, settings = str(tmp_path / "run.yaml"), [*FIT, f"run={source}", "train.average=0.9"]
+    assert desk.check([PipelineStage(pretrain=run, set=settings), stage], GPU).problems == []
+    (problem,) = desk.check([PipelineStage(pretrain=run, set=settings[:-1]), stage], GPU).problems
+    assert problem == f"night-convert: {told}"
 
 
 def test_what_earlier_links_make_need_not_be_there(site: Slurm, desk: Desk) -> None:
@@ -649,6 +755,17 @@ def test_a_generator_takes_memory() -> None:
     assert 1.2 * plain.activations < both.activations < 1.5 * plain.activations
 
 
+def test_all_positions_of_a_causal_model_take_memory() -> None:
+    masked = large()
+    samples = masked.samples.model_copy(update={"kind": "packed"})
+    objectives = masked.objectives.model_copy(update={"mlm": 0.0, "clm": 1.0})
+    causal = masked.model_copy(update={"samples": samples, "objectives": objectives})
+    plain, both = (estimate_memory(each, 30_000, ranks=8, gpu=True) for each in (masked, causal))
+    tokens = masked.train.micro_batch * masked.samples.max_length
+    logits = 0.85 * tokens * 8 * 30_080  # of the positions that masks leave out
+    assert both.activations - plain.activations == pytest.approx(logits + tokens * 5 * 2 * 1024)
+
+
 def test_what_would_fit_changes_as_little_as_possible() -> None:
     config = large(zero_stage=0)
     needs = [estimate_memory(large(zero_stage=stage), 30_000, 8, True).total for stage in range(4)]
@@ -684,6 +801,8 @@ def test_what_would_fit_changes_as_little_as_possible() -> None:
 )
 def test_times_as_slurm_writes_them(time: str, minutes: float | None) -> None:
     assert slurm.minutes_of(time) == minutes
+    if minutes and minutes != float("inf"):
+        assert slurm.minutes_of(slurm.show_minutes(minutes)) == round(minutes)
 
 
 def test_sizes_and_gpus_as_slurm_writes_them() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,8 +19,10 @@ from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 from data_prep import build, encode
-from data_prep.build import prep
+from data_prep import plan as plan_module
+from data_prep.build import prep, prep_finish, prep_share, prep_tokenizer
 from data_prep.encode import Batch, Encoded
+from data_prep.readers.read import find_files
 from data_prep.readers.records import LONGEST
 from data_prep.workers import map_in_order
 
@@ -167,7 +171,7 @@ def test_a_single_unit_that_is_stopped(one_unit: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         prep(config)
     left = {path.name for path in (one_unit / "stopped" / ".prep").iterdir()}
-    assert left == {"lock", "plan.json", "tokenizer.json"}
+    assert left == {"inputs.json", "lock", "plan.json", "tokenizer.json"}
     prep(config)
     prep(config_of_one_unit(one_unit, "whole"))
     assert bytes_of(one_unit / "stopped") == bytes_of(one_unit / "whole")
@@ -182,6 +186,7 @@ def test_the_manifest_counts_what_is_in_the_shards(corpus: Path) -> None:
     for split in ("train", "validation"):
         texts = texts_of(corpus / "output", split)
         dataset = open_dataset(corpus / "output", split)
+        starts_word = load_tokenizer(dataset.tokenizer_path).starts_word
         assert counters["splits"][split] == {
             "documents": len(texts),
             "sentences": sum(text.count(".") for text in texts.values()),
@@ -189,6 +194,7 @@ def test_the_manifest_counts_what_is_in_the_shards(corpus: Path) -> None:
             "text_bytes": sum(len(text.encode()) for text in texts.values()),
             "unknown": 0,
             "single_bytes": 0,
+            "words": sum(int(starts_word[shard.tokens].sum()) for shard in dataset.shards),
         }
     letters = sum(character.isalpha() for text in make_documents(300) for character in text)
     assert counters["letters"] == {"latin": letters}
@@ -287,16 +293,150 @@ def test_damage_is_mended_by_the_same_command(corpus: Path) -> None:
         assert bytes_of(corpus / "output") == whole
 
 
-def test_changed_settings_or_input_start_over(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """All files below `folder`, but for the lock, with their times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_changed_settings_or_input_delete_nothing(corpus: Path) -> None:
     prep(config_for(corpus))
-    smaller = prep(config_for(corpus, split_bytes=20_000))
-    assert "the setting split_bytes changed" in capsys.readouterr().out
-    names = {shard["name"] for shard in open_dataset(corpus / "output").manifest["shards"]}
-    assert {path.name for path in (corpus / "output").glob("*.arrow")} == names
-    (corpus / "input" / "a.jsonl").unlink()
-    fewer = prep(config_for(corpus, split_bytes=20_000))
-    assert "the input changed" in capsys.readouterr().out
-    assert fewer["documents"] == smaller["documents"] - 150
+    before = everything_in(corpus / "output")
+    changed = [
+        ({"train_tokenizer": {"vocab_size": 321, "sample_documents": 100}}, "vocab_size: 320 -> 321"),
+        ({"split_bytes": 20_000, "min_letters": 0.1}, "min_letters: 0.0 -> 0.1; split_bytes: 8000 -> 20000"),
+        ({"tokenizer": str(corpus / "copy.model")}, r"tokenizer: trained -> .*copy\.model"),
+        ({"input": [str(corpus / "input/inner")]}, r"input: 1 file gone \(.*a\.jsonl\)"),
+    ]
+    shutil.copy(corpus / "output" / "tokenizer.model", corpus / "copy.model")
+    for changes, said in changed:
+        for part in (prep, prep_tokenizer):
+            with pytest.raises(UserError, match=f"holds a finished data set of other settings or .*{said}"):
+                part(config_for(corpus, **changes))
+    (corpus / "input" / "a.jsonl").write_text((corpus / "input" / "a.jsonl").read_text().replace("a", "b", 1))
+    with pytest.raises(UserError, match=r"input: 1 file changed \(.*a\.jsonl\)\), and nothing was changed"):
+        prep(config_for(corpus))
+    assert everything_in(corpus / "output") == before
+
+
+def test_the_same_input_otherwise_named_or_touched_is_the_same(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prep(config_for(corpus, tokenizer=None))
+    before = bytes_of(corpus / "output")
+    monkeypatch.chdir(corpus)
+    for name in ("input", "./input", "input/../input/"):
+        assert prep(config_for(corpus, input=[name]))["reused"]
+    os.utime(corpus / "input" / "a.jsonl")
+    assert prep(config_for(corpus))["reused"]
+    with monkeypatch.context() as patched:  # the new time is kept: the file is not read for it again
+        patched.setattr(plan_module, "file_digest", None)
+        assert prep(config_for(corpus))["tokens"] == first["tokens"]
+    assert bytes_of(corpus / "output") == before
+
+
+def test_a_plan_of_an_earlier_version_is_known(corpus: Path) -> None:
+    """It names files as the user did, and has their times instead of digests."""
+    prep(config_for(corpus))
+    path = corpus / "output" / ".prep" / "plan.json"
+    plan = json.loads(path.read_text())
+    for entry, file in zip(plan["files"], find_files([str(corpus / "input")]), strict=True):
+        del entry["digest"], entry["kind"]
+        entry |= {"name": file.name, "mtime_ns": file.mtime_ns, "named": False}
+    path.write_text(json.dumps(plan))
+    (corpus / "output" / ".prep" / "inputs.json").unlink()
+    assert prep(config_for(corpus))["reused"]
+    os.utime(corpus / "input" / "a.jsonl")
+    with pytest.raises(UserError, match=r"input: 1 file changed"):
+        prep(config_for(corpus))
+
+
+def test_a_data_set_is_replaced_at_the_end_of_the_new_one(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped at any moment, the old one is whole or the new one is, and the same command goes on."""
+    output, new = corpus / "output", config_for(corpus, split_bytes=20_000, shard_bytes=50_000)
+    prep(config_for(corpus, max_bad_fraction=0.5))
+    old = bytes_of(output)
+    (output / "notes.txt").write_text("of others")
+    monkeypatch.setattr(build, "take_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prep(new, replace=True)
+    assert bytes_of(output) == old | {"notes.txt": b"of others"}
+    monkeypatch.undo()
+    prep(config_for(corpus, output=str(corpus / "whole"), split_bytes=20_000, shard_bytes=50_000))
+    whole = bytes_of(corpus / "whole")
+    # Stopped after each step of the exchange.
+    moves = 0
+    while True:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", stop_after(moves, os.replace))
+            patched.setattr(os, "rename", stop_after(moves, os.rename))
+            try:
+                assert prep(new, replace=True)["reused"]
+                break
+            except KeyboardInterrupt:
+                moves += 1
+    assert moves > 2
+    assert bytes_of(output) == whole | {"notes.txt": b"of others"}
+    assert not (output / ".replacement").exists()
+    assert "stays until the new one is finished" in capsys.readouterr().out
+    assert prep(new)["reused"]
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def stop_after(count: int, function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, which is interrupted at each call after `count` of them that move a new file."""
+    calls = [0]
+
+    def limited(source: Any, target: Any) -> None:
+        if ".replacement" in str(source) and ".tmp-" not in str(source):
+            calls[0] += 1
+            if calls[0] > count:
+                raise KeyboardInterrupt
+        function(source, target)
+
+    return limited
+
+
+def test_unfinished_work_is_replaced_at_once_but_only_when_that_is_said(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prep_tokenizer(config_for(corpus))
+    before = everything_in(corpus / "output")
+    other = config_for(corpus, split_bytes=20_000)
+    with pytest.raises(UserError, match="holds the unfinished work of a prep of other settings or input"):
+        prep(other)
+    assert everything_in(corpus / "output") == before
+    prep(other, replace=True)
+    assert "split_bytes: 8000 -> 20000: starting over" in capsys.readouterr().out
+
+
+def test_a_plan_without_work_is_replaced_without_a_word(corpus: Path) -> None:
+    """A mistake that ended the run at its start is mended by the command with the right setting."""
+    (corpus / "input" / "a.tsv").write_text("body\nThe text.\n")
+    with pytest.raises(UserError, match="has no column 'text'"):
+        prep(config_for(corpus))
+    assert (corpus / "output" / ".prep" / "plan.json").is_file()
+    (corpus / "input" / "a.tsv").write_text("text\nThe text.\n")
+    assert prep(config_for(corpus))["documents"] == 301
+
+
+def test_tasks_go_on_with_a_replacement(corpus: Path) -> None:
+    prep(config_for(corpus))
+    old, new = bytes_of(corpus / "output"), config_for(corpus, split_bytes=20_000)
+    prep_tokenizer(new, replace=True)
+    prep_share(new, 0, 1)
+    with pytest.raises(UserError, match="another plan, and here split_bytes: 20000 -> 30000"):
+        prep_share(config_for(corpus, split_bytes=30_000), 0, 1)
+    assert prep(config_for(corpus))["reused"]
+    assert bytes_of(corpus / "output") == old
+    prep_finish(new)
+    prep(config_for(corpus, split_bytes=20_000, output=str(corpus / "whole")))
+    assert bytes_of(corpus / "output") == bytes_of(corpus / "whole")
 
 
 def test_a_given_tokenizer_is_copied(corpus: Path) -> None:
@@ -376,7 +516,7 @@ def test_bad_records_go_to_the_quarantine(corpus: Path) -> None:
         assert (output / "quarantine.jsonl").read_bytes() == before
         assert not list((output / ".prep").glob("*.bad.jsonl"))
     bad.unlink()
-    prep(config_for(corpus, tokenizer=given))
+    prep(config_for(corpus, tokenizer=given), replace=True)
     assert not quarantine.exists()
 
 
@@ -444,7 +584,7 @@ def test_a_tokenizer_of_another_language_is_told(tmp_path: Path, capsys: pytest.
     assert "0.00% of the tokens are unknown pieces, 0.00% single bytes" in capsys.readouterr().out
     write_jsonl(tmp_path / "input" / "a.jsonl", [f"{text}{text}" for text in CHINESE])
     tokenizer = str(tmp_path / "english" / "tokenizer.model")
-    summary = prep(config_for(tmp_path, language="zh", tokenizer=tokenizer))
+    summary = prep(config_for(tmp_path, language="zh", tokenizer=tokenizer), replace=True)
     tokens = [
         tokenizer_piece
         for shard in open_dataset(tmp_path / "output").shards
@@ -460,6 +600,7 @@ def test_a_tokenizer_of_another_language_is_told(tmp_path: Path, capsys: pytest.
     assert f"give another one than {tokenizer}, or leave `tokenizer` out" in said
 
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n。\n的\n", encoding="utf-8")
-    summary = prep(config_for(tmp_path, language="zh", tokenizer=str(tmp_path / "vocab.txt")))
+    given = config_for(tmp_path, language="zh", tokenizer=str(tmp_path / "vocab.txt"))
+    summary = prep(given, replace=True)
     assert summary["unknown"] > 0.5 * summary["tokens"]
     assert "% of the tokens are unknown pieces, so the tokenizer does not fit" in capsys.readouterr().out

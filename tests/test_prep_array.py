@@ -152,7 +152,7 @@ def test_a_task_of_another_plan_refuses_and_deletes_nothing(corpus: Path) -> Non
     before = bytes_of(corpus / "other"), bytes_of(corpus / "other" / ".prep")
     other = config_for(corpus, "other", split_bytes=9_000)
     for part in (lambda: prep_share(other, 1, 2), lambda: prep_finish(other, 2)):
-        with pytest.raises(UserError, match=r"another plan: the setting split_bytes is not the same here"):
+        with pytest.raises(UserError, match=r"another plan, and here split_bytes: 8000 -> 9000\."):
             part()
     assert (bytes_of(corpus / "other"), bytes_of(corpus / "other" / ".prep")) == before
 
@@ -172,7 +172,7 @@ def test_starting_over_under_a_task_that_still_runs(tmp_path: Path) -> None:
         time.sleep(0.001)
     names = [f"unit-00001{end}" for end in (".json", ".bad.jsonl", "-train-000.spill")]
     stray = {name: (output / ".prep" / name).read_bytes() for name in names}
-    prep_tokenizer(new)
+    prep_tokenizer(new, replace=True)
     text, _ = task.communicate()
     assert task.returncode == 2, text
     assert "was started again with other settings or input while this ran" in text
@@ -198,7 +198,7 @@ def test_bad_input_is_judged_at_the_end(tmp_path: Path) -> None:
     assert prep_finish(config_for(tmp_path, "output", max_bad_fraction=0.1))["bad"] == {"broken JSON": 5}
     with open(tmp_path / "input" / "a.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(UserError, match="another plan: the input is not the same here"):
+    with pytest.raises(UserError, match="another plan, and here input: 1 file changed"):
         prep_finish(config)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from bertscale import files
 from bertscale.config import PrepConfig, UserError, check_config
 from bertscale.data.shards import open_dataset
 from data_prep.build import prep, prep_share, prep_tokenizer
@@ -233,6 +234,7 @@ def test_a_file_system_without_locks(corpus: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(files, "BEAT_SECONDS", 0.1)
     prep(config_for(corpus, "unlocked"))
     assert bytes_of(corpus / "unlocked") == bytes_of(corpus / "whole")
 
@@ -293,12 +295,16 @@ def test_input_that_changes(corpus: Path, tmp_path: Path, change: Callable[[Path
     change(tmp_path / "input" / "c.jsonl")
     text, _ = process.communicate()
     assert process.returncode == 2, text
-    assert f"{tmp_path / 'input' / 'c.jsonl'} changed while it was read; run the same command again" in text
+    changed = f"{tmp_path / 'input' / 'c.jsonl'} changed while it was read"
+    assert f"{changed}; run the same command again with --replace" in text
     assert "Traceback" not in text
     process = start(config)
     text, _ = process.communicate()
+    assert process.returncode == 2, text
+    assert "holds the unfinished work of a prep of other settings or input (input: 1 file changed" in text
+    process = start(config, "--replace")
+    text, _ = process.communicate()
     assert process.returncode == 0, text
-    assert "the input changed since the last run" in text
     prep(config_for(tmp_path, "whole", max_bad_fraction=0.5))
     assert bytes_of(tmp_path / "output") == bytes_of(tmp_path / "whole")
 

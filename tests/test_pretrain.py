@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dist import run_command
+from damage import change_manifest
+from dist import _command, run_command, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
 
@@ -177,6 +178,50 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert losses(run) == losses(whole[0])
 
 
+def stopped_while_it_looks(words: list[str], step: int) -> tuple[int, str]:
+    """`bertscale WORDS` as a rank, of which the second is told to stop in the evaluation after `step`."""
+    from bertscale.pretrain import heldout
+
+    real = heldout.beat
+
+    def beat(done: int) -> None:
+        if done == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(done)
+
+    heldout.beat = beat  # type: ignore[attr-defined]
+    return _command(words)
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_stop_during_an_evaluation_saves_at_once_and_looks_again_later(
+    step: int, tiny_data: Path, tmp_path: Path, train: Train, whole: tuple[Path, str]
+) -> None:
+    run = tmp_path / "stopped"
+    words = ["pretrain", str(write_config(tmp_path, tiny_data, run))]
+    found = run_ranks(__file__, "stopped_while_it_looks", world=2, words=words, step=step)
+    assert [code for code, _ in found] == [75, 75], found
+    assert open_checkpoint(run).step == step
+    assert not (run / "result.json").exists()
+    code, printed = train(tiny_data, run)
+    assert code == 0, printed
+    figures = [
+        {
+            entry["step"]: entry["heldout/mlm_loss"]
+            for entry in read_metrics(folder)
+            if "heldout/mlm_loss" in entry
+        }
+        for folder in (run, whole[0])
+    ]
+    assert figures[0] == figures[1]
+    assert losses(run) == losses(whole[0])
+    assert json.loads((run / "result.json").read_text())["last_loss"] == losses(run)[12][0]
+    one, other = open_checkpoint(run), open_checkpoint(whole[0])
+    assert all(one.tensor(name).equal(other.tensor(name)) for name in one.parameters)
+    code, printed = train(tiny_data, run)
+    assert "already pretrained" in printed
+
+
 def test_the_first_half_of_a_schedule_is_the_first_half_of_the_whole_run(
     tiny_data: Path, tmp_path: Path, train: Train, whole: tuple[Path, str]
 ) -> None:
@@ -246,9 +291,7 @@ def test_a_mixture_that_grows_longer_goes_on_as_if_never_stopped(
     import shutil
 
     other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["settings"]["note"] = "as if of other text"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(other, lambda manifest: manifest["settings"].update(note="as if of other text"))
     changes: dict[str, Any] = {
         "parallel": {"tensor": 1, "ranks": 2},
         "samples": {"max_length": 48, "kind": "sop", "warmup": [[5, 16]]},

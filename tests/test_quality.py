@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from damage import change_manifest
 
 from bertscale.config import PretrainConfig, check_config
 from bertscale.data.inspect import _what_was_read
@@ -110,10 +110,7 @@ def test_pieces_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pretraining_and_inspect_repeat_the_doubt(tiny_data: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_data, tmp_path / "data")
-    path = tmp_path / "data" / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    manifest["settings"]["language"] = "zh"
-    path.write_text(json.dumps(manifest))
+    change_manifest(tmp_path / "data", lambda manifest: manifest["settings"].update(language="zh"))
     dataset = open_dataset(tmp_path / "data")
     values = {"data": str(tmp_path / "data"), "run": "run", "train": {"steps": 1, "global_batch": 2}}
     config = check_config(PretrainConfig, values, "test")

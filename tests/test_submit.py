@@ -16,7 +16,7 @@ import yaml
 from tiny import pretrain_config, write_corpus
 from virtual import Cluster
 
-from bertscale.config import FinetuneConfig, PipelineStage, PrepConfig, PretrainConfig, UserError
+from bertscale.config import FinetuneConfig, PipelineStage, PrepConfig, PretrainConfig, UserError, load_tasks
 from bertscale.config.glue import add_arguments, from_options
 from bertscale.run_folder import read_events
 from launcher.job import JobSpec
@@ -150,7 +150,12 @@ def test_paths_are_taken_from_where_submit_was_called(tmp_path: Path, monkeypatc
     assert jobs[0].spec.folder == str(tmp_path / "data.job")
     assert jobs[0].spec.bad_nodes == str(tmp_path / "bad")
     assert jobs[0].spec.python == str(tmp_path / "venv/bin/python")
-    assert jobs[1].spec.command[2:] == ("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--no-show")
+    words = ("convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--no-show")
+    assert jobs[1].spec.command[2:] == words
+    [job], _ = stage_jobs([PipelineStage(convert=["run", "hf"], average=True)], str(tmp_path / "site.yaml"))
+    assert job.spec.command[2:] == (*words, "--average")
+    with pytest.raises(ValueError, match="average=true is for convert, not prep"):
+        PipelineStage(prep="prep.yaml", average=True)
 
 
 def test_paths_of_several_corpora_too(tmp_path: Path, monkeypatch: Any) -> None:
@@ -179,6 +184,16 @@ def test_a_prep_array_is_three_jobs(tmp_path: Path) -> None:
         ("--finish", "--task-count", "3"),
     ]
     assert {job.spec.target for job in jobs} == {str(tmp_path / "data")}
+
+
+def test_replace_is_for_who_makes_the_plan(tmp_path: Path) -> None:
+    prep, site = write(tmp_path / "prep.yaml", prep_values(tmp_path)), write(tmp_path / "site.yaml", {})
+    [alone], _ = stage_jobs([PipelineStage(prep=prep, replace=True)], site)
+    assert alone.spec.command[4:] == ("--replace",)
+    jobs, _ = stage_jobs([PipelineStage(prep=prep, array=3, replace=True)], site)
+    assert ["--replace" in job.spec.command for job in jobs] == [True, False, False]
+    with pytest.raises(ValueError, match="replace=true is for prep, not convert"):
+        PipelineStage(convert=["run", "hf"], replace=True)
 
 
 def glue_folder(folder: Path, *names: str) -> Path:
@@ -259,8 +274,11 @@ def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
 
 
 def test_the_job_folder_holds_code_config_script_and_environment(tmp_path: Path, tiny_data: Path) -> None:
-    job = one_job(tmp_path, tiny_data, {"environment": {"OMP_NUM_THREADS": "1"}})
-    freeze(job.spec, job.config, about_now(job.spec.environment))
+    values = {"data": {"train": "a.csv", "dev_share": 0.1}, "train": {"epochs": 2}}
+    task = write(tmp_path / "one.yaml", values)
+    tasks = {"set": [f"train.tasks=[{task}]"]}
+    job = one_job(tmp_path, tiny_data, {"environment": {"OMP_NUM_THREADS": "1"}}, **tasks)
+    freeze(job.spec, job.config, about_now(job.spec.environment), job.tasks)
     folder = tmp_path / "run/job"
     assert sorted(path.name for path in folder.iterdir()) == sorted((*freezing.FROZEN, "logs"))
     for package in freezing.PACKAGES:
@@ -269,6 +287,9 @@ def test_the_job_folder_holds_code_config_script_and_environment(tmp_path: Path,
             path.relative_to(folder / "code") for path in (folder / "code" / package).rglob("*")
         } >= sources
     assert PretrainConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())) == job.config
+    assert job.config.train.tasks == [f"{folder}/tasks/one.yaml"]
+    [frozen] = load_tasks(job.config).values()
+    assert (frozen.data.training_files[0].path, frozen.train.epochs) == (str(Path("a.csv").absolute()), 2)
     assert JobSpec.from_json((folder / "job.json").read_text()) == job.spec
     assert os.access(folder / "script.sh", os.X_OK)
     about = json.loads((folder / "environment.json").read_text())
@@ -294,7 +315,7 @@ def test_freezing_again_keeps_the_history_and_drops_the_markers(tmp_path: Path) 
         (folder / name).write_text("{}\n")
     (folder / "logs/slurm-1.out").write_text("before\n")
     freeze(job.spec, job.config, {"again": True})
-    assert {path.name for path in folder.iterdir()} == {*freezing.FROZEN, "logs", "events.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {*freezing.FROZEN, "logs", "events.jsonl"} - {"tasks"}
     assert (folder / "logs/slurm-1.out").read_text() == "before\n"
     assert not (folder / "code/bertscale/gone.py").exists()
     assert json.loads((folder / "environment.json").read_text()) == {"again": True}
@@ -642,6 +663,11 @@ def test_only_jobs_of_ours_have_a_folder(tmp_path: Path) -> None:
     assert folder_of({"Comment": f"bertscale {tmp_path}"}) == tmp_path
     assert folder_of({"Comment": f"{tmp_path}"}) is None
     assert folder_of({}) is None
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "job.json").write_text("{}")
+    assert folder_of({"Comment": "of the site", "Command": f"{job}/script.sh"}) == job
+    assert folder_of({"Comment": "of the site", "Command": "/some/script.sh"}) is None
 
 
 def test_the_config_is_whole(tiny_data: Path) -> None:

@@ -14,16 +14,20 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from virtual import Cluster
 
-from bertscale.errors import UserError
+from bertscale.errors import INTERRUPTED, UserError
 from bertscale.run_folder import Events, read_events
 from launcher import slurm, watch
+from launcher.history import first_failed
 from launcher.job import JobSpec, render
+from launcher.nodes.check import bad_nodes
+from launcher.rank_groups import SlurmStep
 from launcher.supervise import StopRequests
 
 ROOT = Path(__file__).parents[1]
@@ -355,6 +359,189 @@ def test_a_requeue_may_end_its_own_scontrol(
     assert job.requeue(75, "SIGUSR1") == 75
     assert kinds(job.events.path)[-1] == ends
     assert waited == ([watch.END_SECONDS] if ends == "requeued" else [])  # for Slurm to end this process
+
+
+@pytest.fixture
+def fake_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., watch.Job]:
+    """Job 7 on n1, n2 and so on, for which Slurm says what it is told to."""
+
+    def make(
+        body: str = "", names: tuple[str, ...] = ("n1", "n2"), record: str = "", **changes: Any
+    ) -> watch.Job:
+        spec = make_job(tmp_path / "job", body, **changes)
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(names))
+        monkeypatch.setattr(watch, "nodes_alive", list)
+
+        def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
+            return subprocess.CompletedProcess(command, 0, f"JobId=7 JobState=RUNNING {record}\n", "")
+
+        monkeypatch.setattr(slurm, "ask", ask)
+        return watch.Job(spec, ["srun"], StopRequests())
+
+    return make
+
+
+BAD_IMAGE = "its check did not begin: FATAL: could not open image a.sif"
+NO_GPU = "0 of 8 GPUs are visible"
+NO_DISK = "0.1 GB are free in /tmp, 1 are needed"
+
+
+@pytest.mark.parametrize(
+    ("failed", "mistake"),
+    [
+        ({"n1": BAD_IMAGE, "n2": BAD_IMAGE}, "FATAL: could not open image a.sif: so the check ended on all"),
+        ({"n1": NO_GPU, "n2": NO_GPU}, "0 of 8 GPUs are visible: so the check ended on all of n1, n2;"),
+        ({"n1": BAD_IMAGE}, None),
+        ({"n1": NO_GPU, "n2": "1 of 8 GPUs are visible"}, None),
+        ({"n1": NO_DISK, "n2": NO_DISK}, None),
+    ],
+)
+def test_what_fails_alike_on_all_nodes_is_a_mistake_of_the_job(
+    failed: dict[str, str],
+    mistake: str | None,
+    fake_job: Callable[..., watch.Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = fake_job(node_check=True)
+    monkeypatch.setattr(watch, "check_nodes", lambda *_: failed)
+    with pytest.raises(UserError if mistake else watch.TooFewNodesError) as raised:
+        job.choose_nodes(Path())
+    assert str(raised.value).startswith(mistake or f"{2 - len(failed)} of 2 nodes are sound")
+    assert kinds(job.events.path) == ([] if mistake else ["node_left_out"] * len(failed))
+
+
+def test_a_job_of_one_node_gives_another_one_a_try(
+    fake_job: Callable[..., watch.Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = fake_job(names=("n2",), nodes=1, node_check=True)
+    job.events.write("queued")
+    monkeypatch.setattr(watch, "check_nodes", lambda *_: {"n2": NO_GPU})
+    with pytest.raises(watch.TooFewNodesError):
+        job.choose_nodes(Path())
+    job.events.write("node_left_out", node="n1", reason=NO_GPU)
+    with pytest.raises(UserError, match="on all of n1, n2"):
+        job.choose_nodes(Path())
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_ranks_that_never_begin_are_a_mistake(code: int, tmp_path: Path) -> None:
+    said = "no such image\nsrun: error: n1: task 0: Exited with exit code 1" if code else ""
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit {code}\n")
+    srun.chmod(0o755)
+    step = SlurmStep([str(srun)], ["n1"], 1, "7", tmp_path, {})
+    step.process.wait()
+    [ended] = step.exits()
+    what = "no such image" if code else "the command of the ranks ended with exit code 0"
+    assert (ended.mistake or "").startswith(f"{what}: so no rank has begun")
+
+
+@pytest.mark.parametrize(
+    ("stage", "minutes_left", "units", "ends"),
+    [
+        ("convert", 1, 0, "gave_up"),
+        ("convert", 20, 0, "requeued"),  # pre-empted
+        ("prep", 1, 0, "gave_up"),  # the tokenizer, or units that are too large
+        ("prep", 1, 2, "requeued"),  # it resumes
+    ],
+)
+def test_what_cannot_resume_is_not_requeued_for_time(
+    stage: str,
+    minutes_left: int,
+    units: int,
+    ends: str,
+    fake_job: Callable[..., watch.Job],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    began = datetime.fromtimestamp(time.time() - (30 - minutes_left) * 60).isoformat(timespec="seconds")
+    record = f"TimeLimit=00:30:00 StartTime={began} EndTime=Unknown"
+    job = fake_job(record=record, stage=stage, target=str(tmp_path / "out"))
+
+    def ranks(*_: object) -> int:
+        job.stop.count, job.stop.name = 1, "SIGUSR1"
+        (tmp_path / "out/.prep").mkdir(parents=True)
+        for number in range(units):
+            (tmp_path / f"out/.prep/unit-{number:05d}.json").touch()
+        return INTERRUPTED
+
+    monkeypatch.setattr(watch, "supervise", ranks)
+    monkeypatch.setattr(watch, "END_SECONDS", 0)
+    assert job.run() == (INTERRUPTED if ends == "requeued" else 2)
+    assert kinds(job.events.path) == [ends]
+    if ends == "requeued":
+        assert facts(job.events.path, "requeued")["saved"] is False
+    else:
+        said = capsys.readouterr().err
+        assert "its time limit, 00:30:00, came before" in said
+        assert "submit it again with --time 1:00:00 or more" in said
+
+
+def test_a_prep_that_goes_on_may_be_requeued_for_ever(
+    fake_job: Callable[..., watch.Job], tmp_path: Path
+) -> None:
+    job = fake_job(stage="prep", target=str(tmp_path / "out"))
+    (tmp_path / "out/.prep").mkdir(parents=True)
+    for number in range(30):
+        job.events.write("requeued", checkpoint=job.progress())
+        (tmp_path / f"out/.prep/unit-{number:05d}.json").touch()
+        assert job.idle_requeues(job.progress()) == 0
+
+
+ABORTED = {"code": -6, "time": 20.0, "reason": "killed by SIGABRT"}
+EXITED = {"code": 7, "time": 20.0, "reason": "exit code 7"}
+RAISED = {"code": 1, "time": 10.0, "reason": "exit code 1", "raised": True}  # on a node whose clock is slow
+MISTAKEN = {"code": 2, "time": 20.0, "reason": "exit code 2", "raised": True, "mistake": "no disk"}
+ENDED = {"code": -9, "time": 5.0, "reason": "killed by SIGKILL", "asked": True}
+
+
+@pytest.mark.parametrize("cause", [ABORTED, EXITED, MISTAKEN])
+def test_the_first_to_fail_is_not_guessed_from_clocks(cause: dict[str, Any], tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\nexit 1\n")
+    srun.chmod(0o755)
+    step = SlurmStep([str(srun)], ["n1"], 3, "7", tmp_path, {})
+    step.process.wait()
+    for rank, facts in enumerate((RAISED, ENDED, cause)):
+        report = {"rank": rank, "node": f"n{rank}", **facts}
+        (tmp_path / f"rank-{rank:04d}.json").write_text(json.dumps(report))
+    assert min(step.exits(), key=lambda ended: ended.order).rank == 2
+    first = first_failed(tmp_path)
+    assert first is not None
+    assert first["rank"] == 2
+
+
+def test_a_rank_that_dies_with_its_launcher_goes_before_exceptions(tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    lines = "error: n1: task 1: Out Of Memory\nsrun: error: n0: task 0: Exited with exit code 1"
+    srun.write_text(f"#!/bin/sh\necho 'srun: {lines}' >&2\nexit 1\n")
+    srun.chmod(0o755)
+    step = SlurmStep([str(srun)], ["n0", "n1"], 2, "7", tmp_path, {})
+    step.process.wait()
+    (tmp_path / "rank-0000.json").write_text(json.dumps({"rank": 0, "node": "n0", **RAISED}))
+    first = min(step.exits(), key=lambda ended: ended.order)
+    assert (first.rank, first.node) == (1, "n1")
+    assert first.reason == "its launcher.rank ended as well: Out Of Memory"
+
+
+def test_a_node_that_fails_first_twice_makes_room_for_a_spare(
+    fake_job: Callable[..., watch.Job], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    job = fake_job(names=("n1", "n2", "n3"), spares=1, bad_nodes=str(bad))
+    job.events.write("failed", node="n1")  # of what a person has mended since
+    job.events.write("queued")
+    job.events.write("failed", node="n1")
+    assert job.choose_nodes(tmp_path) == ["n1", "n2"]
+    job.events.write("failed", node="n1")
+    assert job.choose_nodes(tmp_path) == ["n2", "n3"]
+    left_out = facts(job.events.path, "node_left_out")
+    assert (left_out["node"], left_out["reason"]) == ("n1", "its ranks failed first in 2 starts")
+    assert not bad.exists()
+    job.finish()  # without it the job came to its end
+    assert list(bad_nodes(bad, 1)) == ["n1"]
 
 
 # ------------------------------------------------------------------------------------ on a real Slurm

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from damage import change_manifest
 from test_prep import bytes_of
 
 from bertscale.config import PrepConfig, SamplesConfig, TokenizerTraining, UserError
@@ -276,9 +277,11 @@ def test_a_shard_without_a_bit_for_each_token_is_damaged(prepared: Path, tmp_pat
     columns[3] = pa.array([[True]] * batch.num_rows, columns[3].type)
     with pa.ipc.new_file(str(path), batch.schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=batch.schema))
-    manifest = json.loads((tmp_path / "words" / "manifest.json").read_text())
-    [entry] = [entry for entry in manifest["shards"] if entry["name"] == path.name]
-    entry["bytes"] = path.stat().st_size
-    (tmp_path / "words" / "manifest.json").write_text(json.dumps(manifest))
+
+    def as_long_as_it_is(manifest: dict[str, Any]) -> None:
+        [entry] = [entry for entry in manifest["shards"] if entry["name"] == path.name]
+        entry["bytes"] = path.stat().st_size
+
+    change_manifest(tmp_path / "words", as_long_as_it_is)
     with pytest.raises(UserError, match=r"train-00000.arrow is damaged \(not a bit for each token\)"):
         open_dataset(tmp_path / "words", "train")

@@ -7,7 +7,7 @@ config = load_config(PretrainConfig, "configs/pretrain/quickstart.yaml", ["train
 from bertscale.config.cluster import ClusterConfig, PipelineConfig, PipelineStage
 from bertscale.config.device import Device
 from bertscale.config.examples import EncodingConfig, ExamplesConfig, TaskKind
-from bertscale.config.finetune import FinetuneConfig
+from bertscale.config.finetune import FinetuneConfig, load_tasks
 from bertscale.config.glue import GlueConfig
 from bertscale.config.init import InitConfig
 from bertscale.config.model import (
@@ -22,6 +22,7 @@ from bertscale.config.prep import (
     LANGUAGES,
     SCRIPTS,
     WORK_FOLDER,
+    CsvConfig,
     PrepConfig,
     TokenizerTraining,
     check_language,
@@ -39,6 +40,7 @@ from bertscale.config.pretrain import (
     SamplesConfig,
     TrainConfig,
     load_phases,
+    with_model_of,
 )
 from bertscale.config.section import (
     Config,

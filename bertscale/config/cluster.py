@@ -94,6 +94,9 @@ class PipelineStage(Section):
         None, min_length=2, max_length=2, description="Conversion: [SOURCE, OUTPUT]."
     )
     finetune: str | None = Field(None, description="Config of a fine-tuning.")
+    average: bool = Field(
+        False, description="Whether convert exports the moving average that a run with train.average keeps."
+    )
     glue: GlueConfig | None = Field(
         None, description="Fine-tunings on a folder of tasks: a mapping of model, folder, output, seeds, ..."
     )
@@ -104,6 +107,10 @@ class PipelineStage(Section):
         None, ge=1, description="Ranks of a training on a node; by default all that the cluster file has."
     )
     array: int = Field(0, ge=0, description="Tasks of a prep array; 0 for a single job.")
+    replace: bool = Field(
+        False,
+        description="Of a prep: make a data set of other settings or input anew, instead of refusing.",
+    )
     spares: int = Field(0, ge=0, description="Number of spare nodes, which replace nodes that fail.")
     time: str | None = Field(None, description="Time limit of this job, in quotes.")
 
@@ -121,6 +128,10 @@ class PipelineStage(Section):
             )
         if self.glue and (self.array or self.nodes > 1 or self.spares):
             raise ValueError("glue takes no array, nodes and spares: each task is a job on one node")
+        if self.replace and not self.prep:
+            raise ValueError(f"replace=true is for prep, not {given[0]}")
+        if self.average and not self.convert:
+            raise ValueError(f"average=true is for convert, not {given[0]}")
         if self.ranks_per_node is not None and not (self.pretrain or self.finetune):
             raise ValueError(
                 f"ranks_per_node={self.ranks_per_node} is for pretrain and finetune, not {given[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,11 +14,12 @@ from bertscale.config.pretrain import (
     LaunchConfig,
     OptimizerConfig,
     ParallelConfig,
+    PretrainConfig,
     check_tensor_degree,
     compile_obstacle,
     is_compiled,
 )
-from bertscale.config.section import Section
+from bertscale.config.section import Section, check_config, read_values
 from bertscale.errors import UserError
 
 
@@ -266,3 +268,23 @@ class FinetuneConfig(Section):
                     "data.dev_share"
                 )
         return self
+
+
+def load_tasks(config: PretrainConfig) -> dict[str, FinetuneConfig]:
+    """The tasks of a pretraining (train.tasks), by name, checked; `encoder` and `output` are put in later.
+
+    Raises UserError with the mistakes of all.
+    """
+    tasks, mistakes = {}, []
+    for file in config.train.tasks:
+        try:
+            values, origin = read_values(file)
+            values |= {"encoder": config.run, "output": config.run}
+            task = tasks[Path(file).stem] = check_config(FinetuneConfig, values, origin)
+            if task.data.dev is None and not task.data.dev_share:
+                raise UserError(f"{origin}: there is no dev to follow; give data.dev or data.dev_share")
+        except UserError as error:
+            mistakes += [f"train.tasks: {line}" for line in str(error).splitlines()]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return tasks

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.device import DEVICE, Device
 from bertscale.config.init import InitConfig
-from bertscale.config.model import ModelConfig
+from bertscale.config.model import PRESET_DEFAULTS, ModelConfig
 from bertscale.config.phases import phase_names, values_of_phase
 from bertscale.config.section import Section, check_config, override_values, read_values
 from bertscale.errors import UserError
@@ -104,6 +104,28 @@ class ObjectivesConfig(Section):
     rtd: float = Field(
         50.0, ge=0, description="Weight of replaced-token detection, if there is model.generator_size."
     )
+    clm: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of causal language modelling, in place of all others: each token sees those "
+        "before it and predicts the next one; mlm is then 0 by default.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("clm"):
+            return {"mlm": 0.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectivesConfig:
+        if self.clm and self.mlm:
+            raise ValueError(
+                f"clm={self.clm:g} and mlm={self.mlm:g}: a token is predicted from those before it or from "
+                "both sides; set one of the two to 0"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -207,6 +229,14 @@ class TrainConfig(Section):
         description="Sentences with [MASK], which the model fills at each held-out loss, to look at: "
         '["Paris is the [MASK] of France."].',
     )
+    tasks: list[str] = Field(
+        [],
+        description="Configs of small fine-tunings, whose figure of dev is followed: each begins from a "
+        "checkpoint just saved, as a process of low priority beside the training.",
+    )
+    tasks_every: int | None = Field(
+        None, ge=1, description="Steps between two rounds of tasks (and at the end); by default save_every."
+    )
     save_every: int = Field(500, ge=1, description="Steps between two checkpoints (and at the end).")
     keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
     keep_every: int | None = Field(
@@ -236,11 +266,16 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"fills: {text!r} has no [MASK]; put one where the model is to fill a piece in"
                 )
-        if self.keep_every is not None and self.keep_every % self.save_every:
-            raise ValueError(
-                f"keep_every={self.keep_every} is no multiple of save_every={self.save_every}: other "
-                "steps have no checkpoint"
-            )
+        for key in ("keep_every", "tasks_every"):
+            every = getattr(self, key)
+            if every is not None and every % self.save_every:
+                raise ValueError(
+                    f"{key}={every} is no multiple of save_every={self.save_every}: other steps have no "
+                    "checkpoint"
+                )
+        names = [Path(task).stem for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tasks: two files are called {twice}, the name of the curve; rename one")
         until = 0.0
         for tokens, samples in self.batch_warmup:
             if tokens <= until:
@@ -352,7 +387,7 @@ class PretrainConfig(Section):
     heldout: dict[str, str] = Field(
         {},
         description="More held-out losses: a name and an output folder of `bertscale prep` each, whose "
-        "validation documents are masked at 15 % whatever the run masks.",
+        "validation documents are masked at 15 % whatever the run masks; with objectives.clm none is masked.",
     )
     device: Device = Field("auto", description=DEVICE)
     init: InitConfig | None = Field(
@@ -380,10 +415,11 @@ class PretrainConfig(Section):
 
     @property
     def trained(self) -> tuple[str | None, str | None, str | None]:
-        """Names the trained objectives: masked tokens, pairs, replaced tokens; None for one not trained."""
+        """Names the trained objectives: tokens (masked or next ones), pairs, replaced tokens; None for one
+        not trained."""
         objectives, samples = self.objectives, self.samples
         return (
-            "mlm" if objectives.mlm else None,
+            "clm" if objectives.clm else "mlm" if objectives.mlm else None,
             samples.kind if objectives.pairs and samples.has_pairs else None,
             "rtd" if objectives.rtd and self.model.generator_size is not None else None,
         )
@@ -465,7 +501,10 @@ class PretrainConfig(Section):
                 f"train.hours={self.train.hours:g} nobody knows how many samples the run will use"
             )
         if self.train.fills and not self.objectives.mlm:
-            raise ValueError("train.fills needs masked tokens to be learnt; objectives.mlm is 0")
+            raise ValueError(
+                "train.fills needs masked tokens to be learnt; objectives.mlm is 0"
+                + (", as objectives.clm is not" if self.objectives.clm else "")
+            )
         self._check_objectives()
         check_tensor_degree(
             self.parallel.tensor,
@@ -486,6 +525,16 @@ class PretrainConfig(Section):
 
     def _check_objectives(self) -> None:
         objectives, share = self.objectives, self.model.generator_size
+        if objectives.clm and self.samples.has_pairs:
+            raise ValueError(
+                f"objectives.clm={objectives.clm:g} predicts next tokens of running text, and "
+                f"samples.kind={self.samples.kind} makes sentence pairs; take samples.kind=packed or document"
+            )
+        if objectives.clm and share is not None:
+            raise ValueError(
+                f"objectives.clm={objectives.clm:g} and model.generator_size={share}: a generator learns "
+                "from masked tokens; take objectives.clm=0, or remove it with model.generator_size=null"
+            )
         for key, reason in (
             ("mlm", "the generator learns from masked tokens only"),
             ("rtd", "the generator only makes replaced tokens"),
@@ -501,6 +550,21 @@ class PretrainConfig(Section):
                 f"{objectives.pairs:g} with samples.kind={self.samples.kind}, and no generator "
                 "(model.generator_size) for replaced tokens; give one objective a weight"
             )
+
+
+def with_model_of(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
+    """The config with the source's `model` for all keys of it that were not given.
+
+    Raises UserError where the rest of the config does not go with them.
+    """
+    assert config.init is not None
+    source, given = config.init.source, config.model.model_dump(exclude_unset=True)
+    implied = PRESET_DEFAULTS.get(given.get("preset", ""), {})
+    kept = {key: value for key, value in given.items() if implied.get(key) != value}
+    if kept.get("preset", model.preset) != model.preset:
+        raise UserError(f"model.preset={kept['preset']}, but init.from={source} is of preset {model.preset}")
+    values = {**config.model_dump(), "model": {**model.model_dump(), **kept}}
+    return check_config(PretrainConfig, values, f"init.from={source}")
 
 
 def load_phases(path: str | Path, overrides: Sequence[str]) -> dict[str, PretrainConfig]:

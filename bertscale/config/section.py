@@ -105,6 +105,9 @@ def override_values(
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not YAML") from error
+        if found := _colon_without_blank(value, key):
+            pair, other = found
+            raise UserError(f"{override!r}: YAML needs a blank after the colon: {{{pair}}}{other}")
         _set(values, key, value)
 
 
@@ -187,7 +190,23 @@ def _parse(path: Path, role: str) -> dict[str, Any]:
         raise UserError(f"the config {path}{role} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"the config {path}{role} is not a mapping of keys to values")
+    if found := _colon_without_blank(values):
+        raise UserError(f"the config {path}{role}: YAML needs a blank after the colon: {{{found[0]}}}")
     return values
+
+
+def _colon_without_blank(value: Any, key: str | None = None) -> tuple[str, str] | None:
+    """Finds `{a:b}` in a value, which YAML reads as the key `a:b` alone; returns `a: b`, and with the key of
+    the value also `, or give KEY.a=b`, but not from within a list."""
+    if isinstance(value, list):
+        return next((found for entry in value if (found := _colon_without_blank(entry))), None)
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        before, colon, after = str(name).partition(":")
+        if inner is None and colon and before and after:
+            return f"{before}: {after}", f", or give {key}.{before}={after}" if key else ""
+        if found := _colon_without_blank(inner, key and f"{key}.{name}"):
+            return found
+    return None
 
 
 def _moved(path: Path) -> str:
@@ -250,6 +269,8 @@ def _explain(section: type[Section], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "dict_type") and ":" in str(problem["input"]):
+        message += "; YAML needs a blank after the colon"
     if problem["type"] == "value_error":
         return message if not key else f"{key}: {message}"
     return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -33,6 +34,7 @@ class _Sums(Table):
     text_bytes: Count
     unknown: Count = 0
     single_bytes: Count = 0
+    words: Count = 0
 
 
 class _Counters(Table):
@@ -44,6 +46,7 @@ class _Counters(Table):
     text_bytes: Count = 0
     unknown: Count = 0
     single_bytes: Count = 0
+    words: Count = 0
     splits: dict[Split, _Sums] = Field(default_factory=dict)
     bad: dict[str, Count] = Field(default_factory=dict)
     dropped: dict[str, Count] = Field(default_factory=dict)
@@ -68,16 +71,24 @@ class Manifest(Table):
 
     @model_validator(mode="after")
     def _check_sums(self) -> Manifest:
-        """Raises ValueError where a file is named twice, or the counters are not the sums of the shards."""
+        """Raises ValueError where a shard is named twice, out of order or in another split, or the counters
+        are not the sums of the shards."""
         (name, times), *_ = Counter(shard.name for shard in self.shards).most_common(1) or [("", 0)]
         if times > 1:
             raise ValueError(f"the shard {name} is there twice")
+        for shard in self.shards:
+            if not shard.name.startswith(f"{shard.split}-"):
+                raise ValueError(f"the shard {shard.name} is not of the split {shard.split}")
+        for before, shard in pairwise(self.shards):
+            in_order = (len(before.name), before.name) < (len(shard.name), shard.name)  # 99999 before 100000
+            if shard.split == before.split and not in_order:
+                raise ValueError(f"the shard {shard.name} stands behind {before.name}")
         counted_pieces = PIECES & self.counters.model_fields_set
         if counted_pieces and (missing := PIECES - counted_pieces):
             raise ValueError(f"counters.{min(missing)} is missing")
         if counted_pieces and not self.settings.language:
             raise ValueError("settings.language is missing")
-        for key in (*SUMS, "text_bytes", "unknown", "single_bytes"):
+        for key in (*SUMS, "text_bytes", "unknown", "single_bytes", "words"):
             of_splits = {split: getattr(sums, key) for split, sums in self.counters.splits.items()}
             if getattr(self.counters, key) != sum(of_splits.values()):
                 raise ValueError(f"counters.{key} is not the sum of its splits")

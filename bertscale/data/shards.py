@@ -2,7 +2,8 @@
 
 A data set is a folder:
 
-    manifest.json           written last: format version, tokenizer digest, settings, counters, shard list
+    manifest.json           written last: format version, tokenizer digest, settings, counters, shard list,
+                            and its own digest
     tokenizer.model         or tokenizer.json: what made the tokens
     train-00000.arrow ...   and validation-00000.arrow ...
 
@@ -42,6 +43,7 @@ from bertscale.tokenizer import find_tokenizer
 FORMAT_VERSION = 2
 WORDS_VERSION = 3  # with the column `word_starts`; all else is as in version 2
 MANIFEST_NAME = "manifest.json"
+DIGEST = "digest"  # of all the rest of the manifest; those of earlier versions have none
 LARGEST_SHARD = 2**31 - 1  # tokens: list offsets are int32
 
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -139,7 +141,7 @@ def write_manifest(
     shards: Sequence[ShardEntry],
     words: bool = False,
 ) -> dict[str, Any]:
-    """Writes manifest.json, which makes `folder` a data set, and returns its content.
+    """Writes manifest.json, which makes `folder` a data set; returns its content without its digest.
 
     `words`: whether the shards have the column `word_starts`. Call it last, when every shard lies under its
     name and the tokenizer's file is there.
@@ -153,7 +155,7 @@ def write_manifest(
         "counters": counters,
         "shards": [asdict(entry) for entry in shards],
     }
-    write_json(Path(folder) / MANIFEST_NAME, manifest)
+    write_json(Path(folder) / MANIFEST_NAME, {**manifest, DIGEST: json_digest(manifest)})
     return manifest
 
 
@@ -195,6 +197,9 @@ class Shard:
             batch = reader.get_batch(0)
             if reader.num_record_batches != 1 or batch.schema not in _SCHEMAS:
                 raise pa.ArrowInvalid("unknown columns")
+            batch.validate()  # that no column reaches over its buffers; reads none of them
+            if any(column.null_count for column in batch.columns):
+                raise pa.ArrowInvalid("a row without a value")
             tokens, lengths, documents, *words = batch.columns
             if words and len(words[0].values) != len(tokens.values):
                 raise pa.ArrowInvalid("not a bit for each token")
@@ -268,7 +273,7 @@ def open_dataset(folder: str | Path, split: Split = "train", verify: bool = Fals
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a data set; raises UserError where `folder` is none."""
+    """The manifest of a data set, checked, without its digest; raises UserError where `folder` is none."""
     if not folder.is_dir():
         raise UserError(f"there is no data folder {folder}; `bertscale prep` makes one")
     path = folder / MANIFEST_NAME
@@ -293,6 +298,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this bertscale reads {FORMAT_VERSION} and "
             f"{WORDS_VERSION}; run `bertscale prep` again"
         )
+    if DIGEST in manifest and manifest.pop(DIGEST) != json_digest(manifest):
+        raise damaged(path, "its digest is not that of its content", remedy)
     check_table(Manifest, manifest, path, remedy)
     return manifest
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bertscale import __version__
+from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.sources import InitSource
-from bertscale.convert.weights import native_shapes
 from bertscale.export.options import ConvertOptions
 from bertscale.export.reference import FILE, FOLDER
 from bertscale.files import json_digest

@@ -15,18 +15,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bertscale.config import UserError
-from bertscale.convert.hf_folder import CONFIG_FILE, tokenizer_of
-from bertscale.convert.sources import InitSource, open_source_weights, source_of
-from bertscale.convert.weights import HuggingFaceWeights, native_model, open_weights
-from bertscale.export.checkpoint import write_checkpoint
+from bertscale.convert.hf_folder import tokenizer_of
+from bertscale.convert.native_files import Given
+from bertscale.convert.sources import CheckpointSource, InitSource, open_source_weights
+from bertscale.convert.weights import Weights, native_model, open_weights
+from bertscale.export.checkpoint import open_for_checkpoint, write_checkpoint
 from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.masks import show_masks
 from bertscale.export.options import ConvertOptions
 from bertscale.export.output import check_output, is_output_of, write_record
 from bertscale.export.sentence_transformers import write_sentence_transformers
+from bertscale.export.universal import write_universal
 from bertscale.files import whole_folder
+from bertscale.run_folder import CHECKPOINTS, TABLE
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import AveragedCheckpoint, Checkpoint
+
+CAUSAL = "note      trained causally; these weights are read with bidirectional attention"
 
 
 class Form(NamedTuple):
@@ -41,39 +46,38 @@ class Form(NamedTuple):
     write: Callable[[Any, Path, ConvertOptions], list[str]]
 
 
-def open_source(source: Path, options: ConvertOptions) -> InitSource:
-    """Opens all that a pretraining may start from; with `average` the average of a checkpoint."""
-    if (source / CONFIG_FILE).is_file():
-        _refuse_average(source, options)
-        return open_source_weights(source)
-    weights = open_weights(source)
-    if options.average:
-        assert isinstance(weights, Checkpoint)
-        weights = AveragedCheckpoint(weights)
-    return source_of(weights)
+def _open_source(source: Path, options: ConvertOptions) -> InitSource:
+    opened = open_source_weights(source, Given(options.model, options.tokenizer))
+    if not options.average:
+        return opened
+    weights = opened.weights if isinstance(opened, CheckpointSource) else None
+    return CheckpointSource(_average(source, weights))
 
 
-def _open_folder(source: Path, options: ConvertOptions) -> HuggingFaceWeights:
-    _refuse_average(source, options)
-    weights = open_weights(source)
-    if not isinstance(weights, HuggingFaceWeights):
-        raise UserError(f"--as checkpoint: {source} holds a checkpoint already; give a Hugging Face folder")
-    return weights
+def _open_weights(source: Path, options: ConvertOptions) -> Weights:
+    weights = open_weights(source, Given(options.model, options.tokenizer))
+    return _average(source, weights) if options.average else weights
 
 
-def _refuse_average(source: Path, options: ConvertOptions) -> None:
-    if options.average:
-        raise UserError(f"--average: {source} is a Hugging Face folder; checkpoints alone have an average")
+def _average(source: Path, weights: object) -> Checkpoint:
+    if not isinstance(weights, Checkpoint):
+        raise UserError(f"--average: {source} is no checkpoint of ours; these alone have an average")
+    return AveragedCheckpoint(weights)
+
+
+def _open_for_checkpoint(source: Path, options: ConvertOptions) -> Weights:
+    return open_for_checkpoint(_open_weights(source, options), options)
 
 
 FORMS = {  # by the keys of `options.FORMS`
-    "pretraining": Form(open_source, partial(write_hugging_face, form="pretraining")),
-    "masked-lm": Form(open_source, partial(write_hugging_face, form="masked-lm")),
-    "encoder": Form(open_source, partial(write_hugging_face, form="encoder")),
-    "sentence-transformers": Form(open_source, write_sentence_transformers),
-    "checkpoint": Form(_open_folder, write_checkpoint),
+    "pretraining": Form(_open_source, partial(write_hugging_face, form="pretraining")),
+    "masked-lm": Form(_open_source, partial(write_hugging_face, form="masked-lm")),
+    "encoder": Form(_open_source, partial(write_hugging_face, form="encoder")),
+    "sentence-transformers": Form(_open_source, write_sentence_transformers),
+    "checkpoint": Form(_open_for_checkpoint, write_checkpoint),
+    "universal": Form(_open_weights, write_universal),
 }
-FILL_MASKS = ("pretraining", "masked-lm")
+FILL_MASKS = ("pretraining", "masked-lm")  # forms with the head for it
 
 
 def convert(source: Path, output: Path, options: ConvertOptions) -> None:
@@ -82,23 +86,28 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
     An output that came from the same source is left as it is. Raises UserError where the source is damaged or
     is none for that form, or where `output` holds what no conversion has written (`output.check_output`).
     """
-    default = "checkpoint" if (source / CONFIG_FILE).is_file() else "pretraining"
+    ours = (source / TABLE).is_file() or (source / CHECKPOINTS).is_dir()
+    default = "pretraining" if ours else "checkpoint"
     name = options.as_ or default
     options.check(name)
-    opened = FORMS[name].open(source, options)
-    tokenizer_of(opened.folder)
+    form = FORMS[name]
+    opened = form.open(source, options)
+    weights = opened.weights if isinstance(opened, CheckpointSource) else opened
+    if isinstance(weights, Checkpoint):
+        tokenizer_of(weights.folder)
     digest = f"{opened.digest()} {options.key(name, default)}".strip()
     if is_output_of(output, digest):
         print(f"already converted: {output} is {opened.folder}")
     else:
         check_output(output, opened.folder, replace=options.replace)
         try:
-            with whole_folder(output) as partial_output:
-                said = FORMS[name].write(opened, partial_output, options)
-                write_record(partial_output, digest)
+            with whole_folder(output) as folder:
+                said = form.write(opened, folder, options)
+                if isinstance(weights, Checkpoint) and weights.causal:
+                    said.insert(0, CAUSAL)
+                write_record(folder, digest)
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from error
         print(f"converted {opened.folder} -> {output}", *said, sep="\n")
-    weights = getattr(opened, "weights", None)
     if options.show and name in FILL_MASKS and isinstance(weights, Checkpoint):
         show_masks(native_model(weights), weights.table, load_tokenizer(weights.folder))

@@ -31,8 +31,8 @@ from bertscale.convert.hf_names import (
     special_ids,
     to_hugging_face,
 )
+from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.sources import InitSource
-from bertscale.convert.weights import native_shapes
 from bertscale.export.card import model_card
 from bertscale.export.native import native_outputs
 from bertscale.export.options import ConvertOptions

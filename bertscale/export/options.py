@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from bertscale.errors import UserError
@@ -18,6 +19,7 @@ FORMS = {
     "encoder": "one of the class without heads, which servers of vectors know",
     "sentence-transformers": "an encoder that gives a vector for each text",
     "checkpoint": "a checkpoint",
+    "universal": "a universal checkpoint of DeepSpeed",
 }
 HUGGING_FACE = ("pretraining", "masked-lm", "encoder", "sentence-transformers")
 # Options that not every form knows, and the forms that do.
@@ -28,6 +30,9 @@ ONLY = {
     "pooler": ("encoder", "sentence-transformers"),
     "pooling": ("sentence-transformers",),
     "normalize": ("sentence-transformers",),
+    "tensor_parallel": ("checkpoint",),
+    "data_parallel": ("checkpoint",),
+    "zero_stage": ("checkpoint",),
 }
 OF_OUTPUT = tuple(ONLY)  # what the files that are written depend on
 SHARD_SIZE = 50 * 10**9  # of transformers 5
@@ -44,9 +49,20 @@ class ConvertOptions:
     how the vector of a text is made. `verify`: the output is loaded and compared. `show`: an exported model
     fills masks (`masks.show_masks`). `replace` allows to delete what no conversion has written. `average`:
     the moving average of a run's weights is converted.
+
+    `tensor_parallel`, `data_parallel` and `zero_stage`: the topology of a checkpoint that is written. `model`
+    and `tokenizer` are for a source that does not tell its own: `model.KEY=VALUE`, and a file or its folder.
     """
 
     as_: str | None = None
+    show: bool = True
+    replace: bool = False
+    average: bool = False
+    tensor_parallel: int | None = None
+    data_parallel: int | None = None
+    zero_stage: int | None = None
+    model: tuple[str, ...] = ()
+    tokenizer: Path | None = None
     dtype: Precision = "float32"
     clamp: bool = False
     shard_size: int = SHARD_SIZE
@@ -54,9 +70,11 @@ class ConvertOptions:
     pooling: Pooling | None = None
     normalize: bool = False
     verify: bool = True
-    show: bool = True
-    replace: bool = False
-    average: bool = False
+
+    @property
+    def topology(self) -> tuple[int | None, int | None, int | None]:
+        """What is asked for: tensor-parallel ranks, data-parallel ranks, ZeRO stage."""
+        return self.tensor_parallel, self.data_parallel, self.zero_stage
 
     def check(self, form: str) -> None:
         """Raises UserError where an option is given that the form does not know, or one is missing."""

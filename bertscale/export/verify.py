@@ -1,6 +1,8 @@
-"""Loads what was written with transformers and compares its outputs with the native model's.
+"""Compares what was written with its source: tensor by tensor, and by the outputs of transformers' class.
 
-The samples are three sentences in the model's own language and two of random ids (`reference.samples_of`).
+Tensors of checkpoints are compared two at a time. Of a folder of transformers the outputs are: of three
+sentences in the model's own language, and of two samples of random ids (`reference.samples_of`).
+
 Both sides have the same weights, rounded to the data type of the file, and calculate in float32. So all that
 may differ is the order in which they add up: `LARGEST_DIFFERENCE`, times the size of the outputs where these
 are more than about 1. What the rounding itself changes is told beside it, and has a limit of its own
@@ -12,9 +14,9 @@ One of the two models is in memory at a time; of weights in half precision, one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +25,18 @@ from bertscale.config import ModelConfig, UserError
 from bertscale.config.table import damaged
 from bertscale.convert.electra import GENERATOR
 from bertscale.convert.hf_names import first_position, masked_class, read_config, takes_token_types
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.native_files import NativeFiles
 from bertscale.convert.tensor_files import open_tensors
-from bertscale.convert.weights import Weights
+from bertscale.convert.weights import SourceWeights, Weights
 from bertscale.export.native import Output, Source, native_outputs
 from bertscale.export.reference import Sample, samples_of, sentences
 from bertscale.export.tensors import Rounding
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
 LARGEST_DIFFERENCE = 1e-3  # of outputs in float32, computed in another order
-HEADS = ("ForPreTraining", "ForMaskedLM", "Model")  # end the names of the classes that are compared
+TOO_LARGE = "logits, for which the model would have to be in memory: it has more than 2 GiB"
+FEASIBLE = 2 * 2**30  # bytes of a model in float32 of which the logits of a source are compared
 
 
 class Difference(NamedTuple):
@@ -48,7 +53,7 @@ class Difference(NamedTuple):
 
 def largest_difference(weights: Weights, folder: Path) -> float:
     """Returns the largest absolute difference of any output, native against what transformers loads."""
-    tokenizer = load_tokenizer(weights.folder)
+    tokenizer = load_tokenizer(weights.tokenizer)
     samples = samples_of(sentences(tokenizer), tokenizer, weights.model, weights.vocab_size)
     ours = native_outputs(weights, set(weights.parameters), samples)
     return compare(ours, their_outputs(folder, samples)).largest
@@ -109,6 +114,71 @@ def rounding_limit(model: ModelConfig, dtype: torch.dtype) -> float:
     return eps / 2 * math.sqrt(steps) * 5 * 4
 
 
+# ------------------------------------------------------------------------------------ into a checkpoint
+
+
+class States(Protocol):
+    """Gives whole tensors by the names of their parameters."""
+
+    def tensor(self, name: str, state: str = "weight") -> Tensor: ...
+
+
+def compare_checkpoint(
+    weights: States, written: States, states: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """Compares the `states` of all parameters, bit for bit, and gives the name of each.
+
+    Raises UserError where one differs.
+    """
+    for name, kept in states.items():
+        for state in kept:
+            if not _bits(weights.tensor(name, state)).equal(_bits(written.tensor(name, state))):
+                raise UserError(f"{state} of {name} is another one in what was written than in the source")
+            yield name
+
+
+def compare_import(weights: SourceWeights, written: Weights) -> list[str]:
+    """Compares what transformers' class says with the model of the checkpoint; says how it went.
+
+    Raises UserError where they differ: then the source is another network than its config.json tells.
+    """
+    if isinstance(weights.source, NativeFiles):
+        return []
+    if not is_feasible(weights):
+        return [f"not run   {TOO_LARGE}"]
+    difference = largest_difference(written, weights.folder)
+    what = "logits" if _has_logits(_class_in(weights.folder)) else "hidden states"
+    if not difference < LARGEST_DIFFERENCE:  # NaN too
+        raise UserError(
+            f"{weights.folder} is a model that this version does not build: its {what} in transformers "
+            f"differ by up to {difference:.1e} from those of the imported weights"
+        )
+    return [f"verified  {what} of the given and the imported model differ by at most {difference:.1e}"]
+
+
+def is_feasible(weights: Weights) -> bool:
+    """Whether logits are compared: the model is small enough to be in memory."""
+    shapes = native_shapes(weights.model, weights.vocab_size)
+    return sum(4 * shape.numel() for shape in shapes.values()) <= FEASIBLE
+
+
+def _class_in(folder: Path) -> str:
+    """The name of the class that config.json tells; some published ones tell none."""
+    config = read_config(folder / "config.json")
+    (kind, *_) = config.get("architectures") or [masked_class(config)]
+    return str(kind)
+
+
+def _has_logits(kind: str) -> bool:
+    """Whether the class is one for pretraining or masked language modelling, whose logits are compared."""
+    return kind.endswith(("ForPreTraining", "ForMaskedLM"))
+
+
+def _bits(value: Tensor) -> Tensor:
+    """The float32 values as integers: NaN equals itself, and -0 is another than 0."""
+    return value.view(torch.int32)
+
+
 # ---------------------------------------------------------------------------------------- their outputs
 
 
@@ -143,7 +213,7 @@ def _ask(folder: Path, samples: list[Sample], strict: bool) -> list[dict[str, Te
             "logits": found.get("prediction_logits", found.get("logits")),
             "pairs": found.get("seq_relationship_logits"),
             "hidden": found.get("last_hidden_state"),
-            "pooled": found.get("pooler_output"),
+            "pooled": found.get("pooler_output") if strict else None,  # which may be new
         }
         if kind == "ElectraForPreTraining":
             ours["replaced"] = ours.pop("logits")
@@ -155,22 +225,22 @@ def _load(folder: Path, config: dict[str, Any], strict: bool) -> tuple[Any, str]
     import transformers
 
     _quiet()
-    (kind, *_) = config.get("architectures") or [masked_class(config)]  # some published ones tell none
-    if not kind.endswith(HEADS) or not hasattr(transformers, kind):
+    kind = _class_in(folder)
+    if not hasattr(transformers, kind):
         raise UserError(
-            f"{folder / 'config.json'} names the class {kind!r}, which is none for pretraining or masked "
-            "language modelling; save such a model there with model.save_pretrained(folder)"
+            f"{folder / 'config.json'} names the class {kind!r}, which transformers does not have; save the "
+            "model there anew with model.save_pretrained(folder)"
         )
-    files = open_tensors(folder)
+    loader = getattr(transformers, kind) if strict or _has_logits(kind) else transformers.AutoModel
     extra: dict[str, Any] = {}
-    if kind.endswith("BertModel") and kind != "ModernBertModel" and "pooler.dense.weight" not in files.names:
-        extra["add_pooling_layer"] = False
-    stored = files.tensor(min(files.names)).dtype
-    half = strict and stored in (torch.bfloat16, torch.float16)
+    stored = torch.float32
+    if strict:
+        files = open_tensors(folder)
+        stored = files.tensor(min(files.names)).dtype
+        if kind in ("BertModel", "MegatronBertModel") and "pooler.dense.weight" not in files.names:
+            extra["add_pooling_layer"] = False
     try:
-        model, report = getattr(transformers, kind).from_pretrained(
-            folder, dtype=stored if half else torch.float32, output_loading_info=True, **extra
-        )
+        model, report = loader.from_pretrained(folder, dtype=stored, output_loading_info=True, **extra)
     except Exception as error:  # the library raises errors of many classes for what it cannot read
         raise damaged(folder, f"transformers cannot load it: {error}", "save the model anew") from error
     if strict:
@@ -178,7 +248,7 @@ def _load(folder: Path, config: dict[str, Any], strict: bool) -> tuple[Any, str]
             if report[what]:
                 keys = ", ".join(map(str, sorted(report[what])))
                 raise UserError(f"{kind} of transformers finds {what.replace('_', ' ')}: {keys}; report this")
-    if half:
+    if stored != torch.float32:
         _float_in_turn(model, config["num_hidden_layers"])
     return model.eval(), kind
 

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertscale.config import InitConfig, ModelConfig, PretrainConfig, UserError, check_config
-from bertscale.config.model import PRESET_DEFAULTS
+from bertscale.config import InitConfig, ModelConfig, PretrainConfig, UserError
 from bertscale.convert.hf_folder import CONFIG_FILE
-from bertscale.convert.sources import PARTS, InitSource, open_source_weights
-from bertscale.convert.weights import native_shapes
+from bertscale.convert.model_shape import PARTS, native_shapes
+from bertscale.convert.sources import InitSource, open_source_weights
 from bertscale.files import file_digest
 from bertscale.model.model import initial_value
 from bertscale.pretrain.positions import longer
@@ -98,22 +97,6 @@ def _folder(path: Path, step: int | None) -> Path:
         steps = ", ".join(str(int(each.name.rpartition("-")[2])) for each in checkpoints(path)) or "none"
         raise UserError(f"init.step={step}: {path} has no checkpoint of that step; those it has: {steps}")
     return folder
-
-
-def with_model_of(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
-    """The config with the source's `model` for all keys of it that were not given.
-
-    Raises UserError where the rest of the config does not go with them.
-    """
-    given = config.model.model_dump(exclude_unset=True)
-    implied = PRESET_DEFAULTS.get(given.get("preset", ""), {})
-    kept = {key: value for key, value in given.items() if implied.get(key) != value}
-    if kept.get("preset", model.preset) != model.preset:
-        raise UserError(
-            f"model.preset={kept['preset']}, but init.from={_from(config)} is of preset {model.preset}"
-        )
-    values = {**config.model_dump(), "model": {**model.model_dump(), **kept}}
-    return check_config(PretrainConfig, values, f"init.from={_from(config)}")
 
 
 def _from(config: PretrainConfig) -> str:

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from bertscale.files import (
 )
 from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_step, checkpoints
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
-from bertscale.train.checkpoint_table import AVERAGE, DIGEST, FORMAT, STATES, read_table
+from bertscale.train.checkpoint_table import AVERAGE, DIGEST, FORMAT, STATES, check_files, read_table
 from bertscale.train.parallel import Ranks
 
 
@@ -79,10 +79,10 @@ def write_shard(folder: Path, name: str, fragments: Iterable[StateFragment]) -> 
     save_tensors(path, tensors)
     sync(path)
     pieces = {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in full}
-    return _file_entry(path, pieces)
+    return file_entry(path, pieces)
 
 
-def _file_entry(path: Path, pieces: dict[str, list[int]]) -> dict[str, Any]:
+def file_entry(path: Path, pieces: dict[str, list[int]]) -> dict[str, Any]:
     """A file's entry in the table; `pieces` is the format's word for fragments: name -> [start, length]."""
     return {
         "name": path.name,
@@ -165,6 +165,7 @@ class Checkpoint:
         self.skipped_steps: int = table.get("skipped_steps", 0)  # of the steps, those that changed nothing
         self.elapsed_seconds: float = table.get("elapsed_seconds", 0.0)  # of training
         self.updates_before: int = table.get("updates_before", 0)  # by the runs that it took the moments from
+        self.causal: bool = table.get("causal", False)  # trained to predict next tokens (objectives.clm)
         self.lineage: list[dict[str, Any]] = table.get(
             "lineage", []
         )  # what its run started from, oldest first
@@ -185,6 +186,15 @@ class Checkpoint:
     def has_average(self) -> bool:
         """Whether a moving average of the weights is here (train.average)."""
         return all(AVERAGE in entry.get("states", STATES) for entry in self.parameters.values())
+
+    @property
+    def tokenizer(self) -> Path:
+        """The path of its tokenizer."""
+        return find_tokenizer(self.folder)
+
+    def states(self, name: str) -> tuple[str, ...]:
+        """What is here of a parameter: weight, moments, average."""
+        return tuple(self.parameters[name].get("states", STATES if self.has_moments else STATES[:1]))
 
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """Assembles a whole tensor, float32, on the CPU: `state` is weight, exp_avg, exp_avg_sq or average.
@@ -261,6 +271,10 @@ class AveragedCheckpoint(Checkpoint):
             )
         super().__init__(checkpoint.folder, checkpoint.table)
 
+    def states(self, name: str) -> tuple[str, ...]:
+        """The weight alone: the moments are those of another one."""
+        return STATES[:1]
+
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """As that of a checkpoint, but `weight` is the average."""
         return super().tensor(name, AVERAGE if state == "weight" else state)
@@ -270,11 +284,12 @@ class AveragedCheckpoint(Checkpoint):
         return f"{super().digest()}-{AVERAGE}"
 
 
-def prune(run: Path, keep: int, every: int | None = None) -> None:
-    """Removes all but the newest `keep` checkpoints of a run, and those of steps that are multiples of
-    `every`. Raises OSError."""
+def prune(run: Path, keep: int, every: int | None = None, read: Collection[int] = ()) -> None:
+    """Removes all but the newest `keep` checkpoints of a run, those of steps that are multiples of `every`,
+    and those of the steps `read`, which a process reads. Raises OSError."""
     for folder in checkpoints(run)[:-keep]:
-        if every and (checkpoint_step(folder) or 0) % every == 0:
+        step = checkpoint_step(folder) or 0
+        if step in read or (every and step % every == 0):
             continue
         (folder / TABLE).unlink()  # first: without it a half removed folder is no checkpoint
         shutil.rmtree(folder)
@@ -293,12 +308,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"the run {folder} has no finished checkpoint yet")
         return open_checkpoint(finished[-1])
     table = read_table(folder)
-    for file in table["files"]:
-        path = folder / file["name"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != file["bytes"]:
-            state = "missing" if size is None else f"{size:,} bytes instead of {file['bytes']:,}"
-            raise UserError(f"the checkpoint file {path} is damaged: {state}; use another checkpoint")
+    check_files(folder, table)
     return Checkpoint(folder, table)
 
 
@@ -368,7 +378,7 @@ def write_whole(
         ((f"weight:{name}", value.float().flatten()) for name, value in tensors),
     )
     sync(path)
-    entry = _file_entry(path, {name: [0, length] for name, length in lengths.items()})
+    entry = file_entry(path, {name: [0, length] for name, length in lengths.items()})
     parameters = {n: {"shape": list(shape), "tensor_parallel_dimension": None} for n, shape in shapes.items()}
     write_table(
         folder,

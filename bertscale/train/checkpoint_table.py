@@ -114,3 +114,13 @@ def read_table(folder: Path) -> dict[str, Any]:
         raise damaged(path, "its digest is not that of its content", remedy)
     check_table(_Table, table, path, remedy)
     return table
+
+
+def check_files(folder: Path, table: dict[str, Any]) -> None:
+    """Raises UserError where a file of the table is missing or has another size."""
+    for file in table["files"]:
+        path = folder / file["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != file["bytes"]:
+            state = "missing" if size is None else f"{size:,} bytes instead of {file['bytes']:,}"
+            raise UserError(f"the checkpoint file {path} is damaged: {state}; use another checkpoint")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from bertscale.config import UserError
+from bertscale.files import HeldError, alone
 from bertscale.run_folder import LOCK
 from bertscale.train.metrics import LossAccumulator
 from bertscale.train.parallel import Ranks
 
+UNEVALUATED = "unevaluated"  # in a checkpoint's table: a signal has cut short the evaluation after its step
 MOST_SKIPPED = 10  # steps in a row: with so many gradients that are not finite the run ends
 
 
@@ -31,6 +31,16 @@ class StopSignal:
         self.asked = True
 
 
+class CutShortError(Exception):
+    """A signal came during an evaluation, which is to be made again when the run is resumed."""
+
+
+def heed(stop: StopSignal | None, ranks: Ranks) -> None:
+    """Raises CutShortError on all ranks where one of them was told to stop. All ranks must call."""
+    if stop is not None and ranks.sum(float(stop.asked))[0]:
+        raise CutShortError
+
+
 @contextmanager
 def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
     """Makes the run folder and keeps a second job from training in it at the same time.
@@ -41,27 +51,14 @@ def only_one(run: Path, ranks: Ranks) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if ranks.rank == 0:
-            path, job = run / LOCK, os.environ.get("SLURM_JOB_ID", "")
-            file = stack.enter_context(path.open("a+"))
-            if not _lock(file):
-                file.seek(0)
-                if not job or file.read() != job or ranks.world == 1:
-                    raise UserError(f"another job is training in {run}; stop it or choose another run folder")
-                path.unlink()
-                file = stack.enter_context(path.open("a+"))
-                _lock(file)
-            file.truncate(0)
-            file.write(job)
-            file.flush()
+            job = os.environ.get("SLURM_JOB_ID", "")
+            ours = lambda holder: bool(job) and holder == job and ranks.world > 1  # noqa: E731
+            try:
+                stack.enter_context(alone(run / LOCK, job, ours))
+            except HeldError as error:
+                message = f"another job is training in {run}; stop it or choose another run folder"
+                raise UserError(message) from error
         yield
-
-
-def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def skipped(losses: LossAccumulator, done: int, saved: int, sound: int) -> str:

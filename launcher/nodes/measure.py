@@ -35,7 +35,10 @@ MARK = "bertscale-check "  # before a GPU process's answers: NCCL and torch prin
 
 
 def main() -> int:
-    """One node. Returns 0, whatever it finds: the judge is the process that started the check."""
+    """One node. Returns 0 whatever it finds: the judge is the process that started the check."""
+    if "BERTSCALE_CHECK" not in os.environ:
+        print("the environment of the job does not arrive here", file=sys.stderr)
+        return 1
     asked = json.loads(os.environ["BERTSCALE_CHECK"])
     host = asked.get("host") or os.environ["SLURM_LAUNCH_NODE_IPADDR"]
     with socket.create_connection((host, asked["port"]), timeout=asked["seconds"]) as connection:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bertscale.run_folder import SRUN_LOG
+from launcher import slurm
 from launcher.job import JobSpec
 
 TRIES = 6  # exchanges that a node may fail before it is left out, and with nodes that are proven:
@@ -30,6 +31,13 @@ SLOW_GPU = 0.5  # a GPU below this share of the median rate is left out
 GPU_FREE = 0.8  # a GPU of whose memory less is free at the start is left out
 END_SECONDS = 3.0  # that the step gets to end without a signal
 TICK_SECONDS = 1.0  # between looks at what srun says
+# Reasons that, where all nodes give the same, are the job's own: its python, its container, its packages.
+# Of what srun says only a wrong option is: it may have met a controller that is busy.
+NOT_BEGUN = "its check did not begin: "
+OF_JOB = re.compile(
+    NOT_BEGUN + r"(?!srun: (?!unrecognized option|invalid option))|its check died at: "
+    r"|the matrix product failed: |\d+ of \d+ GPUs are visible"
+)
 
 
 @dataclass
@@ -238,13 +246,13 @@ class Check:
             return node.fault
         within = f"within {self.spec.check_seconds:g} s"
         if node.report is None:
-            if said := self._said(node.name):
+            said = self._said(node.name)
+            if said and not (said.startswith("Exited") and not node.hello):
                 return f"its check could not be run: {said} ({self.log})"
-            if aborted and self.blamed:
+            if aborted and self.blamed and not said:
                 return None  # for what happened to another one
-            if not node.hello and aborted:
-                lines = self.said.splitlines()
-                return f"its check did not begin: {lines[-1] if lines else 'srun ended without a message'}"
+            if not node.hello and (aborted or said):
+                return f"{NOT_BEGUN}{slurm.task_error(self.said)}"
             if not node.hello:
                 return f"no answer {within}"
             if aborted:

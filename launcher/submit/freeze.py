@@ -3,6 +3,7 @@
     freeze(spec, config, about)    # then sbatch SPEC.folder/script.sh, now or by hand in a year
 
     FOLDER/job.json  config.yaml  script.sh  environment.json  code/{bertscale,data_prep,launcher}/*.py
+    FOLDER/tasks/NAME.yaml    of a pretraining with train.tasks
 
 Whatever becomes of the checkout, the config file and the cluster file while the job waits, it runs these.
 """
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +29,37 @@ import yaml
 
 from bertscale import __version__
 from bertscale.config import PretrainConfig, Section, UserError
-from bertscale.run_folder import CANCELLED, CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT, existing_marks
+from bertscale.run_folder import (
+    CANCELLED,
+    CODE,
+    CONFIG,
+    ENVIRONMENT,
+    JOB_SPEC,
+    SCRIPT,
+    TASKS,
+    existing_marks,
+)
 from launcher.job import JobSpec, render
 
 PACKAGES = ("bertscale", "data_prep", "launcher")
 SOURCE = Path(__file__).absolute().parents[2]  # the folder that the packages are imported from
-FROZEN = (CODE, CONFIG, ENVIRONMENT, JOB_SPEC, SCRIPT)
+FROZEN = (CODE, CONFIG, TASKS, ENVIRONMENT, JOB_SPEC, SCRIPT)
 
 
-def freeze(spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None:
+def freeze(
+    spec: JobSpec, config: Section | None, about: dict[str, Any], tasks: Mapping[str, Section] = {}
+) -> None:
     """Makes `spec.folder` the job's; events and logs of an earlier job in it stay.
 
-    Everything is written beside it first, so that a full disk leaves the folder as it was. Raises UserError
-    where it cannot be written.
+    `tasks` are configs of fine-tunings beside a pretraining, by name. Everything is written beside it first,
+    so that a full disk leaves the folder as it was. Raises UserError where it cannot be written.
     """
     folder = Path(spec.folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         Path(spec.logs).mkdir(parents=True, exist_ok=True)  # without it Slurm ends the job without a message
         shutil.rmtree(partial, ignore_errors=True)
-        _write(partial, spec, config, about)
+        _write(partial, spec, config, about, tasks)
         _put_in_place(partial, folder)
     except OSError as error:
         raise UserError(f"cannot write the job folder {folder}: {error.strerror or error}") from error
@@ -65,7 +78,13 @@ def config_text(config: Section) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _write(partial: Path, spec: JobSpec, config: Section | None, about: dict[str, Any]) -> None:
+def _write(
+    partial: Path,
+    spec: JobSpec,
+    config: Section | None,
+    about: dict[str, Any],
+    tasks: Mapping[str, Section],
+) -> None:
     for package in PACKAGES:
         for source in sorted((SOURCE / package).rglob("*.py")):
             copy = partial / CODE / source.relative_to(SOURCE)
@@ -73,6 +92,9 @@ def _write(partial: Path, spec: JobSpec, config: Section | None, about: dict[str
             shutil.copyfile(source, copy)
     if config is not None:
         (partial / CONFIG).write_text(config_text(config), encoding="utf-8")
+    for name, task in tasks.items():
+        (partial / TASKS).mkdir(exist_ok=True)
+        (partial / TASKS / f"{name}.yaml").write_text(config_text(task), encoding="utf-8")
     (partial / ENVIRONMENT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     (partial / JOB_SPEC).write_text(spec.to_json(), encoding="utf-8")
     script = partial / SCRIPT

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from bertscale.config import (
     UserError,
     load_config,
     load_phases,
+    load_tasks,
 )
 from bertscale.config.glue import shares, words_of
 from bertscale.config.glue_tasks import find_tasks
-from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, existing_marks, job_folder
+from bertscale.run_folder import CONFIG, JOB_SPEC, LOGS, RESULT, TASKS, existing_marks, job_folder
 from launcher.job import TRAINING, JobSpec
 from launcher.queue_jobs import from_record
 from launcher.runs import is_done, read_spec, shown
@@ -79,6 +80,7 @@ class StageJob:
     cluster: ClusterConfig
     config: Config | None
     source: str | None = None
+    tasks: dict[str, FinetuneConfig] = field(default_factory=dict)  # beside a pretraining, by name
 
 
 def stage_jobs(
@@ -170,11 +172,12 @@ def _jobs_of(
     else:
         assert stage.convert is not None
         target = os.path.abspath(stage.convert[1])
+    replace = ("--replace",) if stage.replace else ()
     if not stage.array:
-        return [_job(stage, site, config, target, pipeline)]
+        return [_job(stage, site, config, target, pipeline, options=replace)]
     count = ("--task-count", str(stage.array))
     return [
-        _job(stage, site, config, target, pipeline, "tokenizer", ("--tokenizer-only",)),
+        _job(stage, site, config, target, pipeline, "tokenizer", ("--tokenizer-only", *replace)),
         _job(stage, site, config, target, pipeline, "", count, array=stage.array),
         _job(stage, site, config, target, pipeline, "finish", ("--finish", *count)),
     ]
@@ -238,7 +241,8 @@ def _job(
     name = re.sub(r"[^\w.-]", "-", "-".join(filter(None, words)))
     source = os.path.abspath(stage.convert[0]) if stage.convert else None
     if source is not None:
-        said: tuple[str, ...] = ("convert", source, target, "--no-show")
+        average = ("--average",) if stage.average else ()
+        said: tuple[str, ...] = ("convert", source, target, "--no-show", *average)
     elif isinstance(config, GlueConfig):
         said = ("glue", *words_of(config), *options)
     else:
@@ -273,7 +277,15 @@ def _job(
         restarts_without_progress=launch.restarts_in_a_row(slurm=True),
         bad_nodes=os.path.abspath(site.bad_nodes) if site.bad_nodes else None,
     )
-    return StageJob(spec, site, config, source)
+    tasks = {}
+    if isinstance(config, PretrainConfig) and config.train.tasks:
+        tasks = {
+            name: task.model_copy(update={"data": _absolute(task.data)})
+            for name, task in load_tasks(config).items()
+        }
+        files = [f"{folder}/{TASKS}/{name}.yaml" for name in tasks]  # where they are frozen
+        config = config.model_copy(update={"train": config.train.model_copy(update={"tasks": files})})
+    return StageJob(spec, site, config, source, tasks)
 
 
 def _share_of_node(stage: PipelineStage, site: ClusterConfig) -> tuple[int, int, int]:

@@ -24,24 +24,28 @@ from typing import TypeVar
 from bertscale.config import (
     FinetuneConfig,
     GlueConfig,
+    ModelConfig,
     PrepConfig,
     PretrainConfig,
     TokenizerTraining,
     UserError,
     overridden,
+    with_model_of,
 )
 from bertscale.config.glue_tasks import find_tasks, settings_for, task_values
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
 from bertscale.examples.read import read_task_data
-from bertscale.run_folder import TABLE, check_run_folder, checkpoints
+from bertscale.run_folder import EVENTS, TABLE, check_run_folder, checkpoints, read_events
 from launcher import slurm
+from launcher.history import slurm_ids
 from launcher.job import JobSpec, render
-from launcher.queue_jobs import own_jobs
+from launcher.queue_jobs import jobs_of, own_jobs
 from launcher.runs import read_spec, shown
 from launcher.submit import partitions
 from launcher.submit.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
 from launcher.submit.pipeline import StageJob, folder_of, matches, quoted
+from launcher.submit.source import shape_of, source_of
 
 Found = TypeVar("Found")
 
@@ -66,6 +70,8 @@ class Promises:
     anything: bool = False  # a job that bertscale knows nothing of comes first
     vocab_size: int | None = None  # of the tokenizer that a prep among them trains
     positions: dict[str, int] = field(default_factory=dict)  # tokens that the encoder in a target takes
+    models: dict[str, ModelConfig] = field(default_factory=dict)  # the network in a target
+    averages: dict[str, bool] = field(default_factory=dict)  # whether a target has one of its weights
 
     def hold(self, path: str) -> bool:
         """Whether `path` is, or lies in, what is yet to be made."""
@@ -91,7 +97,7 @@ def check(
         slurm.nodes.cache_clear()
         slurm.partitions()
         _check_after(after, promises, report)
-        _check_not_queued(jobs, report)
+        check_not_queued(jobs, report)
     except UserError as error:
         report.problems.append(str(error))
         answers = False
@@ -127,7 +133,12 @@ def _promise(job: StageJob, promises: Promises) -> None:
         if config.tokenizer is None or training.extend_to is not None:
             promises.vocab_size = training.extend_to or training.vocab_size
     if isinstance(config, PretrainConfig):
-        promises.positions[target] = config.model.max_position_embeddings
+        promises.averages[target] = config.train.average > 0
+        model = None
+        with contextlib.suppress(UserError):  # which the check of that job has told
+            model = _shape(config, promises)
+        if model is not None:
+            promises.models[target], promises.positions[target] = model, model.max_position_embeddings
     elif job.source is not None and (longest := _positions_of(job.source, promises)):
         promises.positions[target] = longest
 
@@ -147,6 +158,10 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
         _check_glue(config, promises, report)
     elif job.source is not None:
         _check_weights("SOURCE", job.source, promises, report)
+        if "--average" in spec.command and not _keeps_average(Path(job.source), promises):
+            report.problems.append(
+                f"average: SOURCE={job.source} keeps no average of the weights; a run with train.average does"
+            )
         _check_convert_output(Path(spec.target), report)
     key = {"pretrain": "run", "convert": "OUTPUT"}.get(spec.stage, "output")
     _check_writable(f"{key}={spec.target}", Path(spec.target), report)
@@ -158,9 +173,24 @@ def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
     _check_python(job, report)
 
 
+def _shape(config: PretrainConfig, promises: Promises) -> ModelConfig | None:
+    """The network of a pretraining, of what it starts from where the config leaves keys out; None where that
+    is not known here."""
+    if config.init is None:
+        return config.model
+    source = source_of(config.init, Path(config.run))
+    of_source = next((m for t, m in promises.models.items() if source.is_relative_to(t)), None)
+    if of_source is None:
+        of_source = shape_of(source, config.init.step if source != Path(config.run) else None)
+    return with_model_of(config, of_source).model if of_source else None
+
+
 def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, report: Report) -> None:
     if config.init is not None and not checkpoints(Path(config.run)):
         _check_weights("init.from", config.init.source, promises, report)
+    model = _collect(report, partial(_shape, config, promises))
+    if model is not None:
+        config = config.model_copy(update={"model": model})
     if _check_degree(job, config.parallel.tensor, report):
         _collect(report, lambda: check_batches(config, job.spec.ranks // config.parallel.tensor))
     vocab_size = promises.vocab_size or TokenizerTraining().vocab_size
@@ -181,6 +211,16 @@ def _check_pretrain(job: StageJob, config: PretrainConfig, promises: Promises, r
         vocab_size = data[0].manifest["vocab_size"]
         _collect(report, lambda: check_tokenizers(data))
     _collect(report, lambda: check_run_folder(Path(config.run)))
+    for name, task in job.tasks.items():
+        of_task = Report()
+        if model is not None:
+            _collect(of_task, partial(task.check_encoder, config.model))
+        _check_examples(task, promises, of_task)
+        report.problems += [f"train.tasks: {name}: {line}" for line in of_task.problems]
+    if model is None:
+        source = config.init and config.init.source
+        report.facts.append(f"memory of a rank: not estimated, the shape of init.from={source} is not known")
+        return
     _check_memory(job, config, vocab_size, report)
     size = checkpoint_bytes(config.model, vocab_size, config.train.average > 0)
     there = len(checkpoints(Path(config.run)))
@@ -251,12 +291,17 @@ def _check_prep(config: PrepConfig, promises: Promises, report: Report) -> None:
 def _check_finetune(job: StageJob, config: FinetuneConfig, promises: Promises, report: Report) -> None:
     _check_degree(job, config.parallel.tensor, report)
     _check_weights("encoder" if config.encoder else "init", config.source, promises, report)
-    longest, data = _positions_of(config.source, promises), config.data
+    longest = _positions_of(config.source, promises)
     if longest is not None and config.samples.max_length > longest:
         report.problems.append(
             f"samples.max_length={config.samples.max_length} is longer than the encoder {config.source} "
             f"takes: {longest} tokens (its max_position_embeddings)"
         )
+    _check_examples(config, promises, report)
+
+
+def _check_examples(config: FinetuneConfig, promises: Promises, report: Report) -> None:
+    data = config.data
     files = [("data.train", file.path) for file in data.training_files]
     files += [(f"data.{name}", path) for name in ("dev", "test") if (path := getattr(data, name)) is not None]
     there = [
@@ -302,6 +347,18 @@ def _positions_of(encoder: str, promises: Promises) -> int | None:
             values = json.loads(table.read_text(encoding="utf-8"))
             return int(values.get("model", values)["max_position_embeddings"])
     return None
+
+
+def _keeps_average(source: Path, promises: Promises) -> bool:
+    """Whether a source has a moving average of the weights, as far as is known here."""
+    for target, kept in promises.averages.items():
+        if source.is_relative_to(target):
+            return kept
+    for table in [source / TABLE, *_tables(source)[-1:]]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            parameters = json.loads(table.read_text(encoding="utf-8"))["parameters"]
+            return all("average" in entry.get("states", ()) for entry in parameters.values())
+    return not (source / "config.json").is_file()  # a Hugging Face folder has none
 
 
 def _tables(run: Path) -> list[Path]:
@@ -406,11 +463,13 @@ def _check_after(after: Sequence[str], promises: Promises, report: Report) -> No
             )
 
 
-def _check_not_queued(jobs: Sequence[StageJob], report: Report) -> None:
+def check_not_queued(jobs: Sequence[StageJob], report: Report) -> None:
+    """Adds a problem for each job whose folder has one in the queue."""
     queue = [entry for entry in own_jobs() if entry.active]
     for job in jobs:
-        target = quoted(job.spec.target)
-        ids = sorted({entry.number for entry in queue if entry.folder == Path(job.spec.folder)})
+        target, folder = quoted(job.spec.target), Path(job.spec.folder)
+        had = slurm_ids(read_events(folder / EVENTS))
+        ids = sorted({entry.number for entry in jobs_of(folder, had, queue)})
         if ids:
             report.problems.append(
                 f"job {', '.join(ids)} already makes {target}: `bertscale status {target}` shows it, "
