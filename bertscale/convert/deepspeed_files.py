@@ -159,8 +159,15 @@ class _Sharded:
                 with _understanding(grid[tensor_rank, data_rank]):
                     self._note(tensor_rank, data_rank, shapes)
         self.paths = sorted([*grid.values(), *models])
-        with _understanding(grid[0, 0]):
-            self.updates = int(self._states(0, 0)[0].get("step", 0))
+        updates = {}
+        for key, path in grid.items():
+            with _understanding(path):
+                updates[path] = int(self._states(*key)[0].get("step", 0))
+        self.updates = updates[grid[0, 0]]
+        for path, steps in updates.items():
+            if steps != self.updates:
+                reason = f"it is of step {steps}, and {grid[0, 0].name} of step {self.updates}"
+                raise damaged(path, reason, REMEDY)
         self.shapes = {name: self._whole(name, share) for name, share in self._shares.items()}
         for name, share in self._shares.items():
             for tensor_rank in range(self._degree(name)):
@@ -197,18 +204,23 @@ class _Sharded:
             )
         for group, names in enumerate(shapes):
             self._shares.update({name: torch.Size(shape) for name, shape in names.items()})
+            offset = 0
             if self.stage < 3:
                 places = [
                     (name, address.start, address.numel)
                     for name, address in optimizer["param_slice_mappings"][group].items()
                 ]
             else:
-                places, offset = [], 0
+                places = []
                 for name, shape in names.items():
                     whole = torch.Size(shape).numel()
                     part = -(-whole // self.data_ranks)
                     places.append((name, offset, max(0, min(part, whole - part * data_rank))))
                     offset += part
+            end = max((start + length for _, start, length in places), default=0)
+            there = self._flat(tensor_rank, _Fragment(data_rank, group, 0, 0), "weight").numel()
+            if end > there or (self.stage == 3 and offset != there):
+                raise ValueError(f"group {group} has {there:,} values instead of {max(end, offset):,}")
             for name, start, length in places:
                 if length:
                     fragment = _Fragment(data_rank, group, int(start), int(length))

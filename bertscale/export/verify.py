@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bertscale.config import ModelConfig, UserError
 from bertscale.config.table import damaged
 from bertscale.convert.electra import GENERATOR
+from bertscale.convert.folders import FolderSource
 from bertscale.convert.hf_names import first_position, masked_class, read_config, takes_token_types
 from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.native_files import NativeFiles
@@ -144,6 +145,8 @@ def compare_import(weights: SourceWeights, written: Weights) -> list[str]:
     """
     if isinstance(weights.source, NativeFiles):
         return []
+    if isinstance(weights.source, FolderSource) and weights.source.file:
+        return [f"not run   logits: transformers reads no {weights.source.file.name}"]
     if not is_feasible(weights):
         return [f"not run   {TOO_LARGE}"]
     difference = largest_difference(written, weights.folder)
