@@ -1,0 +1,226 @@
+"""Damaged sources of `bertscale convert`: one line that names what is damaged, or the right output, whole.
+
+A draw with a seed makes each case: a checkpoint of some topology or a folder of transformers, and one thing in
+it that a disk, an editor, a copy or a link has changed. 60 cases are quick, all 300 are marked slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from damage import edited_bytes, edited_table
+from safetensors.torch import load_file
+from sharded import write_run
+from transformers import BertForMaskedLM, ModernBertForMaskedLM, RobertaForMaskedLM
+
+from bertscale.config import UserError
+from bertscale.export.convert import convert
+from bertscale.export.options import ConvertOptions
+from bertscale.inspect.diff import diff
+from bertscale.inspect.sources import open_any
+
+QUICK, ALL = 60, 300
+MODERN = {"preset": "modern", "sentence_head": False, "local_attention": 8, "num_hidden_layers": 2}
+SMALL = {"num_hidden_layers": 1}
+CHECKPOINTS = {  # run -> its model and topology; the last two are others of the shape of the first two
+    "dense": (SMALL, (1, 1, 0), 1),
+    "ranks": (SMALL, (2, 2, 3), 1),
+    "modern": (MODERN, (1, 3, 1), 1),
+    "other dense": (SMALL, (1, 1, 0), 2),
+    "other ranks": (SMALL, (2, 2, 3), 2),
+}
+FOLDERS = ("exported", "shards", "pickle", "roberta", "modernbert")
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders to be damaged: in `runs` each with one checkpoint, in `models` those of transformers."""
+    place = tmp_path_factory.mktemp("sound")
+    for name, (values, topology, seed) in CHECKPOINTS.items():
+        write_run(place / "runs" / name, tiny_data, values, topology, seed=seed)
+    quiet = ConvertOptions(show=False)
+    convert(place / "runs" / "dense", place / "models" / "exported", quiet)
+    convert(place / "runs" / "modern", place / "models" / "modernbert", quiet)
+    convert(place / "runs" / "other dense", place / "models" / "other", quiet)
+    models = place / "models"
+    (models / "modernbert" / "bertscale-convert.json").unlink()  # as one that transformers has saved
+    model = BertForMaskedLM.from_pretrained(models / "exported")
+    model.save_pretrained(models / "shards", max_shard_size="20KB")
+    model.save_pretrained(models / "pickle")
+    state = load_file(models / "pickle" / "model.safetensors")
+    torch.save(state, models / "pickle" / "pytorch_model.bin")
+    (models / "pickle" / "model.safetensors").unlink()
+    config = RobertaForMaskedLM.config_class(
+        vocab_size=330,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=40,
+        type_vocab_size=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    RobertaForMaskedLM(config).save_pretrained(models / "roberta")
+    for name in ("shards", "pickle", "roberta"):
+        for file in (models / "exported").glob("*token*"):
+            shutil.copy(file, models / name)
+    assert ModernBertForMaskedLM.from_pretrained(models / "modernbert").num_parameters()
+    return place
+
+
+# ------------------------------------------------------------------------------------------- damages
+
+
+def flipped(path: Path, draw: random.Random, place: Path) -> None:
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.choice([1, 1, 8])):
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def cut(path: Path, draw: random.Random, place: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(
+        draw.choice([b"", content[:-1], content[: draw.randrange(len(content))], content + b"\0"])
+    )
+
+
+def scribbled(path: Path, draw: random.Random, place: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(edited_bytes(content, draw))
+
+
+def swapped(path: Path, draw: random.Random, place: Path) -> None:
+    """In place of the file another of its folder, or one of another folder, of a name like it if there is."""
+    others = [file for file in path.parent.iterdir() if file != path and file.is_file()]
+    others += [file for file in place.rglob(path.name) if file.is_file()]
+    shutil.copy(draw.choice(sorted(others)), path)
+
+
+def gone(path: Path, draw: random.Random, place: Path) -> None:
+    path.unlink()
+    if draw.random() < 0.5:
+        path.mkdir()
+
+
+def linked(path: Path, draw: random.Random, place: Path) -> None:
+    """A link that leads nowhere, to itself, to its folder, or to the file of that name of another folder."""
+    path.unlink()
+    others = sorted(str(file) for file in place.rglob(path.name) if file.is_file())
+    path.symlink_to(draw.choice(["nowhere", path.name, str(path.parent), "/dev/null", *others]))
+
+
+def edited(path: Path, draw: random.Random, place: Path) -> None:
+    """JSON as an editor may leave it; of what is no JSON a byte or more."""
+    if path.suffix != ".json":
+        return scribbled(path, draw, place)
+    values = json.loads(path.read_text())
+    if "digest" in values and draw.random() < 0.5:
+        del values["digest"]  # as in the first checkpoints: then all else is checked by what it says
+    if "weight_map" in values and draw.random() < 0.3:
+        key = draw.choice(sorted(values["weight_map"]))
+        values["weight_map"][key] = draw.choice(["../exported/model.safetensors", "/etc/passwd", "..", ""])
+        path.write_text(json.dumps(values))
+        return None
+    path.write_bytes(edited_table(values, draw))
+    return None
+
+
+DAMAGES: tuple[Callable[[Path, random.Random, Path], None], ...] = (
+    *(flipped, flipped, cut, scribbled, swapped, swapped, gone, linked, linked),
+    *(edited, edited, edited, edited),
+)
+
+
+# --------------------------------------------------------------------------------------------- cases
+
+
+def damaged_copy(number: int, sound: Path, folder: Path) -> tuple[Path, Path, str]:
+    """A copy of a sound folder in `folder`, damaged; where it was, where it is, and what was done."""
+    draw = random.Random(f"convert {number}")
+    if number % 2:
+        origin = next((sound / "runs" / draw.choice(list(CHECKPOINTS)[:3])).glob("checkpoints/*"))
+        place = sound / "runs"
+    else:
+        origin, place = sound / "models" / draw.choice(FOLDERS), sound / "models"
+    copy = folder / "source"
+    shutil.copytree(origin, copy)
+    files = sorted(path for path in copy.iterdir() if path.name != "README.md")
+    # Tables and weights are what matters most.
+    tables = [path for path in files if path.name in ("bertscale.json", "config.json")]
+    weights = [path for path in files if path.suffix in (".safetensors", ".bin")]
+    path = draw.choice(draw.choice([files, tables, weights]))
+    damage = draw.choice(DAMAGES)
+    damage(path, draw, place)
+    return origin, copy, f"{number}: {damage.__name__} {origin.name}/{path.name}"
+
+
+def check(number: int, sound: Path, folder: Path) -> bool:
+    """Converts a damaged copy; returns whether it was refused."""
+    origin, source, what = damaged_copy(number, sound, folder)
+    output = folder / "output"
+    was = set(folder.iterdir())
+    try:
+        convert(source, output, ConvertOptions(show=False))
+    except UserError as error:
+        assert str(source) in str(error), f"{what}: {error}"  # noqa: PT017
+        assert len(str(error).splitlines()) == 1, f"{what}: {error}"  # noqa: PT017
+        assert set(folder.iterdir()) == was, what
+        return True
+    except Exception as error:
+        raise AssertionError(what) from error
+    assert set(folder.iterdir()) == {*was, output}, what
+    found = diff(source, output)
+    assert not found["parameters"], f"{what}: {found['parameters'][:3]}"
+    if not source_weights_changed(origin, source):
+        before, after = open_any(origin), open_any(output)
+        for name in before.weights.names:
+            if name in after.weights.names:
+                assert before.tensor(name).equal(after.tensor(name)), f"{what}: {name}"
+    return False
+
+
+def source_weights_changed(origin: Path, source: Path) -> bool:
+    """Whether a file with weights has other bytes: transformers keeps no digest that would tell."""
+    names = [path.name for path in origin.iterdir() if path.suffix in (".safetensors", ".bin")]
+    return any((origin / name).read_bytes() != (source / name).read_bytes() for name in names)
+
+
+def many(numbers: range, sound: Path, tmp_path: Path) -> float:
+    """The share of cases that were refused."""
+    refused = 0
+    for number in numbers:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        refused += check(number, sound, folder)
+        shutil.rmtree(folder)
+    return refused / len(numbers)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_damaged_sources(part: int, sound: Path, tmp_path: Path) -> None:
+    assert many(range(part * QUICK // 4, (part + 1) * QUICK // 4), sound, tmp_path) > 0.4
+
+
+@pytest.mark.slow
+def test_many_damaged_sources(sound: Path, tmp_path: Path) -> None:
+    assert many(range(QUICK, ALL), sound, tmp_path) > 0.5
+
+
+def test_links_that_lead_to_the_right_files_are_followed(sound: Path, tmp_path: Path) -> None:
+    """As those of a cache of the Hub, or of a run whose checkpoints lie on another disk."""
+    for origin in (sound / "models" / "shards", next((sound / "runs" / "ranks").glob("checkpoints/*"))):
+        source, output = tmp_path / origin.parent.name, tmp_path / f"{origin.parent.name}-out"
+        source.mkdir()
+        for path in origin.iterdir():
+            os.symlink(path, source / path.name)
+        convert(source, output, ConvertOptions(show=False))
+        assert diff(origin, output)["equal"] or not diff(origin, output)["parameters"]
