@@ -405,11 +405,43 @@ def convert(arguments: list[str]) -> int:
         action="store_true",
         help="Export the moving average of the weights that a run with train.average has kept.",
     )
+    for name, default, meaning in (
+        ("--tensor-parallel", 1, "Tensor-parallel size of the run that the checkpoint is for"),
+        ("--data-parallel", 1, "Data-parallel ranks of that run"),
+        ("--zero-stage", 0, "Its ZeRO stage"),
+    ):
+        parser.add_argument(
+            name,
+            metavar="N",
+            type=int,
+            help=f"{meaning} (default: as in SOURCE, if that is a checkpoint; else {default}).",
+        )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=Path,
+        help="The tokenizer of a SOURCE that has none beside it.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="model.KEY=VALUE",
+        nargs="*",
+        help="The shape of a SOURCE that does not tell it, such as model.num_attention_heads=12.",
+    )
     options = parser.parse_args(arguments)
+    topology = (options.tensor_parallel, options.data_parallel, options.zero_stage)
 
     from bertscale.export.convert import convert as convert_folder
 
-    chosen = ConvertOptions(options.as_, options.show, options.replace, options.average)
+    chosen = ConvertOptions(
+        options.as_,
+        options.show,
+        options.replace,
+        options.average,
+        *topology,
+        model=tuple(options.model),
+        tokenizer=options.tokenizer,
+    )
     convert_folder(options.source, options.output, chosen)
     return 0
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bertscale.cli import main
 from bertscale.config import InitConfig, ModelConfig, UserError
-from bertscale.convert.weights import load_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import load_model
 from bertscale.export.average import Options, average, threshold
 from bertscale.export.convert import convert
 from bertscale.export.options import ConvertOptions

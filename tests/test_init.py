@@ -17,7 +17,7 @@ from test_reshape import Source as RandomSource
 from tiny import pretrain_config
 
 from bertscale.config import PretrainConfig, UserError, with_model_of
-from bertscale.convert.weights import native_shapes
+from bertscale.convert.model_shape import native_shapes
 from bertscale.files import file_digest
 from bertscale.pretrain.init import Source, check_source, differences, in_shape_of
 from bertscale.run_folder import TABLE, checkpoints, read_metrics

@@ -20,7 +20,8 @@ from tiny import OBJECTS, SUBJECTS, VERBS, prep_config, pretrain_config
 from transformers import pipeline
 
 from bertscale.config import PrepConfig
-from bertscale.convert.weights import native_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import native_model
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import MANIFEST_NAME, open_dataset
 from bertscale.export import masks

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bertscale.config import ModelConfig, UserError
+from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.sources import InitSource
-from bertscale.convert.weights import native_shapes
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.model.model import PretrainingModel, split_fused
 from bertscale.pretrain.positions import POSITIONS, extended_positions, longer

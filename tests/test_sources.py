@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from bertscale.config import UserError
 from bertscale.convert.encoders import open_encoder
+from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.sources import InitSource, open_source_weights
-from bertscale.convert.weights import native_shapes
 from bertscale.export.convert import convert
 from bertscale.export.options import ConvertOptions
 from bertscale.model.model import PretrainingModel
@@ -488,3 +488,52 @@ def test_a_fine_tuning_begins_with_the_same_encoder(kind: str, tmp_path: Path) -
     assert set(encoder.names) == set(source.names)
     for name in source.names:
         assert encoder.tensor(name).equal(source.tensor(name)), name
+
+
+IMPORTED = [kind for kind in CLASSES if kind != "ElectraForMaskedLM" and not kind.startswith("Camembert")]
+
+
+@pytest.mark.parametrize("kind", IMPORTED)
+def test_every_class_is_imported(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a class lacks of the heads gets first values, its own head is left out, and both are named."""
+    saved(tmp_path / "theirs", kind)
+    put_tokenizer(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", ConvertOptions(show=False))
+    said = capsys.readouterr().out
+    source, found = open_source_weights(tmp_path / "theirs"), open_checkpoint(tmp_path / "ours")
+    has_logits = kind.endswith(("ForPreTraining", "ForMaskedLM"))
+    assert f"verified  {'logits' if has_logits else 'hidden states'} of the given and the imported" in said
+    wanted = native_shapes(found.model, VOCAB)
+    assert set(found.parameters) == set(wanted)
+    new = [name for name in wanted if name not in source.names]
+    # A bert has a head for sentence pairs unless its config says otherwise, an ELECTRA a generator.
+    assert found.model.sentence_head == kind.startswith(("Bert", "MegatronBert"))
+    assert found.model.generator_size == (pytest.approx(1 / 3) if kind.startswith("Electra") else None)
+    for name in wanted:
+        expected = source.tensor(name) if name in source.names else None
+        assert expected is None or found.tensor(name).equal(expected), name
+    assert ("missing   " in said) == bool(new)
+    assert not new or f"missing   {', '.join(new)}: not in the source" in said
+    unused = [name for name in source.names if name not in wanted]
+    left_out = [*source.left_out, *unused]
+    assert not left_out or f"left out  {', '.join(left_out)}: no parameter" in said
+
+
+def test_a_pair_is_imported_and_a_generator_alone_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = saved(tmp_path / "pair", "ElectraForPreTraining")
+    guesser = random_model("ElectraForMaskedLM", hidden_size=8, num_attention_heads=1, intermediate_size=10)
+    shared = {name: value for name, value in judge.state_dict().items() if ".embeddings." in name}
+    guesser.load_state_dict(shared, strict=False)
+    guesser.save_pretrained(tmp_path / "pair" / "generator")
+    put_tokenizer(tmp_path / "pair")
+    convert(tmp_path / "pair", tmp_path / "ours", ConvertOptions(show=False))
+    said = capsys.readouterr().out
+    assert "verified  logits of the given and the imported model" in said
+    assert "missing" not in said
+    compare(open_source_weights(tmp_path / "ours"), judge)
+    compare(open_source_weights(tmp_path / "ours"), guesser, leave=("hidden",))
+    put_tokenizer(tmp_path / "pair" / "generator")
+    with pytest.raises(UserError, match=r"lacks encoder\.layers\..*a generator without its discriminator"):
+        convert(tmp_path / "pair" / "generator", tmp_path / "alone", ConvertOptions(show=False))

@@ -366,15 +366,14 @@ def test_encoders_that_are_none_are_one_line(tokenizer: Tokenizer, tmp_path: Pat
     tensors = load_file(file)
     pooler = tensors.pop("bert.pooler.dense.bias")
     save_file(tensors, file, {"format": "pt"})
-    weights = open_encoder(tmp_path / "model")  # half a pooler is a damaged file, none is an encoder
+    # Half a pooler is a damaged file, none is an encoder.
     with pytest.raises(UserError, match=r"lacks bert\.pooler\.dense\.bias: it is not a complete encoder"):
-        weights.tensor("encoder.pooler.bias")
+        open_encoder(tmp_path / "model")
     tensors["bert.pooler.dense.bias"] = pooler
     del tensors["bert.encoder.layer.1.output.dense.weight"]
     save_file(tensors, file, {"format": "pt"})
-    weights = open_encoder(tmp_path / "model")
     with pytest.raises(UserError, match=r"lacks bert\.encoder\.layer\.1\.output\.dense\.weight"):
-        weights.tensor("encoder.layers.1.feed_forward.dense.weight")
+        open_encoder(tmp_path / "model")
     edit(tmp_path / "model", model_type="funnel")
     with pytest.raises(UserError, match="a model of type 'funnel'"):
         open_encoder(tmp_path / "model")

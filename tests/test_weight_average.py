@@ -13,7 +13,8 @@ from tiny import pretrain_config
 from torch import Tensor
 
 from bertscale.config import UserError
-from bertscale.convert.weights import load_model, native_shapes
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import load_model
 from bertscale.export.convert import convert
 from bertscale.export.options import ConvertOptions
 from bertscale.model.model import initial_value

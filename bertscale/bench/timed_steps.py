@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bertscale.bench.machine import processor
 from bertscale.config import ModelConfig, PretrainConfig, UserError
 from bertscale.convert.hf_names import hugging_face_config, to_hugging_face
-from bertscale.convert.weights import native_shapes
+from bertscale.convert.model_shape import native_shapes
 from bertscale.data.loader import balance
 from bertscale.data.micro_batch import MicroBatch
 from bertscale.model.model import initial_value

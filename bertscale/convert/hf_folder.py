@@ -55,9 +55,9 @@ class HuggingFaceFolder:
         self.vocab_size: int = self.config["vocab_size"]
         self.form = form_of(self.config)  # of the names in the file
 
-    def open_file(self) -> None:
-        """Opens the tensors; before, the config has been understood."""
-        self.files: TensorFiles = open_tensors(self.folder)
+    def open_file(self, file: Path | None = None) -> None:
+        """Opens the tensors, those of `file` where one is given; before, the config has been understood."""
+        self.files: TensorFiles = TensorFiles(file, {}) if file else open_tensors(self.folder)
         self.names_in_file = self.files.names
 
     def find(self, name: str) -> str | None:

@@ -314,9 +314,11 @@ def takes_token_types(config: dict[str, Any]) -> bool:
 
 
 def masked_class(config: dict[str, Any]) -> str:
-    """Names transformers' class for masked language modelling of a config.json."""
+    """Names transformers' class for masked language modelling of a config.json that names none."""
     prefixes = {kind: prefix for prefix, kind in CLASSES.values()}
     prefixes |= {kind: prefix for kind, (prefix, _) in READ_ONLY.items()}
+    if config["model_type"] == "electra":  # of a discriminator as likely as of a generator
+        return "ElectraModel"
     return prefixes[config["model_type"]] + "ForMaskedLM"
 
 
@@ -324,10 +326,9 @@ def model_of(config: dict[str, Any], origin: str) -> ModelConfig:
     """Reads the native config from a config.json. Raises UserError where no preset equals it."""
     kind, form = config.get("model_type"), form_of(config)
     supported = (
-        f"this version converts bert and megatron-bert with gelu, {', '.join(READ_ONLY)} and modernbert"
+        "this version converts bert and megatron-bert with gelu, "
+        f"{', '.join(READ_ONLY)}, electra and modernbert"
     )
-    if kind == "electra":
-        supported += "; for an electra that was trained here, give its checkpoint"
     if kind not in READ_ONLY and form not in CLASSES:
         raise UserError(f"{origin} describes a model of type {kind!r}; {supported}")
     for key, wanted in {"modern": MODERN_FORM, "distilbert": DISTILBERT_FORM}.get(form, BERT_FORM).items():

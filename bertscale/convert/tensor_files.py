@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,24 @@ def _open_file(path: Path) -> Any:
                 f"cannot read {path}: {error}; save the model there with model.save_pretrained(folder), "
                 "which writes safetensors"
             ) from error
-    try:
-        # `weights_only`: tensors and plain containers are made; what else a pickle asks for is not called.
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "it holds more than tensors, and code in a file of weights is never run"
-            raise UserError(f"cannot read {path}: {reason}; {REMEDY}") from error
-        raise damaged(path, "it is not a whole file of torch.save", REMEDY) from error
+    values = load_pickle(path, REMEDY)
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"cannot read {path}: it is no table of tensors by their names; {REMEDY}")
     return dict(values)
+
+
+def load_pickle(path: Path, remedy: str, classes: Sequence[Any] = ()) -> Any:
+    """What torch.save has put into `path`, memory-mapped where the file allows it; no code in it runs.
+
+    `classes`: (what is made, the name in the pickle) of what may be there beside tensors and containers.
+    Raises UserError, in one line that ends with `remedy`, where it is damaged or asks for more.
+    """
+    try:
+        # `weights_only`: tensors and plain containers are made; what else a pickle asks for is not called.
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            reason = "it holds more than tensors, and code in a file of weights is never run"
+            raise UserError(f"cannot read {path}: {reason}; {remedy}") from error
+        raise damaged(path, "it is not a whole file of torch.save", remedy) from error

@@ -1,4 +1,4 @@
-"""Whole native weights for pretraining, from a checkpoint or a Hugging Face folder, and the model of them.
+"""Whole native weights for pretraining, from whatever holds weights, and the model of them.
 
 weights = open_weights(Path("runs/quickstart/pretrain"))    # its newest checkpoint
 weights.tensor("encoder.pooler.weight")                     # one tensor is read at a time
@@ -6,113 +6,131 @@ weights.tensor("encoder.pooler.weight")                     # one tensor is read
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bertscale.config import ModelConfig, UserError
-from bertscale.config.table import damaged
-from bertscale.convert.hf_folder import HuggingFaceFolder
-from bertscale.convert.hf_names import SENTENCE_HEAD, hugging_face_names, model_of
-from bertscale.model.layers import Layers
+from bertscale.config import ModelConfig, UserError, check_config
+from bertscale.convert.folders import FolderSource, PairSource
+from bertscale.convert.model_shape import PARTS, native_shapes
+from bertscale.convert.native_files import Given, NativeFiles
+from bertscale.convert.sources import CheckpointSource, open_source_weights
 from bertscale.model.model import PretrainingModel, initial_value
-from bertscale.run_folder import TABLE
-from bertscale.train.checkpoint import open_checkpoint
+from bertscale.train.checkpoint import Checkpoint
+
+GENERATOR_SIZES = (
+    1 / 4,
+    1 / 3,
+    1 / 2,
+    1.0,
+)  # of an ELECTRA without generator the first that its shape allows
 
 
 class Weights(Protocol):
-    """Gives whole native tensors, from a checkpoint or a Hugging Face folder."""
+    """Gives whole native tensors of a model for pretraining."""
 
     folder: Path
     model: ModelConfig
     vocab_size: int
 
     @property
-    def parameters(self) -> Any: ...  # an iterable of native names
+    def parameters(self) -> Mapping[str, Any]: ...  # by native names
 
-    def tensor(self, name: str) -> Tensor: ...  # float32, CPU
+    @property
+    def tokenizer(self) -> Path: ...  # of the tokenizer's file; raises UserError where there is none
+
+    def states(self, name: str) -> tuple[str, ...]: ...  # `weight`, and what else is there of the parameter
+
+    def tensor(self, name: str, state: str = "weight") -> Tensor: ...  # float32, CPU
 
     def digest(self) -> str: ...  # of all that it is read from; raises UserError where that is damaged
 
 
-def open_weights(path: Path) -> Weights:
-    """Opens a checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
+def open_weights(path: Path, given: Given | None = None) -> Checkpoint | SourceWeights:
+    """Opens any source that `open_source_weights` reads; what it lacks of the heads gets first values.
 
-    Raises UserError where `path` is none of them or is damaged.
+    Raises UserError where `path` is none of them, is damaged, or lacks more than heads.
     """
-    if not path.exists():
-        raise UserError(
-            f"there is no folder {path}: give a run, a checkpoint, or a model's folder; nothing is "
-            "downloaded, so save a published model and its tokenizer first, by save_pretrained(FOLDER)"
-        )
-    if (path / "config.json").is_file():
-        return HuggingFaceWeights(path)
-    checkpoint = open_checkpoint(path)
-    found = {name: torch.Size(entry["shape"]) for name, entry in checkpoint.parameters.items()}
-    if found != native_shapes(checkpoint.model, checkpoint.vocab_size):
-        reason = "its parameters are not those of its model"
-        raise damaged(checkpoint.folder / TABLE, reason, "use another checkpoint")
-    return checkpoint
+    source = open_source_weights(path, given)
+    return source.weights if isinstance(source, CheckpointSource) else SourceWeights(source)
 
 
-def native_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
-    """Returns every native parameter with its whole shape."""
-    with torch.device("meta"):
-        skeleton = PretrainingModel(model, vocab_size, Layers())
-    return {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+class SourceWeights:
+    """What is no checkpoint of ours as a whole model for pretraining.
 
-
-class HuggingFaceWeights(HuggingFaceFolder):
-    """Reads native tensors from a Hugging Face model for pretraining or masked language modelling.
-
-    A bert or megatron-bert without pooler and next-sentence head gets initial values for them; `missing`
-    names them.
+    `missing` names the parameters of heads that have first values, `left_out` what the source has beside.
     """
 
-    wanted = "model for pretraining or masked language modelling"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.model: ModelConfig = model_of(self.config, str(self.origin))
-        self.open_file()
+    def __init__(self, source: FolderSource | PairSource | NativeFiles) -> None:
+        self.source, self.folder, self.vocab_size = source, source.folder, source.vocab_size
+        self.model: ModelConfig = source.whole
+        if self.model.generator_size is not None and not any(
+            name.startswith("generator.") for name in source.names
+        ):
+            self.model = _with_small_generator(self.model, str(source.folder))
         self.parameters = native_shapes(self.model, self.vocab_size)
-        self.missing = [
-            name
-            for name in self.parameters
-            if name.startswith(SENTENCE_HEAD)
-            # A part of the head that is there in part is no head of another kind, but a damaged file.
-            and not any(self._has(f"{name.rpartition('.')[0]}.{kind}") for kind in ("weight", "bias"))
-        ]
+        self.missing = [name for name in self.parameters if name not in source.names]
+        if beyond := [name for name in self.missing if not name.startswith(PARTS)]:
+            raise UserError(
+                f"{source.folder} lacks {beyond[0]}: it is a generator without its discriminator; give the "
+                "folder of that with this one inside as `generator`, or start a pretraining from this by "
+                "init.from"
+            )
+        unused = [name for name in source.names if name not in self.parameters]
+        self.left_out = [*source.left_out, *unused]
 
-    def tensor(self, name: str) -> Tensor:
-        """Returns the native parameter `name`, float32; raises UserError where it is missing or misshapen."""
+    @property
+    def tokenizer(self) -> Path:
+        """The path of the source's tokenizer."""
+        return self.source.tokenizer
+
+    @property
+    def updates(self) -> int:
+        """Counts the steps that the moments have seen."""
+        return self.source.updates if isinstance(self.source, NativeFiles) else 0
+
+    def states(self, name: str) -> tuple[str, ...]:
+        """The states of a parameter: those of the source, where it has moments of all parameters."""
+        if isinstance(self.source, NativeFiles) and not self.missing:
+            return self.source.states(name)
+        return ("weight",)
+
+    def tensor(self, name: str, state: str = "weight") -> Tensor:
+        """Returns a native parameter, float32; raises UserError where it is misshapen."""
         if name in self.missing:
             return initial_value(name, self.parameters[name], self.model, self.vocab_size, seed=0)
-        theirs = hugging_face_names(name, self.form)
-        return self.read(name, theirs, self.model, self.parameters[name])
+        if isinstance(self.source, NativeFiles):
+            return self.source.tensor(name, state)
+        return self.source.tensor(name)
 
-    def unused(self) -> list[str]:
-        """Lists the tensors of the file that no parameter is read from, but for copies of tied ones."""
-        return self.unread(
-            theirs for name in self.parameters for theirs in hugging_face_names(name, self.form)
-        )
+    def digest(self) -> str:
+        """The digest of the source."""
+        return self.source.digest()
 
-    def _has(self, name: str) -> bool:
-        return all(self.find(theirs) for theirs in hugging_face_names(name, self.form) or [""])
+
+def _with_small_generator(model: ModelConfig, origin: str) -> ModelConfig:
+    """The shape of a discriminator with the smallest usual generator that goes with it."""
+    for share in GENERATOR_SIZES:
+        try:
+            return check_config(ModelConfig, {**model.model_dump(), "generator_size": share}, origin)
+        except UserError:
+            continue
+    return model
 
 
 def load_model(path: str | Path) -> PretrainingModel:
     """Loads a model for pretraining, float32 on the CPU, in evaluation mode.
 
-    `path` is a run folder, whose newest checkpoint is taken, a checkpoint of any topology, or a Hugging Face
-    folder that `bertscale convert` reads; pooler and next-sentence head that such a folder lacks have first
-    values. `model(batch)` takes a micro-batch of `iterate_batches` and returns `LossSums`: scalars, summed
-    over its predictions. `model.encoder(tokens, token_types, positions, lengths)` takes int64 [T] and returns
-    float32 hidden states [T, H] and, with a sentence head, what it pools of each sample [S, H].
+    `path` is a run folder, whose newest checkpoint is taken, a checkpoint of any topology, or another source
+    that `bertscale convert` reads; heads for pretraining that it lacks have first values. `model(batch)`
+    takes a micro-batch of `iterate_batches` and returns `LossSums`: scalars, summed over its predictions.
+    `model.encoder(tokens, token_types, positions, lengths)` takes int64 [T] and returns float32 hidden states
+    [T, H] and, with a sentence head, what it pools of each sample [S, H].
 
-    Raises UserError where `path` is none of the three or is damaged.
+    Raises UserError where `path` is none of these or is damaged.
 
         model = load_model("runs/quickstart/pretrain")
     """

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bertscale.config import UserError
 from bertscale.convert.hf_folder import tokenizer_of
-from bertscale.convert.weights import Weights, native_shapes, open_weights
+from bertscale.convert.model_shape import native_shapes
+from bertscale.convert.weights import Weights, open_weights
 from bertscale.export.output import check_output
 from bertscale.files import whole_folder
 from bertscale.progress import Progress
@@ -83,7 +84,7 @@ def average(sources: Sequence[Path], output: Path, options: Options) -> None:
         raise UserError(f"{output} is there already; choose another output, or remove it")
     check_output(output, sources[0], replace=False)
     weights = [float(weight) for weight in options.weights] or [1.0] * len(sources)
-    opened = [open_weights(path) for path in sources]
+    opened: list[Weights] = [open_weights(path) for path in sources]
     base = open_weights(options.base) if options.base is not None else None
     read = [*opened, *([base] if base else [])]
     for other in read[1:]:

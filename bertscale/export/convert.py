@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bertscale.config import UserError
-from bertscale.convert.hf_folder import CONFIG_FILE, tokenizer_of
-from bertscale.convert.weights import HuggingFaceWeights, Weights, native_model, open_weights
-from bertscale.export.checkpoint import write_checkpoint
+from bertscale.convert.hf_folder import tokenizer_of
+from bertscale.convert.native_files import Given
+from bertscale.convert.weights import Weights, native_model, open_weights
+from bertscale.export.checkpoint import open_for_checkpoint, write_checkpoint
 from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.masks import show_masks
 from bertscale.export.options import ConvertOptions
 from bertscale.export.output import check_output, is_output_of, write_record
+from bertscale.export.universal import write_universal
 from bertscale.files import whole_folder
+from bertscale.run_folder import CHECKPOINTS, TABLE
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import AveragedCheckpoint, Checkpoint
 
@@ -38,24 +41,22 @@ class Form(NamedTuple):
 
 
 def _open_weights(source: Path, options: ConvertOptions) -> Weights:
-    weights = open_weights(source)
+    weights = open_weights(source, Given(options.model, options.tokenizer))
     if not options.average:
         return weights
     if not isinstance(weights, Checkpoint):
-        raise UserError(f"--average: {source} is a Hugging Face folder; checkpoints alone have an average")
+        raise UserError(f"--average: {source} is no checkpoint of ours; these alone have an average")
     return AveragedCheckpoint(weights)
 
 
-def _open_folder(source: Path, options: ConvertOptions) -> HuggingFaceWeights:
-    weights = _open_weights(source, options)
-    if not isinstance(weights, HuggingFaceWeights):
-        raise UserError(f"--as checkpoint: {source} holds a checkpoint already; give a Hugging Face folder")
-    return weights
+def _open_for_checkpoint(source: Path, options: ConvertOptions) -> Weights:
+    return open_for_checkpoint(_open_weights(source, options), options)
 
 
 FORMS = {  # by the keys of `options.FORMS`
     "pretraining": Form(_open_weights, write_hugging_face),
-    "checkpoint": Form(_open_folder, write_checkpoint),
+    "checkpoint": Form(_open_for_checkpoint, write_checkpoint),
+    "universal": Form(_open_weights, write_universal),
 }
 
 
@@ -65,12 +66,16 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
     An output that came from the same source is left as it is. Raises UserError where the source is damaged or
     is none for that form, or where `output` holds what no conversion has written (`output.check_output`).
     """
-    default = "checkpoint" if (source / CONFIG_FILE).is_file() else "pretraining"
+    ours = (source / TABLE).is_file() or (source / CHECKPOINTS).is_dir()
+    default = "pretraining" if ours else "checkpoint"
     name = options.as_ or default
     form = FORMS[name]
     opened = form.open(source, options)
-    tokenizer_of(opened.folder)
+    if isinstance(opened, Checkpoint):
+        tokenizer_of(opened.folder)
     digest = opened.digest() + ("" if name == default else f" as {name}")
+    if name == "checkpoint":
+        digest += "".join(f" {number}" for number in options.topology if number is not None)
     if is_output_of(output, digest):
         print(f"already converted: {output} is {opened.folder}")
     else:

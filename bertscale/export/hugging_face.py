@@ -24,8 +24,9 @@ from bertscale.convert.electra import (
 )
 from bertscale.convert.hf_folder import write_config, write_tokenizer
 from bertscale.convert.hf_names import hugging_face_config, hugging_face_names, to_hugging_face
+from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.tensor_files import WEIGHTS
-from bertscale.convert.weights import Weights, native_shapes
+from bertscale.convert.weights import Weights
 from bertscale.export.options import ConvertOptions
 from bertscale.export.verify import largest_difference
 from bertscale.tokenizer import load_tokenizer

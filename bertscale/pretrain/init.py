@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bertscale.config import InitConfig, ModelConfig, PretrainConfig, UserError
 from bertscale.convert.hf_folder import CONFIG_FILE
-from bertscale.convert.sources import PARTS, InitSource, open_source_weights
-from bertscale.convert.weights import native_shapes
+from bertscale.convert.model_shape import PARTS, native_shapes
+from bertscale.convert.sources import InitSource, open_source_weights
 from bertscale.files import file_digest
 from bertscale.model.model import initial_value
 from bertscale.pretrain.positions import longer

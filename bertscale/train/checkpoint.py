@@ -79,10 +79,10 @@ def write_shard(folder: Path, name: str, fragments: Iterable[StateFragment]) -> 
     save_tensors(path, tensors)
     sync(path)
     pieces = {fragment.name: [fragment.start, fragment.states["weight"].numel()] for fragment in full}
-    return _file_entry(path, pieces)
+    return file_entry(path, pieces)
 
 
-def _file_entry(path: Path, pieces: dict[str, list[int]]) -> dict[str, Any]:
+def file_entry(path: Path, pieces: dict[str, list[int]]) -> dict[str, Any]:
     """A file's entry in the table; `pieces` is the format's word for fragments: name -> [start, length]."""
     return {
         "name": path.name,
@@ -186,6 +186,15 @@ class Checkpoint:
         """Whether a moving average of the weights is here (train.average)."""
         return all(AVERAGE in entry.get("states", STATES) for entry in self.parameters.values())
 
+    @property
+    def tokenizer(self) -> Path:
+        """The path of its tokenizer."""
+        return find_tokenizer(self.folder)
+
+    def states(self, name: str) -> tuple[str, ...]:
+        """What is here of a parameter: weight, moments, average."""
+        return tuple(self.parameters[name].get("states", STATES if self.has_moments else STATES[:1]))
+
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """Assembles a whole tensor, float32, on the CPU: `state` is weight, exp_avg, exp_avg_sq or average.
 
@@ -260,6 +269,10 @@ class AveragedCheckpoint(Checkpoint):
                 f"{checkpoint.folder} holds no average of the weights; a run with train.average keeps one"
             )
         super().__init__(checkpoint.folder, checkpoint.table)
+
+    def states(self, name: str) -> tuple[str, ...]:
+        """The weight alone: the moments are those of another one."""
+        return STATES[:1]
 
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """As that of a checkpoint, but `weight` is the average."""
@@ -355,7 +368,7 @@ def write_whole(
         ((f"weight:{name}", value.float().flatten()) for name, value in tensors),
     )
     sync(path)
-    entry = _file_entry(path, {name: [0, length] for name, length in lengths.items()})
+    entry = file_entry(path, {name: [0, length] for name, length in lengths.items()})
     parameters = {n: {"shape": list(shape), "tensor_parallel_dimension": None} for n, shape in shapes.items()}
     write_table(
         folder,
