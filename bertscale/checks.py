@@ -67,8 +67,8 @@ def check_comparison(config: PretrainConfig, count: int) -> None:
         )
     if config.model.generator or not config.objectives.mlm:
         raise UserError(
-            "--against transformers compares masked tokens and sentence pairs, not a generator; add "
-            "model.generator_size=null objectives.mlm=1"
+            "--against transformers compares masked tokens and sentence pairs, nothing else; add "
+            "model.generator_size=null objectives.mlm=1 objectives.clm=0"
         )
 
 

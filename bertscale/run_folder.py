@@ -57,6 +57,8 @@ LOGS = "logs"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
 
+PREP_WORK = ".prep"  # in the output of a prep: what one that is stopped resumes from
+
 JOB = "job"  # of a run folder
 JOB_SPEC = "job.json"
 SCRIPT = "script.sh"

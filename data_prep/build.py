@@ -47,11 +47,13 @@ import numpy as np
 
 from bertscale.config import PrepConfig, UserError
 from bertscale.data.quality import count_pieces, doubts, facts
-from bertscale.data.shards import MANIFEST_NAME, ShardEntry, token_dtype, write_columns, write_manifest
+from bertscale.data.report import PAGE_NAME, read_report, source_lines, write_report
+from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, token_dtype, write_columns, write_manifest
 from bertscale.files import whole_file, write_json
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit, load_once
+from data_prep.filters.tally import combined
 from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json, take_place
 from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
@@ -91,7 +93,7 @@ def prep(config: PrepConfig, replace: bool = False) -> dict[str, Any]:
             tokenizer = make_tokenizer(pool, plan)
             _encode(pool, plan, plan.units, tokenizer)
             manifest = _finish(pool, plan, tokenizer)
-    return _summary(manifest, began, reused=False)
+    return _summary(plan, manifest, began, reused=False)
 
 
 # ----------------------------------------------------------------------------- the same in three parts
@@ -147,7 +149,7 @@ def prep_finish(config: PrepConfig, count: int | None = None) -> dict[str, Any]:
                 )
             with worker_pool(config.workers) as pool:
                 manifest = _finish(pool, plan, tokenizer)
-    return _summary(manifest, began, reused=False)
+    return _summary(plan, manifest, began, reused=False)
 
 
 def _join(config: PrepConfig) -> tuple[Plan, Tokenizer]:
@@ -267,6 +269,7 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_path: Path) -> None:
         "shard": shard and dataclasses.asdict(shard),
         "text_bytes": merged.text_bytes,
         "duplicates": merged.duplicates,
+        "words": int((columns["word_starts"] if words else pieces[tokenizer.starts_word]).sum()),
         "unknown": int(pieces[tokenizer.unk_id]),
         "single_bytes": int(pieces[tokenizer.byte_ids].sum()),
     }
@@ -306,12 +309,14 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
     plan.check_input()
     shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
     plan.remove_all_but({shard.name for shard in shards})
+    counters = _counters(sums, shard_records)
+    _report(plan, records, shards, {"counters": counters, "vocab_size": tokenizer.vocab_size})
     manifest = write_manifest(
         plan.output,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         settings=plan.content["settings"],
-        counters=_counters(sums, shard_records),
+        counters=counters,
         shards=shards,
         words=plan.config.words is not None,
     )
@@ -321,9 +326,21 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
     return manifest
 
 
+def _report(
+    plan: Plan, records: list[dict[str, Any]], shards: list[ShardEntry], manifest: dict[str, Any]
+) -> None:
+    """Writes the report of what is in `manifest` so far, and of the done `records` of the first pass."""
+    if not all("tally" in record for record in records):  # an earlier version began this
+        return
+    tally = combined([record["tally"] for record in records], plan.config.input)
+    mapped = [Shard(plan.output / shard.name, shard) for shard in shards]
+    manifest |= {"settings": {**plan.content["settings"], "input": plan.config.input}}
+    write_report(plan.output, manifest, tally, mapped)
+
+
 def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest counts: what was read, what was left out and why, and what stands in the shards."""
-    names = ("documents", "sentences", "tokens", "text_bytes", "unknown", "single_bytes")
+    names = ("documents", "sentences", "tokens", "text_bytes", "unknown", "single_bytes", "words")
     splits = {split: Counter[str](dict.fromkeys(names, 0)) for split in SPLITS}
     for record in shard_records:
         if shard := record["shard"]:
@@ -334,6 +351,7 @@ def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]
                 text_bytes=record["text_bytes"],
                 unknown=record["unknown"],
                 single_bytes=record["single_bytes"],
+                words=record.get("words", 0),  # an earlier version counted none
             )
     return {
         **dict(sorted(sums["counters"].items())),
@@ -380,10 +398,10 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
 def _reused(plan: Plan, manifest: dict[str, Any], began: float) -> dict[str, Any]:
     print(f"already prepared: {plan.output}")
     plan.remove_spills()  # a kill just after the manifest leaves them
-    return _summary(manifest, began, reused=True)
+    return _summary(plan, manifest, began, reused=True)
 
 
-def _summary(manifest: dict[str, Any], began: float, *, reused: bool) -> dict[str, Any]:
+def _summary(plan: Plan, manifest: dict[str, Any], began: float, *, reused: bool) -> dict[str, Any]:
     summary = {
         **manifest["counters"],
         "shards": len(manifest["shards"]),
@@ -396,6 +414,10 @@ def _summary(manifest: dict[str, Any], began: float, *, reused: bool) -> dict[st
     )
     if line := facts(manifest):
         print(f"prep: {line}")
+    for line in source_lines(read_report(plan.final)):
+        print(f"prep: {line}")
+    if (plan.final / PAGE_NAME).exists():
+        print(f"prep: all of it, with plots and examples: {plan.final / PAGE_NAME}")
     for doubt in doubts(manifest):
         print(f"prep: warning: {doubt}")
     return summary

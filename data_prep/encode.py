@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -27,8 +27,9 @@ from bertscale.data.shards import Ids, token_dtype
 from bertscale.files import whole_file, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from data_prep.clean import clean_records, count_letters
+from data_prep.filters.tally import Tally, source_of
 from data_prep.plan import Unit
-from data_prep.readers.records import Bad, Cut
+from data_prep.readers.records import Bad, Cut, Record
 from data_prep.segment import splitter, with_spaces
 from data_prep.shuffle import ROW, Digest, Rows, Spill, SpillBuilder
 from data_prep.words import join_words, spill_dtype, word_starts
@@ -69,10 +70,10 @@ def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map)
     finally:
         unit.check_plan()  # the better reason where the tokenizer is gone
     tally = {name: Counter[str]() for name in ("counters", "bad", "dropped", "letters")}
-    places: dict[str, list[str]] = {}
+    by_source, places = Tally(unit.config.seed, unit.number), dict[str, list[str]]()
     writer = _Writer(unit, tokenizer)
     with whole_file(unit.bad_records) as quarantine:
-        batches = _batches(unit, tally, places, quarantine)
+        batches = _batches(unit, tally, by_source, places, quarantine)
         for encoded in map_batches(partial(encode_batch, unit.config, unit.plan, tokenizer_path), batches):
             writer.add(encoded)
         quarantine_bytes = quarantine.tell()
@@ -86,6 +87,7 @@ def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map)
         "spills": [asdict(spill) for spill in writer.spills],
         "quarantine_bytes": quarantine_bytes,
         **tally,
+        "tally": by_source.content(),
         "places": places,
     }
     write_json(unit.record, done)
@@ -98,13 +100,18 @@ def load_once(path: Path, plan: str) -> Tokenizer:
 
 
 def _batches(
-    unit: Unit, tally: dict[str, Counter[str]], places: dict[str, list[str]], quarantine: BinaryIO
+    unit: Unit,
+    tally: dict[str, Counter[str]],
+    by_source: Tally,
+    places: dict[str, list[str]],
+    quarantine: BinaryIO,
 ) -> Iterator[Batch]:
     """Yields the documents that are kept; counts them all, and writes bad records to `quarantine`."""
     batch, characters = Batch([], [], []), 0
-    for number, (record, text, reason, held_out) in enumerate(clean_records(unit)):
+    for number, (source, (record, text, reason, held_out)) in enumerate(_records(unit)):
         tally["counters"]["records"] += 1
         if isinstance(record, Bad):
+            by_source.bad(source, record.reason)
             tally["bad"][record.reason] += 1
             if tally["bad"][record.reason] <= PLACES_SHOWN:
                 places.setdefault(record.reason, []).append(record.place)
@@ -114,7 +121,9 @@ def _batches(
         tally["counters"]["cut"] += isinstance(record, Cut)
         if reason:
             tally["dropped"][reason] += 1
+            by_source.drop(source, number, reason, record if isinstance(record, str) else "")
             continue
+        by_source.keep(source, number, text)
         if number < LETTERS_OF[0] or number % LETTERS_OF[1] == 0:
             tally["letters"].update(count_letters(text))
         batch.numbers.append(unit.number << 32 | number)
@@ -126,6 +135,14 @@ def _batches(
             batch, characters = Batch([], [], []), 0
     if batch.numbers:
         yield batch
+
+
+def _records(unit: Unit) -> Iterator[tuple[str, tuple[Record, str, str, bool]]]:
+    """The cleaned records of the unit, each with its source."""
+    for part in unit.parts:
+        source = source_of(part.name, tuple(unit.config.input))
+        for record in clean_records(replace(unit, parts=[part])):
+            yield source, record
 
 
 def encode_batch(config: PrepConfig, plan: str, tokenizer_path: Path, batch: Batch) -> Encoded:

@@ -40,6 +40,7 @@ LOCK_NAME = "lock"
 DIGESTS_NAME = "inputs.json"  # the digest of each input file, and the size and time that it had then
 REPLACEMENT = ".replacement"  # in the output folder: the data set that will take its place
 DIFFERENCES_SHOWN = 8
+LATER_KEYS = ("csv",)  # settings that earlier versions did not have: where they are the default, none is kept
 FILES_LOOKED_AT = 1000  # for another encoding
 DIGEST_THREADS = 8
 SAID_FROM = 2**30  # bytes of input whose digests take so long that a line says so
@@ -538,6 +539,9 @@ def _that_matter(settings: PrepConfig) -> dict[str, Any]:
     values["train_tokenizer"]["model"] = settings.tokenizer_model
     if settings.train_tokenizer.extend_to is None:
         del values["train_tokenizer"]["extend_to"]
+    for key in LATER_KEYS:
+        if getattr(settings, key) == type(settings).model_fields[key].default:
+            del values[key]
     if not settings.is_spaced:
         values["train_tokenizer"]["space_before_text"] = False
     if values.pop("words"):

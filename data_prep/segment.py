@@ -4,7 +4,7 @@ split = splitter("de")
 split("Am 3. Mai kam er. „Warum?“ Niemand weiß es.")  # ["Am 3. Mai kam er.", "„Warum?“", "Niemand weiß es."]
 
 Languages in Latin script with tables of abbreviations, and Chinese and Japanese, are split by rules of our
-own; all others by the library sentencex.
+own; all others by the library sentencex (data_prep/segment_library.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from bertscale.config import UserError, check_language, language_code
-from data_prep import segment_cjk, segment_latin
+from data_prep import segment_cjk, segment_latin, segment_library
 
 _LATIN = {
     "en": segment_latin.ENGLISH,
@@ -48,7 +48,7 @@ def splitter(language: str) -> Splitter:
         return partial(_split_lines, partial(segment_latin.split, rules=_LATIN[code]))
     if code in ("zh", "ja"):
         return partial(_split_lines, segment_cjk.split)
-    return partial(_split_lines, partial(_split_by_library, code))
+    return partial(_split_lines, partial(segment_library.split, code=code))
 
 
 def with_spaces(text: str, sentences: list[str]) -> list[str]:
@@ -68,15 +68,6 @@ def _split_lines(split: Splitter, text: str) -> list[str]:
 
 def _whole(line: str) -> list[str]:
     return [stripped] if (stripped := line.strip(" ")) else []
-
-
-def _split_by_library(code: str, line: str) -> list[str]:
-    from sentencex import segment  # a compiled library that most runs do without
-
-    parts = segment(code, line)
-    if "".join(parts) != line:
-        parts = [line]
-    return [stripped for part in parts if (stripped := part.strip(" "))]
 
 
 split_sentences = splitter("en")

@@ -2,7 +2,7 @@
 
 The result depends on the input, the settings and the seed alone: not on the number of workers (the sample is
 drawn unit by unit) and not on the machine. The sample is bounded in documents and in bytes, so that memory
-is, whatever the input. A given WordPiece vocabulary is extended on the same sample (`extend_tokenizer`).
+is, whatever the input. A given tokenizer is extended on the same sample (`extend_tokenizer`).
 
 Unigram: Kudo, "Subword Regularization", 2018, https://arxiv.org/abs/1804.10959
 BPE: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016,
@@ -45,7 +45,7 @@ from bertscale.tokenizer import (  # fmt: skip
     load_tokenizer,
 )
 from data_prep.clean import clean_records
-from data_prep.extend_tokenizer import extend_tokenizer
+from data_prep.extend_tokenizer import extend_tokenizer, is_unigram_or_bpe
 from data_prep.plan import Plan, Unit, read_json
 from data_prep.readers.read import undecodable
 from data_prep.readers.records import Bad
@@ -103,10 +103,11 @@ def make_tokenizer(pool: ProcessPoolExecutor, plan: Plan) -> Tokenizer:
 
 def check_extension(given: Tokenizer, size: int) -> None:
     """Raises UserError where the tokenizer `given` cannot be extended to `size` pieces."""
-    if not isinstance(given, WordPieceTokenizer):
+    if not (isinstance(given, WordPieceTokenizer) or is_unigram_or_bpe(given)):
         raise UserError(
-            f"train_tokenizer.extend_to: only WordPiece vocabularies are extended, and {given.path} is "
-            f"{given}: leave extend_to out, or leave `tokenizer` out and one is trained on this text"
+            "train_tokenizer.extend_to: WordPiece vocabularies and SentencePiece models of the kinds unigram "
+            f"and bpe are extended, and {given.path} is {given}: leave extend_to out, or leave `tokenizer` "
+            "out and one is trained on this text"
         )
     if size <= given.vocab_size:
         raise UserError(
@@ -116,8 +117,8 @@ def check_extension(given: Tokenizer, size: int) -> None:
 
 
 def _sample_and_train(pool: ProcessPoolExecutor, plan: Plan, path: Path, given: Tokenizer | None) -> None:
-    """Writes to `path` a model that is trained on a sample, or else the WordPiece tokenizer `given`, with
-    more pieces."""
+    """Writes to `path` a model that is trained on a sample, or else the tokenizer `given`, with more
+    pieces."""
     config, training, kind = plan.config, plan.config.train_tokenizer, plan.config.tokenizer_model
     units = _drawn_units(plan)
     sample = _sample(pool, plan, units)

@@ -131,7 +131,7 @@ def tell(event: dict[str, Any]) -> str:
         "hang": f"no step{given('seconds', ' for ', ' s')}{given('step', ' after step ')}"
         f"{given('silent', '; silent: ranks ')}",
         "relaunched": f"all ranks are started again{given('checkpoint', ' from step ')}",
-        "requeued": f"saved and requeued{given('reason', ': ')}",
+        "requeued": f"{'saved and ' if event.get('saved') is True else ''}requeued{given('reason', ': ')}",
         "resumed": f"resumed from step {given('step')}",
         "node_left_out": f"{given('node')} left out{given('reason', ': ')}",
         "done": "done",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bertscale.errors import UserError
 from bertscale.progress import show_duration
+from bertscale.run_folder import SCRIPT, is_job_folder
 from launcher import slurm
 
 SQUEUE = ("squeue", "--me", "--noheader", "--format=%i|%T|%D|%N|%S|%e|%E|%r|%k")
@@ -35,6 +36,7 @@ RECORD_FIELDS = {
     "exit": "ExitCode",
     "reason": "Reason",
     "comment": "Comment",
+    "command": "Command",
     "array": "ArrayJobId",
     "task": "ArrayTaskId",
 }
@@ -96,12 +98,12 @@ def own_jobs() -> list[QueueJob]:
 def jobs_of(folder: Path, ids: list[str], queue: list[QueueJob]) -> list[QueueJob]:
     """The jobs of the queue that belong to a job folder which has had `ids`, those that run first.
 
-    The comment decides; the newest id counts where a site's plug-in has taken the comment away.
+    Where a job's comment is not ours, but the site's, or a plug-in has taken it away, its id decides.
     """
     of_folder = [
         job
         for job in queue
-        if (job.folder.resolve() == folder.resolve() if job.folder else job.number in ids[-1:])
+        if (job.folder.resolve() == folder.resolve() if job.folder else job.number in ids)
     ]
     return sorted(of_folder, key=lambda job: job.waits)
 
@@ -150,7 +152,7 @@ def _job(answer: dict[str, str], source: str) -> QueueJob:
         words["state"].partition(" ")[0].rstrip("+"),
         source,
         reason=words["reason"],
-        folder=_folder(words["comment"]),
+        folder=_folder(words["comment"]) or _folder_of_script(words["command"]),
         nodes=_count(words["nodes"]),
         node_list=words["node_list"],
         start=_seconds(words["start"]),
@@ -178,6 +180,11 @@ def _seconds(text: str) -> float | None:
 
 def _folder(comment: str) -> Path | None:
     return Path(comment.removeprefix(slurm.MARK).strip()) if comment.startswith(slurm.MARK) else None
+
+
+def _folder_of_script(command: str) -> Path | None:
+    script = Path(command)
+    return script.parent if script.name == SCRIPT and is_job_folder(script.parent) else None
 
 
 # ---------------------------------------------------------------------------------------- in words

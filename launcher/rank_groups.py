@@ -215,8 +215,8 @@ class SlurmStep:
         while time.monotonic() < deadline:
             with contextlib.suppress(UserError):  # the controller is away
                 listing = slurm.ask("squeue", "--steps", f"--jobs={self.job}", "--noheader", "--format=%i %j")
-                steps = dict(line.split(maxsplit=1) for line in listing.stdout.splitlines())
-                mine = [step for step, name in steps.items() if name.strip() == self.attempt.name]
+                steps = [line.split() for line in listing.stdout.splitlines()]
+                mine = [step[0] for step in steps if step[1:] == [self.attempt.name]]
                 if not mine:
                     return
                 slurm.ask("scancel", "--signal=KILL", *mine, check=False)

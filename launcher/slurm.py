@@ -78,14 +78,16 @@ def _silent(said: str) -> str:
 def show_job(job: str) -> dict[str, str] | None:
     """Slurm's record of a job that waits, runs or ended a short while ago; None for any other."""
     done = ask("scontrol", "show", "job", "--oneliner", job, check=False)
-    return _record(done.stdout.splitlines()[0]) if done.returncode == 0 and done.stdout.strip() else None
+    lines = [line for line in done.stdout.splitlines() if line.startswith("JobId=")]
+    return _record(lines[0]) if done.returncode == 0 and lines else None
 
 
 @functools.cache
 def partitions() -> dict[str, dict[str, str]]:
     """Every partition by its name, with Slurm's own words: MaxTime, MaxNodes, Nodes, State, Default."""
     lines = ask("scontrol", "show", "partition", "--oneliner").stdout.splitlines()
-    return {record["PartitionName"]: record for record in map(_record, filter(None, lines))}
+    records = [_record(line) for line in lines if line.startswith("PartitionName=")]
+    return {record["PartitionName"]: record for record in records}
 
 
 @functools.cache
@@ -101,7 +103,9 @@ def hosts(node_list: str) -> list[str]:
     """The hosts of a node list: `gpu[1-2],cpu7` -> gpu1, gpu2, cpu7."""
     if "[" not in node_list:
         return [host for host in node_list.split(",") if host]
-    return ask("scontrol", "show", "hostnames", node_list).stdout.split()
+    # Each on a line of its own, and none of them what a site's scontrol may say besides.
+    said = ask("scontrol", "show", "hostnames", node_list).stdout
+    return [line for line in said.splitlines() if re.fullmatch(r"[\w.-]+", line)]
 
 
 def _record(line: str) -> dict[str, str]:
@@ -129,6 +133,12 @@ def minutes_of(time: str) -> float | None:
     if days is not None:
         return int(days) * 1440 + first * 60 + second + third / 60
     return first + second / 60 if rest[2] is None else first * 60 + second + third / 60
+
+
+def show_minutes(minutes: float) -> str:
+    """A time limit as sbatch reads it: 90 -> 1:30:00, 2880 -> 2-00:00:00."""
+    days, rest = divmod(round(minutes), 1440)
+    return f"{f'{days}-' if days else ''}{rest // 60:0{2 if days else 1}d}:{rest % 60:02d}:00"
 
 
 def bytes_of(memory: str) -> int | None:

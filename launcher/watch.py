@@ -9,11 +9,13 @@ pre-emption) has stopped it, and ends the pipeline when it gives up. Exit codes:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import sys
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from bertscale.run_folder import (
     CANCELLED,
     EVENTS,
     JOB_SPEC,
+    PREP_WORK,
     Events,
     attempt_number,
     done_marks,
@@ -47,6 +50,7 @@ from launcher.supervise import Limits, StopRequests, new_attempt, supervise
 
 RETRY_SECONDS = 2.0  # between two questions to a controller that does not answer
 END_SECONDS = 900.0  # until Slurm has ended a job that it said it would
+SIGNAL_EARLY_SECONDS = 90.0
 SAVE_SHARE = 0.8  # of the seconds between the signal and the time limit; the rest is for the requeue
 
 
@@ -116,6 +120,7 @@ class Job:
             restarts_without_progress=spec.restarts_without_progress,
             save_seconds=SAVE_SHARE * spec.signal_seconds,
         )
+        self.began = self.progress()
         try:
             code = supervise(self.start, limits, self.events, self.run_folder, self.stop)
         except TooFewNodesError as error:
@@ -124,6 +129,8 @@ class Job:
             self.finish()
             return 0
         if code == STOPPED_AND_SAVED or (self.stop.count and code != MISTAKE):
+            if code != STOPPED_AND_SAVED and (words := self.too_short()):
+                return self.give_up(MISTAKE, words)
             reason = self.stop.name or "SIGTERM to the ranks"
             return self.requeue(INTERRUPTED if code == INTERRUPTED else STOPPED_AND_SAVED, reason)
         return self.give_up(code, f"exit code {code}; what failed is above, and in {self.spec.logs}")
@@ -239,13 +246,15 @@ class Job:
         if (self.folder / CANCELLED).exists():
             print("cancelled: not requeued", flush=True)
             return code
-        reached = newest_step(self.run_folder)
-        if reached > self.reached:
+        reached = self.progress()
+        if newest_step(self.run_folder) > self.reached:
             self.convict()
         if self.idle_requeues(reached) > self.spec.restarts:
-            return self.give_up(CRASH_LOOP, f"no checkpoint after that of step {reached} in all requeues")
+            last = f"checkpoint after that of step {reached}" if self.run_folder else "progress"
+            return self.give_up(CRASH_LOOP, f"no {last} in all requeues")
         self.wait_until_running()
-        self.events.write("requeued", reason=reason, checkpoint=reached)
+        saved = code == STOPPED_AND_SAVED
+        self.events.write("requeued", reason=reason, checkpoint=reached, saved=saved)
         print(f"requeued ({reason})", flush=True)
         while True:
             with contextlib.suppress(UserError):
@@ -259,6 +268,32 @@ class Job:
             self.exclude(list(bad))
         time.sleep(END_SECONDS)
         return code
+
+    def progress(self) -> int:
+        """What the job can resume: the step of its newest checkpoint, or how much of its input is done."""
+        if self.spec.stage == "prep":
+            return sum(1 for _ in Path(self.spec.target, PREP_WORK).glob("*.json"))
+        return newest_step(self.run_folder)
+
+    def too_short(self) -> str | None:
+        """Why the next start would come no further than this one, ended by its time limit; else None."""
+        spec = self.spec
+        if spec.stage not in ("prep", "convert") or self.progress() > self.began:
+            return None
+        try:
+            record = slurm.show_job(self.name) or {}
+            minutes = slurm.minutes_of(record.get("TimeLimit", ""))
+            end = datetime.fromisoformat(record["StartTime"]).timestamp() + (minutes or math.inf) * 60
+        except (UserError, KeyError, ValueError):
+            return None
+        # Slurm sends the signal up to a minute too early. Pre-emption sends it too, but at any time.
+        if end - time.time() > spec.signal_seconds + SIGNAL_EARLY_SECONDS:
+            return None
+        what = "the conversion had ended" if spec.stage == "convert" else "a part of it was done"
+        return (
+            f"its time limit, {record['TimeLimit']}, came before {what}, and there is nothing to resume: "
+            f"submit it again with --time {slurm.show_minutes(2 * (minutes or 0))} or more"
+        )
 
     def idle_requeues(self, reached: int) -> int:
         """How often in a row, since a person queued it, the job was requeued with this newest checkpoint."""

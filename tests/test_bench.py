@@ -173,6 +173,15 @@ def test_random_batches_have_the_loaders_form(kind: str) -> None:
             assert batch.tokens.max() < 330
 
 
+def test_random_causal_batches_predict_the_next_ids() -> None:
+    config = random_config(samples={"kind": "document"}, objectives={"clm": 1})
+    _, (batch, *_) = next(RandomBatches(config, 330, ranks()).iterate(0, 1))
+    assert batch.causal
+    assert batch.num_targets == len(batch.tokens) - len(batch.lengths)
+    assert batch.targets.equal(batch.tokens[batch.target_positions + 1])
+    assert (batch.positions[batch.target_positions + 1] > 0).all()  # of no other sample
+
+
 @pytest.mark.parametrize("micro_tokens", [None, 100])
 def test_random_batches_are_dealt_out_to_data_ranks(micro_tokens: int | None) -> None:
     config = random_config(train={"global_batch": 16, "micro_tokens": micro_tokens})

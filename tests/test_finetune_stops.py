@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from dist import run_command
+from dist import _command, run_command, run_ranks
 from safetensors.torch import load_file
 from test_finetune import configure, rows, world, write_rows  # noqa: F401  (a fixture)
 
-from bertscale.run_folder import TABLE, checkpoints, read_events, read_metrics
+from bertscale.run_folder import TABLE, checkpoints, newest_step, read_events, read_metrics
 from launcher import runs
 from launcher.status import control, state
 
@@ -159,6 +159,38 @@ def test_ctrl_c_saves_and_says_how_to_go_on(desk: Desk, calm: Path, tmp_path: Pa
     facts = runs.look(runs.find(str(output)))
     assert (facts.step, facts.steps, facts.done) == (STEPS, STEPS, True)
     assert state.judge(place, facts, [], None, time.time()).word == "done"
+
+
+def stopped_while_it_looks(words: list[str], step: int) -> tuple[int, str]:
+    """`bertscale WORDS`, told to stop in the evaluation after `step`."""
+    from bertscale.finetune import loop
+
+    real = loop.evaluate
+
+    def evaluate(*arguments: Any) -> Any:
+        if arguments[2] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    loop.evaluate = evaluate  # type: ignore[attr-defined]
+    return _command(words)
+
+
+@pytest.mark.parametrize("step", [10, STEPS])
+def test_a_stop_during_an_evaluation(step: int, desk: Desk, calm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    words = desk.command(output)[3:]
+    [(code, said)] = run_ranks(__file__, "stopped_while_it_looks", world=1, words=words, step=step)
+    assert code == 75, said
+    assert newest_step(output) == step
+    code, said = desk.through(output)
+    assert code == 0, said
+    same(output, calm)
+    one, other = (
+        [(entry["step"], entry["dev/loss"]) for entry in read_metrics(folder) if "dev/loss" in entry]
+        for folder in (output, calm)
+    )
+    assert one == other
 
 
 def test_a_second_ctrl_c_kills_it(desk: Desk, calm: Path, tmp_path: Path) -> None:

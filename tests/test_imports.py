@@ -37,7 +37,7 @@ FLOORS = {
         "bertscale.bench",
         "command line",
     ),
-    "data_prep": ("data_prep.readers", "data_prep", "data_prep.demo"),
+    "data_prep": ("data_prep.readers", "data_prep.filters", "data_prep", "data_prep.demo"),
     "launcher": ("launcher", "launcher.nodes", "launcher.submit", "launcher.status"),
 }
 COMMAND_LINE = {f"bertscale.{name}" for name in ("checks", "cli", "console", "quickstart", "__main__")}
@@ -48,7 +48,7 @@ DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.watch"}
 OPEN_TO = {
     "data_prep": {
         *("bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),
-        *("bertscale.data.quality", "bertscale.data.shards", "bertscale.tokenizer"),
+        *("bertscale.data.quality", "bertscale.data.report", "bertscale.data.shards", "bertscale.tokenizer"),
     },
     "launcher": {
         *("bertscale", "bertscale.config", "bertscale.errors", "bertscale.files", "bertscale.progress"),

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from bertscale import cli
 from bertscale.config import UserError
-from bertscale.data.inspect import inspect, percentile, samples
+from bertscale.data.inspect import inspect, samples
+from bertscale.data.report import percentile
 from bertscale.data.shards import open_dataset
 from bertscale.tokenizer import load_tokenizer
 

@@ -40,7 +40,7 @@ CHINESE = (
 )
 
 
-def write_run(folder: Path, data: Path, **changes: Any) -> Path:
+def write_run(folder: Path, data: Path, causal: bool = False, **changes: Any) -> Path:
     """The checkpoint of a run on `data` (the manifest's digest, the config), with drawn weights."""
     config = pretrain_config(data, folder, **{"model": {**SIZES, **changes.pop("model", {})}, **changes})
     dataset = open_dataset(data)
@@ -60,6 +60,7 @@ def write_run(folder: Path, data: Path, **changes: Any) -> Path:
         "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
         "data_digest": data_digest([dataset], config.corpora),
         "config": config.model_dump(mode="json"),
+        "causal": causal,
     }
     write_whole(folder, table, tensors.items(), dataset.tokenizer_path)
     return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from bertscale.config import ModelConfig, padded_vocab_size
 from bertscale.convert.hf_names import from_hugging_face, hugging_face_config, hugging_face_names, model_of
 from bertscale.data.micro_batch import MicroBatch
-from bertscale.model.kernels import SHORT, Packing, _attend_padded, attend, rotate, rotation
+from bertscale.model.kernels import (
+    SHORT,
+    Packing,
+    _attend_padded,
+    _attend_run_cuda,
+    attend,
+    rotate,
+    rotation,
+)
 from bertscale.model.model import (
     PretrainingModel,
     attended_pairs,
@@ -155,6 +163,52 @@ def test_loss_logits_and_all_gradients_are_those_of_transformers(
     assert compared == set(gradients)  # nothing of theirs is left out
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_causal_loss_logits_and_all_gradients_are_those_of_transformers_with_dense_causal_masks(
+    sizes: ModelConfig, theirs: nn.Module, ours: PretrainingModel, recompute: str
+) -> None:
+    ids, types, *_ = batch()
+    longest = max(LENGTHS)
+    whole, local = (
+        torch.zeros(len(LENGTHS), 1, longest, longest).masked_fill_(far, torch.finfo(torch.float32).min)
+        for far in (_far(longest, None, causal=True), _far(longest, sizes.half_window, causal=True))
+    )
+    inputs: dict[str, Any] = {"input_ids": padded(ids, 0), "attention_mask": whole}
+    if sizes.preset == "modern":
+        inputs["attention_mask"] = {"full_attention": whole, "sliding_attention": local}
+    else:
+        inputs["token_type_ids"] = padded(types, 0)
+    output = theirs(**inputs)
+    their_logits = output.prediction_logits if sizes.sentence_head else output.logits
+    next_ids = padded([torch.cat([row[1:], torch.tensor([-100])]) for row in ids], -100)
+    wanted: Any = F.cross_entropy(their_logits.flatten(0, 1), next_ids.flatten())
+    wanted.backward()
+
+    model = PretrainingModel(sizes, VOCAB, recompute=recompute)
+    model.load_state_dict(ours.state_dict())
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    labels = torch.cat([row[: len(each)] for row, each in zip(next_ids, ids, strict=True)])
+    places = (labels >= 0).nonzero().flatten()
+    packed = (torch.cat(ids), torch.cat(types), positions, LENGTHS)
+    sums = model(MicroBatch(*packed, places, labels[places], len(places), causal=True))
+    (sums.mlm / len(places) + sums.pairs).backward()
+    torch.testing.assert_close(sums.mlm / len(places), wanted, rtol=1e-6, atol=1e-6)
+    real = torch.cat([row[:length] for row, length in zip(their_logits, LENGTHS, strict=True)])
+    assert int(sums.mlm_correct) == int((real[places].argmax(-1) == labels[places]).sum())
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    squares, their_squares = torch.zeros(()), torch.zeros(())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if name.startswith(("encoder.pooler", "seq_relationship")):
+            assert not parameter.grad.any()
+            continue
+        gradient = native(name, gradients, sizes)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5, msg=name)
+        squares += parameter.grad.square().sum()
+        their_squares += gradient.square().sum()
+    torch.testing.assert_close(squares.sqrt(), their_squares.sqrt(), rtol=1e-5, atol=0)
+
+
 def test_the_config_of_transformers_and_back(sizes: ModelConfig, theirs: nn.Module) -> None:
     config: Any = theirs.config
     assert model_of(hugging_face_config(sizes, VOCAB, 0), "ours") == sizes
@@ -195,26 +249,29 @@ def test_dropout_is_the_same_when_it_is_recomputed(case: str, recompute: str) ->
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
 
 
-def test_samples_of_a_packed_batch_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_samples_of_a_packed_batch_do_not_see_each_other(causal: bool) -> None:
     torch.manual_seed(0)
     query_key_value = torch.randn(sum(LENGTHS), 2, 3, 4)
-    packing = Packing.of(LENGTHS, query_key_value.device)
+    packing = Packing.of(LENGTHS, query_key_value.device, causal=causal)
     together = attend(query_key_value, packing, 0.0)
     alone = [
-        attend(part, Packing.of((len(part),), part.device), 0.0)
+        attend(part, Packing.of((len(part),), part.device, causal=causal), 0.0)
         for part in torch.split(query_key_value, list(LENGTHS))
     ]
     torch.testing.assert_close(together, torch.cat(alone))
     query, key, value = query_key_value[:7].double().permute(2, 1, 0, 3)  # [7, A, 3, D] -> 3 x [A, 7, D]
-    formula = F.softmax(query @ key.transpose(1, 2) / 4**0.5, dim=-1) @ value
+    scores = (query @ key.transpose(1, 2) / 4**0.5).masked_fill(_far(7, None, causal=causal), -torch.inf)
+    formula = F.softmax(scores, dim=-1) @ value
     torch.testing.assert_close(alone[0].double(), formula.transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("half_window", [None, SHORT])
-def test_short_samples_are_padded_together_and_attend_as_alone(half_window: int | None) -> None:
+def test_short_samples_are_padded_together_and_attend_as_alone(half_window: int | None, causal: bool) -> None:
     lengths = (3, 16, 9, 20, 20, 70, 33, 64, 1)
     device = torch.device("cpu")
-    packing = Packing.of(lengths, device)
+    packing = Packing.of(lengths, device, causal=causal)
     assert [(group.samples, group.length) for group in packing.groups] == [
         *((3, 16), (2, 20), (1, 70), (1, 33), (1, 64), (1, 1))
     ]
@@ -223,7 +280,7 @@ def test_short_samples_are_padded_together_and_attend_as_alone(half_window: int 
     together = attend(packed, packing, 0.0, half_window)
     alone = torch.cat(
         [
-            attend(part, Packing.of((len(part),), device), 0.0, half_window)
+            attend(part, Packing.of((len(part),), device, causal=causal), 0.0, half_window)
             for part in torch.split(packed, list(lengths))
         ]
     )
@@ -234,47 +291,66 @@ def test_short_samples_are_padded_together_and_attend_as_alone(half_window: int 
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def _padded(packed: Tensor, packing: Packing, half_window: int | None) -> Tensor:
+    return _attend_padded(packed, packing, 0.0, half_window)
+
+
+def _runs(packed: Tensor, packing: Packing, half_window: int | None) -> Tensor:
+    parts = torch.split(packed, [samples * length for samples, length in packing.runs])
+    return torch.cat(
+        [
+            _attend_run_cuda(part, samples, 0.0, half_window, packing.causal)
+            for part, (samples, _) in zip(parts, packing.runs, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("on_gpu", [_padded, _runs])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("half_window", [None, 3])
-def test_attention_over_padded_samples_is_that_of_each_sample(half_window: int | None) -> None:
-    """What a GPU does with dropout, for which its variable-length kernel has no place."""
+def test_attention_on_a_gpu_with_dropout_is_that_of_each_sample(
+    half_window: int | None, causal: bool, on_gpu: Callable[[Tensor, Packing, int | None], Tensor]
+) -> None:
+    """With dropout, for which its variable-length kernel has no place."""
     lengths = (1, 5, 5, 13, 20)
-    packing = Packing.of(lengths, torch.device("cpu"))
+    packing = Packing.of(lengths, torch.device("cpu"), causal=causal)
     packed = torch.randn(sum(lengths), 2, 3, 8, requires_grad=True)
     weights = torch.randn(sum(lengths), 2, 8)
     results = []
-    for function in (attend, _attend_padded):
-        output = function(packed, packing, 0.0, half_window)
+    for output in (attend(packed, packing, 0.0, half_window), on_gpu(packed, packing, half_window)):
         results.append((output, *torch.autograd.grad((output * weights).sum(), packed)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("half_window", [1, 2, 3, 5, 12])
-def test_a_local_layer_sees_its_window_and_nothing_else(half_window: int) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("half_window", [1, 2, 3, 5, 12, None])
+def test_a_layer_sees_its_window_and_nothing_else(half_window: int | None, causal: bool) -> None:
     torch.manual_seed(0)
     lengths = (7, 7, 24, 2, 19, 1, 13, 25, 60)
     packed = torch.randn(sum(lengths), 2, 3, 4, requires_grad=True)
     weights = torch.randn(sum(lengths), 2, 4)
-    local = attend(packed, Packing.of(lengths, packed.device), 0.0, half_window)
+    local = attend(packed, Packing.of(lengths, packed.device, causal=causal), 0.0, half_window)
     (gradient,) = torch.autograd.grad((local * weights).sum(), packed)
     parts = []
     for sample in torch.split(packed, list(lengths)):
         query, key, value = sample.permute(2, 1, 0, 3)  # [L, A, 3, D] -> 3 x [A, L, D]
-        place = torch.arange(len(sample))
-        far = (place[:, None] - place).abs() > half_window
+        far = _far(len(sample), half_window, causal=causal)
         scores = (query @ key.transpose(1, 2) / 2).masked_fill(far, -torch.inf)
         parts.append((F.softmax(scores, dim=-1) @ value).transpose(0, 1))
     formula = torch.cat(parts)
     torch.testing.assert_close(local, formula, rtol=1e-5, atol=1e-6)
     (wanted,) = torch.autograd.grad((formula * weights).sum(), packed)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
-    seen = [int((~far).sum()) for far in [_far(length, half_window) for length in lengths]]
-    assert seen == [attended_pairs(length, half_window) for length in lengths]
+    seen = [int((~_far(length, half_window, causal=causal)).sum()) for length in lengths]
+    assert seen == [attended_pairs(length, half_window, causal) for length in lengths]
 
 
-def _far(length: int, half_window: int) -> Tensor:
+def _far(length: int, half_window: int | None, *, causal: bool) -> Tensor:
+    """Which keys [L, L] a query of a sample does not see."""
     place = torch.arange(length)
-    return (place[:, None] - place).abs() > half_window
+    ahead = place - place[:, None]
+    return (ahead.abs() > (length if half_window is None else half_window)) | (causal & (ahead > 0))
 
 
 def test_rotary_positions_leave_products_to_the_distance_alone() -> None:

@@ -356,6 +356,7 @@ def test_which_objectives_are_trained() -> None:
         return pretrain_config("data", "run", **changes).trained
 
     assert trained_with() == ("mlm", "nsp", None)
+    assert trained_with(objectives={"clm": 1}, samples={"kind": "packed"}) == ("clm", None, None)
     assert trained_with(samples={"kind": "packed"}) == ("mlm", None, None)
     assert trained_with(samples={"kind": "sop"}, objectives={"mlm": 0}) == (None, "sop", None)
     assert trained_with(model={"generator_size": 1.0}, objectives={"pairs": 0}) == ("mlm", None, "rtd")

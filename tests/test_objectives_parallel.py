@@ -1,4 +1,4 @@
-"""Replaced-token detection under TP x DP x ZeRO: losses and gradient norms are those of the dense run."""
+"""Objectives under TP x DP x ZeRO: losses and gradient norms are those of the dense run."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "samples": {"kind": "packed"},
     },
     "pairs alone": {"objectives": {"mlm": 0}},
+    "causal bert": {"objectives": {"clm": 1}, "samples": {"kind": "document"}},
+    "causal modern": {
+        "objectives": {"clm": 1},
+        "model": {
+            "preset": "modern",
+            "num_hidden_layers": 3,
+            "local_attention": 8,
+            "layer_norm_eps": 1e-5,
+        },
+        "samples": {"kind": "packed"},
+    },
 }
 # kind, tensor, data, ZeRO stage, activation checkpointing, tokens shared out
 Case = tuple[str, int, int, int, str, bool]
@@ -44,6 +55,9 @@ SHARDED: list[Case] = [
     ("modern", 2, 1, 1, "none", False),
     ("modern", 1, 2, 3, "full", False),
     ("pairs alone", 2, 1, 1, "none", False),
+    ("causal bert", 2, 1, 3, "none", True),
+    ("causal modern", 1, 2, 1, "none", False),
+    ("causal modern", 2, 2, 3, "full", True),
 ]
 
 
@@ -112,8 +126,11 @@ def test_the_runs_are_what_they_claim(figures: dict[Case, Any]) -> None:
         if kind != "pairs alone":  # which takes more than three steps
             assert steps["1"]["train/loss"] > steps["3"]["train/loss"]
         assert ("train/rtd_loss" in steps["1"]) == ("heldout/rtd_loss" in steps["3held-out"])
-        assert ("train/rtd_loss" in steps["1"]) == ("mlm_loss" in str(steps)) == (kind != "pairs alone")
-        assert ("train/nsp_loss" in steps["1"]) == (kind != "modern")
+        assert ("train/rtd_loss" in steps["1"]) == ("mlm_loss" in str(steps))
+        assert ("mlm_loss" in str(steps)) == (kind != "pairs alone" and "causal" not in kind)
+        assert ("train/clm_loss" in steps["1"]) == ("heldout/clm_loss" in steps["3held-out"])
+        assert ("train/clm_loss" in steps["1"]) == ("causal" in kind)
+        assert ("train/nsp_loss" in steps["1"]) == ("modern" not in kind and "causal" not in kind)
     rtd = figures["bert", 1, 1, 0, "none", False]["1"]
     total = rtd["train/mlm_loss"] + rtd["train/nsp_loss"] + 50 * rtd["train/rtd_loss"]
     assert rtd["train/loss"] == pytest.approx(total)

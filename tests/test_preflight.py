@@ -20,7 +20,9 @@ from virtual import Cluster
 
 from bertscale.config import ModelConfig, PipelineStage, PretrainConfig, UserError
 from bertscale.model.model import PretrainingModel
+from bertscale.run_folder import Events
 from launcher import slurm
+from launcher.submit import command
 from launcher.submit.command import main as submit
 from launcher.submit.freeze import freeze
 from launcher.submit.memory import checkpoint_bytes, count_parameters, estimate_memory, what_would_fit
@@ -425,6 +427,30 @@ def test_a_job_of_the_same_folder_is_in_the_queue(site: Slurm, desk: Desk) -> No
     assert report.problems == [
         "job 41 already makes run: `bertscale status run` shows it, `bertscale cancel run` ends it"
     ]
+    # The same where the site's own comment has taken the place of ours: the events tell.
+    site.queue = "41|PENDING|2||N/A|N/A||Priority|project 12\n"
+    assert desk.report(GPU, nodes=2, set=FIT).problems == []
+    (desk.folder / "run/job").mkdir(parents=True)
+    Events(desk.folder / "run/job/events.jsonl").write("queued", job="41")
+    Events(desk.folder / "run/job/events.jsonl").write("queued", job="42")
+    assert desk.report(GPU, nodes=2, set=FIT).problems == report.problems
+
+
+def test_two_submissions_at_the_same_moment(site: Slurm, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(desk.folder / "run.yaml", pretrain_config(desk.data, desk.folder / "run").model_dump())
+    jobs, _ = stage_jobs([PipelineStage(pretrain=config, set=FIT)], write(desk.folder / "site.yaml", GPU))
+    folder = desk.folder / "run/job"
+    with command.making(folder), pytest.raises(UserError, match="is just queueing the job of run/job"):
+        command.submit(jobs, [], (), (), dry_run=False)
+
+    def one_came_first(*_: object) -> Report:
+        site.queue = f"41|PENDING|2||N/A|N/A||Priority|bertscale {folder}\n"
+        return Report()
+
+    monkeypatch.setattr("launcher.submit.preflight.check", one_came_first)
+    with pytest.raises(UserError, match="job 41 already makes run"):
+        command.submit(jobs, [], (), (), dry_run=False)
+    assert not (folder / "script.sh").exists()
 
 
 EXAMPLES = '{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n'
@@ -729,6 +755,17 @@ def test_a_generator_takes_memory() -> None:
     assert 1.2 * plain.activations < both.activations < 1.5 * plain.activations
 
 
+def test_all_positions_of_a_causal_model_take_memory() -> None:
+    masked = large()
+    samples = masked.samples.model_copy(update={"kind": "packed"})
+    objectives = masked.objectives.model_copy(update={"mlm": 0.0, "clm": 1.0})
+    causal = masked.model_copy(update={"samples": samples, "objectives": objectives})
+    plain, both = (estimate_memory(each, 30_000, ranks=8, gpu=True) for each in (masked, causal))
+    tokens = masked.train.micro_batch * masked.samples.max_length
+    logits = 0.85 * tokens * 8 * 30_080  # of the positions that masks leave out
+    assert both.activations - plain.activations == pytest.approx(logits + tokens * 5 * 2 * 1024)
+
+
 def test_what_would_fit_changes_as_little_as_possible() -> None:
     config = large(zero_stage=0)
     needs = [estimate_memory(large(zero_stage=stage), 30_000, 8, True).total for stage in range(4)]
@@ -764,6 +801,8 @@ def test_what_would_fit_changes_as_little_as_possible() -> None:
 )
 def test_times_as_slurm_writes_them(time: str, minutes: float | None) -> None:
     assert slurm.minutes_of(time) == minutes
+    if minutes and minutes != float("inf"):
+        assert slurm.minutes_of(slurm.show_minutes(minutes)) == round(minutes)
 
 
 def test_sizes_and_gpus_as_slurm_writes_them() -> None:

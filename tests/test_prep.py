@@ -186,6 +186,7 @@ def test_the_manifest_counts_what_is_in_the_shards(corpus: Path) -> None:
     for split in ("train", "validation"):
         texts = texts_of(corpus / "output", split)
         dataset = open_dataset(corpus / "output", split)
+        starts_word = load_tokenizer(dataset.tokenizer_path).starts_word
         assert counters["splits"][split] == {
             "documents": len(texts),
             "sentences": sum(text.count(".") for text in texts.values()),
@@ -193,6 +194,7 @@ def test_the_manifest_counts_what_is_in_the_shards(corpus: Path) -> None:
             "text_bytes": sum(len(text.encode()) for text in texts.values()),
             "unknown": 0,
             "single_bytes": 0,
+            "words": sum(int(starts_word[shard.tokens].sum()) for shard in dataset.shards),
         }
     letters = sum(character.isalpha() for text in make_documents(300) for character in text)
     assert counters["letters"] == {"latin": letters}

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from damage import change_manifest
-from dist import run_command
+from dist import _command, run_command, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import pretrain_config
 
@@ -176,6 +176,50 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     again = start(tiny_data, run)
     assert again.wait() == 0
     assert losses(run) == losses(whole[0])
+
+
+def stopped_while_it_looks(words: list[str], step: int) -> tuple[int, str]:
+    """`bertscale WORDS` as a rank, of which the second is told to stop in the evaluation after `step`."""
+    from bertscale.pretrain import heldout
+
+    real = heldout.beat
+
+    def beat(done: int) -> None:
+        if done == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(done)
+
+    heldout.beat = beat  # type: ignore[attr-defined]
+    return _command(words)
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_stop_during_an_evaluation_saves_at_once_and_looks_again_later(
+    step: int, tiny_data: Path, tmp_path: Path, train: Train, whole: tuple[Path, str]
+) -> None:
+    run = tmp_path / "stopped"
+    words = ["pretrain", str(write_config(tmp_path, tiny_data, run))]
+    found = run_ranks(__file__, "stopped_while_it_looks", world=2, words=words, step=step)
+    assert [code for code, _ in found] == [75, 75], found
+    assert open_checkpoint(run).step == step
+    assert not (run / "result.json").exists()
+    code, printed = train(tiny_data, run)
+    assert code == 0, printed
+    figures = [
+        {
+            entry["step"]: entry["heldout/mlm_loss"]
+            for entry in read_metrics(folder)
+            if "heldout/mlm_loss" in entry
+        }
+        for folder in (run, whole[0])
+    ]
+    assert figures[0] == figures[1]
+    assert losses(run) == losses(whole[0])
+    assert json.loads((run / "result.json").read_text())["last_loss"] == losses(run)[12][0]
+    one, other = open_checkpoint(run), open_checkpoint(whole[0])
+    assert all(one.tensor(name).equal(other.tensor(name)) for name in one.parameters)
+    code, printed = train(tiny_data, run)
+    assert "already pretrained" in printed
 
 
 def test_the_first_half_of_a_schedule_is_the_first_half_of_the_whole_run(

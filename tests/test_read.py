@@ -203,6 +203,78 @@ def test_quotation_marks(tmp_path: Path) -> None:
     assert found[4] == "last"
 
 
+def reasons(found: list[str | Bad | Dropped]) -> list[tuple[str, str]]:
+    """What is bad of it and where in the file, in order."""
+    return [(r.reason, r.place.rpartition(", ")[2]) for r in found if isinstance(r, Bad)]
+
+
+def good(found: list[str | Bad | Dropped]) -> list[str]:
+    return [record for record in found if isinstance(record, str)]
+
+
+NOT_CLOSED = "broken CSV: a quotation mark that is not closed"
+BEHIND = "broken CSV: text behind a closing quotation mark"
+
+
+@pytest.mark.parametrize("behind", [3, 40])
+def test_a_quotation_mark_that_is_not_closed_costs_its_row(tmp_path: Path, behind: int) -> None:
+    rows = [f"{number},Text {number}" for number in range(behind)]
+    for rest in (rows, [*rows, '7,"Quoted, it is"', *rows]):
+        lines = ["id,text", "1,First", '2,"Never closed', *rest, ""]
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+        found = read(tmp_path / "a.csv")
+        assert reasons(found) == [(NOT_CLOSED, "line 3")]
+        assert good(found) == ["First", *(row.partition(",")[2].strip('"') for row in rest)]
+
+
+def test_a_quotation_mark_that_is_not_closed_in_a_long_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "RECORD_BYTES", 1000)
+    rows = [f"{number},Text {number}" for number in range(500)]
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress("\n".join(["id,text", '0,"Open', *rows]).encode()))
+    found = read(tmp_path / "a.csv.gz")
+    assert reasons(found) == [(NOT_CLOSED, "line 2")]
+    assert good(found) == [row.partition(",")[2] for row in rows]
+
+
+def test_a_text_that_is_cut_off_is_one_bad_row(tmp_path: Path) -> None:
+    text = "A text of several lines.\n" * 20
+    (tmp_path / "a.csv").write_text(f'id,text\n1,First\n2,"{text}')
+    assert reasons(read(tmp_path / "a.csv")) == [(NOT_CLOSED, "line 3")]
+
+
+def test_rows_that_do_not_fit_are_bad(tmp_path: Path) -> None:
+    few, many = "a row with too few columns", "a row with too many columns"
+    (tmp_path / "a.csv").write_text('id,text,label\n1,A comma, not quoted,x\n2,Short\n3,"Fits, so",y\n')
+    found = read(tmp_path / "a.csv")
+    assert (reasons(found), good(found)) == ([(many, "line 2"), (few, "line 3")], ["Fits, so"])
+    (tmp_path / "a.tsv").write_text("id\ttext\tlabel\n1\tA tab\tmore\tx\n2\tShort\n3\tFits\ty\n")
+    found = read(tmp_path / "a.tsv")
+    assert (reasons(found), good(found)) == ([(many, "byte 14"), (few, "byte 29")], ["Fits"])
+
+
+def test_the_dialect_of_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"She said \\"yes\\", then left"\n2,Next\n')
+    found = read(tmp_path / "a.csv")
+    assert (reasons(found), good(found)) == ([(BEHIND, "line 2")], ["Next"])
+    assert texts(tmp_path / "a.csv", csv={"escape": "\\"}) == ['She said "yes", then left', "Next"]
+    (tmp_path / "b.csv").write_text("id;text\n1;'One; two'\n")
+    assert texts(tmp_path / "b.csv", csv={"delimiter": ";", "quote": "'"}) == ["One; two"]
+    (tmp_path / "c.csv").write_text('id|text\n1|"Open, and 5" wide\n2|"\n')
+    assert texts(tmp_path / "c.csv", csv={"delimiter": "|", "quote": None}) == ['"Open, and 5" wide', '"']
+    for wrong in ({"delimiter": "||"}, {"quote": ","}, {"escape": "é"}):
+        with pytest.raises(UserError, match="delimiter, quote and escape"):
+            config(csv=wrong)
+
+
+def test_the_two_readings_of_tsv(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('id\ttext\n1\t"Two\tcells, ""said"" he"\n2\tOne\n')
+    assert reasons(read(path)) == [("a row with too many columns", "byte 8")]
+    assert texts(path, csv={"quoted_tsv": True}) == ['Two\tcells, "said" he', "One"]
+
+
 MARKDOWN = """---
 title: front matter
 ---
@@ -527,7 +599,7 @@ def test_records_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(formats, "RECORD_BYTES", 1000)
     monkeypatch.setattr("data_prep.readers.tables.RECORD_BYTES", 1000)
     monkeypatch.setattr("data_prep.readers.tables.BATCH_BYTES", 100)
-    documents = ["one", "long, " * 5000, "two", "lines\n, " * 1000, "three"]
+    documents = ["one", "long, " * 5000, "two", "lines, and\n, " * 1000, "three"]
     for name in ("a.jsonl", "a.tsv", "a.csv", "a.parquet", "a.arrow"):
         path = tmp_path / name
         path.write_bytes(WRITERS[name]([one_line(document, name) for document in documents]))

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import sentencex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertscale.config import LANGUAGES, PrepConfig, UserError, check_config
+from data_prep import segment_library
 from data_prep.segment import split_sentences, splitter
 
 EXAMPLES: dict[str, list[list[str]]] = {
@@ -95,7 +97,19 @@ EXAMPLES: dict[str, list[list[str]]] = {
     "hi": [["यह एक वाक्य है।", "यह दूसरा है।"]],
     "ar": [["هل هذا صحيح؟", "نعم.", "هذا صحيح."]],
     "ru": [["Он пришёл.", "Почему?", "Никто не знает."]],
-    "ko": [["안녕하세요.", "저는 학생입니다!", "3.5점?", "네."]],
+    "ko": [
+        ["안녕하세요.", "저는 학생입니다!", "3.5점?", "네."],
+        ["그는 “날씨가 좋다.” 라고 말했다.", "그리고 갔다.", "그는 “좋다.”라고 말했다.", "끝."],
+        ['그는 "첫째. 둘째." 라고 말했다.', "“정말?” 하고 그가 물었다.", "“가자!”라며 웃었다.", "네."],
+        ["“쿵!” 하는 소리가 났다.", "‘안 돼.’라는 말이다.", "「정말?」이라고는 안 했다.", "네."],
+        ["“그래.”", "그녀가 답했다.", "“가자. 어서.”", "하지만 그는 남았다.", '"가자."', '"어디로?"'],
+        ["2020. 3. 15. 서울에서 열렸다.", "1. 서론이다.", "오전 10시였다."],
+    ],
+    "he": [
+        ['ד"ר כהן הגיע.', "הוא הלך.", 'ד"ר לוי נשאר.', "סוף."],
+        ['צה"ל פתח.', "הוא גדול.", 'חז"ל אמרו.', 'ארה"ב גדולה.', "היא רחוקה!", 'מפא"י ניצחה.'],
+        ['הוא אמר: "אני הולך. שלום."', "והלך.", "ד״ר לוי נשאר."],
+    ],
 }
 ONE_BY_ONE = [(language, sentences) for language, tables in EXAMPLES.items() for sentences in tables]
 
@@ -178,6 +192,7 @@ SAMPLED = [
     "ru",
     "ko",
     "th",
+    "he",
 ]
 
 
@@ -219,12 +234,46 @@ def test_every_code_has_a_splitter(language: str) -> None:
         ("en", ". " + "- " * 200_000 + "x"),
         ("zh", '"好。' * 100_000),
         ("zh", "..." * 200_000),
+        ("ru", "好。" * 50_000),
+        ("he", 'ד"ר. ' * 100_000),
+        ("ko", "“좋다.”라고 " * 50_000),
     ],
 )
 def test_hostile_lines_end_soon(language: str, line: str) -> None:
     """Work grows with the length alone: what is quadratic here would take hours."""
     sentences = splitter(language)(line)
     assert "".join(sentences).replace(" ", "") == line.replace(" ", "")
+
+
+@pytest.mark.parametrize("line", ["他走了很远的路。", "“Да. ", "Он пошёл. "])
+def test_the_library_works_on_twice_the_text_twice_as_long(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is sentences times characters of a call, where no space stands between them."""
+    work = 0
+
+    def counted(code: str, text: str) -> list[str]:
+        nonlocal work
+        parts: list[str] = segment(code, text)
+        work += len(parts) * len(text)
+        return parts
+
+    segment = sentencex.segment
+    monkeypatch.setattr(sentencex, "segment", counted)
+    done = []
+    monkeypatch.setattr(segment_library, "WINDOW", 4000)
+    for size in (20_000, 40_000):
+        work, text = 0, (line * size)[:size]
+        sentences = splitter("ru")(text)
+        assert sentences == [part for s in segment("ru", text) if (part := s.strip(" "))]
+        done.append(work)
+    assert done[1] < 2.2 * done[0]
+
+
+def test_a_sentence_longer_than_the_window_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_library, "WINDOW", 3000)
+    long = "слово " * 3000 + "конец."
+    assert splitter("ru")(f"Раз. {long} Два. {long}") == ["Раз.", long, "Два.", long]
 
 
 # -------------------------------------------------------------------------------------- the config

@@ -87,6 +87,9 @@ def test_the_comment_decides_whose_a_job_is() -> None:
     assert [job.id for job in queue_jobs.jobs_of(Path("/runs/base/job"), ["2", "3"], queue)] == ["1", "6"]
     assert queue_jobs.jobs_of(Path("/runs/old/job"), ["1", "2"], queue) == []  # Slurm uses its numbers again
     assert [job.id for job in queue_jobs.jobs_of(Path("/runs/old/job"), ["7"], queue)] == ["7_1"]
+    # A site's own comment, and a later job of the folder that is gone already.
+    queue = queue_jobs.parse_squeue(QUEUE.replace("bertscale /runs/base/job", "project 12"))
+    assert [job.id for job in queue_jobs.jobs_of(Path("/runs/base/job"), ["1", "8"], queue)] == ["1"]
 
 
 @pytest.mark.parametrize(("reason", "sentence", "remedy"), REASONS)
@@ -491,12 +494,15 @@ def test_an_attempt_that_ended_without_a_word() -> None:
     events = [
         {"time": 1.0, **STARTED},
         {"time": 2.0, "event": "signal", "name": "SIGUSR1"},
-        {"time": 3.0, "event": "requeued", "reason": "SIGUSR1"},
+        {"time": 3.0, "event": "requeued", "reason": "SIGUSR1", "saved": True},
         {"time": 4.0, **STARTED, "attempt": "attempt-002-17"},
         {"time": 5.0, **STARTED, "attempt": "attempt-003-17"},
     ]
     first, second, third = history.read_attempts(events, [])
     assert first.outcome == "told to save and stop by SIGUSR1, saved and requeued: SIGUSR1"
+    for nothing_saved in ({}, {"saved": False}):
+        event = {"event": "requeued", "reason": "SIGUSR1", **nothing_saved}
+        assert history.tell(event) == "requeued: SIGUSR1"
     assert second.outcome == "ended without a report: its node or its batch script died"
     assert (third.number, third.outcome, third.ended) == (3, "", None)
 

@@ -287,8 +287,8 @@ def test_the_job_folder_holds_code_config_script_and_environment(tmp_path: Path,
             path.relative_to(folder / "code") for path in (folder / "code" / package).rglob("*")
         } >= sources
     assert PretrainConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text())) == job.config
-    assert job.config.train.tasks == [f"{folder}/tasks/one.yaml"]  # type: ignore[union-attr]
-    [frozen] = load_tasks(job.config).values()  # type: ignore[arg-type]
+    assert job.config.train.tasks == [f"{folder}/tasks/one.yaml"]
+    [frozen] = load_tasks(job.config).values()
     assert (frozen.data.training_files[0].path, frozen.train.epochs) == (str(Path("a.csv").absolute()), 2)
     assert JobSpec.from_json((folder / "job.json").read_text()) == job.spec
     assert os.access(folder / "script.sh", os.X_OK)
@@ -663,6 +663,11 @@ def test_only_jobs_of_ours_have_a_folder(tmp_path: Path) -> None:
     assert folder_of({"Comment": f"bertscale {tmp_path}"}) == tmp_path
     assert folder_of({"Comment": f"{tmp_path}"}) is None
     assert folder_of({}) is None
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "job.json").write_text("{}")
+    assert folder_of({"Comment": "of the site", "Command": f"{job}/script.sh"}) == job
+    assert folder_of({"Comment": "of the site", "Command": "/some/script.sh"}) is None
 
 
 def test_the_config_is_whole(tiny_data: Path) -> None:

@@ -187,7 +187,7 @@ def test_mistakes_in_tasks_are_found_before_the_training_begins(tmp_path: Path) 
         config(tasks=["x/a.yaml", "y/a.yaml"])
     with pytest.raises(UserError, match=r"train.tasks: cannot read the config none.yaml: No such file"):
         check_tasks(config(tasks=["none.yaml"]))
-    for changes, message in [
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"trian": {}}, r"train.tasks: .*one.yaml: unknown key trian; did you mean train\?"),
         ({"init": "x"}, "train.tasks: .*one.yaml: a run starts from encoder or from init, and not both"),
         (
@@ -199,7 +199,8 @@ def test_mistakes_in_tasks_are_found_before_the_training_begins(tmp_path: Path) 
             "train.tasks: one: data.train=missing.csv: there is",
         ),
         ({"data": {"train": "missing.csv"}}, "train.tasks: .*one.yaml: there is no dev to follow"),
-    ]:
+    ]
+    for changes, message in mistakes:
         with pytest.raises(UserError, match=message):
             check_tasks(config(**write_tasks(tmp_path, "one", **changes)))
     with pytest.raises(UserError, match=r"train.tasks: samples.max_length=64 is longer"):

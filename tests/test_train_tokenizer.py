@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from bertscale.config import PrepConfig, TokenizerTraining, UserError
 from bertscale.tokenizer import find_tokenizer, load_tokenizer, normalize
 from data_prep import extend_tokenizer, train_tokenizer
-from data_prep.extend_tokenizer import choose_pieces, count_pieces
+from data_prep.extend_tokenizer import choose_pieces, count_pieces, words_in_pieces
 from data_prep.plan import Plan
 from data_prep.train_tokenizer import (
     EXCERPT,
@@ -331,15 +331,75 @@ def test_new_pieces_in_a_case_counted_by_hand() -> None:
     assert choose_pieces(words, known, found, 1) == ["d"]
 
 
-def test_only_given_vocabularies_are_extended(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(texts(100)))
-    train_tokenizer.train_tokenizer([tmp_path / "a.txt"], tmp_path / "given.model", "bpe", 300)
-    with pytest.raises(UserError, match=r"only WordPiece vocabularies are extended, .*given\.model is a"):
-        check_extension(load_tokenizer(tmp_path / "given.model"), 500)
+@pytest.fixture(scope="module")
+def given_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of unigram.model and bpe.model, with 400 pieces each."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "a.txt").write_text("\n".join(texts(200)))
+    for kind in KINDS:
+        train_tokenizer.train_tokenizer([folder / "a.txt"], folder / f"{kind}.model", kind, 400)
+    return folder
+
+
+KINDS: tuple[Literal["unigram", "bpe"], ...] = ("unigram", "bpe")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_extended_sentence_piece_model_keeps_its_ids(
+    kind: str, given_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = given_models / f"{kind}.model"
+    documents = [text.replace("a", "å") for text in texts(300, seed=7)]
+    settings = {"extend_to": 500, "character_coverage": 1.0}
+    stored = prepare(tmp_path, documents, tokenizer=str(given), train_tokenizer=settings)
+    assert "tokenizer: learning 100 more pieces on " in capsys.readouterr().out
+
+    old, new = load_tokenizer(given), load_tokenizer(stored)
+    pieces = [new.piece(i) for i in range(500)]
+    assert new.vocab_size == len(set(pieces)) == 500
+    assert pieces[:400] == [old.piece(i) for i in range(400)]
+    assert (new.special_ids, new.byte_ids) == (old.special_ids, old.byte_ids)
+    assert pieces[400] == "å"  # characters first
+    before, after = old.encode(documents), new.encode(documents)
+    assert sum(map(len, after)) < 0.8 * sum(map(len, before))
+    assert not {i for ids in after for i in ids} & set(new.byte_ids)
+    assert new.unk_id not in {i for ids in after for i in ids}
+    used = {i for ids in after for i in ids if i >= 400}
+    assert len(used) == 100 if kind == "unigram" else len(used) > 80  # others are parts of these
+    new.export_hugging_face(tmp_path / "hf", 128)
+    assert new.agreement(tmp_path / "hf", documents) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_may_have_too_few_pieces_for_a_model(kind: str, given_models: Path, tmp_path: Path) -> None:
+    given, output = given_models / f"{kind}.model", tmp_path / "more.model"
+    (tmp_path / "text").write_text("\n".join(texts(50)))
+    with pytest.raises(UserError, match=r"extend_to=9000 is too large for this text; the largest .* is \d+$"):
+        extend_tokenizer.extend_tokenizer([tmp_path / "text"], output, given, None, 9000, 1.0)
+    assert not output.exists()
+
+
+def test_words_in_pieces_end_where_no_piece_may_reach_over(given_models: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(given_models / "bpe.model")
+    (tmp_path / "text").write_text("ab ab. ab3\nab北ab", encoding="utf-8")
+    words, pieces = words_in_pieces(tokenizer, [tmp_path / "text"])  # type: ignore[arg-type]
+    spelt = Counter({"".join(pieces[symbol] for symbol in word): times for word, times in words.items()})
+    assert spelt["▁ab"] == 4
+    assert spelt["ab"] in (0, 1)  # if it is two pieces
+    assert set(spelt) <= {"▁ab", "ab"}  # 3 and . stand alone, 北 is bytes
+
+
+def test_only_given_vocabularies_are_extended(tmp_path: Path, given_models: Path) -> None:
+    train_tokenizer.train_byte_level([given_models / "a.txt"], tmp_path / "tokenizer.json", 300)
+    with pytest.raises(
+        UserError, match=r"of the kinds unigram and bpe are extended, and .*json is byte-level"
+    ):
+        check_extension(load_tokenizer(tmp_path / "tokenizer.json"), 500)
+    check_extension(load_tokenizer(given_models / "bpe.model"), 500)
     with pytest.raises(UserError, match=r"extend_to=24, but .*vocab\.txt has 24 pieces already"):
         check_extension(load_tokenizer(given_vocabulary(tmp_path)), 24)
     with pytest.raises(ValueError, match="extend_to=500 extends a given tokenizer: name it by `tokenizer`"):
         PrepConfig(input=["a"], output="b", train_tokenizer=TokenizerTraining(extend_to=500))
     # A plan without it is that of an earlier version.
-    plan = Plan(PrepConfig(input=[str(tmp_path / "a.txt")], output=str(tmp_path / "c")))
+    plan = Plan(PrepConfig(input=[str(given_models / "a.txt")], output=str(tmp_path / "c")))
     assert "extend_to" not in plan.content["settings"]["train_tokenizer"]

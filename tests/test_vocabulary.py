@@ -21,6 +21,7 @@ from bertscale.pretrain.vocabulary import (
     reworded,
 )
 from bertscale.tokenizer import Tokenizer, load_tokenizer
+from data_prep.extend_tokenizer import extend_tokenizer
 from data_prep.train_tokenizer import train_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -133,6 +134,25 @@ def test_pieces_of_two_kinds(tmp_path: Path, sentence_pieces: Tokenizer) -> None
     assert back["##a"] == pieces.index("a")
     assert back["."] == pieces.index(".")
     assert replaced(sentence_pieces, words).kept == sum(i is not None for i in back.values())
+
+
+def test_an_extended_sentence_piece_model_keeps_the_rows_of_its_pieces(
+    tmp_path: Path, sentence_pieces: Tokenizer
+) -> None:
+    (tmp_path / "text.txt").write_text("the cold beadle had a table\n" * 9)
+    more = tmp_path / "more.model"
+    extend_tokenizer([tmp_path / "text.txt"], more, sentence_pieces.path, None, 306, 1.0)
+    new = load_tokenizer(more)
+    vocabulary = extended(sentence_pieces, new)
+    assert (vocabulary.kept, vocabulary.new, vocabulary.dropped) == (300, 6, 0)
+    source = source_of(sentence_pieces)
+    rows, theirs = (each.tensor(ROWS[0]) for each in (in_words_of(source, vocabulary, new), source))
+    assert torch.equal(rows[:300], theirs[:300])
+    for piece in range(300, 306):
+        parts = vocabulary.parts[piece]
+        assert len(parts) > 1
+        assert "".join(sentence_pieces.piece(i) for i in parts) == new.piece(piece)
+        assert torch.equal(rows[piece], theirs[parts].mean(dim=0))
 
 
 def test_more_pieces_of_a_sentence_piece_model(tmp_path: Path, sentence_pieces: Tokenizer) -> None:

@@ -14,13 +14,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from virtual import Cluster
 
-from bertscale.errors import UserError
+from bertscale.errors import INTERRUPTED, UserError
 from bertscale.run_folder import Events, read_events
 from launcher import slurm, watch
 from launcher.history import first_failed
@@ -364,14 +365,16 @@ def test_a_requeue_may_end_its_own_scontrol(
 def fake_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., watch.Job]:
     """Job 7 on n1, n2 and so on, for which Slurm says what it is told to."""
 
-    def make(body: str = "", names: tuple[str, ...] = ("n1", "n2"), **changes: Any) -> watch.Job:
+    def make(
+        body: str = "", names: tuple[str, ...] = ("n1", "n2"), record: str = "", **changes: Any
+    ) -> watch.Job:
         spec = make_job(tmp_path / "job", body, **changes)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(names))
         monkeypatch.setattr(watch, "nodes_alive", list)
 
         def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
-            return subprocess.CompletedProcess(command, 0, "JobId=7 JobState=RUNNING\n", "")
+            return subprocess.CompletedProcess(command, 0, f"JobId=7 JobState=RUNNING {record}\n", "")
 
         monkeypatch.setattr(slurm, "ask", ask)
         return watch.Job(spec, ["srun"], StopRequests())
@@ -432,6 +435,59 @@ def test_ranks_that_never_begin_are_a_mistake(code: int, tmp_path: Path) -> None
     [ended] = step.exits()
     what = "no such image" if code else "the command of the ranks ended with exit code 0"
     assert (ended.mistake or "").startswith(f"{what}: so no rank has begun")
+
+
+@pytest.mark.parametrize(
+    ("stage", "minutes_left", "units", "ends"),
+    [
+        ("convert", 1, 0, "gave_up"),
+        ("convert", 20, 0, "requeued"),  # pre-empted
+        ("prep", 1, 0, "gave_up"),  # the tokenizer, or units that are too large
+        ("prep", 1, 2, "requeued"),  # it resumes
+    ],
+)
+def test_what_cannot_resume_is_not_requeued_for_time(
+    stage: str,
+    minutes_left: int,
+    units: int,
+    ends: str,
+    fake_job: Callable[..., watch.Job],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    began = datetime.fromtimestamp(time.time() - (30 - minutes_left) * 60).isoformat(timespec="seconds")
+    record = f"TimeLimit=00:30:00 StartTime={began} EndTime=Unknown"
+    job = fake_job(record=record, stage=stage, target=str(tmp_path / "out"))
+
+    def ranks(*_: object) -> int:
+        job.stop.count, job.stop.name = 1, "SIGUSR1"
+        (tmp_path / "out/.prep").mkdir(parents=True)
+        for number in range(units):
+            (tmp_path / f"out/.prep/unit-{number:05d}.json").touch()
+        return INTERRUPTED
+
+    monkeypatch.setattr(watch, "supervise", ranks)
+    monkeypatch.setattr(watch, "END_SECONDS", 0)
+    assert job.run() == (INTERRUPTED if ends == "requeued" else 2)
+    assert kinds(job.events.path) == [ends]
+    if ends == "requeued":
+        assert facts(job.events.path, "requeued")["saved"] is False
+    else:
+        said = capsys.readouterr().err
+        assert "its time limit, 00:30:00, came before" in said
+        assert "submit it again with --time 1:00:00 or more" in said
+
+
+def test_a_prep_that_goes_on_may_be_requeued_for_ever(
+    fake_job: Callable[..., watch.Job], tmp_path: Path
+) -> None:
+    job = fake_job(stage="prep", target=str(tmp_path / "out"))
+    (tmp_path / "out/.prep").mkdir(parents=True)
+    for number in range(30):
+        job.events.write("requeued", checkpoint=job.progress())
+        (tmp_path / f"out/.prep/unit-{number:05d}.json").touch()
+        assert job.idle_requeues(job.progress()) == 0
 
 
 ABORTED = {"code": -6, "time": 20.0, "reason": "killed by SIGABRT"}

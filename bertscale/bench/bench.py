@@ -135,7 +135,8 @@ def _bench(config: PretrainConfig, options: Options, ranks: Ranks) -> None:
         engine.start(config.train.seed)
         if first:
             _introduce(config, options, ranks, vocab_size, f"{dtype}".removeprefix("torch."), reason)
-        rate = Rate(config.model, vocab_size, peak=1.0)  # its MFU is then FLOP/s
+        # With a peak of 1 its MFU is FLOP/s.
+        rate = Rate(config.model, vocab_size, peak=1.0, causal=config.objectives.clm > 0)
         watch = Stopwatch(device)
         steps = (options.rounds + 1) * options.steps * (2 if options.against else 1)
         progress = stack.enter_context(Progress("bench", steps, "steps", hidden=not first))

@@ -119,10 +119,15 @@ class RandomBatches:
         pairs = self.config.samples.has_pairs
         types = (positions >= np.repeat(lengths // 2, lengths)) if pairs else np.zeros(total)
         tokens = draw.integers(FIRST_ID, self.vocab_size, total)
-        places = np.flatnonzero(draw.random(total) < self.config.samples.mask_rate)
-        places = places if len(places) else np.array([total // 2])
-        targets = tokens[places]
-        tokens[places] = MASK_ID
+        causal = self.config.objectives.clm > 0
+        if causal:
+            places = np.delete(np.arange(total), np.cumsum(lengths) - 1)
+            targets = tokens[places + 1]
+        else:
+            places = np.flatnonzero(draw.random(total) < self.config.samples.mask_rate)
+            places = places if len(places) else np.array([total // 2])
+            targets = tokens[places]
+            tokens[places] = MASK_ID
         flat = [torch.from_numpy(ids.astype(np.int64)) for ids in (tokens, types, positions, places, targets)]
         return MicroBatch(
             tokens=flat[0],
@@ -134,6 +139,7 @@ class RandomBatches:
             num_targets=len(places),
             next_sentence_label=torch.arange(len(lengths)) & 1 if pairs else None,
             uniforms=torch.from_numpy(draw.random(len(places))) if self.config.model.generator else None,
+            causal=causal,
         )
 
 

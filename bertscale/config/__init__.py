@@ -22,6 +22,7 @@ from bertscale.config.prep import (
     LANGUAGES,
     SCRIPTS,
     WORK_FOLDER,
+    CsvConfig,
     PrepConfig,
     TokenizerTraining,
     check_language,

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bertscale.config.section import Section
+from bertscale.run_folder import PREP_WORK
 
-WORK_FOLDER = ".prep"  # in the output folder: what a prep that is stopped resumes from
+WORK_FOLDER = PREP_WORK
 _ISO_639_1 = (
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
     "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
@@ -84,7 +85,7 @@ def is_utf8(encoding: str) -> bool:
 
 
 class TokenizerTraining(Section):
-    """How a SentencePiece or byte-level model is trained, or a given WordPiece vocabulary extended."""
+    """How a SentencePiece or byte-level model is trained, or a given tokenizer extended."""
 
     model: Literal["unigram", "bpe", "byte_bpe"] | None = Field(
         None,
@@ -105,8 +106,8 @@ class TokenizerTraining(Section):
     extend_to: int | None = Field(
         None,
         ge=1,
-        description="Number of pieces, old and new together, to which the given WordPiece tokenizer is "
-        "extended by pieces learnt from the input; by default it stays as it is.",
+        description="Number of pieces, old and new together, to which the given tokenizer, WordPiece or "
+        "SentencePiece, is extended by pieces learnt from the input; by default it stays as it is.",
     )
 
     @model_validator(mode="after")
@@ -116,6 +117,35 @@ class TokenizerTraining(Section):
                 f"character_coverage={self.character_coverage} is for SentencePiece models; model=byte_bpe "
                 "joins bytes, whatever their characters: leave it out"
             )
+        return self
+
+
+class CsvConfig(Section):
+    """How .csv files are written; each character is one of ASCII."""
+
+    delimiter: str = Field(",", description="Character between two cells.")
+    quote: str | None = Field(
+        '"', description="Quotation mark around a cell, doubled inside of it; null: there is none."
+    )
+    escape: str | None = Field(
+        None, description="Character before a quotation mark that is text, such as a backslash."
+    )
+    quoted_tsv: bool = Field(
+        False,
+        description="Whether .tsv files have quotation marks too, as a spreadsheet writes them; by default "
+        "these are text there, and every line is a row.",
+    )
+
+    @model_validator(mode="after")
+    def _check_characters(self) -> CsvConfig:
+        given = [value for value in (self.delimiter, self.quote, self.escape) if value is not None]
+        for value in given:
+            if len(value) != 1 or not value.isascii() or value in "\r\n":
+                raise ValueError(
+                    f"delimiter, quote and escape are one character of ASCII each, not {value!r}"
+                )
+        if len(set(given)) < len(given):
+            raise ValueError("delimiter, quote and escape are to be different characters")
         return self
 
 
@@ -134,6 +164,7 @@ class PrepConfig(Section):
         description="Encoding of the text in the files, such as gb18030, big5, shift_jis, latin-1 or utf-16; "
         ".parquet and .arrow have UTF-8 in any case.",
     )
+    csv: CsvConfig = Field(CsvConfig(), description="How .csv files are written.")
     documents: Literal["blank_line", "file"] = Field(
         "blank_line", description="What ends a document in a .txt file: a blank line, or the end of the file."
     )

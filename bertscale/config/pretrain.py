@@ -104,6 +104,28 @@ class ObjectivesConfig(Section):
     rtd: float = Field(
         50.0, ge=0, description="Weight of replaced-token detection, if there is model.generator_size."
     )
+    clm: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of causal language modelling, in place of all others: each token sees those "
+        "before it and predicts the next one; mlm is then 0 by default.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("clm"):
+            return {"mlm": 0.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectivesConfig:
+        if self.clm and self.mlm:
+            raise ValueError(
+                f"clm={self.clm:g} and mlm={self.mlm:g}: a token is predicted from those before it or from "
+                "both sides; set one of the two to 0"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -365,7 +387,7 @@ class PretrainConfig(Section):
     heldout: dict[str, str] = Field(
         {},
         description="More held-out losses: a name and an output folder of `bertscale prep` each, whose "
-        "validation documents are masked at 15 % whatever the run masks.",
+        "validation documents are masked at 15 % whatever the run masks; with objectives.clm none is masked.",
     )
     device: Device = Field("auto", description=DEVICE)
     init: InitConfig | None = Field(
@@ -393,10 +415,11 @@ class PretrainConfig(Section):
 
     @property
     def trained(self) -> tuple[str | None, str | None, str | None]:
-        """Names the trained objectives: masked tokens, pairs, replaced tokens; None for one not trained."""
+        """Names the trained objectives: tokens (masked or next ones), pairs, replaced tokens; None for one
+        not trained."""
         objectives, samples = self.objectives, self.samples
         return (
-            "mlm" if objectives.mlm else None,
+            "clm" if objectives.clm else "mlm" if objectives.mlm else None,
             samples.kind if objectives.pairs and samples.has_pairs else None,
             "rtd" if objectives.rtd and self.model.generator_size is not None else None,
         )
@@ -478,7 +501,10 @@ class PretrainConfig(Section):
                 f"train.hours={self.train.hours:g} nobody knows how many samples the run will use"
             )
         if self.train.fills and not self.objectives.mlm:
-            raise ValueError("train.fills needs masked tokens to be learnt; objectives.mlm is 0")
+            raise ValueError(
+                "train.fills needs masked tokens to be learnt; objectives.mlm is 0"
+                + (", as objectives.clm is not" if self.objectives.clm else "")
+            )
         self._check_objectives()
         check_tensor_degree(
             self.parallel.tensor,
@@ -499,6 +525,16 @@ class PretrainConfig(Section):
 
     def _check_objectives(self) -> None:
         objectives, share = self.objectives, self.model.generator_size
+        if objectives.clm and self.samples.has_pairs:
+            raise ValueError(
+                f"objectives.clm={objectives.clm:g} predicts next tokens of running text, and "
+                f"samples.kind={self.samples.kind} makes sentence pairs; take samples.kind=packed or document"
+            )
+        if objectives.clm and share is not None:
+            raise ValueError(
+                f"objectives.clm={objectives.clm:g} and model.generator_size={share}: a generator learns "
+                "from masked tokens; take objectives.clm=0, or remove it with model.generator_size=null"
+            )
         for key, reason in (
             ("mlm", "the generator learns from masked tokens only"),
             ("rtd", "the generator only makes replaced tokens"),

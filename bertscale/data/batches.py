@@ -4,7 +4,7 @@
         print(step, [batch.tokens.shape for batch in micro_batches])
         break
 
-T: tokens, P: masked positions, S: samples.
+T: tokens, P: predicted positions, S: samples.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def make_loader(
         micro_batch=config.train.micro_batch,
         micro_tokens=config.train.micro_tokens,
         masks=config.objectives.mlm > 0,
+        causal=config.objectives.clm > 0,
         draws=config.model.generator_size is not None,
         static_targets=config.has_static_targets(device),
         rank=rank,
@@ -93,7 +94,8 @@ def iterate_batches(
 
     A micro-batch holds S samples laid end to end, without padding: `tokens`, `token_types` and `positions`
     are int64 [T], `lengths` tells where sequences end, `target_positions` and `targets` are int64 [P], and
-    `next_sentence_label` is int64 [S], or None for samples without pairs (see `MicroBatch`).
+    `next_sentence_label` is int64 [S], or None for samples without pairs; `causal` says that each token
+    predicts the next one (see `MicroBatch`).
 
     Raises UserError, at the call, for a config or a data set that is missing, wrong or damaged.
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
@@ -17,16 +16,23 @@ from rich.text import Text
 from bertscale.config import SamplesConfig, UserError
 from bertscale.data.contents import check_shard
 from bertscale.data.quality import count_pieces, doubts
+from bertscale.data.report import (
+    Counts,
+    Lengths,
+    example_lines,
+    histogram,
+    percentiles,
+    read_report,
+    source_lines,
+    table_lines,
+)
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 
-PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BAR = 40  # characters of the longest bar of a histogram
 SHOWN = {"nsp": 4, "packed": 2}  # samples of each kind
 MAX_LENGTH = 128
-
-Counts = npt.NDArray[np.int64]
 
 
 def inspect(folder: str | Path, console: Console | None = None) -> None:
@@ -75,15 +81,16 @@ def _what_was_read(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
             rate = f"{sums['tokens'] / sums['text_bytes']:.4f}" if sums["text_bytes"] else ""
             names = ("documents", "sentences", "tokens", "text_bytes")
             table.append((split, *(f"{sums[name]:,}" for name in names), rate))
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        yield "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))
+    yield from table_lines(table)
     yield f"records read: {counters.get('records', 0):,}"
     if cut := counters.get("cut", 0):
         yield f"{cut:,} of them continue the record before: their document was too long and was cut"
     for word in ("bad", "dropped"):
         for reason, count in counters.get(word, {}).items():
             yield f"{count:>12,} {word}: {reason}"
+    report = read_report(dataset.folder)
+    yield from source_lines(report)
+    yield from example_lines(report)
     yield from (f"warning: {doubt}" for doubt in doubts(dataset.manifest))
 
 
@@ -98,22 +105,21 @@ class _Measures:
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, progress: Progress) -> None:
         self.dataset, self.tokenizer = dataset, tokenizer
-        self.documents = self.sentences = np.zeros(1, np.int64)  # how many have each length
+        self.lengths = Lengths()
         self.pieces: Counts = np.zeros(tokenizer.vocab_size, np.int64)
         for shard in dataset.shards:
             shard.verify()
             check_shard(shard, tokenizer.vocab_size)
-            self.documents = _add(self.documents, np.bincount(np.diff(shard.token_offsets)))
-            self.sentences = _add(self.sentences, np.bincount(shard.sentence_lengths))
+            self.lengths.add(shard)
             self.pieces += count_pieces(shard.tokens, len(self.pieces))
             progress.advance(shard.entry.bytes)
 
     def lines(self) -> Iterator[str]:
         """The lines to print of the split."""
-        for what, counts in (("documents", self.documents), ("sentences", self.sentences)):
+        both = (("documents", self.lengths.documents), ("sentences", self.lengths.sentences))
+        for what, counts in both:
             yield f"{self.dataset.split} {what}, lengths in tokens"
-            values = ", ".join(f"{percent} %: {percentile(counts, percent):,}" for percent in PERCENTILES)
-            yield f"  {values}, longest: {len(np.trim_zeros(counts, 'b')) - 1:,}"
+            yield f"  {percentiles(counts)}"
             yield from _histogram(counts)
         total = max(int(self.pieces.sum()), 1)
         in_bytes = int(self.pieces[self.tokenizer.byte_ids].sum())
@@ -123,33 +129,15 @@ class _Measures:
             f"{in_bytes / total:.3%} single bytes of characters without a piece, "
             f"{used:,} of {len(self.pieces):,} used"
         )
-
-
-def _add(first: Counts, second: Counts) -> Counts:
-    """The sum of two counts by length, as long as the longer."""
-    longer, shorter = (first, second) if len(first) >= len(second) else (second, first)
-    longer = longer.astype(np.int64)
-    longer[: len(shorter)] += shorter
-    return longer
-
-
-def percentile(counts: Counts, percent: float) -> int:
-    """The smallest length that at least `percent` of all do not exceed; counts[n] have the length n."""
-    ends = np.cumsum(counts)
-    return int(np.searchsorted(ends, ends[-1] * percent / 100))
+        if words := int(self.pieces[self.tokenizer.starts_word].sum()):
+            yield f"{self.dataset.split}: {total / words:.2f} tokens a word"
 
 
 def _histogram(counts: Counts) -> Iterator[str]:
-    """A line for each power of two that some have: lengths 0, 1, 2 to 3, 4 to 7, ..."""
-    edges = [0, 1]
-    while edges[-1] < len(counts):
-        edges.append(2 * edges[-1])
-    sums = np.add.reduceat(np.append(counts, np.zeros(edges[-1] - len(counts) + 1, np.int64)), edges)
-    ranges = [(begin, end, n) for begin, end, n in zip(edges, edges[1:], sums.tolist(), strict=False) if n]
-    most = max((n for _, _, n in ranges), default=1)
-    width = max((len(f"{end - 1:,}") for _, end, _ in ranges), default=1)
-    for begin, end, n in ranges:
-        name = f"{begin:>{width},} to {end - 1:>{width},}"
+    """A line for each power of two that some have."""
+    ranges = histogram(counts)
+    most = max((n for _, n in ranges), default=1)
+    for name, n in ranges:
         yield f"  {name} {n:>12,} {'#' * max(1, round(BAR * n / most))}"
 
 

@@ -9,8 +9,8 @@ batches grow, see `batch_phases`), whatever the number of ranks: to resume is to
 Batches are made ahead by one background thread, many samples at a time, whatever the size of a step.
 
 K: steps, S: samples of all of them, Q: sequences ([CLS] ... [SEP]; a packed sample has several), T: tokens,
-P: masked positions, N: segments, M: micro-batches. Index: in the tokens of a step or micro-batch; position:
-in a sequence, as the model counts it.
+P: predicted positions, N: segments, M: micro-batches. Index: in the tokens of a step or micro-batch;
+position: in a sequence, as the model counts it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Loader:
 
     A micro-batch has `micro_batch` samples, or with `micro_tokens` as many as stay within so many tokens:
     then the samples of a step go to as few micro-batches as can hold them, the same number of them on each
-    rank (`balance`). `masks`: whether tokens are masked at all; `draws`: whether a generator draws ids.
+    rank (`balance`). `masks`: whether tokens are masked at all; `causal`: instead each token of a sequence
+    predicts the next one; `draws`: whether a generator draws ids.
     `static_targets`: P is the same for all micro-batches of a phase (`target_capacity`), or, for rare
     chance, twice that.
     `data_wait` is the time in seconds that callers of `iterate` have waited for a batch.
@@ -58,11 +59,13 @@ class Loader:
         world: int,
         micro_tokens: int | None = None,
         masks: bool = True,
+        causal: bool = False,
         draws: bool = False,
         static_targets: bool = False,
     ) -> None:
         samples = mixture.samples
-        self.masks, self.draws, self.static_targets = masks, draws, masks and static_targets
+        self.masks, self.causal, self.draws = masks, causal, draws
+        self.static_targets = (masks or causal) and static_targets
         check_batch(mixture.global_batch, None if micro_tokens else micro_batch, world, samples.has_pairs)
         self.mixture, self.micro_batch, self.micro_tokens = mixture, micro_batch, micro_tokens
         self.global_batch, self.seed = mixture.global_batch, mixture.seed
@@ -132,6 +135,9 @@ class Loader:
         indices, targets = np.zeros(0, np.int64), np.zeros(0, np.int64)  # [P] into tokens
         if self.masks:
             tokens, indices, targets = mask_tokens(tokens, sizes, samples, self.rules, self.seed, word_starts)
+        elif self.causal:  # all but the last of each sequence
+            indices = np.delete(np.arange(len(tokens)), sequence_start + sequence_length - 1)
+            targets = tokens[indices + 1]
         uniforms = draw_uniforms(indices, sizes, samples, self.seed) if self.draws else None  # [P]
 
         # Where micro-batches begin: M of them in all steps, and M + 1 edges of each kind.
@@ -143,7 +149,7 @@ class Loader:
         indices -= np.repeat(token_edges[:-1], num_targets)  # now they count from their micro-batch's begin
         if self.static_targets:
             most = self.micro_tokens or self.micro_batch * phase.max_length
-            capacity = target_capacity(most, self.rules)
+            capacity = target_capacity(most, None if self.causal else self.rules)
             room = capacity * np.maximum(1, -(-num_targets // capacity))  # [M]
             target_edges = np.cumsum([0, *room])
             filled = spread(target_edges[:-1], num_targets)  # [P] where the real ones stand
@@ -168,6 +174,7 @@ class Loader:
                 num_targets=real,
                 next_sentence_label=None if labels is None else labels[sample],
                 uniforms=None if drawn is None else drawn[target],
+                causal=self.causal,
             )
             for (sample, token, sequence, target), real in zip(slices, num_targets.tolist(), strict=True)
         ]

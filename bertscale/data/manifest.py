@@ -34,6 +34,7 @@ class _Sums(Table):
     text_bytes: Count
     unknown: Count = 0
     single_bytes: Count = 0
+    words: Count = 0
 
 
 class _Counters(Table):
@@ -45,6 +46,7 @@ class _Counters(Table):
     text_bytes: Count = 0
     unknown: Count = 0
     single_bytes: Count = 0
+    words: Count = 0
     splits: dict[Split, _Sums] = Field(default_factory=dict)
     bad: dict[str, Count] = Field(default_factory=dict)
     dropped: dict[str, Count] = Field(default_factory=dict)
@@ -86,7 +88,7 @@ class Manifest(Table):
             raise ValueError(f"counters.{min(missing)} is missing")
         if counted_pieces and not self.settings.language:
             raise ValueError("settings.language is missing")
-        for key in (*SUMS, "text_bytes", "unknown", "single_bytes"):
+        for key in (*SUMS, "text_bytes", "unknown", "single_bytes", "words"):
             of_splits = {split: getattr(sums, key) for split, sums in self.counters.splits.items()}
             if getattr(self.counters, key) != sum(of_splits.values()):
                 raise ValueError(f"counters.{key} is not the sum of its splits")

@@ -252,13 +252,17 @@ def draw_uniforms(indices: Ints, lengths: Ints, samples: Ints, seed: int) -> npt
     return (words.astype(np.float64) + 0.5) / 2.0**32  # + 0.5: never 0, never 1
 
 
-def target_capacity(tokens: int, rules: MaskRules) -> int:
+def target_capacity(tokens: int, rules: MaskRules | None) -> int:
     """Positions that, but for rare chance, hold all that are chosen of `tokens` tokens; a multiple of 64.
+
+    Without `rules` all may be chosen.
 
     The mean of their number and six standard deviations. With words, whose tokens are chosen together, the
     variance is that of single tokens times the mean square of a word's tokens over their mean: 4 is more
     than prose has. Spans keep to the rate, and have less.
     """
+    if rules is None:
+        return 64 * math.ceil(tokens / 64)
     rate = rules.chosen_below / 2**32
     factor = 1 if rules.unit == "token" else 4  # of the variance
     number: float = tokens * rate + 6 * (tokens * rate * (1 - rate) * factor) ** 0.5

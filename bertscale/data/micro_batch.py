@@ -12,19 +12,20 @@ from torch import Tensor
 class MicroBatch(NamedTuple):
     """S samples in Q sequences `[CLS] A [SEP]` or `[CLS] A [SEP] B [SEP]`, laid end to end without padding.
 
-    T tokens, P masked positions. A tuple, so that DeepSpeed's hooks find the tensors in it.
+    T tokens, P predicted positions. A tuple, so that DeepSpeed's hooks find the tensors in it.
     """
 
-    tokens: Tensor  # int64 [T], masked input
+    tokens: Tensor  # int64 [T], the input: masked, unless it is causal
     token_types: Tensor  # int64 [T], 0 for [CLS] A [SEP], 1 for B [SEP]
     positions: Tensor  # int64 [T], 0, 1, ... within each sequence
     lengths: tuple[int, ...]  # Q sequence lengths in tokens, on the host; nothing attends beyond its own
     target_positions: Tensor  # int64 [P], ascending, into tokens; P may be 0
-    targets: Tensor  # int64 [P], the original ids there; -1 where nothing is predicted
+    targets: Tensor  # int64 [P], the ids that are predicted there; -1 where nothing is
     num_targets: int  # of the P; those behind them only fill up: position 0, id -1
     # int64 [S]: 0: B continues A, 1: B is random, or swapped with A; None without pairs
     next_sentence_label: Tensor | None = None
     uniforms: Tensor | None = None  # float64 [P], random in (0, 1), by which a generator draws ids
+    causal: bool = False  # a token attends to itself and to those before it alone, and predicts the next
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The micro-batch on `device`; from pinned memory the copy runs beside the computation."""

@@ -57,6 +57,7 @@ def facts(manifest: dict[str, Any]) -> str:
         f"{_share(counters, 'unknown'):.2%} of the tokens are unknown pieces, "
         f"{_share(counters, 'single_bytes'):.2%} single bytes of characters without a piece; "
         f"a sentence has {_length(counters):.1f} tokens on average"
+        + (f", a word {counters['tokens'] / words:.2f}" if (words := counters.get("words")) else "")
     )
 
 

@@ -109,6 +109,7 @@ def average(sources: Sequence[Path], output: Path, options: Options) -> None:
         "config": None,
         "lineage": lineage,
         "average": {"method": options.method},
+        "causal": any(isinstance(each, Checkpoint) and each.causal for each in read),
     }
     passes = 1
     if base is not None:

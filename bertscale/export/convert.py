@@ -27,6 +27,8 @@ from bertscale.run_folder import CHECKPOINTS, TABLE
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import AveragedCheckpoint, Checkpoint
 
+CAUSAL = "note      trained causally; these weights are read with bidirectional attention"
+
 
 class Form(NamedTuple):
     """One of the things that can be written.
@@ -83,6 +85,8 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
         try:
             with whole_folder(output) as partial:
                 said = form.write(opened, partial, options)
+                if isinstance(opened, Checkpoint) and opened.causal:
+                    said.insert(0, CAUSAL)
                 write_record(partial, digest)
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from error

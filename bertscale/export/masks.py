@@ -48,6 +48,9 @@ def show_masks(model: PretrainingModel, table: dict[str, Any], tokenizer: Tokeni
     `table` is the checkpoint's. Data that is absent, damaged or of another run is a line, no error.
     """
     config = table.get("config")
+    if table.get("causal"):
+        _print("masks     not tried: the last training was causal (objectives.clm), without masks")
+        return
     if config and not config.get("objectives", {}).get("mlm", 1):
         return  # it never learnt to fill masks
     longest = min(LONGEST, model.config.max_position_embeddings - 2)

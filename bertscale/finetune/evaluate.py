@@ -15,6 +15,7 @@ from bertscale.tasks.task import Example, Floats, Samples, Task
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
 from bertscale.train.parallel import Ranks
+from bertscale.train.stop import StopSignal, heed
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,20 @@ def hold_out(
 
 
 @torch.no_grad()
-def evaluate(engine: Engine[FinetuneConfig], held_out: HeldOut, step: int) -> Found:
+def evaluate(
+    engine: Engine[FinetuneConfig], held_out: HeldOut, step: int, stop: StopSignal | None = None
+) -> Found:
     """Predicts all examples and scores the predictions; leaves the model in evaluation mode.
 
-    The figures are those of the task and `loss`. All ranks must call; `step` is for the sign of life.
+    The figures are those of the task and `loss`. All ranks must call; `step` is for the sign of life. Raises
+    CutShortError where `stop` is given and a signal came.
     """
     ranks, task, samples = engine.ranks, held_out.task, held_out.samples
     engine.model.eval()
     total = torch.zeros((), device=ranks.device)
     outputs = []
     for part in held_out.parts:
+        heed(stop, ranks)
         batch = part.batch.to(ranks.device)
         logits = engine(batch)
         if batch.targets is not None:

@@ -38,7 +38,7 @@ from bertscale.train.parallel import Ranks
 from bertscale.train.resume import open_sound
 from bertscale.train.schedule import Clock, learning_rate
 from bertscale.train.step import global_step
-from bertscale.train.stop import StopSignal, skipped
+from bertscale.train.stop import UNEVALUATED, CutShortError, StopSignal, skipped
 
 SAVE_SECONDS = 60.0  # between two checkpoints that nobody has asked for
 
@@ -71,6 +71,10 @@ class Course:
     best_step: int = 0  # of this run
     since_best: int = 0  # evaluations
     evaluations: list[dict[str, float]] = field(default_factory=list)  # step and figures of dev
+
+    def out_of_patience(self, config: FinetuneConfig) -> bool:
+        """Whether dev has not become better for as long as the run is to wait."""
+        return self.since_best >= (config.train.patience or FOREVER)
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
         course = Course(**checkpoint.table["finetune"]["course"])
     start = done = saved = checkpoint.step - run.begin if checkpoint else 0
     stopped = False  # by a signal; all ranks must find the same
+    cut = checkpoint is not None and bool(checkpoint.table["finetune"].get(UNEVALUATED))  # likewise
     _train_mode(engine)
 
     weights = None if job.class_weights is None else job.class_weights.to(ranks.device)
@@ -193,7 +198,13 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
     label = f"run {run.number + 1} of {runs}" if runs > 1 else "fine-tune"
     hours = TimeBudget(budget.seconds, clock.elapsed()) if budget.seconds else None
     with Progress(label, budget.steps, "steps", start=start, budget=hours, hidden=not first) as progress:
-        for step in count_up(start) if not budget.over(start, spent) else ():
+        if cut:
+            try:
+                progress.say(_look(job, run, course, start, stop, writer))
+            except CutShortError:
+                raise Stopped from None
+            last, cut = course.out_of_patience(config), False
+        for step in count_up(start) if not (last or budget.over(start, spent)) else ():
             parts = loader.step(step)
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
             count, samples, tokens, stopping, asked, *times = ranks.sum_over_data(
@@ -248,15 +259,12 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
             progress.advance(1, **facts)
             looked = done % every == 0 or last
             if looked and job.dev is not None:
-                found = evaluate(engine, job.dev, run.begin + done)
-                _train_mode(engine)
-                _note(course, found.figures, done, job)
-                if course.best_step == done:
-                    _save_best(job, run, done)
-                if writer:
-                    writer.write(run.begin + done, {f"dev/{key}": v for key, v in found.figures.items()})
-                progress.say(_dev_line(course, found.figures, done, job))
-                last = last or course.since_best >= (config.train.patience or FOREVER)
+                try:
+                    progress.say(_look(job, run, course, done, stop, writer))
+                except CutShortError:
+                    stopped = cut = True
+                    break
+                last = last or course.out_of_patience(config)
                 rate.restart()
             asked_to_save = config.train.save_every and done % config.train.save_every == 0
             due = ranks.broadcast(clock.elapsed() - saved_at >= SAVE_SECONDS) if looked else False
@@ -269,7 +277,8 @@ def train_run(job: Job, run: Run, runs: int, stop: StopSignal) -> dict[str, Any]
 
     if stopped:
         if saved < done:
-            _save(job, run, done, course, clock.elapsed(), losses)
+            spent = (budget.seconds or 0.0) if last else 0.0
+            _save(job, run, done, course, max(clock.elapsed(), spent), losses, cut=cut)
         if first:
             print(f"stopped after step {done} of {budget.text}", file=sys.stderr, flush=True)
         raise Stopped
@@ -341,6 +350,26 @@ def _brief(figures: dict[str, float]) -> dict[str, str]:
         "loss": f"{figures['train/loss']:.3f}",
         "samples/s": f"{figures['speed/samples_per_second']:,.0f}",
     }
+
+
+def _look(
+    job: Job, run: Run, course: Course, done: int, stop: StopSignal, writer: MetricsWriter | None
+) -> str:
+    """Evaluates dev after step `done`, and keeps the weights if they are the best; the line that tells it.
+
+    Raises CutShortError after a signal, before anything is noted.
+    """
+    assert job.dev is not None
+    try:
+        found = evaluate(job.engine, job.dev, run.begin + done, stop)
+    finally:
+        _train_mode(job.engine)
+    _note(course, found.figures, done, job)
+    if course.best_step == done:
+        _save_best(job, run, done)
+    if writer:
+        writer.write(run.begin + done, {f"dev/{key}": v for key, v in found.figures.items()})
+    return _dev_line(course, found.figures, done, job)
 
 
 def _note(course: Course, figures: dict[str, float], done: int, job: Job) -> None:
@@ -416,12 +445,22 @@ def _table(job: Job, run: Run, done: int, elapsed: float, losses: LossAccumulato
     }
 
 
-def _save(job: Job, run: Run, done: int, course: Course, elapsed: float, losses: LossAccumulator) -> None:
+def _save(
+    job: Job,
+    run: Run,
+    done: int,
+    course: Course,
+    elapsed: float,
+    losses: LossAccumulator,
+    cut: bool = False,
+) -> None:
     """Saves a checkpoint to resume from; then deletes older ones, and weights that are no longer the best."""
     losses.read()
     engine = job.engine
     table = _table(job, run, done, elapsed, losses)
     table["finetune"] = {"run": run.name, "made_of": job.made_of, "course": asdict(course)}
+    if cut:
+        table["finetune"][UNEVALUATED] = True
     beat(run.begin + done)
     folder = checkpoint_folder(job.output, run.begin + done)
     save_checkpoint(folder, engine.fragments_to_save(), table, job.tokenizer.path, job.ranks)

@@ -50,10 +50,18 @@ class Packing:
     runs: tuple[tuple[int, int], ...]  # (samples, L) of each
     starts: Tensor  # int32 [S + 1] or more, cumulative lengths; behind them empty samples
     longest: int  # L of the longest, up to a power of two: few values, which may be compiled in
+    causal: bool = False  # a token attends to itself and to those before it alone
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, *, few_shapes: bool = False) -> Packing:
-        """Describes samples of these lengths [S] for attention on `device`.
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device,
+        *,
+        few_shapes: bool = False,
+        causal: bool = False,
+    ) -> Packing:
+        """Describes samples of these lengths [S] for attention, causal or not, on `device`.
 
         `few_shapes`: empty samples are added until their number is a power of two, since CUDA graphs are
         recorded for each shape.
@@ -65,7 +73,7 @@ class Packing:
         starts = torch.tensor([0, *ends], dtype=torch.int32)
         if device.type == "cuda":  # an unpinned copy would wait for the device
             starts = starts.pin_memory().to(device, non_blocking=True)
-        return cls(tuple(lengths), runs, starts, 1 << (max(lengths) - 1).bit_length())
+        return cls(tuple(lengths), runs, starts, 1 << (max(lengths) - 1).bit_length(), causal)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -159,7 +167,8 @@ def attend(
 ) -> Tensor:
     """Attention of each sample to itself alone: [T, A, 3, D] -> [T, A, D].
 
-    With `half_window` a token attends to so many tokens on each side of it. Which kernel:
+    With `half_window` a token attends to so many tokens on each side of it; where the packing is causal, to
+    none behind it. Which kernel:
 
     | device, number format           | dropout | attention                                               |
     | ------------------------------- | ------- | ------------------------------------------------------- |
@@ -169,10 +178,12 @@ def attend(
     | CPU                             | none    | two products for each group; only the window's blocks   |
     | CPU                             | some    | the same for each run: draws depend on the shape        |
     """
+    causal = packing.causal
     if uses_varlen(query_key_value, dropout):
         query, key, value = query_key_value.unbind(dim=2)
         starts, longest = packing.starts, packing.longest
-        window = (-1, -1) if half_window is None else (half_window, half_window)
+        side = -1 if half_window is None else half_window  # -1: as many as there are
+        window = (side, 0 if causal else side)
         attended = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=window)
         return attended if isinstance(attended, Tensor) else attended[0]
     if query_key_value.is_cuda and packing.samples * packing.longest <= PADDED * len(query_key_value):
@@ -180,9 +191,9 @@ def attend(
     if not query_key_value.is_cuda and dropout == 0 and (half_window is None or half_window >= SHORT):
         groups = torch.split(query_key_value, [group.tokens for group in packing.groups])
         outputs = [
-            _attend_run_cpu(part, group.samples, 0.0, half_window)
+            _attend_run_cpu(part, group.samples, 0.0, half_window, causal)
             if group.cells is None
-            else _attend_group(part, group)
+            else _attend_group(part, group, causal)
             for part, group in zip(groups, packing.groups, strict=True)
         ]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -190,7 +201,7 @@ def attend(
     runs = torch.split(query_key_value, [samples * length for samples, length in packing.runs])
     attend_run = _attend_run_cuda if query_key_value.is_cuda else _attend_run_cpu
     outputs = [
-        attend_run(run, samples, dropout, half_window)
+        attend_run(run, samples, dropout, half_window, causal)
         for run, (samples, _) in zip(runs, packing.runs, strict=True)
     ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -210,25 +221,31 @@ def _attend_padded(query_key_value: Tensor, packing: Packing, dropout: float, ha
     query, key, value = grid.permute(3, 0, 2, 1, 4)  # 3 x [S, A, L, D]
     mask = torch.arange(length, device=starts.device) < lengths[:, None]  # [S, L]
     mask = mask[:, None, None].expand(-1, 1, length, -1)  # [S, 1, L, L]
-    if half is not None:
-        mask = mask & (_band(length, half, query) == 0)
+    if half is not None or packing.causal:
+        mask = mask & (_band(length, half, packing.causal, query) == 0)
         # A query of padding may be left without any key, where softmax is NaN: it attends to itself.
         mask = mask | torch.eye(length, dtype=torch.bool, device=starts.device)
     attended = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
     return attended.transpose(1, 2).reshape(-1, heads, size).index_select(0, cell)  # [S L, A, D] -> [T, A, D]
 
 
-def _attend_run_cuda(query_key_value: Tensor, samples: int, dropout: float, half: int | None) -> Tensor:
+def _attend_run_cuda(
+    query_key_value: Tensor, samples: int, dropout: float, half: int | None, causal: bool
+) -> Tensor:
     """Torch's fused attention for a run: [S L, A, 3, D] -> [S L, A, D]."""
     tokens, heads, _, size = query_key_value.shape
     grid = query_key_value.view(samples, tokens // samples, heads, 3, size)  # [S, L, A, 3, D]
     query, key, value = grid.permute(3, 0, 2, 1, 4)  # 3 x [S, A, L, D]
-    mask = None if half is None else _band(tokens // samples, half, query)
-    attended = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+    mask = None if half is None else _band(tokens // samples, half, causal, query)
+    attended = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p=dropout, is_causal=causal and mask is None
+    )
     return attended.transpose(1, 2).reshape(tokens, heads, size)  # [S, A, L, D] -> [S L, A, D]
 
 
-def _attend_run_cpu(query_key_value: Tensor, samples: int, dropout: float, half: int | None) -> Tensor:
+def _attend_run_cpu(
+    query_key_value: Tensor, samples: int, dropout: float, half: int | None, causal: bool
+) -> Tensor:
     """Attention for a run by two batched products: [S L, A, 3, D] -> [S L, A, D].
 
     In bfloat16, forward and backward, 2 to 4 times as fast as torch's fused attention for CPUs at
@@ -242,10 +259,10 @@ def _attend_run_cpu(query_key_value: Tensor, samples: int, dropout: float, half:
     batches = grid.permute(3, 0, 2, 1, 4).reshape(3, samples * heads, length, size)  # [3, S A, L, D]
     query, key, value = batches.unbind(0)  # 3 x [B, L, D]
     if half is not None and length > 4 * half:  # from there on the blocks are faster, see above
-        attended = _attend_blocks(query, key, value, dropout, half)
+        attended = _attend_blocks(query, key, value, dropout, half, causal)
     else:
-        banded = half is not None and length > half + 1
-        band = _band(length, half, query) if half is not None and banded else query.new_empty(())
+        banded = causal or (half is not None and length > half + 1)
+        band = _band(length, half, causal, query) if banded else query.new_empty(())
         # The scale and the band are added in the product itself: no pass over [B, L, L] of their own.
         scores = torch.baddbmm(band, query, key.transpose(1, 2), beta=int(banded), alpha=size**-0.5)
         weights = torch.softmax(scores, dim=-1)  # [B, L, L]
@@ -256,7 +273,7 @@ def _attend_run_cpu(query_key_value: Tensor, samples: int, dropout: float, half:
     return attended.transpose(1, 2).reshape(tokens, heads, size)  # [S, A, L, D] -> [S L, A, D]
 
 
-def _attend_group(query_key_value: Tensor, group: Group) -> Tensor:
+def _attend_group(query_key_value: Tensor, group: Group, causal: bool) -> Tensor:
     """Attention of short samples by two batched products, padded to one length: [T, A, 3, D] -> [T, A, D].
 
     A call takes some 0.4 ms forward and backward, whatever is in it: 32 sentences of 3 to 50 tokens are 4
@@ -269,53 +286,68 @@ def _attend_group(query_key_value: Tensor, group: Group) -> Tensor:
     grid = query_key_value.new_zeros(samples * length, heads, 3, size).index_copy(0, cells, query_key_value)
     grid = grid.view(samples, length, heads, 3, size)
     query, key, value = grid.permute(3, 0, 2, 1, 4).reshape(3, samples * heads, length, size).unbind(0)
-    mask = query.new_zeros(samples, length).masked_fill_(~filled, -torch.inf)  # of keys
-    mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, length)  # [B, 1, L]
+    if causal:  # no token attends to the padding, which stands behind all of them
+        mask = _band(length, None, causal, query)  # [L, L]
+    else:
+        mask = query.new_zeros(samples, length).masked_fill_(~filled, -torch.inf)  # of keys
+        mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, length)  # [B, 1, L]
     scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=size**-0.5)
     attended = torch.bmm(torch.softmax(scores, dim=-1), value)  # [B, L, D]
     attended = attended.view(samples, heads, length, size).transpose(1, 2).reshape(-1, heads * size)
     return F.embedding(cells, attended).view(-1, heads, size)  # [S L, A D] -> [T, A, D]
 
 
-def _band(length: int, half: int, like: Tensor) -> Tensor:
-    """The mask of a window, [L, L]: 0 within `half` of the diagonal, -inf outside."""
+def _band(length: int, half: int | None, causal: bool, like: Tensor) -> Tensor:
+    """The mask of a window, of causal attention, or of both, [L, L]: 0 where a query attends, else -inf."""
     position = torch.arange(length, device=like.device)
-    outside = (position[:, None] - position).abs() > half  # [L, L]
+    outside = _outside(position - position[:, None], half, causal)  # [L, L]
     return like.new_zeros(length, length).masked_fill_(outside, -torch.inf)
 
 
-def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, dropout: float, half: int) -> Tensor:
+def _outside(ahead: Tensor, half: int | None, causal: bool) -> Tensor:
+    """Whether a key so many tokens `ahead` of its query is one that the query does not attend to."""
+    if half is None:
+        assert causal
+        return ahead > 0
+    return (ahead < -half) | (ahead > (0 if causal else half))
+
+
+def _attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, half: int, causal: bool
+) -> Tensor:
     """Attention by blocks of `half` queries and the keys of three blocks: 3 x [B, L, D] -> [B, L, D].
 
     A window reaches no further than the next block on each side, so scores are [B N, half, 3 half] instead of
-    [B, L, L].
+    [B, L, L]; where it is causal, [B N, half, 2 half].
     """
     batch, length, size = query.shape
+    width = (2 if causal else 3) * half
     blocks = -(-length // half)
     missing = blocks * half - length  # tokens that the last block lacks
 
     def cut(tensor: Tensor) -> Tensor:  # [B, L, D] -> [B, N, half, D]
         return F.pad(tensor, (0, 0, 0, missing)).reshape(batch, blocks, half, size)
 
-    def neighbours(tensor: Tensor) -> Tensor:  # [B, N, half, D] -> [B N, 3 half, D]
+    def neighbours(tensor: Tensor) -> Tensor:  # [B, N, half, D] -> [B N, width, D]
         around = F.pad(tensor, (0, 0, 0, 0, 1, 1))  # [B, N + 2, half, D], a block of zeros at both ends
-        return torch.cat([around[:, :-2], tensor, around[:, 2:]], dim=2).view(-1, 3 * half, size)
+        behind = [] if causal else [around[:, 2:]]
+        return torch.cat([around[:, :-2], tensor, *behind], dim=2).view(-1, width, size)
 
     near_key, near_value = neighbours(cut(key)), neighbours(cut(value))
-    position = torch.arange(3 * half, device=query.device)
-    ahead = position - half - position[:half, None]  # [half, 3 half] from the query to the key
-    band = query.new_zeros(half, 3 * half).masked_fill_(ahead.abs() > half, -torch.inf)
+    position = torch.arange(width, device=query.device)
+    ahead = position - half - position[:half, None]  # [half, width] from the query to the key
+    band = query.new_zeros(half, width).masked_fill_(_outside(ahead, half, causal), -torch.inf)
     scores = torch.baddbmm(
         band, cut(query).reshape(-1, half, size), near_key.transpose(1, 2), alpha=size**-0.5
     )
     # What lies outside of the sample gets no weight. Outside of autograd: softmax's backward pass gives no
     # gradient where the weight is 0, so a mask in the graph would only be one more pass over the scores.
-    grid = scores.detach().view(batch, blocks, half, 3 * half)  # [B, N, half, 3 half]
+    grid = scores.detach().view(batch, blocks, half, width)  # [B, N, half, width]
     grid[:, 0, :, :half] = -torch.inf
     grid[:, -1, :, 2 * half - missing :] = -torch.inf
-    if missing:
+    if missing and not causal:
         grid[:, -2, :, 3 * half - missing :] = -torch.inf
-    weights = torch.softmax(scores, dim=-1)  # [B N, half, 3 half]
+    weights = torch.softmax(scores, dim=-1)  # [B N, half, width]
     if dropout:
         weights = F.dropout(weights, dropout)
     attended = torch.bmm(weights, near_value).view(batch, blocks * half, size)  # [B, N half, D]

@@ -13,7 +13,7 @@ detection (ELECTRA: Clark et al., 2020), `bert` is ElectraForPreTraining and Ele
 have the same names in all three, so that one table says which of them tensor parallel shards.
 
 Samples are laid end to end without padding. Dimensions:
-    T tokens of the micro-batch   S samples   P masked positions   L tokens of one sample
+    T tokens of the micro-batch   S samples   P predicted positions   L tokens of one sample
     H hidden size   A attention heads on this rank   D head size   V vocabulary on this rank
     G groups of feed-forward features on this rank   I features of a group
 A position is a token's in its sequence, but target_positions are indices in the micro-batch's tokens.
@@ -231,10 +231,12 @@ class Encoder(nn.Module):
         positions: Tensor,
         lengths: Sequence[int],
         embeddings: Embeddings | None = None,
+        causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Ids [T] each and S lengths -> hidden states [T, H], pooled first tokens [S, H] or None.
 
-        `embeddings`: those of another encoder, where this one has none.
+        `embeddings`: those of another encoder, where this one has none. `causal`: no token sees those behind
+        it, in any layer.
         """
         embed = self.embeddings if embeddings is None else embeddings
         count, samples, longest = len(tokens), len(lengths), max(lengths)
@@ -245,7 +247,7 @@ class Encoder(nn.Module):
             )
             rest = extra % longest  # none longer than the longest: positions and shapes stay in bounds
             lengths = [*lengths, *[longest] * (extra // longest), *[rest] * (rest > 0)]
-        packing = Packing.of(lengths, tokens.device, few_shapes=self.graphs)
+        packing = Packing.of(lengths, tokens.device, few_shapes=self.graphs, causal=causal)
         rotaries = self.rotations(positions)
         embedded = embed(tokens, token_types, positions)
         hidden = self.parallel.scatter(embedded if self.projection is None else self.projection(embedded))
@@ -301,7 +303,7 @@ class Encoder(nn.Module):
 
 
 class Predictions(nn.Module):
-    """Hidden states at masked positions -> predictions over the vocabulary, by word embeddings of `width`."""
+    """Hidden states at P positions -> predictions over the vocabulary, by word embeddings of `width`."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, layers: Layers, width: int) -> None:
         super().__init__()
@@ -360,7 +362,7 @@ class LossSums(NamedTuple):
     They are sums, not means, so that those of micro-batches and of ranks add up.
     """
 
-    mlm: Tensor  # losses of the masked positions
+    mlm: Tensor  # losses of the predicted positions: masked ones, or in causal batches all but the last
     pairs: Tensor  # losses of the sentence pairs
     rtd: Tensor  # losses of the tokens that may be replaced ones
     mlm_correct: Tensor
@@ -398,17 +400,18 @@ class PretrainingModel(nn.Module):
         Without labels, or without that head, a sample may hold several sequences, each with a length of
         its own; the pairs' sums are 0. So are those of replaced tokens without a generator, which draws an
         id for each masked position by `uniforms` [P].
-        The projection to the vocabulary runs on the P masked positions only.
+        The projection to the vocabulary runs on the P predicted positions only.
         """
         tokens, target_positions, targets = batch.tokens, batch.target_positions, batch.targets
         sample = batch.token_types, batch.positions, batch.lengths
         if self.generator is None:
-            hidden, pooled = self.encoder(tokens, *sample)
+            hidden, pooled = self.encoder(tokens, *sample, causal=batch.causal)
             mlm, mlm_correct, _ = self.predictions(F.embedding(target_positions, hidden), targets, None)
             rtd = rtd_correct = replaced_found = replaced = torch.zeros_like(mlm_correct)
         else:
             assert self.detector is not None
             assert batch.uniforms is not None
+            assert not batch.causal
             guessed, _ = self.generator(tokens, *sample, self.encoder.embeddings)
             mlm, mlm_correct, sampled = self.predictions(
                 F.embedding(target_positions, guessed), targets, batch.uniforms
@@ -485,11 +488,13 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, vocab_si
     return value
 
 
-def attended_pairs(length: int, half_window: int | None) -> int:
+def attended_pairs(length: int, half_window: int | None, causal: bool = False) -> int:
     """Number of (query, key) pairs of a sample of `length` tokens, in a window where attention is local."""
     if half_window is None or length <= half_window:
-        return length * length
-    return length * (2 * half_window + 1) - half_window * (half_window + 1)
+        pairs = length * length
+    else:
+        pairs = length * (2 * half_window + 1) - half_window * (half_window + 1)
+    return (pairs + length) // 2 if causal else pairs  # half of them look ahead, but for each token itself
 
 
 def model_flops_per_token(

@@ -4,7 +4,8 @@
     heldout/NAME/mlm_loss    a data set of `heldout`, or the validation split of one of several corpora
 
 Sets with names are masked alike in every run (`MASKING`), so that phases and runs which mask otherwise, or
-use longer documents only, are compared by them.
+use longer documents only, are compared by them. With `objectives.clm` nothing is masked in any set: each
+figure is of next tokens, called `clm_loss`, and compares with those of other such runs only.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import heldout_brief
 from bertscale.train.objectives import Counts, mean_losses
 from bertscale.train.parallel import Ranks
+from bertscale.train.stop import StopSignal, heed
 
 AVERAGE = "heldout_average"  # begins the names of figures with the average of the weights
+PERPLEXITIES = {"mlm_loss": "masked_perplexity", "clm_loss": "perplexity"}
 MASKING = {  # as BERT was published
     "mask_unit": "token",
     "mask_rate": 0.15,
@@ -74,16 +77,21 @@ def heldout_loaders(
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine[PretrainConfig], loaders: dict[str, Loader], samples: int, done: int
+    engine: Engine[PretrainConfig],
+    loaders: dict[str, Loader],
+    samples: int,
+    done: int,
+    stop: StopSignal | None = None,
 ) -> dict[str, float]:
-    """Mean losses and accuracies of held-out documents, always over the same masked samples.
+    """Mean losses and accuracies of held-out documents, always over the same samples and masks.
 
     Where the run keeps an average of its weights, its figures are there too, as `heldout_average/...`.
+    Raises CutShortError after a signal: what is there of the time before a limit is for saving.
     """
-    figures = _evaluate_sets(engine, loaders, samples, done)
+    figures = _evaluate_sets(engine, loaders, samples, done, stop)
     if engine.config.train.average:
         with engine.averaged():
-            again = _evaluate_sets(engine, loaders, samples, done)
+            again = _evaluate_sets(engine, loaders, samples, done, stop)
         figures |= {key.replace("heldout", AVERAGE, 1): value for key, value in again.items()}
     return figures
 
@@ -99,42 +107,55 @@ def in_words(figures: dict[str, float]) -> str:
 
 
 def _evaluate_sets(
-    engine: Engine[PretrainConfig], loaders: dict[str, Loader], samples: int, done: int
+    engine: Engine[PretrainConfig],
+    loaders: dict[str, Loader],
+    samples: int,
+    done: int,
+    stop: StopSignal | None,
 ) -> dict[str, float]:
     engine.model.eval()
     figures: dict[str, float] = {}
-    for prefix, loader in loaders.items():
-        found = _evaluate(engine, prefix, loader, samples, done)
-        if prefix != "heldout" and f"{prefix}/mlm_loss" in found:
-            found[f"{prefix}/masked_perplexity"] = masked_perplexity(found[f"{prefix}/mlm_loss"])
-        figures |= found
-    engine.model.train()
+    try:
+        for prefix, loader in loaders.items():
+            found = _evaluate(engine, prefix, loader, samples, done, stop)
+            for loss, name in PERPLEXITIES.items():
+                if prefix != "heldout" and f"{prefix}/{loss}" in found:
+                    found[f"{prefix}/{name}"] = perplexity(found[f"{prefix}/{loss}"])
+            figures |= found
+    finally:
+        engine.model.train()
     return figures
 
 
-def masked_perplexity(mlm_loss: float) -> float:
-    """The exponential of the mean masked loss: as if the model chose among so many equally likely pieces.
+def perplexity(loss: float) -> float:
+    """The exponential of a mean loss: as if the model chose among so many equally likely pieces.
 
-    All masks of a sample are predicted at once. This is not the pseudo-perplexity of Salazar et al. (2020),
-    which masks one token at a time and sees all others, and is lower.
+    Of masked tokens all masks of a sample are predicted at once. That is not the pseudo-perplexity of Salazar
+    et al. (2020), which masks one token at a time and sees all others, and is lower.
     """
-    return math.exp(min(mlm_loss, 700.0))  # beyond that lies no float64
+    return math.exp(min(loss, 700.0))  # beyond that lies no float64
 
 
 def _evaluate(
-    engine: Engine[PretrainConfig], prefix: str, loader: Loader, samples: int, done: int
+    engine: Engine[PretrainConfig],
+    prefix: str,
+    loader: Loader,
+    samples: int,
+    done: int,
+    stop: StopSignal | None,
 ) -> dict[str, float]:
     """The figures of one held-out set, in evaluation mode."""
     ranks = engine.ranks
     totals = torch.zeros(len(LossSums._fields), device=ranks.device)
-    masked = tokens = 0
+    predicted = tokens = 0
     steps = max(1, samples // loader.global_batch)
     for step in range(steps):
+        heed(stop, ranks)
         for batch in loader.step(step):
             totals += torch.stack(engine(batch.to(ranks.device)))
-            masked += batch.num_targets
+            predicted += batch.num_targets
             tokens += len(batch.tokens)
             beat(done)
-    all_masked, all_tokens = ranks.sum_over_data(masked, tokens)
-    counts = Counts(all_masked, steps * loader.global_batch, all_tokens)
+    all_predicted, all_tokens = ranks.sum_over_data(predicted, tokens)
+    counts = Counts(all_predicted, steps * loader.global_batch, all_tokens)
     return mean_losses(prefix, engine.config, totals, counts, ranks)

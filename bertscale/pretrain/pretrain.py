@@ -7,25 +7,29 @@ torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or is one rank 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from bertscale.config import PretrainConfig, with_model_of
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
+from bertscale.data.loader import Loader
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
-from bertscale.pretrain.fills import encode_sentences, fill, show_fills
+from bertscale.pretrain.fills import Sentence, encode_sentences, fill, show_fills
 from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from
 from bertscale.pretrain.tasks import Begin, Tasks, check_encoder
 from bertscale.progress import Progress, TimeBudget, fold
 from bertscale.run_folder import CONFIG, FILLS, RESULT, check_run_folder, checkpoint_folder
-from bertscale.tokenizer import load_tokenizer
+from bertscale.tokenizer import Tokenizer, load_tokenizer
 from bertscale.train.checkpoint import prune, save_checkpoint
 from bertscale.train.device import choose_precision, device_line, local_device, peak_flops
 from bertscale.train.engine import Engine, pretraining_engine
@@ -36,7 +40,7 @@ from bertscale.train.parallel import Ranks, start_ranks, stop_ranks
 from bertscale.train.resume import changed_settings, check_same_run, newest_sound, remove_leftovers
 from bertscale.train.schedule import Clock, TrainingSchedule
 from bertscale.train.step import train_step
-from bertscale.train.stop import StopSignal, only_one, skipped
+from bertscale.train.stop import UNEVALUATED, CutShortError, StopSignal, only_one, skipped
 
 
 def pretrain(config: PretrainConfig, begin: Begin | None = None) -> int:
@@ -84,7 +88,9 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
 
     if checkpoint is not None:
         check_same_run(checkpoint, config, data, schedule)
-        if schedule.over(checkpoint.step, checkpoint.elapsed_seconds):
+        over = schedule.over(checkpoint.step, checkpoint.elapsed_seconds)
+        unfinished = UNEVALUATED in checkpoint.table and not (run / RESULT).is_file()
+        if over and not ranks.broadcast(unfinished):
             ranks.say(f"already pretrained: {checkpoint.folder} is the end of {schedule.text}")
             tasks = Tasks(config, ranks, begin)
             tasks.add(checkpoint.step, last=True)
@@ -102,7 +108,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
 
     # What is reported of it.
     peak = ranks.sum(peak_flops(ranks.device, dtype))[0]
-    rate = Rate(config.model, tokenizer.vocab_size, peak)
+    rate = Rate(config.model, tokenizer.vocab_size, peak, causal=config.objectives.clm > 0)
     losses = LossAccumulator(ranks.device, checkpoint.skipped_steps if checkpoint else 0)
     clock = Clock(checkpoint.elapsed_seconds if checkpoint else 0.0)
     writer = MetricsWriter(run, start) if first else None
@@ -119,6 +125,19 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
         ranks.say(fold(line))
     tasks = Tasks(config, ranks, begin, writer)
     last = False  # whether this step is the last of the budget; all ranks must find the same
+    cut = False  # whether a signal has cut an evaluation short, likewise
+    see = partial(look, engine, heldout, stop, sentences, tokenizer, writer)
+    finish = partial(write_result, engine, rate, precision, peak)
+    if checkpoint is not None and UNEVALUATED in checkpoint.table:
+        try:
+            ranks.say(see(start))
+        except CutShortError:
+            return STOPPED_AND_SAVED
+        if over:
+            finish()
+            if writer:
+                writer.close()
+            return 0
 
     hours = TimeBudget(schedule.seconds, clock.elapsed()) if schedule.seconds else None
     with Progress(
@@ -126,7 +145,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     ) as progress:
         for step, micro_batches in loader.iterate(start, schedule.steps or FOREVER):
             # All that ranks must agree on, in one collective; the run's clock is the mean of their clocks.
-            masked, tokens, stopping, asked, *times = ranks.sum_over_data(
+            predicted, tokens, stopping, asked, *times = ranks.sum_over_data(
                 sum(batch.num_targets for batch in micro_batches),
                 sum(len(batch.tokens) for batch in micro_batches),
                 float(stop.asked),
@@ -138,7 +157,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
             now, after = (total / ranks.data for total in times)
             last = schedule.over(step + 1, after)
             learning_rate = schedule.learning_rate(step, now)
-            counts = Counts(masked, schedule.batch(step)[1], tokens)
+            counts = Counts(predicted, schedule.batch(step)[1], tokens)
 
             sums = train_step(engine, micro_batches, counts, step=step, learning_rate=learning_rate)
             losses.add(sums, counts, engine.step_applied)
@@ -171,18 +190,14 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
                     facts = brief(mean_losses("train", config, totals, seen, ranks) | rate.so_far(ranks))
             progress.advance(1, **facts)
             if done % config.train.eval_every == 0 or last:
-                figures = evaluate(engine, heldout, config.train.eval_samples, done)
-                if writer:
-                    writer.write(done, figures)
-                progress.say(f"step {done}: {in_words(figures)}")
-                if sentences:
-                    fills = fill(engine, sentences, tokenizer)
-                    if writer:
-                        show_fills(writer, run, done, sentences, fills)
+                try:
+                    progress.say(see(done))
+                except CutShortError:
+                    cut = True
+                    break
                 rate.restart()
-            if last and first:  # before the checkpoint that makes the run a finished one
-                size = {"parameters": engine.num_parameters(), "precision": precision}
-                write_json(run / RESULT, {**result(run), **rate.overall(), **size, "peak_flops": peak})
+            if last:  # before the checkpoint that makes the run a finished one
+                finish()
             if done % config.train.save_every == 0 or last:
                 # A budget in hours is spent when its last step is likely to pass it.
                 spent = (schedule.seconds or 0.0) if last else 0.0
@@ -194,10 +209,13 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
             if last:
                 break
 
-    if not last:  # a signal came
+    if cut or not last:  # a signal came
         tasks.ask_to_stop()
         if saved < done:
-            save(engine, done, data, schedule, clock.elapsed(), losses, origin, tasks)
+            spent = (schedule.seconds or 0.0) if last else 0.0
+            elapsed = max(clock.elapsed(), spent)
+            more = {UNEVALUATED: True} if cut else {}
+            save(engine, done, data, schedule, elapsed, losses, origin, tasks, more)
         tasks.end()
         if first:  # in its log: on the screen the process that has started the ranks says how to go on
             print(f"stopped after step {done} of {schedule.text}", file=sys.stderr, flush=True)
@@ -213,6 +231,37 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
 # ---------------------------------------------------------------------------------------- its parts
 
 
+def look(
+    engine: Engine[PretrainConfig],
+    heldout: dict[str, Loader],
+    stop: StopSignal,
+    sentences: list[Sentence],
+    tokenizer: Tokenizer,
+    writer: MetricsWriter | None,
+    step: int,
+) -> str:
+    """Evaluates the weights after `step` and writes the figures; the line that tells them.
+
+    Raises CutShortError, on all ranks, after a signal.
+    """
+    figures = evaluate(engine, heldout, engine.config.train.eval_samples, step, stop)
+    if writer:
+        writer.write(step, figures)
+    if sentences:
+        fills = fill(engine, sentences, tokenizer)
+        if writer:
+            show_fills(writer, Path(engine.config.run), step, sentences, fills)
+    return f"step {step}: {in_words(figures)}"
+
+
+def write_result(engine: Engine[PretrainConfig], rate: Rate, precision: str, peak: float) -> None:
+    """Writes what the run comes to, by the first rank."""
+    if engine.ranks.rank == 0:
+        run = Path(engine.config.run)
+        size = {"parameters": engine.num_parameters(), "precision": precision}
+        write_json(run / RESULT, {**result(run), **rate.overall(), **size, "peak_flops": peak})
+
+
 def save(
     engine: Engine[PretrainConfig],
     step: int,
@@ -222,6 +271,7 @@ def save(
     losses: LossAccumulator,
     origin: Start,
     tasks: Tasks,
+    more: Mapping[str, Any] = {},
 ) -> None:
     """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes the oldest ones.
 
@@ -236,6 +286,7 @@ def save(
         "samples_consumed": schedule.batch(step)[0],
         "skipped_steps": losses.skipped,
         "elapsed_seconds": elapsed,
+        "causal": config.objectives.clm > 0,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
     }
@@ -243,7 +294,7 @@ def save(
     save_checkpoint(
         checkpoint_folder(run, step),
         engine.fragments_to_save(),
-        {**facts, **origin.facts, **engine.table()},
+        {**facts, **more, **origin.facts, **engine.table()},
         data[0].tokenizer_path,
         engine.ranks,
     )

@@ -82,6 +82,17 @@ class SentencePieceTokenizer(Tokenizer):
         """NFC, or NFKC where the model was trained so; no control characters, one space for white space."""
         return normalize(text, self.form)
 
+    def extended(self, pieces: Sequence[tuple[str, float]]) -> bytes:
+        """The model that has new `pieces`, with their scores, after all others."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.content)
+        for piece, score in pieces:
+            proto.pieces.add(piece=piece, score=score, type=_NORMAL)
+        proto.trainer_spec.vocab_size = len(proto.pieces)
+        content: bytes = proto.SerializeToString()
+        return content
+
     def encode(self, texts: list[str]) -> list[Ids]:
         ids: list[Ids] = self._model.encode(texts, out_type=int)
         return ids
@@ -220,10 +231,15 @@ class SentencePieceTokenizer(Tokenizer):
         text = json.dumps(settings, indent=2) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    def _proto(self) -> Any:
+    @cached_property
+    def proto(self) -> Any:
+        """The model as SentencePiece's message `ModelProto`, not to be changed."""
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self.content)
+        return sentencepiece_model_pb2.ModelProto.FromString(self.content)
+
+    def _proto(self) -> Any:
+        proto = self.proto
         trainer = proto.trainer_spec
         if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
             kind = "with the space after a word" if trainer.treat_whitespace_as_suffix else "of words"

@@ -165,6 +165,7 @@ class Checkpoint:
         self.skipped_steps: int = table.get("skipped_steps", 0)  # of the steps, those that changed nothing
         self.elapsed_seconds: float = table.get("elapsed_seconds", 0.0)  # of training
         self.updates_before: int = table.get("updates_before", 0)  # by the runs that it took the moments from
+        self.causal: bool = table.get("causal", False)  # trained to predict next tokens (objectives.clm)
         self.lineage: list[dict[str, Any]] = table.get(
             "lineage", []
         )  # what its run started from, oldest first

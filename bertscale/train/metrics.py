@@ -30,8 +30,9 @@ from bertscale.train.parallel import Ranks
 class Rate:
     """Counts the tokens between two log points, their seconds, and the FLOPs that they need."""
 
-    def __init__(self, model: ModelConfig, vocab_size: int, peak: float) -> None:
+    def __init__(self, model: ModelConfig, vocab_size: int, peak: float, *, causal: bool = False) -> None:
         self.model, self.vocab_size, self.peak = model, vocab_size, peak  # peak: FLOP/s of all devices
+        self.causal = causal
         self.all_tokens, self.all_seconds, self.all_flops = 0.0, 0.0, 0.0
         self.restart()
 
@@ -43,9 +44,9 @@ class Rate:
     def add(self, lengths: Sequence[int], masked: int) -> None:
         """Adds one micro-batch of this rank: its sequence lengths and its number of predicted tokens."""
         self.tokens += sum(lengths)
-        self.pairs += sum(length * length for length in lengths)
-        half = self.model.half_window
-        self.local_pairs += sum(attended_pairs(length, half) for length in lengths) if half else 0
+        self.pairs += sum(attended_pairs(length, None, self.causal) for length in lengths)
+        if half := self.model.half_window:
+            self.local_pairs += sum(attended_pairs(length, half, self.causal) for length in lengths)
         self.masked += masked
 
     def close(self, ranks: Ranks, *, warming_up: bool = False) -> dict[str, float]:
@@ -253,6 +254,7 @@ def write_overview(
             events.add_text(key, text)
 
 
+BY_LOSS = ("mlm", "clm")  # objectives of which a run has one at most
 BY_ACCURACY = (*PAIRS, "rtd")  # objectives whose accuracy says more than their loss
 RATES = {f"{kind}_accuracy": f"{kind.upper()} accuracy" for kind in BY_ACCURACY} | {"rtd_recall": "recall"}
 
@@ -262,7 +264,11 @@ def brief(figures: dict[str, float]) -> dict[str, str]:
     return {
         "loss": f"{figures['train/loss']:.3f}",
         "tokens/s": show_count(figures["speed/tokens_per_second"]),
-        **({"MLM": f"{figures['train/mlm_loss']:.3f}"} if "train/mlm_loss" in figures else {}),
+        **{
+            kind.upper(): f"{figures[f'train/{kind}_loss']:.3f}"
+            for kind in BY_LOSS
+            if f"train/{kind}_loss" in figures
+        },
         **_rates(figures, "train", ".0%"),
         "MFU": show_mfu(figures["speed/mfu"]),
     }
@@ -276,11 +282,13 @@ def show_mfu(mfu: float) -> str:
 def heldout_brief(figures: dict[str, float]) -> str:
     """The held-out figures in words, such as `MLM loss 6.1234, NSP accuracy 51.2%; of wiki 6.0151`."""
     words = []
-    if "heldout/mlm_loss" in figures:
-        words.append(f"MLM loss {figures['heldout/mlm_loss']:.4f}")
+    for kind in BY_LOSS:
+        if f"heldout/{kind}_loss" in figures:
+            words.append(f"{kind.upper()} loss {figures[f'heldout/{kind}_loss']:.4f}")
     words += [f"{name} {rate}" for name, rate in _rates(figures, "heldout", ".1%").items()]
-    named = [key.split("/") for key in figures if key.endswith("/mlm_loss") and key.count("/") == 2]
-    of_each = ", ".join(f"{name} {figures[f'heldout/{name}/mlm_loss']:.4f}" for _, name, _ in named)
+    losses = tuple(f"/{kind}_loss" for kind in BY_LOSS)
+    named = [key for key in figures if key.endswith(losses) and key.count("/") == 2]
+    of_each = ", ".join(f"{key.split('/')[1]} {figures[key]:.4f}" for key in named)
     return ", ".join(words) + (f"; of {of_each}" if of_each else "")
 
 
@@ -300,7 +308,10 @@ def result(run: Path) -> dict[str, float]:
         "last_loss": trained[-1]["train/loss"],
         **{
             f"heldout_{figure}": heldout[-1][f"heldout/{figure}"]
-            for figure in ("mlm_loss", "mlm_accuracy", *(f"{kind}_accuracy" for kind in BY_ACCURACY))
+            for figure in (
+                *(f"{kind}_{figure}" for kind in BY_LOSS for figure in ("loss", "accuracy")),
+                *(f"{kind}_accuracy" for kind in BY_ACCURACY),
+            )
             if f"heldout/{figure}" in heldout[-1]
         },
     }

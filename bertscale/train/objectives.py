@@ -1,6 +1,6 @@
 """The training loss, a weighted sum of those of the objectives, and the mean losses that are reported.
 
-    loss = mlm * L_mlm + pairs * L_pairs + rtd * L_rtd
+    loss = mlm * L_mlm + pairs * L_pairs + rtd * L_rtd,    or    loss = clm * L_clm
 
 by the weights of the config's `objectives`, each L a mean over all of its predictions in the global batch
 (Devlin et al., 2019; Clark et al., 2020).
@@ -22,7 +22,7 @@ Number = TypeVar("Number", float, Tensor)
 class Counts(NamedTuple):
     """The divisors of the sums of a global batch, or of several: its predictions on all data ranks."""
 
-    masked: float  # masked tokens that are predicted
+    predicted: float  # tokens that are predicted: masked ones, or next ones
     samples: float
     tokens: float  # those that may be replaced ones: all
 
@@ -32,8 +32,8 @@ def training_loss(objectives: ObjectivesConfig, sums: Sequence[Number], counts: 
 
     An objective without predictions adds 0.
     """
-    mlm, pairs, rtd = (total / (count or 1.0) for total, count in zip(sums[:3], counts, strict=True))
-    return objectives.mlm * mlm + objectives.pairs * pairs + objectives.rtd * rtd
+    tokens, pairs, rtd = (total / (count or 1.0) for total, count in zip(sums[:3], counts, strict=True))
+    return (objectives.mlm or objectives.clm) * tokens + objectives.pairs * pairs + objectives.rtd * rtd
 
 
 def mean_losses(

@@ -15,6 +15,7 @@ from bertscale.run_folder import LOCK
 from bertscale.train.metrics import LossAccumulator
 from bertscale.train.parallel import Ranks
 
+UNEVALUATED = "unevaluated"  # in a checkpoint's table: a signal has cut short the evaluation after its step
 MOST_SKIPPED = 10  # steps in a row: with so many gradients that are not finite the run ends
 
 
@@ -28,6 +29,16 @@ class StopSignal:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+class CutShortError(Exception):
+    """A signal came during an evaluation, which is to be made again when the run is resumed."""
+
+
+def heed(stop: StopSignal | None, ranks: Ranks) -> None:
+    """Raises CutShortError on all ranks where one of them was told to stop. All ranks must call."""
+    if stop is not None and ranks.sum(float(stop.asked))[0]:
+        raise CutShortError
 
 
 @contextmanager

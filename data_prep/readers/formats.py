@@ -11,11 +11,12 @@ import csv
 import html
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from io import BufferedReader
 
-from bertscale.config import UserError
+from bertscale.config import CsvConfig, UserError
 from data_prep.readers.markdown import MarkdownText
 from data_prep.readers.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
 
@@ -111,88 +112,136 @@ def column_index(names: list[str], column: str, name: str) -> int:
     )
 
 
-def tsv_column(stream: BufferedReader, name: str, column: str) -> int:
-    """The index of `column`, from the first line."""
+def tsv_column(stream: BufferedReader, name: str, column: str) -> tuple[int, int]:
+    """(the index of `column`, how many columns there are), from the first line."""
     header = stream.readline(CHUNK).decode("utf-8", "replace").rstrip("\r\n").removeprefix("\ufeff")
-    return column_index(header.split("\t"), column, name)
+    names = header.split("\t")
+    return column_index(names, column, name), len(names)
 
 
-def read_tsv(stream: BufferedReader, name: str, end: int | None, index: int) -> Iterator[Record]:
-    """A record a line, columns between tabs. A quotation mark is a character like any other."""
+def read_tsv(
+    stream: BufferedReader, name: str, end: int | None, columns: tuple[int, int]
+) -> Iterator[Record]:
+    """A record a line, columns between tabs. A quotation mark is a character like any other.
+
+    `columns`: the index of the text's, and their number, which each row must have.
+    """
+    index, count = columns
     for start, line, whole in bounded_lines(stream, end):
         where, cells = f"byte {start}", line.rstrip(b"\r\n").split(b"\t")
         if not whole:
             yield bad(TOO_LONG, name, where, line)
-        elif len(cells) <= index:
-            reason = "a row with too few columns" if line.strip() else "blank"
-            yield bad(reason, name, where, line)
+        elif len(cells) != count:
+            yield bad(_misfit(len(cells), count) if line.strip() else "blank", name, where, line)
         else:
             yield from judged(cells[index], name, where)
 
 
+def _misfit(cells: int, columns: int) -> str:
+    return "a row with too few columns" if cells < columns else "a row with too many columns"
+
+
 # ------------------------------------------------------------------------------------------------- csv
+
+NOT_CLOSED = "broken CSV: a quotation mark that is not closed"
+_NO_ESCAPE = "broken CSV: text behind a closing quotation mark"  # or one that csv.escape would have escaped
+_LINES_TRIED = 1000  # behind a quotation mark that nothing closes
 
 
 class _CsvLines:
-    """The lines of a .csv for csv.reader, which reads as many as a record has."""
+    """The lines of a .csv for csv.reader, which reads as many as a record has; they can be read again."""
 
     def __init__(self, stream: BufferedReader) -> None:
-        self._stream = stream
+        self._stream, self._again = stream, deque[bytes]()
         self.number = 0  # lines read
         self.begin()
 
     def begin(self) -> None:
         """A new record begins."""
-        self.size, self._quotes, self.head = 0, 0, b""
+        self.record: list[bytes] = []
+        self._size = 0
 
     def __iter__(self) -> _CsvLines:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(RECORD_BYTES)
+        line = self._again.popleft() if self._again else self._stream.readline(RECORD_BYTES)
         if not line:
             raise StopIteration
-        self.head = self.head or line
-        self.size += len(line)
-        self._count(line)
-        if self.size >= RECORD_BYTES:
-            self._skip(line)
-            raise OverflowError
-        return line.decode("utf-8", "surrogateescape")
-
-    def _count(self, line: bytes) -> None:
-        self._quotes += line.count(b'"')
+        self.record.append(line)
+        self._size += len(line)
         self.number += line.endswith(b"\n")
+        if self._size >= RECORD_BYTES:
+            raise OverflowError
+        return _text_of(line)
 
-    def _skip(self, line: bytes) -> None:
+    def go_back(self) -> None:
+        """All lines of the record but the first are to be read again."""
+        again = self.record[1:]
+        self._again.extendleft(reversed(again))
+        self.number -= sum(line.endswith(b"\n") for line in again)
+
+    def skip(self, dialect: CsvConfig) -> None:
         """To the end of the record: the end of a line where the quotation marks are closed."""
-        while (self._quotes % 2 or not line.endswith(b"\n")) and (line := self._stream.readline(CHUNK)):
-            self._count(line)
+        line, opened = self.record[-1], sum(_quotes(line, dialect) for line in self.record) % 2
+        while (opened or not line.endswith(b"\n")) and (line := self._stream.readline(CHUNK)):
+            opened ^= _quotes(line, dialect) % 2
+            self.number += line.endswith(b"\n")
 
 
-def csv_column(stream: BufferedReader, name: str, column: str) -> int:
-    """The index of `column`, from the first record."""
-    return _csv_header(csv.reader(_CsvLines(stream)), name, column)
+def _quotes(line: bytes, dialect: CsvConfig) -> int:
+    """How many quotation marks open or close something."""
+    if not dialect.quote:
+        return 0
+    quote = dialect.quote.encode()
+    if not dialect.escape:
+        return line.count(quote)
+    escape = dialect.escape.encode()
+    return line.replace(escape * 2, b"").replace(escape + quote, b"").count(quote)
 
 
-def _csv_header(reader: Iterator[list[str]], name: str, column: str) -> int:
+def _text_of(line: bytes) -> str:
+    return line.decode("utf-8", "surrogateescape")
+
+
+def _csv_reader(lines: Iterable[str], dialect: CsvConfig) -> Iterator[list[str]]:
     csv.field_size_limit(RECORD_BYTES)  # of this process
+    return csv.reader(
+        lines,
+        delimiter=dialect.delimiter,
+        quotechar=dialect.quote,
+        escapechar=dialect.escape,
+        quoting=csv.QUOTE_MINIMAL if dialect.quote else csv.QUOTE_NONE,
+        strict=True,
+    )
+
+
+def csv_column(stream: BufferedReader, name: str, column: str, dialect: CsvConfig) -> tuple[int, int]:
+    """(the index of `column`, how many columns there are), from the first record."""
+    return _csv_header(_csv_reader(_CsvLines(stream), dialect), name, column)
+
+
+def _csv_header(reader: Iterator[list[str]], name: str, column: str) -> tuple[int, int]:
     try:
         header = next(reader, [])
     except (csv.Error, OverflowError):
         header = []
-    return column_index([_shown(cell) for cell in header], column, name)
+    return column_index([_shown(cell) for cell in header], column, name), len(header)
 
 
 def _shown(cell: str) -> str:
     return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def read_csv(stream: BufferedReader, name: str, column: str) -> Iterator[Record]:
-    """RFC 4180, https://www.rfc-editor.org/rfc/rfc4180: text in quotation marks may hold commas and lines."""
+def read_csv(stream: BufferedReader, name: str, column: str, dialect: CsvConfig) -> Iterator[Record]:
+    """RFC 4180, https://www.rfc-editor.org/rfc/rfc4180: text in quotation marks may hold commas and lines.
+
+    What is not so is Bad: text behind a closing quotation mark, and a row with more or fewer cells than the
+    header. Where a quotation mark is not closed, its row alone is lost if the lines behind it are rows.
+    """
     lines = _CsvLines(stream)
-    reader = csv.reader(lines)
-    index = _csv_header(reader, name, column)
+    reader = _csv_reader(lines, dialect)
+    index, columns = _csv_header(reader, name, column)
     while True:
         lines.begin()
         where = f"line {lines.number + 1}"
@@ -200,21 +249,47 @@ def read_csv(stream: BufferedReader, name: str, column: str) -> Iterator[Record]
             cells = next(reader)
         except StopIteration:
             return
-        except OverflowError:
-            yield bad(TOO_LONG, name, where, lines.head)
+        except (csv.Error, OverflowError) as error:
+            yield bad(_csv_fault(error, lines, columns, dialect), name, where, lines.record[0])
             continue
-        except csv.Error as error:
-            yield bad(f"broken CSV: {error}", name, where, lines.head)
-            continue
-        if len(cells) <= index:
-            yield bad("a row with too few columns" if cells else "blank", name, where, lines.head)
+        if len(cells) != columns:
+            reason = _misfit(len(cells), columns) if cells else "blank"
+            reason = NOT_CLOSED if _went_back(lines, columns, dialect) else reason
+            yield bad(reason, name, where, lines.record[0])
         else:
             try:
                 cells[index].encode()
             except UnicodeEncodeError:
-                yield bad("invalid UTF-8", name, where, lines.head)
+                yield bad("invalid UTF-8", name, where, lines.record[0])
             else:
                 yield from judged(cells[index], name, where)
+
+
+def _csv_fault(error: Exception, lines: _CsvLines, columns: int, dialect: CsvConfig) -> str:
+    """Why the record that was read is none; `lines` then stand where the next one is to be looked for."""
+    if _went_back(lines, columns, dialect):
+        return NOT_CLOSED
+    if isinstance(error, OverflowError):
+        lines.skip(dialect)
+        return TOO_LONG
+    if "unexpected end" in str(error):
+        return NOT_CLOSED
+    return _NO_ESCAPE if "expected after" in str(error) else f"broken CSV: {error}"
+
+
+def _went_back(lines: _CsvLines, columns: int, dialect: CsvConfig) -> bool:
+    """Has the lines behind the record's first one read again if most are rows by themselves, and so no part
+    of a text in quotation marks; returns whether they are."""
+    tried, rows = lines.record[1 : 1 + _LINES_TRIED], 0
+    for line in tried:
+        try:
+            rows += len(next(_csv_reader([_text_of(line)], dialect), [])) == columns
+        except csv.Error:
+            continue
+    if rows <= len(tried) / 2:
+        return False
+    lines.go_back()
+    return True
 
 
 # ---------------------------------------------------------------------------------------- running text

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from bertscale.config import WORK_FOLDER, PrepConfig, UserError, is_utf8
+from bertscale.config import WORK_FOLDER, CsvConfig, PrepConfig, UserError, is_utf8
 from data_prep.readers import formats, tables
 from data_prep.readers.compressed import DAMAGE, compression_of, open_stream
 from data_prep.readers.encodings import can_be_cut, open_text, other_encoding
@@ -178,7 +178,8 @@ def cut_into_units(files: list[InputFile], config: PrepConfig) -> list[list[Part
 
 def _is_large(file: InputFile, config: PrepConfig, room: int) -> bool:
     """Whether the file is to be cut: larger than `room` bytes, and of a kind and encoding that can be."""
-    whole = compression_of(file.name) or file.kind in (".arrow", ".csv", ".md")
+    quoted = file.kind == ".tsv" and config.csv.quoted_tsv
+    whole = compression_of(file.name) or file.kind in (".arrow", ".csv", ".md") or quoted
     if file.kind != ".parquet" and not can_be_cut(config.encoding):
         return False
     return not whole and file.size > max(room, 1)
@@ -219,8 +220,8 @@ def _check(name: str, kind: str, config: PrepConfig) -> None:
     with open_text(name, config.encoding) as stream:
         formats.skip_bom(stream)
         try:
-            if kind == ".csv":
-                formats.csv_column(stream, name, config.text_field)
+            if dialect := _dialect(kind, config):
+                formats.csv_column(stream, name, config.text_field, dialect)
             elif kind == ".tsv":
                 formats.tsv_column(stream, name, config.text_field)
         except UserError:
@@ -304,7 +305,6 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
         # Of every kind it skips a byte order mark; a small .txt file is looked at only here, as it is open.
         if not part.start and _is_wiki(stream) and kind == ".txt":
             kind = WIKI
-        index = _tsv_column(stream, part, config) if kind == ".tsv" else 0
         end = part.end if is_utf8(config.encoding) and not compressed else None
         if kind == WIKI:
             yield from formats.read_wiki(stream, name, end)
@@ -316,14 +316,25 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
             yield from formats.read_markdown(stream, name)
         elif kind == ".jsonl":
             yield from formats.read_jsonl(stream, name, end, config.text_field)
-        elif kind == ".csv":
-            yield from formats.read_csv(stream, name, config.text_field)
+        elif dialect := _dialect(kind, config):
+            yield from formats.read_csv(stream, name, config.text_field, dialect)
         elif kind == ".tsv":
-            yield from formats.read_tsv(stream, name, end, index)
+            yield from formats.read_tsv(stream, name, end, _tsv_column(stream, part, config))
 
 
-def _tsv_column(stream: BufferedReader, part: Part, config: PrepConfig) -> int:
-    """The index of the text's column, from the first line of the file; `stream` then stands at a record."""
+def _dialect(kind: str, config: PrepConfig) -> CsvConfig | None:
+    """How a table is quoted; None for a plain .tsv, and for files of other kinds."""
+    if kind == ".csv":
+        return config.csv
+    return (
+        config.csv.model_copy(update={"delimiter": "\t"})
+        if kind == ".tsv" and config.csv.quoted_tsv
+        else None
+    )
+
+
+def _tsv_column(stream: BufferedReader, part: Part, config: PrepConfig) -> tuple[int, int]:
+    """The text's column, from the first line of the file; `stream` then stands at a record."""
     if not part.start:
         return formats.tsv_column(stream, part.name, config.text_field)
     with open_text(part.name, config.encoding) as whole:

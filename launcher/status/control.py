@@ -13,10 +13,11 @@ from pathlib import Path
 from bertscale.errors import UserError
 from bertscale.run_folder import CANCELLED, CONFIG, EVENTS, Events, read_events
 from launcher import history, queue_jobs, runs, slurm
+from launcher.enqueue import queue
 from launcher.job import TRAINING
 from launcher.queue_jobs import QueueJob
 from launcher.runs import Place, place_of, read_spec
-from launcher.submit.command import queue
+from launcher.submit.command import left_out, making
 
 
 def cancel(place: Place, *, now: bool) -> int:
@@ -77,18 +78,23 @@ def resume(place: Place, *, only: bool) -> int:
     if place.job is None:
         print(f"{place.shown} was started by hand; to resume: {local_command(place)}")
         return 0
+    with making(place.job):
+        return _resume(place, place.job, only)
+
+
+def _resume(place: Place, job: Path, only: bool) -> int:
     jobs = queue_jobs.own_jobs()
-    if active := _active(place.job, jobs):
-        ending = (place.job / CANCELLED).exists() and not active[0].waits
+    if active := _active(job, jobs):
+        ending = (job / CANCELLED).exists() and not active[0].waits
         advice = "it was cancelled and is about to end: wait for it" if ending else "it needs no resume"
         state = "waits in the queue" if active[0].waits else "is running"
         raise UserError(f"job {active[0].id} of {place.shown} {state}: {advice}")
-    folders = [place.job, *([] if only else map(Path, read_spec(place.job).following))]
+    folders = [job, *([] if only else map(Path, read_spec(job).following))]
     numbers: dict[Path, str] = {}
     for folder in folders:
         if _is_done(folder):
             print(f"{_shown(folder)} is done already")
-        elif folder == place.job or not _active(folder, jobs):
+        elif folder == job or not _active(folder, jobs):
             numbers[folder] = _queue_again(folder, jobs, numbers)
     return 0
 
@@ -110,7 +116,7 @@ def _queue_again(job: Path, jobs: list[QueueJob], queued: dict[Path, str]) -> st
     was_cancelled = marker.exists()
     marker.unlink(missing_ok=True)  # before the job can begin and see it
     try:
-        number = queue(spec, after)  # finished tasks of an array end as soon as they begin
+        number = queue(spec, after, left_out(spec))  # finished tasks of an array end as soon as they begin
     except UserError:
         if was_cancelled:
             marker.touch()

@@ -20,18 +20,21 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bertscale.config import PipelineConfig, PipelineStage, UserError, load_config
 from bertscale.config.glue import add_arguments, from_options
 from bertscale.errors import MISTAKE
-from bertscale.run_folder import CANCELLED, EVENTS, SCRIPT, Events
+from bertscale.files import HeldError, alone
+from bertscale.run_folder import CANCELLED, EVENTS, LOCK, SCRIPT, Events
 from launcher import slurm
+from launcher.enqueue import queue
 from launcher.job import STAGES, TRAINING, JobSpec, render
 from launcher.nodes.check import bad_nodes
 from launcher.runs import shown
@@ -98,10 +101,10 @@ def submit(
         if not jobs:
             return 0
     # Not at the top: it brings pyarrow, which help can do without.
-    from launcher.submit.preflight import check
+    from launcher.submit.preflight import Report, check, check_not_queued
 
     jobs = _in_order(jobs, after)
-    report = check(jobs, after, {job.spec.folder: _left_out(job.spec, exclude) for job in jobs}, mistakes)
+    report = check(jobs, after, {job.spec.folder: left_out(job.spec, exclude) for job in jobs}, mistakes)
     for line in report.warnings:
         print(f"bertscale submit: warning: {line}", file=sys.stderr)
     if dry_run:
@@ -111,20 +114,49 @@ def submit(
     if dry_run:
         print("\nnothing was queued: this was a dry run")
         return 0
-    for job in jobs:
-        freeze(job.spec, job.config, about_now(job.spec.environment), job.tasks)
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(making(Path(job.spec.folder)))
+        again = Report()
+        check_not_queued(jobs, again)  # by another one, since the checks above
+        if again.problems:
+            raise UserError("\n".join(again.problems))
+        for job in jobs:
+            freeze(job.spec, job.config, about_now(job.spec.environment), job.tasks)
+        _queue_all(jobs, after, exclude)
+    target = quoted(jobs[-1].spec.target)
+    print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
+    return 0
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Keeps other processes from freezing or queueing the job of `folder` meanwhile. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(folder / LOCK, str(os.getpid())))
+        except HeldError as error:
+            words = (
+                f"another command is just queueing the job of {shown(folder)}: `bertscale status` shows it"
+            )
+            raise UserError(words) from error
+        except OSError as error:
+            raise UserError(f"cannot write the job folder {folder}: {error.strerror or error}") from error
+        yield
+
+
+def _queue_all(jobs: Sequence[StageJob], after: Sequence[str], exclude: Sequence[str]) -> None:
+    """Queues all, each behind the one before it, or none."""
     queued: list[tuple[str, JobSpec]] = []
     try:
         for job in jobs:
             before = [queued[-1][0]] if queued else after
-            queued.append((queue(job.spec, before, exclude), job.spec))
+            queued.append((queue(job.spec, before, left_out(job.spec, exclude)), job.spec))
             _announce(job.spec, queued[-1][0], before)
     except BaseException:
         _take_back(queued)
         raise
-    target = quoted(jobs[-1].spec.target)
-    print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
-    return 0
 
 
 def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:
@@ -136,22 +168,6 @@ def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:
             slurm.ask("scancel", job)
         Events(folder / EVENTS).write("cancelled", job=job, reason="a later job was refused")
         print(f"job {job} ({spec.name}) was cancelled: a later job could not be queued", file=sys.stderr)
-
-
-def queue(spec: JobSpec, after: Sequence[str] = (), exclude: Sequence[str] = ()) -> str:
-    """Submits the script in `spec.folder`, writes the event and returns the job's id; freezes nothing.
-
-    It begins when the jobs `after` have ended; nodes of `exclude` and of the list of bad nodes are left
-    out. Raises UserError when Slurm refuses.
-    """
-    options = [f"--dependency=afterany:{':'.join(after)}"] if after else []
-    if out := _left_out(spec, exclude):
-        options.append(f"--exclude={','.join(out)}")
-    script = f"{spec.folder}/{SCRIPT}"
-    done = slurm.ask("sbatch", "--parsable", *options, script, env=slurm.own_environment())
-    job = done.stdout.strip().partition(";")[0]  # the cluster's name may follow
-    Events(Path(spec.folder, EVENTS)).write("queued", job=job, after=list(after))
-    return job
 
 
 def _in_order(jobs: list[StageJob], after: Sequence[str]) -> list[StageJob]:
@@ -174,7 +190,7 @@ def _in_order(jobs: list[StageJob], after: Sequence[str]) -> list[StageJob]:
     ]
 
 
-def _left_out(spec: JobSpec, exclude: Sequence[str]) -> list[str]:
+def left_out(spec: JobSpec, exclude: Sequence[str] = ()) -> list[str]:
     """The nodes that the person does not want, and those that failed a check lately."""
     bad = bad_nodes(Path(spec.bad_nodes), spec.bad_node_hours) if spec.bad_nodes else {}
     return list(dict.fromkeys([*exclude, *bad]))
@@ -206,7 +222,7 @@ def _show(jobs: list[StageJob], facts: Sequence[str], after: Sequence[str], excl
     print("--- the jobs in their order")
     before = f"job {', '.join(after)}" if after else ""
     for job in jobs:
-        out = _left_out(job.spec, exclude)
+        out = left_out(job.spec, exclude)
         without = f", without {','.join(out)}" if out else ""
         behind = f", after {before}" if before else ""
         print(f"{job.spec.name}: {_size(job.spec)}{behind}{without}")

@@ -16,14 +16,14 @@ no copy: 8 N. StableAdamW takes 4 N more while it updates.
 
 Activations of T tokens (micro_tokens, or micro_batch x max_length), H wide, I inside the feed-forward part,
 in L layers (Korthikanti et al. 2022, without attention scores, which are never stored whole), V rows of
-vocabulary and P predicted positions, T x samples.mask_rate, but never more than 4,096 at a time (1,024 on a
-CPU):
+vocabulary and P predicted positions, T x samples.mask_rate or with objectives.clm all, but never more than
+4,096 at a time (1,024 on a CPU):
 
     w / 2 x T x L x (10 H + (8 H + 4 I) / t)  +  V / t x (P (2 w + 4) + H (w + 4))  +  3 w T H
 
 8 I instead of 4 I where the feed-forward part is gated; with train.activation_checkpointing=full, L layers
 count for one of them and their inputs, w T L H. A generator adds its own layers and 6 w T H for the second
-pass through the embeddings and the detector.
+pass through the embeddings and the detector; objectives.clm adds 5 w T H in the head.
 
 To this comes what a process takes before it holds a weight: 2.5 GB on a GPU (CUDA's context, NCCL,
 DeepSpeed's buckets), 0.7 GB on a CPU. Samples shorter than max_length take less: nothing is padded.
@@ -131,10 +131,12 @@ def estimate_memory(config: PretrainConfig, vocab_size: int, ranks: int, gpu: bo
         optimizer += 4 * updated
 
     tokens = config.train.micro_tokens or config.train.micro_batch * config.samples.max_length
-    positions = min(tokens * config.samples.mask_rate, GPU_POSITIONS if gpu else POSITIONS)
+    causal = config.objectives.clm > 0
+    predicted = tokens if causal else tokens * config.samples.mask_rate
+    positions = min(predicted, GPU_POSITIONS if gpu else POSITIONS)
     head = rows / degree * (positions * (2 * width + 4) + hidden * (width + 4))
     recomputed = config.train.activation_checkpointing == "full"
-    a_token = _kept(model, width, degree, recomputed) + 3 * width * hidden
+    a_token = _kept(model, width, degree, recomputed) + (8 if causal else 3) * width * hidden
     if model.generator is not None:
         a_token += _kept(model.generator, width, degree, recomputed) + 6 * width * hidden
     activations = tokens * a_token + head

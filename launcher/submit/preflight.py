@@ -36,10 +36,11 @@ from bertscale.config.glue_tasks import find_tasks, settings_for, task_values
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
 from bertscale.examples.read import read_task_data
-from bertscale.run_folder import TABLE, check_run_folder, checkpoints
+from bertscale.run_folder import EVENTS, TABLE, check_run_folder, checkpoints, read_events
 from launcher import slurm
+from launcher.history import slurm_ids
 from launcher.job import JobSpec, render
-from launcher.queue_jobs import own_jobs
+from launcher.queue_jobs import jobs_of, own_jobs
 from launcher.runs import read_spec, shown
 from launcher.submit import partitions
 from launcher.submit.memory import checkpoint_bytes, estimate_memory, gb, what_would_fit
@@ -96,7 +97,7 @@ def check(
         slurm.nodes.cache_clear()
         slurm.partitions()
         _check_after(after, promises, report)
-        _check_not_queued(jobs, report)
+        check_not_queued(jobs, report)
     except UserError as error:
         report.problems.append(str(error))
         answers = False
@@ -462,11 +463,13 @@ def _check_after(after: Sequence[str], promises: Promises, report: Report) -> No
             )
 
 
-def _check_not_queued(jobs: Sequence[StageJob], report: Report) -> None:
+def check_not_queued(jobs: Sequence[StageJob], report: Report) -> None:
+    """Adds a problem for each job whose folder has one in the queue."""
     queue = [entry for entry in own_jobs() if entry.active]
     for job in jobs:
-        target = quoted(job.spec.target)
-        ids = sorted({entry.number for entry in queue if entry.folder == Path(job.spec.folder)})
+        target, folder = quoted(job.spec.target), Path(job.spec.folder)
+        had = slurm_ids(read_events(folder / EVENTS))
+        ids = sorted({entry.number for entry in jobs_of(folder, had, queue)})
         if ids:
             report.problems.append(
                 f"job {', '.join(ids)} already makes {target}: `bertscale status {target}` shows it, "
