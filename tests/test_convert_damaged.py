@@ -1,7 +1,7 @@
 """Damaged sources of `bertscale convert`: one line that names what is damaged, or the right output, whole.
 
-A draw with a seed makes each case: a checkpoint of some topology or a folder of transformers, and one thing in
-it that a disk, an editor, a copy or a link has changed. 60 cases are quick, all 300 are marked slow.
+A draw with a seed makes each case: a checkpoint of some topology or a folder of transformers, and one thing
+in it that a disk, an editor, a copy or a link has changed. 60 cases are quick, the rest of 300 is slow.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from bertscale.inspect.diff import diff
 from bertscale.inspect.sources import open_any
 
 QUICK, ALL = 60, 300
+WEIGHTS = (".safetensors", ".bin", ".pt")
 MODERN = {"preset": "modern", "sentence_head": False, "local_attention": 8, "num_hidden_layers": 2}
 SMALL = {"num_hidden_layers": 1}
 CHECKPOINTS = {  # run -> its model and topology; the last two are others of the shape of the first two
@@ -36,7 +38,14 @@ CHECKPOINTS = {  # run -> its model and topology; the last two are others of the
     "other dense": (SMALL, (1, 1, 0), 2),
     "other ranks": (SMALL, (2, 2, 3), 2),
 }
-FOLDERS = ("exported", "shards", "pickle", "roberta", "modernbert")
+FOLDERS = ("exported", "shards", "pickle", "roberta", "modernbert", "universal")
+# What becomes of a checkpoint; all else becomes one.
+FORMS = (
+    {},
+    {"as_": "checkpoint", "tensor_parallel": 2, "zero_stage": 2},
+    {"as_": "checkpoint", "data_parallel": 5, "zero_stage": 3},
+    {"as_": "universal"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +59,7 @@ def sound(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(place / "runs" / "modern", place / "models" / "modernbert", quiet)
     convert(place / "runs" / "other dense", place / "models" / "other", quiet)
     models = place / "models"
+    convert(place / "runs" / "ranks", models / "universal", ConvertOptions(show=False, as_="universal"))
     (models / "modernbert" / "bertscale-convert.json").unlink()  # as one that transformers has saved
     model = BertForMaskedLM.from_pretrained(models / "exported")
     model.save_pretrained(models / "shards", max_shard_size="20KB")
@@ -101,7 +111,7 @@ def scribbled(path: Path, draw: random.Random, place: Path) -> None:
 def swapped(path: Path, draw: random.Random, place: Path) -> None:
     """In place of the file another of its folder, or one of another folder, of a name like it if there is."""
     others = [file for file in path.parent.iterdir() if file != path and file.is_file()]
-    others += [file for file in place.rglob(path.name) if file.is_file()]
+    others += [file for file in place.rglob(path.name) if file.read_bytes() != path.read_bytes()]
     shutil.copy(draw.choice(sorted(others)), path)
 
 
@@ -143,33 +153,36 @@ DAMAGES: tuple[Callable[[Path, random.Random, Path], None], ...] = (
 # --------------------------------------------------------------------------------------------- cases
 
 
-def damaged_copy(number: int, sound: Path, folder: Path) -> tuple[Path, Path, str]:
-    """A copy of a sound folder in `folder`, damaged; where it was, where it is, and what was done."""
+def damaged_copy(number: int, sound: Path, folder: Path) -> tuple[Path, Path, ConvertOptions, str]:
+    """A copy of a sound folder in `folder`, damaged: where it was, where it is, what it is to become, and
+    what was done."""
     draw = random.Random(f"convert {number}")
+    form: dict[str, Any] = {}
     if number % 2:
         origin = next((sound / "runs" / draw.choice(list(CHECKPOINTS)[:3])).glob("checkpoints/*"))
-        place = sound / "runs"
+        place, form = sound / "runs", draw.choice(FORMS)
     else:
         origin, place = sound / "models" / draw.choice(FOLDERS), sound / "models"
     copy = folder / "source"
     shutil.copytree(origin, copy)
-    files = sorted(path for path in copy.iterdir() if path.name != "README.md")
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.name != "README.md")
     # Tables and weights are what matters most.
     tables = [path for path in files if path.name in ("bertscale.json", "config.json")]
-    weights = [path for path in files if path.suffix in (".safetensors", ".bin")]
-    path = draw.choice(draw.choice([files, tables, weights]))
+    weights = [path for path in files if path.suffix in WEIGHTS]
+    path = draw.choice(draw.choice([files, tables or files, weights or files]))
     damage = draw.choice(DAMAGES)
     damage(path, draw, place)
-    return origin, copy, f"{number}: {damage.__name__} {origin.name}/{path.name}"
+    what = f"{number}: {damage.__name__} {origin.parent.parent.name}/{origin.name}/{path.relative_to(copy)}"
+    return origin, copy, ConvertOptions(show=False, **form), f"{what} {form}"
 
 
 def check(number: int, sound: Path, folder: Path) -> bool:
     """Converts a damaged copy; returns whether it was refused."""
-    origin, source, what = damaged_copy(number, sound, folder)
+    origin, source, options, what = damaged_copy(number, sound, folder)
     output = folder / "output"
     was = set(folder.iterdir())
     try:
-        convert(source, output, ConvertOptions(show=False))
+        convert(source, output, options)
     except UserError as error:
         assert str(source) in str(error), f"{what}: {error}"  # noqa: PT017
         assert len(str(error).splitlines()) == 1, f"{what}: {error}"  # noqa: PT017
@@ -190,7 +203,7 @@ def check(number: int, sound: Path, folder: Path) -> bool:
 
 def source_weights_changed(origin: Path, source: Path) -> bool:
     """Whether a file with weights has other bytes: transformers keeps no digest that would tell."""
-    names = [path.name for path in origin.iterdir() if path.suffix in (".safetensors", ".bin")]
+    names = [path.relative_to(origin) for path in origin.rglob("*") if path.suffix in WEIGHTS]
     return any((origin / name).read_bytes() != (source / name).read_bytes() for name in names)
 
 

@@ -20,7 +20,7 @@ from bertscale.export.checkpoint import open_for_checkpoint, write_checkpoint
 from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.masks import show_masks
 from bertscale.export.options import ConvertOptions
-from bertscale.export.output import check_output, is_output_of, write_record
+from bertscale.export.output import check_output, check_source, is_output_of, write_record
 from bertscale.export.universal import write_universal
 from bertscale.files import whole_folder
 from bertscale.run_folder import CHECKPOINTS, TABLE
@@ -72,6 +72,7 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
     default = "pretraining" if ours else "checkpoint"
     name = options.as_ or default
     form = FORMS[name]
+    check_source(source)
     opened = form.open(source, options)
     if isinstance(opened, Checkpoint):
         tokenizer_of(opened.folder)
