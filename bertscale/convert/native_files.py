@@ -125,8 +125,14 @@ class NativeFiles:
         return value
 
     def digest(self) -> str:
-        """One of the digests of all files that are read, and of the shape."""
-        files = [file_digest(path) for path in (*self.files.paths, self.tokenizer)]
+        """One of the digests of all files that are read, and of the shape. Raises UserError where one is
+        gone."""
+        try:
+            files = [file_digest(path) for path in (*self.files.paths, self.tokenizer)]
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename}: {error.strerror}; use another checkpoint"
+            ) from error
         return json_digest([*files, self.model.model_dump()])
 
     def _tokenizer(self, places: tuple[Path, ...], given: Given) -> Path:
