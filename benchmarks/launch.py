@@ -101,8 +101,8 @@ def launch(folder: Path, stub: Path, name: str, nodes: int, tasks: int) -> dict[
 
 def submit(stub: Path, out: Path, nodes: int, tasks: int) -> None:
     """Runs on the login host: freezes and queues a job whose ranks run the stub."""
+    from launcher.enqueue import queue
     from launcher.job import JobSpec
-    from launcher.submit.command import queue
     from launcher.submit.freeze import about_now, freeze, version
 
     folder = out.with_suffix(".job")

@@ -9,6 +9,7 @@ a job, pre-emption. It dies with this process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -66,24 +67,29 @@ def run_child(words: list[str]) -> int:
 def start_child(words: list[str], log: Path, threads: int) -> subprocess.Popen[bytes]:
     """Starts `bertscale WORDS` beside this process, with less right to the cores, and `threads` of them; it
     writes to `log`. A task of a Slurm step may do so too: the child is no task of it."""
-    me = os.getpid()
-
-    def settle() -> None:
-        os.nice(NICENESS)
-        die_with_parent(me)
-
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in OF_RANKS and not name.startswith("SLURM_")
     }
     with open(log, "ab") as file:
+        # Without preexec_fn, which may wait for ever for a lock that another thread holds at the fork.
         return subprocess.Popen(
-            [sys.executable, "-m", "bertscale", *words],
+            [sys.executable, "-c", f"from {__name__} import give_way; give_way()", str(os.getpid()), *words],
             env={**kept, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=settle,
         )
+
+
+def give_way() -> None:
+    """Becomes `bertscale WORDS`, of the command line PARENT WORDS, as `start_child` says: of low priority,
+    the first to be killed where memory runs out, dead when its parent is."""
+    parent, *words = sys.argv[1:]
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    die_with_parent(int(parent))
+    os.execv(sys.executable, [sys.executable, "-m", "bertscale", *words])

@@ -49,4 +49,4 @@ def job_id(said: str) -> str:
             f"sbatch took the job, but told no job id (it said {said.strip()[:200]!r}): `squeue --me` shows "
             "it, and `scancel` ends it"
         )
-    return next(filter(None, ids[-1]))
+    return str(ids[-1][0] or ids[-1][1])

@@ -121,7 +121,8 @@ def tell(event: dict[str, Any]) -> str:
         return f"{before}{text}{after}" if text else ""
 
     sentences = {
-        "queued": f"queued{given('job', ' as job ')}{given('after', ' after job ')}",
+        "queued": f"queued{given('job', ' as job ')}{given('after', ' after job ')}"
+        f"{given('succeeds', ' in place of job ')}",
         "started": f"attempt {attempt_number(event.get('attempt'))} started"
         f"{given('nodes', ' on ')}{given('job', ' (job ', ')')}",
         "checkpoint": f"checkpoint of step {given('step')}",

@@ -33,6 +33,7 @@ from launcher.ranks import Exit
 from launcher.terminal import outlive_terminal
 
 LOOK_SECONDS = 1.0  # between two looks at the heartbeat and the checkpoints
+TURN_SECONDS = 5.0  # that a turn of the loop counts at most
 STACK_SECONDS = 10.0  # at most, for ranks that hang to write their stacks
 STACK = b"most recent call first"  # what faulthandler puts above each of them
 
@@ -197,19 +198,22 @@ def watch(
 
     `reached`: step of the newest checkpoint before they were started.
     """
-    last_beat, next_look = "", 0.0
-    alive = time.monotonic()  # when the last sign of life was seen
-    asked: float | None = None
+    last_beat, next_look, last_turn = "", 0.0, time.monotonic()
+    quiet = saving = 0.0  # seconds since the last sign of life, and since the ranks were asked to save
+    asked = False
     while group.running():
         now = time.monotonic()
-        if stop.count and asked is None:
-            asked = now
+        # While a job is suspended nothing runs, this loop neither: that time counts for nothing.
+        turn, last_turn = min(now - last_turn, TURN_SECONDS), now
+        quiet, saving = quiet + turn, saving + turn
+        if stop.count and not asked:
+            asked, saving = True, 0.0
             again = " (Ctrl-C again to kill)" if stop.name == "SIGINT" else ""
             what = "stopping after this step and saving" if _read_beat(group) else "stopping"
             print(f"\n{what}{again}", file=sys.stderr, flush=True)
             events.write("signal", name=stop.name)
             group.ask_to_save()
-        if asked is not None and now - asked > limits.save_seconds:
+        if asked and saving > limits.save_seconds:
             print(f"not all have saved within {limits.save_seconds:.0f} s; they are killed", file=sys.stderr)
             group.kill()
         if stop.kill:
@@ -218,14 +222,14 @@ def watch(
             next_look = now + LOOK_SECONDS
             beat = _read_beat(group)
             if beat != last_beat:
-                last_beat, alive = beat, now
+                last_beat, quiet = beat, 0.0
             newest = newest_step(run)
             if newest > reached:
                 reached = newest
                 events.write("checkpoint", step=newest)
             patience = limits.hang_seconds if last_beat else limits.start_seconds
-            if patience and now - alive > patience:
-                return _end_hang(group, last_beat, now - alive)
+            if patience and quiet > patience:
+                return _end_hang(group, last_beat, quiet)
         time.sleep(group.poll_seconds)
     newest = newest_step(run)
     if newest > reached:

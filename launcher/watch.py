@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -41,8 +42,9 @@ from bertscale.run_folder import (
     read_events,
 )
 from launcher import slurm
+from launcher.enqueue import queue
 from launcher.job import TRAINING, JobSpec
-from launcher.nodes.check import check_nodes, nodes_alive, remember_bad
+from launcher.nodes.check import bad_nodes, check_nodes, nodes_alive, remember_bad
 from launcher.nodes.step import NOT_BEGUN, OF_JOB
 from launcher.rank_groups import SlurmStep
 from launcher.ranks import job_port
@@ -215,15 +217,17 @@ class Job:
             )
 
     def history(self) -> list[dict[str, Any]]:
-        """The events of this job since a person queued it."""
+        """The events of this job, and of those whose place it has taken, since a person queued it."""
         events = read_events(self.events.path)
-        last = max((i for i, event in enumerate(events) if event["event"] == "queued"), default=0)
-        return [event for event in events[last:] if event.get("job") == self.name]
+        queued = [i for i, event in enumerate(events) if event["event"] == "queued"]
+        since = events[max((i for i in queued if "succeeds" not in events[i]), default=0) :]
+        return [event for event in since if str(event.get("job", "")).partition("_")[2] == self.index]
 
     # -------------------------------------------------------------------------------- the job in Slurm
 
-    def wait_until_running(self) -> None:
-        """Returns when the controller says that the job runs; stays until the end when Slurm is ending it."""
+    def wait_until_running(self) -> dict[str, str]:
+        """Returns the record of the job when the controller says that it runs; stays until the end when Slurm
+        is ending it."""
         said = False
         while True:
             try:
@@ -235,14 +239,15 @@ class Job:
                 time.sleep(RETRY_SECONDS)
                 continue
             if record.get("JobState") in ("RUNNING", "CONFIGURING"):
-                return
+                return record
             state = record.get("JobState", "unknown")
             print(f"Slurm is ending this job ({state})", file=sys.stderr, flush=True)
             time.sleep(END_SECONDS)
             raise SystemExit(INTERRUPTED)
 
     def requeue(self, code: int, reason: str, bad: dict[str, str] | None = None) -> int:
-        """Has Slurm end this job and queue it again; returns `code` where that is not to be."""
+        """Has Slurm end this job and queue it again; returns `code` where that is not to be, and where the
+        site lets none be requeued, and another one takes its place."""
         if (self.folder / CANCELLED).exists():
             print("cancelled: not requeued", flush=True)
             return code
@@ -252,22 +257,51 @@ class Job:
         if self.idle_requeues(reached) > self.spec.restarts:
             last = f"checkpoint after that of step {reached}" if self.run_folder else "progress"
             return self.give_up(CRASH_LOOP, f"no {last} in all requeues")
-        self.wait_until_running()
+        record = self.wait_until_running()
         saved = code == STOPPED_AND_SAVED
         self.events.write("requeued", reason=reason, checkpoint=reached, saved=saved)
-        print(f"requeued ({reason})", flush=True)
-        while True:
-            with contextlib.suppress(UserError):
-                done = slurm.ask("scontrol", "requeue", self.name, check=False)
-                break
-            time.sleep(RETRY_SECONDS)
-        # Killed by a signal it was granted: Slurm ends what runs in a requeued job, this scontrol too.
-        if done.returncode > 0:
-            return self.give_up(code, f"cannot requeue job {self.name}: {slurm.complaint(done)}")
-        if bad:
-            self.exclude(list(bad))
-        time.sleep(END_SECONDS)
+        refused = "the site lets no job be requeued"
+        if record.get("Requeue") != "0":
+            print(f"requeued ({reason})", flush=True)
+            while True:
+                with contextlib.suppress(UserError):
+                    done = slurm.ask("scontrol", "requeue", self.name, check=False)
+                    break
+                time.sleep(RETRY_SECONDS)
+            # Killed by a signal it was granted: Slurm ends what runs in a requeued job, this scontrol too.
+            if done.returncode <= 0:
+                if bad:
+                    self.exclude(list(bad))
+                time.sleep(END_SECONDS)
+                return code
+            refused = slurm.complaint(done)
+        try:
+            job = self.queue_successor(record, list(bad or ()))
+        except UserError as error:
+            why = f"job {self.name} cannot be requeued ({refused}), and no other be queued: {error}"
+            return self.give_up(code, why)
+        print(f"{reason}: job {job} resumes, since {self.name} cannot be requeued ({refused})", flush=True)
         return code
+
+    def queue_successor(self, record: dict[str, str], bad: list[str]) -> str:
+        """Queues the same job anew, to begin when this one has ended, and has the next one of the pipeline
+        wait for it; its id. Raises UserError."""
+        listed = bad_nodes(Path(self.spec.bad_nodes), self.spec.bad_node_hours) if self.spec.bad_nodes else {}
+        left_out = record.get("ExcNodeList", "(null)").replace("(null)", "")
+        exclude = list(dict.fromkeys([*slurm.hosts(left_out), *listed, *bad]))
+        options = [f"--array={self.index}"] if self.index else []
+        job = queue(self.spec, [self.name], exclude, *options, succeeds=self.name)
+        for folder in self.spec.following[:1]:
+            events = [event for event in read_events(Path(folder, EVENTS)) if event["event"] == "queued"]
+            with contextlib.suppress(UserError):  # without it that job begins too early, and says so
+                waits = str(events[-1]["job"]) if events else ""
+                if waits and (next_one := slurm.show_job(waits)):
+                    before = re.sub(
+                        r"\(\w*\)", "", next_one.get("Dependency", "")
+                    )  # afterany:17(unfulfilled)
+                    dependency = ",".join(filter(None, [before, f"afterany:{job}"]))
+                    slurm.ask("scontrol", "update", f"JobId={waits}", f"Dependency={dependency}")
+        return job
 
     def progress(self) -> int:
         """What the job can resume: the step of its newest checkpoint, or how much of its input is done."""
@@ -298,11 +332,11 @@ class Job:
     def idle_requeues(self, reached: int) -> int:
         """How often in a row, since a person queued it, the job was requeued with this newest checkpoint."""
         count = 0
-        for event in reversed(read_events(self.events.path)):
-            requeued = event["event"] == "requeued"
-            if event["event"] == "queued" or (requeued and event.get("checkpoint") != reached):
-                break
-            count += requeued and event.get("job") == self.name
+        for event in reversed(self.history()):
+            if event["event"] == "requeued":
+                if event.get("checkpoint") != reached:
+                    break
+                count += 1
         return count
 
     def exclude(self, bad: list[str]) -> None:

@@ -116,7 +116,8 @@ class Engine:
 
     def __init__(self, config: PretrainConfig, model: Any) -> None:
         self.config, self.model = config, model
-        self.ranks = SimpleNamespace(device=torch.device("cpu"), sum_over_data=lambda *sums: list(sums))
+        alone = {"data": 1, "data_rank": 0, "device": torch.device("cpu")}
+        self.ranks = SimpleNamespace(**alone, sum_over_data=lambda *sums: list(sums))
 
     def __call__(self, batch: MicroBatch) -> Any:
         return self.model(batch)
@@ -128,7 +129,7 @@ def test_held_out_sets_are_not_masked_and_have_a_perplexity(tiny_data: Path, tmp
     data, ranks = [open_dataset(tiny_data)], None
     loaders = heldout_loaders(config, load_tokenizer(tiny_data), data, ranks)  # type: ignore[arg-type]
     engine: Any = Engine(config, model)
-    figures = evaluate(engine, loaders, 8, 1)
+    figures = evaluate(engine, loaders, {}, 8, 1)
     loss = count = 0.0
     with torch.no_grad():
         for batch in loaders["heldout/web"].step(0):
@@ -186,6 +187,7 @@ def test_half_of_the_attention_counts_as_work() -> None:
             "objectives.clm=0, or remove it with model.generator_size=null",
         ),
         ({"train": {"fills": ["a [MASK]"]}}, "objectives.mlm is 0, as objectives.clm is not"),
+        ({"train": {"pseudo_perplexity": 8}}, "train.pseudo_perplexity needs masked tokens to be learnt"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -163,17 +164,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(desk: Desk, calm: Path, tmp_path: Pa
 
 def stopped_while_it_looks(words: list[str], step: int) -> tuple[int, str]:
     """`bertscale WORDS`, told to stop in the evaluation after `step`."""
-    from bertscale.finetune import loop
+    from bertscale.finetune import evaluate
 
-    real = loop.evaluate
+    real = evaluate.evaluate
 
-    def evaluate(*arguments: Any) -> Any:
+    def stopped(*arguments: Any) -> Any:
         if arguments[2] == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    loop.evaluate = evaluate  # type: ignore[attr-defined]
-    return _command(words)
+    with mock.patch("bertscale.finetune.loop.evaluate", stopped):
+        return _command(words)
 
 
 @pytest.mark.parametrize("step", [10, STEPS])

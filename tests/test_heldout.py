@@ -104,7 +104,7 @@ class Uniform:
 def test_every_set_has_its_figures(tiny_data: Path) -> None:
     config = config_of(str(tiny_data), heldout={"web": str(tiny_data)})
     engine: Any = Uniform(config)
-    figures = evaluate(engine, loaders_of(config), 16, 5)
+    figures = evaluate(engine, loaders_of(config), {}, 16, 5)
     assert engine.training
     assert figures["heldout/mlm_loss"] == pytest.approx(2.0794, abs=1e-4)
     assert figures["heldout/web/mlm_loss"] == pytest.approx(2.0794, abs=1e-4)

@@ -19,6 +19,7 @@ from tiny import pretrain_config
 from bertscale.config import PretrainConfig, UserError, with_model_of
 from bertscale.convert.model_shape import native_shapes
 from bertscale.files import file_digest
+from bertscale.model.model import initial_value
 from bertscale.pretrain.init import Source, check_source, differences, in_shape_of
 from bertscale.run_folder import TABLE, checkpoints, read_metrics
 from bertscale.tokenizer import load_tokenizer
@@ -86,6 +87,10 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
     run("stopped", **others(place / "lost"))
     run("same", **others(place / "first", init=keep))
 
+    # Heads of other sizes: a generator comes and goes.
+    run("detector", **others(place / "first", steps=1), model={"generator_size": 0.5})
+    run("alone", **others(place / "detector", steps=1), model={"generator_size": None})
+
     # What is in memory before the first step.
     config = pretrain_config(data, place / "new", **others(place / "third", init=keep))
     source = open_source(config.init, place / "new", ranks)  # type: ignore[arg-type]
@@ -126,6 +131,21 @@ def test_resumed_without_its_source_it_is_the_undisturbed_run(runs: tuple[Path, 
         for state in STATES:
             assert torch.equal(whole.tensor(name, state), stopped.tensor(name, state)), name
     assert "started   from" not in said["stopped"]  # it was resumed
+
+
+def test_a_head_of_another_size_gets_first_values(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, said = runs
+    for name, width in (("detector", 16), ("alone", 32)):
+        (new,) = [line for line in said[name].splitlines() if line.startswith("new ")]
+        assert "predictions.dense.weight" in new
+        assert "predictions.LayerNorm.weight" not in new
+        found = open_checkpoint(checkpoints(folder / name)[-1])
+        head = found.tensor("predictions.dense.weight")
+        assert head.shape == (32, width)
+        first = initial_value("predictions.dense.weight", head.shape, found.model, found.vocab_size, seed=3)
+        torch.testing.assert_close(head, first, rtol=0, atol=2e-3)  # after one step at 0.001
+    assert open_checkpoint(folder / "alone").model.generator is None
+    assert "generator.layers.0" in said["alone"].partition("left out")[2]
 
 
 def test_moments_and_their_count_are_taken_over(runs: tuple[Path, dict[str, Any]]) -> None:

@@ -35,7 +35,8 @@ def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int 
             data,
             run,
             parallel={"tensor": tensor, "zero_stage": stage},
-            train={"static_targets": size == 2, "fills": FILLED},  # moves nothing
+            # Neither of them moves anything.
+            train={"static_targets": size == 2, "fills": FILLED, "pseudo_perplexity": 4},
         )
         ranks = start_ranks(tensor, local_device())
         assert ranks.data == size
@@ -43,7 +44,8 @@ def train_each(data: str, folder: str, topologies: list[list[int]], bucket: int 
         leave_subgroups(ranks)
         steps = [e for e in read_metrics(run) if "train/loss" in e]
         losses = [[e["train/loss"], e["train/mlm_loss"], e["train/gradient_norm"]] for e in steps]
-        results.append([losses, read_steps(run / FILLS)])
+        (pseudo,) = (e["heldout/pseudo_perplexity"] for e in read_metrics(run) if "heldout/loss" in e)
+        results.append([losses, read_steps(run / FILLS), pseudo])
     return results
 
 
@@ -62,21 +64,27 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 
 @pytest.fixture(scope="module")
 def figures(trained: dict[tuple[int, int, int], Any]) -> dict[tuple[int, int, int], Any]:
-    return {topology: losses for topology, (losses, _) in trained.items()}
+    return {topology: losses for topology, (losses, *_) in trained.items()}
 
 
 def test_fills_are_those_of_the_dense_run(trained: dict[tuple[int, int, int], Any]) -> None:
     """Tensor-parallel ranks have the logits of a part of the vocabulary each, and ZeRO-3 gathers weights for
     the forward pass alone."""
-    ((_, [expected]), *others) = (trained[topology] for topology in TOPOLOGIES)
+    ((_, [expected], _), *others) = (trained[topology] for topology in TOPOLOGIES)
     assert expected["step"] == 10
-    for _, [found] in others:
+    for _, [found], _ in others:
         for one, other in zip(expected["fills"], found["fills"], strict=True):
             assert one["text"] == other["text"]
             shares = [[[share for _, share in mask] for mask in each["masks"]] for each in (one, other)]
             torch.testing.assert_close(*map(torch.tensor, shares), rtol=1e-3, atol=1e-6)
             best = [[mask[0][0] for mask in each["masks"]] for each in (one, other)]
             assert best[0] == best[1]
+
+
+def test_pseudo_perplexities_are_those_of_the_dense_run(trained: dict[tuple[int, int, int], Any]) -> None:
+    """Data ranks share the passes, and under ZeRO-3 all of them make as many."""
+    dense = trained[1, 1, 0][2]
+    assert [trained[topology][2] for topology in TOPOLOGIES[1:]] == pytest.approx([dense] * 7, rel=1e-5)
 
 
 def test_losses_are_the_recorded_ones(figures: dict[tuple[int, int, int], Any]) -> None:
@@ -106,7 +114,7 @@ def test_gradients_that_travel_while_others_are_computed(
     arguments: dict[str, Any] = {"data": str(tiny_data), "folder": str(tmp_path), "topologies": topologies}
     results = run_ranks(__file__, "train_each", world=4, bucket=3000, **arguments)
     dense = torch.tensor(figures[1, 1, 0], dtype=torch.float64)
-    for found, _ in results[0]:
+    for found, *_ in results[0]:
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), dense, rtol=1e-5, atol=1e-5)
 
 

@@ -273,6 +273,23 @@ def test_what_sbatch_says_is_passed_on(site: Slurm, desk: Desk) -> None:
     assert report.problems == ["sbatch would refuse the job: Invalid qos specification"]
 
 
+def test_a_job_for_nodes_that_are_drained_waits(
+    site: Slurm, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch takes it, although `sbatch --test-only` refuses it, in the words of what no node has."""
+    site.verdict = (1, "allocation failure: Requested node configuration is not available")
+    report = desk.report(GPU, nodes=2, set=FIT)
+    assert report.problems == ["sbatch would refuse the job: Requested node configuration is not available"]
+    drained = NODES["gpu[1-4]"].replace("State=IDLE", "State=IDLE+DRAIN", 1)
+    monkeypatch.setitem(NODES, "gpu[1-4]", drained)
+    report = desk.report(GPU, nodes=2, set=FIT)
+    assert report.problems == []
+    assert report.warnings[1:] == [
+        "the job waits until enough nodes are back: gpu1 (IDLE+DRAIN) (Requested node configuration is not "
+        "available)"
+    ]
+
+
 def test_ranks_batch_and_tensor_degree(site: Slurm, desk: Desk) -> None:
     report = desk.report(GPU, nodes=2, set=["train.global_batch=32", "train.micro_batch=3"])
     (line,) = report.problems
@@ -861,6 +878,16 @@ def test_slurm_has_the_last_word(cluster: Cluster, desk: Desk) -> None:
     done = cluster.run(*command, cwd=desk.folder, check=False)
     assert done.returncode == 2
     assert "error: sbatch would refuse the job: Requested reservation is invalid" in done.stderr
+
+
+@pytest.mark.slurm
+def test_one_drained_node_of_all(cluster: Cluster, desk: Desk) -> None:
+    desk.report({})
+    cluster.run("scontrol", "update", "nodename=node4", "state=drain", "reason=a fan")
+    command = (sys.executable, "-m", "bertscale", "submit", "pretrain", "run.yaml", "--cluster", "site.yaml")
+    done = cluster.run(*command, "--nodes", "4", "--dry-run", cwd=desk.folder)
+    cluster.run("scontrol", "update", "nodename=node4", "state=resume")
+    assert "warning: the job waits until enough nodes are back: node4 (IDLE+DRAIN)" in done.stderr
 
 
 @pytest.mark.slurm

@@ -28,7 +28,8 @@ from launcher.history import first_failed
 from launcher.job import JobSpec, render
 from launcher.nodes.check import bad_nodes
 from launcher.rank_groups import SlurmStep
-from launcher.supervise import StopRequests
+from launcher.supervise import Limits, StopRequests
+from launcher.supervise import watch as watch_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,6 +266,53 @@ def test_steps_are_signs_of_life(parent: Parent) -> None:
     assert code == 0
 
 
+class Sleepers:
+    """Ranks that do nothing, and have ended after so many turns."""
+
+    poll_seconds, ranks, silent = 0.1, 1, ()
+
+    def __init__(self, attempt: Path, turns: int) -> None:
+        self.attempt, self.turns, self.killed = attempt, turns, False
+
+    def running(self) -> bool:
+        self.turns -= 1
+        return self.turns > 0 and not self.killed
+
+    def ask_to_save(self) -> None:
+        pass
+
+    ask_for_stacks = ask_to_save
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def log(self, rank: int) -> Path:
+        return self.attempt / f"rank-{rank}.log"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize(("suspended", "ends"), [(True, False), (False, True)])
+def test_a_suspended_job_does_not_hang(
+    asked: bool, suspended: bool, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under gang scheduling, or `scontrol suspend`, the supervisor stands still as well."""
+    clock = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 3 * 3600 if suspended and len(waits) == 10 else 1.0
+        waits.append(seconds)
+
+    waits: list[float] = []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    group, stop = Sleepers(tmp_path, 50 if suspended else 1000), StopRequests()
+    stop.count, stop.name = int(asked), "SIGUSR1"
+    limits = Limits(start_seconds=100, hang_seconds=100, save_seconds=60)
+    found = watch_ranks(group, limits, Events(tmp_path / "events.jsonl"), None, stop, 0)  # type: ignore[arg-type]
+    assert group.killed == ends
+    assert (found is not None) == (ends and not asked)
+
+
 def test_a_signal_saves_and_nothing_is_started_again(parent: Parent, tmp_path: Path) -> None:
     process = parent('ready()\nwait_for("never")', restarts=5, restarts_without_progress=5)
     wait_for(tmp_path / "ready-1-0", tmp_path / "ready-1-1")
@@ -435,6 +483,39 @@ def test_ranks_that_never_begin_are_a_mistake(code: int, tmp_path: Path) -> None
     [ended] = step.exits()
     what = "no such image" if code else "the command of the ranks ended with exit code 0"
     assert (ended.mistake or "").startswith(f"{what}: so no rank has begun")
+
+
+@pytest.mark.parametrize("forbidden", ["Requeue=0", "Requeue=1"])
+def test_where_no_job_may_be_requeued_another_one_resumes(
+    forbidden: str, fake_job: Callable[..., watch.Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = make_job(tmp_path / "after")
+    Events(Path(after.folder, "events.jsonl")).write("queued", job="8", after=["7"])
+    job = fake_job(following=(after.folder, str(tmp_path / "last")))
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        if command[:2] == ("scontrol", "requeue"):
+            return subprocess.CompletedProcess(command, 1, "", "Requested operation is presently disabled")
+        record = f"JobId=7 JobState=RUNNING {forbidden} ExcNodeList=n9 Dependency=afterany:7(unfulfilled)"
+        return subprocess.CompletedProcess(command, 0, "9\n" if command[0] == "sbatch" else record, "")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    job.events.write("queued", job="7")
+    for earlier in range(2):  # these are its own starts, although each was another job
+        job.events.write("requeued", job=str(5 + earlier), checkpoint=0)
+        job.events.write("queued", job=str(6 + earlier), succeeds=str(5 + earlier))
+    assert job.requeue(75, "SIGUSR1") == 75
+    script = str(tmp_path / "job/script.sh")
+    words = ("sbatch", "--parsable", "--dependency=afterany:7", "--exclude=n9", script)
+    assert words in asked
+    assert ("scontrol", "update", "JobId=8", "Dependency=afterany:7,afterany:9") in asked
+    assert (("scontrol", "requeue", "7") in asked) == (forbidden == "Requeue=1")
+    queued = facts(job.events.path, "queued")
+    assert (queued["job"], queued["succeeds"]) == ("9", "7")
+    assert job.idle_requeues(0) == 3
+    assert "gave_up" not in kinds(job.events.path)
 
 
 @pytest.mark.parametrize(
@@ -692,6 +773,23 @@ def test_a_signal_saves_requeues_and_resumes(cluster: Cluster) -> None:
     assert facts(run.events, "requeued")["checkpoint"] == facts(run.events, "resumed")["step"] == 1
     assert facts(run.events, "started")["restart_count"] == 1
     assert "requeued (SIGUSR1)" in run.said()
+
+
+@pytest.mark.slurm
+def test_where_no_job_may_be_requeued_the_pipeline_goes_on(cluster: Cluster) -> None:
+    body = 'if start == 1:\n    ready()\n    wait_for("never")'
+    later = Run(cluster, "behind", "", previous=(str(cluster.shared / "watch-forbidden"),))
+    run = Run(cluster, "forbidden", body, following=(str(later.folder),))
+    first = run.submit("--no-requeue")
+    later.submit(f"--dependency=afterany:{first}")
+    run.ready(1)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    later.wait("COMPLETED")
+    assert run.happened() == [
+        *("queued", "started", "signal", "checkpoint", "requeued", "queued"),
+        *("started", "resumed", "done"),
+    ]
+    assert facts(run.events, "started")["job"] == facts(run.events, "queued")["job"] != first
 
 
 @pytest.mark.slurm

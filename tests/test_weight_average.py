@@ -74,7 +74,7 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
             engine = pretraining_engine(config, tokenizer.vocab_size, ranks, dtype)
             engine.resume(saved)
 
-            before, after = (evaluate(engine, {"heldout": heldout}, 16, 0) for _ in range(2))
+            before, after = (evaluate(engine, {"heldout": heldout}, {}, 16, 0) for _ in range(2))
             losses = [before["heldout/loss"], before["heldout_average/loss"], after["heldout/loss"]]
             said[f"{stage} {dtype}"] = losses
     return said

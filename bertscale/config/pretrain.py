@@ -224,6 +224,12 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1, description="Steps between two log points.")
     eval_every: int = Field(500, ge=1, description="Steps between two held-out losses (and at the end).")
     eval_samples: int = Field(1024, ge=1, description="Number of samples of a held-out loss.")
+    pseudo_perplexity: int = Field(
+        0,
+        ge=0,
+        description="Samples of each held-out set for its pseudo-perplexity: each of their tokens is masked "
+        "alone, a pass for each token. 0: none.",
+    )
     fills: list[str] = Field(
         [],
         description="Sentences with [MASK], which the model fills at each held-out loss, to look at: "
@@ -500,11 +506,12 @@ class PretrainConfig(Section):
                 "data: max_epochs needs a budget in train.steps or train.tokens; with "
                 f"train.hours={self.train.hours:g} nobody knows how many samples the run will use"
             )
-        if self.train.fills and not self.objectives.mlm:
-            raise ValueError(
-                "train.fills needs masked tokens to be learnt; objectives.mlm is 0"
-                + (", as objectives.clm is not" if self.objectives.clm else "")
-            )
+        for key in ("fills", "pseudo_perplexity"):
+            if getattr(self.train, key) and not self.objectives.mlm:
+                raise ValueError(
+                    f"train.{key} needs masked tokens to be learnt; objectives.mlm is 0"
+                    + (", as objectives.clm is not" if self.objectives.clm else "")
+                )
         self._check_objectives()
         check_tensor_degree(
             self.parallel.tensor,
@@ -518,6 +525,7 @@ class PretrainConfig(Section):
         for key, size in [
             *(("a batch of train.batch_warmup", samples) for _, samples in self.train.batch_warmup),
             ("train.global_batch", self.train.global_batch),
+            ("train.pseudo_perplexity", self.train.pseudo_perplexity),
         ]:
             if self.samples.has_pairs and size % 2:
                 raise ValueError(f"{key}={size} is odd; sentence pairs need an even number of samples")
@@ -560,7 +568,7 @@ def with_model_of(config: PretrainConfig, model: ModelConfig) -> PretrainConfig:
     assert config.init is not None
     source, given = config.init.source, config.model.model_dump(exclude_unset=True)
     implied = PRESET_DEFAULTS.get(given.get("preset", ""), {})
-    kept = {key: value for key, value in given.items() if implied.get(key) != value}
+    kept = {key: value for key, value in given.items() if key not in implied or implied[key] != value}
     if kept.get("preset", model.preset) != model.preset:
         raise UserError(f"model.preset={kept['preset']}, but init.from={source} is of preset {model.preset}")
     values = {**config.model_dump(), "model": {**model.model_dump(), **kept}}

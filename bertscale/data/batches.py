@@ -45,14 +45,18 @@ def make_loader(
     split: Split,
     datasets: list[Dataset] | None = None,
     ranks: JobRanks | None = None,
+    *,
+    whole: bool = False,
 ) -> Loader:
-    """Makes the loader of this rank of `ranks`; without them, of one process alone on a CPU.
+    """Makes the loader of this rank of `ranks`; without them, of one process alone on a CPU. `whole`: each
+    rank has all samples of a batch.
 
     `split` is `train`, or `validation` for the batches of the held-out loss: the same ones each time, of the
     full length, whatever the run's seed. `datasets` are those of `config.data` where they are open already.
     Raises UserError where a batch does not divide (`check_batches`) or a data set is damaged or too small.
     """
     rank, world, device = (0, 1, "cpu") if ranks is None else (ranks.data_rank, ranks.data, ranks.device.type)
+    rank, world = (0, 1) if whole else (rank, world)
     check_batches(config, world)
     samples, training = config.samples, split == "train"
     datasets = datasets or [open_dataset(corpus.path, split) for corpus in config.corpora]

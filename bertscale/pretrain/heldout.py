@@ -2,6 +2,7 @@
 
     heldout/mlm_loss         the validation split, mixed and masked as the run's own samples
     heldout/NAME/mlm_loss    a data set of `heldout`, or the validation split of one of several corpora
+    heldout/.../pseudo_perplexity    each token masked alone, with `train.pseudo_perplexity`
 
 Sets with names are masked alike in every run (`MASKING`), so that phases and runs which mask otherwise, or
 use longer documents only, are compared by them. With `objectives.clm` nothing is masked in any set: each
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ import torch
 from bertscale.config import PretrainConfig
 from bertscale.data.batches import make_loader
 from bertscale.data.loader import Loader
+from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
 from bertscale.model.model import LossSums
+from bertscale.pretrain.pseudo_perplexity import mean_loss_alone
 from bertscale.tokenizer import Tokenizer
 from bertscale.train.engine import Engine
 from bertscale.train.heartbeat import beat
@@ -65,33 +68,69 @@ def heldout_loaders(
 
     Raises UserError where a set is missing, damaged, or of another tokenizer than the run's `data`.
     """
-    loaders = {"heldout": make_loader(config, tokenizer, "validation", ranks=ranks)}
+    return {
+        prefix: make_loader(alone, tokenizer, "validation", held, ranks)
+        for prefix, alone, held in _sets(config, data)
+    }
+
+
+def _sets(
+    config: PretrainConfig, data: Sequence[Dataset]
+) -> Iterator[tuple[str, PretrainConfig, list[Dataset] | None]]:
+    """Of each set what its figures are called, the config of its batches, and its data, if it is another."""
+    yield "heldout", config, None
     samples = config.samples.model_copy(update={**MASKING, "min_document_tokens": 1})
     for name, folder in heldout_sets(config).items():
         held = open_dataset(folder, "validation")
         check_tokenizers([data[0], held], f"heldout.{name}")
-        alone = config.model_copy(update={"data": folder, "samples": samples})
-        loaders[f"heldout/{name}"] = make_loader(alone, tokenizer, "validation", [held], ranks)
-    return loaders
+        yield f"heldout/{name}", config.model_copy(update={"data": folder, "samples": samples}), [held]
+
+
+def unmasked_samples(
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    data: Sequence[Dataset],
+    loaders: dict[str, Loader],
+    ranks: Ranks,
+) -> dict[str, MicroBatch]:
+    """The first `train.pseudo_perplexity` samples of each of the `loaders`' sets, or all where there are
+    fewer, in one micro-batch that each rank has; {} without that key. All ranks must call."""
+    found, least = (
+        {},
+        2 if config.samples.has_pairs else 1,
+    )  # half of the pairs have one label, half the other
+    for prefix, alone, held in _sets(config, data) if config.train.pseudo_perplexity else ():
+        there = sum(sampler.num_samples for sampler in loaders[prefix].mixture.phases[-1].samplers)
+        size = min(config.train.pseudo_perplexity, max(least, there // least * least))
+        train = config.train.model_copy(update={"global_batch": size, "micro_batch": size})
+        changes = {
+            "train": train.model_copy(update={"micro_tokens": None, "batch_warmup": []}),
+            "objectives": config.objectives.model_copy(update={"mlm": 0.0}),
+        }
+        plain = alone.model_copy(update=changes)
+        [found[prefix]] = make_loader(plain, tokenizer, "validation", held, ranks, whole=True).step(0)
+    return found
 
 
 @torch.no_grad()
 def evaluate(
     engine: Engine[PretrainConfig],
     loaders: dict[str, Loader],
+    unmasked: dict[str, MicroBatch],
     samples: int,
     done: int,
     stop: StopSignal | None = None,
 ) -> dict[str, float]:
-    """Mean losses and accuracies of held-out documents, always over the same samples and masks.
+    """Mean losses and accuracies of held-out documents, always over the same samples and masks, and the
+    pseudo-perplexities of the `unmasked_samples`.
 
     Where the run keeps an average of its weights, its figures are there too, as `heldout_average/...`.
     Raises CutShortError after a signal: what is there of the time before a limit is for saving.
     """
-    figures = _evaluate_sets(engine, loaders, samples, done, stop)
+    figures = _evaluate_sets(engine, loaders, unmasked, samples, done, stop)
     if engine.config.train.average:
         with engine.averaged():
-            again = _evaluate_sets(engine, loaders, samples, done, stop)
+            again = _evaluate_sets(engine, loaders, unmasked, samples, done, stop)
         figures |= {key.replace("heldout", AVERAGE, 1): value for key, value in again.items()}
     return figures
 
@@ -109,6 +148,7 @@ def in_words(figures: dict[str, float]) -> str:
 def _evaluate_sets(
     engine: Engine[PretrainConfig],
     loaders: dict[str, Loader],
+    unmasked: dict[str, MicroBatch],
     samples: int,
     done: int,
     stop: StopSignal | None,
@@ -121,6 +161,9 @@ def _evaluate_sets(
             for loss, name in PERPLEXITIES.items():
                 if prefix != "heldout" and f"{prefix}/{loss}" in found:
                     found[f"{prefix}/{name}"] = perplexity(found[f"{prefix}/{loss}"])
+            if prefix in unmasked:
+                alone = mean_loss_alone(engine, unmasked[prefix], loader.rules, done, stop)
+                found[f"{prefix}/pseudo_perplexity"] = perplexity(alone)
             figures |= found
     finally:
         engine.model.train()

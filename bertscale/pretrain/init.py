@@ -171,14 +171,18 @@ class Start:
 def start_from(engine: Engine[PretrainConfig], source: Source, tokenizer: Tokenizer) -> Start:
     """Gives the engine its first weights, those of the source, and its moments if `init.optimizer` says so.
 
-    What the source lacks of the heads gets first values. `tokenizer` is that of the data. Raises UserError
-    where more than a head is missing, or the shape is another one than `init` allows.
+    What the source lacks of the heads, or has in another size, gets first values. `tokenizer` is that of the
+    data. Raises UserError where more than a head is missing, or the shape is another one than `init` allows.
     """
     config, before = engine.config, source.checkpoint
     assert config.init is not None
     weights, vocabulary = in_shape_of(config, source.weights, tokenizer)
     shapes = native_shapes(engine.sizes, engine.vocab_size)
     missing = [name for name in shapes if name not in weights.names]
+    if engine.sizes.generator_size != weights.model.generator_size:
+        # The head for masked tokens is then as wide as the generator; so are the layers of another generator.
+        heads = [name for name in shapes if name in weights.names and name.startswith(PARTS)]
+        missing += [name for name in heads if name not in ROWS and weights.tensor(name).shape != shapes[name]]
     if wrong := [name for name in missing if not name.startswith(PARTS)]:
         raise UserError(f"init.from={config.init.source}: {source.weights.folder} lacks {wrong[0]}")
 
@@ -247,7 +251,8 @@ def _lines(lineage: tuple[dict[str, Any], ...], ancestor: dict[str, Any]) -> lis
     if ancestor["vocabulary"]:
         lines.append(f"pieces    {ancestor['vocabulary']}")
     if ancestor["first_values"]:
-        lines.append(f"new       {', '.join(ancestor['first_values'])}: not in the source, first values")
+        new = ", ".join(ancestor["first_values"])
+        lines.append(f"new       {new}: not in the source, or in another size; first values")
     if ancestor["left_out"]:
         lines.append(f"left out  {', '.join(ancestor['left_out'])}: this model has no place for them")
     return lines

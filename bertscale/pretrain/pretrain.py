@@ -7,10 +7,8 @@ torchrun --nproc-per-node 2 -m bertscale pretrain CONFIG.yaml  # or is one rank 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,13 +16,14 @@ from bertscale.config import PretrainConfig, with_model_of
 from bertscale.data.batch_phases import FOREVER
 from bertscale.data.batches import make_loader
 from bertscale.data.loader import Loader
+from bertscale.data.micro_batch import MicroBatch
 from bertscale.data.mixture import data_digest
 from bertscale.data.shards import Dataset, open_dataset
 from bertscale.errors import STOPPED_AND_SAVED
 from bertscale.files import write_bytes, write_json
 from bertscale.pretrain.banner import banner, epochs
 from bertscale.pretrain.fills import Sentence, encode_sentences, fill, show_fills
-from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words
+from bertscale.pretrain.heldout import evaluate, heldout_loaders, in_words, unmasked_samples
 from bertscale.pretrain.init import Start, check_source, open_source, resumed, start_from
 from bertscale.pretrain.tasks import Begin, Tasks, check_encoder
 from bertscale.progress import Progress, TimeBudget, fold
@@ -81,6 +80,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     tokenizer = load_tokenizer(data[0].tokenizer_path)
     loader = make_loader(config, tokenizer, "train", data, ranks)
     heldout = heldout_loaders(config, tokenizer, data, ranks)
+    unmasked = unmasked_samples(config, tokenizer, data, heldout, ranks)
     sentences = encode_sentences(config, tokenizer)
     schedule = TrainingSchedule(config, loader.mixture.batches)
     dtype, reason = choose_precision(config.train.precision, ranks.device)
@@ -126,7 +126,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     tasks = Tasks(config, ranks, begin, writer)
     last = False  # whether this step is the last of the budget; all ranks must find the same
     cut = False  # whether a signal has cut an evaluation short, likewise
-    see = partial(look, engine, heldout, stop, sentences, tokenizer, writer)
+    see = partial(look, engine, heldout, unmasked, stop, sentences, tokenizer, writer)
     finish = partial(write_result, engine, rate, precision, peak)
     if checkpoint is not None and UNEVALUATED in checkpoint.table:
         try:
@@ -135,9 +135,11 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
             return STOPPED_AND_SAVED
         if over:
             finish()
+            tasks.add(start, last=True)
+            whole = tasks.finish(stop)
             if writer:
                 writer.close()
-            return 0
+            return 0 if whole else STOPPED_AND_SAVED
 
     hours = TimeBudget(schedule.seconds, clock.elapsed()) if schedule.seconds else None
     with Progress(
@@ -212,10 +214,8 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
     if cut or not last:  # a signal came
         tasks.ask_to_stop()
         if saved < done:
-            spent = (schedule.seconds or 0.0) if last else 0.0
-            elapsed = max(clock.elapsed(), spent)
-            more = {UNEVALUATED: True} if cut else {}
-            save(engine, done, data, schedule, elapsed, losses, origin, tasks, more)
+            elapsed = max(clock.elapsed(), (schedule.seconds or 0.0) if last else 0.0)
+            save(engine, done, data, schedule, elapsed, losses, origin, tasks, cut)
         tasks.end()
         if first:  # in its log: on the screen the process that has started the ranks says how to go on
             print(f"stopped after step {done} of {schedule.text}", file=sys.stderr, flush=True)
@@ -234,17 +234,15 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
 def look(
     engine: Engine[PretrainConfig],
     heldout: dict[str, Loader],
+    unmasked: dict[str, MicroBatch],
     stop: StopSignal,
     sentences: list[Sentence],
     tokenizer: Tokenizer,
     writer: MetricsWriter | None,
     step: int,
 ) -> str:
-    """Evaluates the weights after `step` and writes the figures; the line that tells them.
-
-    Raises CutShortError, on all ranks, after a signal.
-    """
-    figures = evaluate(engine, heldout, engine.config.train.eval_samples, step, stop)
+    """Evaluates the weights after `step`; the line with the figures. Raises CutShortError after a signal."""
+    figures = evaluate(engine, heldout, unmasked, engine.config.train.eval_samples, step, stop)
     if writer:
         writer.write(step, figures)
     if sentences:
@@ -271,7 +269,7 @@ def save(
     losses: LossAccumulator,
     origin: Start,
     tasks: Tasks,
-    more: Mapping[str, Any] = {},
+    cut: bool = False,
 ) -> None:
     """Saves a checkpoint of `step`, reached after `elapsed` seconds, and deletes the oldest ones.
 
@@ -289,12 +287,13 @@ def save(
         "causal": config.objectives.clm > 0,
         "tokenizer_sha256": data[0].manifest["tokenizer_sha256"],
         "data_digest": data_digest(data, config.corpora),
+        **({UNEVALUATED: True} if cut else {}),
     }
     beat(step)
     save_checkpoint(
         checkpoint_folder(run, step),
         engine.fragments_to_save(),
-        {**facts, **more, **origin.facts, **engine.table()},
+        {**facts, **origin.facts, **engine.table()},
         data[0].tokenizer_path,
         engine.ranks,
     )

@@ -234,10 +234,10 @@ def _title(tuning: Tuning) -> str:
 
 
 def _last_line(log: Path, code: int) -> str:
-    """The last line that a fine-tuning has written, and its exit code."""
+    """The last line that a fine-tuning has written, which tells its mistake or fault; else its exit code."""
     with contextlib.suppress(OSError), open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-        if said := [line for line in lines if line]:
+        if said := [line for line in lines if line and not line.startswith("logs of all ranks")]:
             return said[-1].removeprefix("bertscale finetune: error: ")
     return f"exit code {code}"

@@ -286,7 +286,9 @@ class Engine(Generic[AnyConfig]):
             for state in states:
                 if state not in self._states(name) or name not in fragments:
                     continue
-                share = take_share(read(name, state), name, self.ranks.tensor, self.ranks.tensor_rank)
+                whole = read(name, state)
+                assert list(whole.shape) == self._global_shape(name), name  # what follows sees no shapes
+                share = take_share(whole, name, self.ranks.tensor, self.ranks.tensor_rank)
                 target, start = fragments[name].states[state], fragments[name].start
                 target.copy_(share.flatten()[start : start + target.numel()])
         self.zero.refresh_weights()

@@ -297,8 +297,9 @@ def _rates(figures: dict[str, float], prefix: str, form: str) -> dict[str, str]:
     return {name: format(rate, form) for name, rate in named.items() if rate is not None}
 
 
-def result(run: Path) -> dict[str, float]:
-    """The first and the last losses of the run, from its metrics.jsonl."""
+def result(run: Path) -> dict[str, Any]:
+    """The first and the last losses of the run, from its metrics.jsonl; of held-out sets with names all
+    figures, by the name."""
     entries = read_metrics(run)
     trained = [entry for entry in entries if "train/loss" in entry]
     heldout = [entry for entry in entries if "heldout/loss" in entry]
@@ -311,7 +312,20 @@ def result(run: Path) -> dict[str, float]:
             for figure in (
                 *(f"{kind}_{figure}" for kind in BY_LOSS for figure in ("loss", "accuracy")),
                 *(f"{kind}_accuracy" for kind in BY_ACCURACY),
+                "pseudo_perplexity",
             )
             if f"heldout/{figure}" in heldout[-1]
         },
+        **({"heldout": named} if (named := _named_sets(heldout[-1])) else {}),
     }
+
+
+def _named_sets(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures `heldout/NAME/FIGURE` by name and figure."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in figures.items():
+        prefix, _, rest = key.partition("/")
+        name, _, figure = rest.rpartition("/")
+        if prefix == "heldout" and name:
+            found.setdefault(name, {})[figure] = value
+    return found

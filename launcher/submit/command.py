@@ -154,9 +154,21 @@ def _queue_all(jobs: Sequence[StageJob], after: Sequence[str], exclude: Sequence
             before = [queued[-1][0]] if queued else after
             queued.append((queue(job.spec, before, left_out(job.spec, exclude)), job.spec))
             _announce(job.spec, queued[-1][0], before)
+            if _cannot_be_requeued(queued[-1][0]):
+                print(
+                    "  the site lets no job be requeued: at its time limit this one queues another",
+                    flush=True,
+                )
     except BaseException:
         _take_back(queued)
         raise
+
+
+def _cannot_be_requeued(job: str) -> bool:
+    """Whether a site's settings have taken back the --requeue of the script."""
+    with contextlib.suppress(UserError):
+        return (slurm.show_job(job) or {}).get("Requeue") == "0"
+    return False
 
 
 def _take_back(queued: Sequence[tuple[str, JobSpec]]) -> None:

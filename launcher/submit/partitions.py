@@ -17,6 +17,8 @@ from launcher.job import JobSpec
 
 Node = dict[str, str]
 
+AWAY = re.compile(r"DOWN|DRAIN|FAIL|MAINT|RESERVED|NOT_RESPONDING|REBOOT|POWER")
+
 
 def problems(spec: JobSpec, exclude: Sequence[str]) -> list[str]:
     """One line for each thing that the cluster cannot give; nodes of `exclude` count as not there.
@@ -41,6 +43,16 @@ def warnings(spec: JobSpec) -> list[str]:
     if not states or "UP" in states.values():
         return []
     return [f"partition {name} is {state}: jobs wait until it is UP" for name, state in states.items()]
+
+
+def nodes_away(spec: JobSpec) -> list[str]:
+    """The nodes of the job's partitions that take no job now, though they may later: `node3 (IDLE+DRAIN)`."""
+    every = slurm.partitions()
+    lists = [every[name].get("Nodes", "") for name in _partitions_of(spec) if name in every]
+    nodes = {
+        node["NodeName"]: node.get("State", "") for node_list in lists for node in slurm.nodes(node_list)
+    }
+    return [f"{name} ({state})" for name, state in nodes.items() if AWAY.search(state)]
 
 
 def node_memory(spec: JobSpec) -> int | None:

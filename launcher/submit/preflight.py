@@ -50,6 +50,7 @@ from launcher.submit.source import shape_of, source_of
 Found = TypeVar("Found")
 
 LOCAL = ("/tmp", "/var/tmp", "/dev/shm")  # of each node its own, as a rule
+NO_NODES = re.compile(r"node configuration is not available|node not available|nodes are busy|DRAINED")
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -483,7 +484,13 @@ def _try_sbatch(spec: JobSpec, exclude: Sequence[str], report: Report, *, waits:
     command, env = ("sbatch", "--test-only", *options), slurm.own_environment()
     done = slurm.ask(*command, text=render(spec), check=False, env=env)
     said = slurm.complaint(done)
-    if done.returncode:
+    # It refuses for want of nodes that are only away; sbatch itself takes such a job, and it waits.
+    if done.returncode and NO_NODES.search(said) and (away := partitions.nodes_away(spec)):
+        report.warnings.append(
+            f"the job waits until enough nodes are back: {', '.join(away)} "
+            f"({said.removeprefix('allocation failure: ')})"
+        )
+    elif done.returncode:
         report.problems.append(f"sbatch would refuse the job: {said.removeprefix('allocation failure: ')}")
     elif not waits and (expected := re.search(r"to start at (\S+) .*on nodes (\S+)", said)):
         report.facts.append(f"expected start, as of now: {expected[1].replace('T', ' ')} on {expected[2]}")
