@@ -166,7 +166,7 @@ def damaged_copy(number: int, sound: Path, folder: Path) -> tuple[Path, Path, Co
         origin, place = sound / "models" / draw.choice(FOLDERS), sound / "models"
     copy = folder / "source"
     shutil.copytree(origin, copy)
-    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.name != "README.md")
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and is_read(path))
     # Tables and weights are what matters most.
     tables = [path for path in files if path.name in ("bertscale.json", "config.json")]
     weights = [path for path in files if path.suffix in WEIGHTS]
@@ -202,9 +202,15 @@ def check(number: int, sound: Path, folder: Path) -> bool:
     return False
 
 
+def is_read(path: Path) -> bool:
+    """Whether a conversion reads the file: no model card, nor what other programs are compared by."""
+    return path.name != "README.md" and "reference" not in path.parts
+
+
 def source_weights_changed(origin: Path, source: Path) -> bool:
     """Whether a file with weights has other bytes: transformers keeps no digest that would tell."""
-    names = [path.relative_to(origin) for path in origin.rglob("*") if path.suffix in WEIGHTS]
+    files = (path for path in origin.rglob("*") if path.suffix in WEIGHTS and is_read(path))
+    names = [path.relative_to(origin) for path in files]
     return any((origin / name).read_bytes() != (source / name).read_bytes() for name in names)
 
 
