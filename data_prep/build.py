@@ -306,6 +306,10 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
         sums["dropped"]["duplicate"] += duplicates
     for line in _dropped(sums):
         print(f"prep: {line}")
+    if joined := sums["counters"]["joined_lines"]:
+        where = f"{sums['counters']['joined_documents']:,} documents that look wrapped"
+        remedy = "" if plan.config.wrapped == "yes" else " (wrapped=no keeps each line)"
+        print(f"prep: {joined:,} line ends joined in {where}{remedy}")
     plan.check_input()
     shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
     plan.remove_all_but({shard.name for shard in shards})
@@ -391,6 +395,17 @@ def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, lis
             f"{count:,} of {records:,} records cannot be read, more than "
             f"max_bad_fraction={plan.config.max_bad_fraction} allows: {'; '.join(lines)}. They are listed in "
             f"{quarantine}. Mend them, or raise max_bad_fraction: finished work is kept"
+        )
+    lost, size = sums["counters"]["lost_bytes"], sum(file.size for file in plan.files)
+    if lost > plan.config.max_lost_fraction * size:
+        raise UserError(
+            f"about {lost / size:.2%} of the input's {size:,} bytes are lost with bad records, more than "
+            f"max_lost_fraction={plan.config.max_lost_fraction} allows: {'; '.join(lines)}. They are listed "
+            f"in {quarantine}. Mend them, or raise max_lost_fraction: finished work is kept"
+        )
+    if lost:
+        print(
+            f"prep: warning: about {lost:,} bytes ({lost / size:.2%}) of the input are lost with bad records"
         )
     print(f"prep: all {count:,} bad records, with place and excerpt: {plan.final / QUARANTINE_NAME}")
 

@@ -1,9 +1,10 @@
 """A document's text -> the text that is kept, one line for each paragraph, or the reason why it is dropped.
 
-    text, reason = clean("Two   words.\\r\\n\\r\\nNext paragraph.", config)
+    text, reason, joined = clean("Two   words.\\r\\n\\r\\nNext paragraph.", config)
 
-Newlines, Unicode form, control characters and white space are made one; then the document is dropped if it is
-too short, too long, has too few letters (`min_letters`) or is mostly in scripts not wanted (`scripts`).
+The lines of a wrapped text are joined and counted (`wrapped`). Newlines, Unicode form, control characters and
+white space are made one; then the document is dropped if it is too short, too long, has too few letters
+(`min_letters`) or is mostly in scripts not wanted (`scripts`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -25,6 +27,11 @@ from data_prep.readers.records import Cut, Record
 
 WRAPPED_WIDTH = 120  # characters: longer lines were not wrapped by hand or by a mail program
 UNWRAPPED_SHARE = 0.2  # of the text stands in such lines, and every line is a paragraph
+# What the line ends inside of paragraphs show of a text that may be wrapped (`looks_wrapped`).
+NARROWEST, NARROWEST_WIDE = 30, 24  # characters of a line; of Chinese and Japanese, where verse is shorter
+FULL_SHARE = 0.7  # of the lines have no room for the next word
+LOWER_SHARE = 0.4  # of the next lines begin with a small letter, where letters have cases
+ENDED_SHARE = 0.5  # of the lines end as a sentence does, where they have none
 SCRIPT_SHARE = 0.5  # of the letters are in the wanted scripts
 
 _paragraph_end = re.compile(r"\n[^\S\n]*\n\s*")
@@ -37,6 +44,8 @@ _wide_wrap = re.compile(
     f"(?<=[{_WIDE}])[^\\S\\n]*\\n\\s*(?=[{_WIDE}“‘…—])|(?<=[”’…—])[^\\S\\n]*\\n\\s*(?=[{_WIDE}])"
 )
 
+_is_wide = re.compile(f"[{_WIDE}]").match
+_sentence_end = re.compile(r"[.!?…:;।॥؟。！？：；][\"'”’»」』）)\]]*$").search
 _spaces = re.compile("  +")
 _PRINTABLE = b"\n" + bytes(range(0x20, 0x7F))
 
@@ -60,25 +69,32 @@ SCRIPTS: dict[str, list[tuple[int, int]]] = {
 _OTHER = 1  # a letter of another script; 2 and more are SCRIPTS, 0 is no letter
 
 
-def clean_records(unit: Unit) -> Iterator[tuple[Record, str, str, bool]]:
-    """Yields (record, its clean text, or "" and the reason why it is left out, whether it is for validation).
+def clean_records(unit: Unit) -> Iterator[tuple[Record, str, str, bool, int]]:
+    """Yields (record, its clean text, or "" and the reason why it is left out, whether it is for validation,
+    how many of its line ends were joined).
 
     All parts of a document are for training, or all for validation: what a Cut continues decides. The same
     text is always on the same side, wherever it stands.
     """
     held_out = False
     for record in unit.records():
-        text, reason = clean(record, unit.config) if isinstance(record, str) else ("", record.reason)
+        text, reason, joined = "", "", 0
+        if isinstance(record, str):
+            text, reason, joined = clean(record, unit.config)
+        else:
+            reason = record.reason
         if not isinstance(record, Cut):
             held_out = xxhash.xxh3_64_intdigest(text.encode()) < unit.config.validation_fraction * 2**64
-        yield record, text, reason, held_out
+        yield record, text, reason, held_out, joined
 
 
-def clean(text: str, config: PrepConfig) -> tuple[str, str]:
-    """Returns (the text that is kept, "") or ("", reason)."""
-    cleaned = one_form(split_paragraphs(newlines(text)), "NFKC" if config.normalization == "nfkc" else "NFC")
+def clean(text: str, config: PrepConfig) -> tuple[str, str, int]:
+    """Returns (the text that is kept, "", how many line ends were joined in it) or ("", reason, 0)."""
+    wrapped = "no" if config.language == "lines" else config.wrapped
+    paragraphs, joined = split_paragraphs(newlines(text), wrapped)
+    cleaned = one_form(paragraphs, "NFKC" if config.normalization == "nfkc" else "NFC")
     reason = why_drop(cleaned, config)
-    return ("", reason) if reason else (cleaned, "")
+    return ("", reason, 0) if reason else (cleaned, "", joined)
 
 
 def newlines(text: str) -> str:
@@ -86,20 +102,54 @@ def newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def split_paragraphs(text: str) -> list[str]:
-    """Paragraphs, each on one line. Blank lines end them; every line end does unless the text looks wrapped.
+def split_paragraphs(text: str, wrapped: Literal["auto", "yes", "no"]) -> tuple[list[str], int]:
+    """Returns (paragraphs, each on one line, how many line ends were joined for it).
 
-    No space comes between two Chinese or Japanese characters where a line was wrapped.
+    Blank lines end a paragraph. Other line ends do unless the text is `wrapped`, or looks so; they never join
+    a text that stands for more than UNWRAPPED_SHARE in long lines. No space comes between two Chinese or
+    Japanese characters where a line was wrapped.
     """
     if "\n" not in text:
-        return [text]
+        return [text], 0
     lines = text.split("\n")
+    if wrapped == "no":
+        return lines, 0
     long = sum([size for size in map(len, lines) if size > WRAPPED_WIDTH])
-    if long <= UNWRAPPED_SHARE * len(text):
-        if not text.isascii():
-            text = _wide_wrap.sub("", text)
-        lines = [paragraph.replace("\n", " ") for paragraph in _paragraph_end.split(text)]
-    return lines
+    if long > UNWRAPPED_SHARE * len(text):
+        return lines, 0
+    stripped = [line.strip() for line in lines]
+    ends = [(line, following) for line, following in pairwise(stripped) if line and following]
+    if not ends or (wrapped == "auto" and not looks_wrapped(ends)):
+        return lines, 0
+    if not text.isascii():
+        text = _wide_wrap.sub("", text)
+    return [paragraph.replace("\n", " ") for paragraph in _paragraph_end.split(text)], len(ends)
+
+
+def looks_wrapped(ends: list[tuple[str, str]]) -> bool:
+    """Whether lines were broken for their length alone; `ends`: those with another one right behind them.
+
+    Then the next word had no room in most of them, and sentences go on behind them: the next line begins with
+    a small letter, or in a script without cases most lines do not end as a sentence does. Verse, lists,
+    headlines, a sentence or a paragraph a line are otherwise.
+    """
+    width = sorted([len(line) for line, _ in ends])[95 * (len(ends) - 1) // 100]  # a few may be longer
+    full = lower = upper = ended = wide = 0
+    for line, following in ends:
+        first = following[0]
+        if _is_wide(first):
+            wide, room = wide + 1, 3  # a punctuation mark that may not begin a line moves others
+        else:
+            room = len(following.split(None, 1)[0]) + 1
+        full += len(line) + room > width
+        lower, upper = lower + first.islower(), upper + first.isupper()
+        ended += bool(_sentence_end(line))
+    count = len(ends)
+    if width < (NARROWEST_WIDE if 2 * wide > count else NARROWEST) or full < FULL_SHARE * count:
+        return False
+    if 2 * (lower + upper) >= count:
+        return lower >= LOWER_SHARE * (lower + upper)
+    return count > 1 and ended < ENDED_SHARE * count  # of a single one, nobody knows
 
 
 def one_form(paragraphs: list[str], form: Literal["NFC", "NFKC"]) -> str:

@@ -108,13 +108,15 @@ def _batches(
 ) -> Iterator[Batch]:
     """Yields the documents that are kept; counts them all, and writes bad records to `quarantine`."""
     batch, characters = Batch([], [], []), 0
-    for number, (source, (record, text, reason, held_out)) in enumerate(_records(unit)):
+    for number, (source, (record, text, reason, held_out, joined)) in enumerate(_records(unit)):
         tally["counters"]["records"] += 1
         if isinstance(record, Bad):
             by_source.bad(source, record.reason)
             tally["bad"][record.reason] += 1
             if tally["bad"][record.reason] <= PLACES_SHOWN:
                 places.setdefault(record.reason, []).append(record.place)
+            if record.lost:
+                tally["counters"]["lost_bytes"] += record.lost
             line = {"place": record.place, "reason": record.reason, "excerpt": record.excerpt}
             quarantine.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             continue
@@ -124,6 +126,8 @@ def _batches(
             by_source.drop(source, number, reason, record if isinstance(record, str) else "")
             continue
         by_source.keep(source, number, text)
+        if joined:
+            tally["counters"].update(joined_lines=joined, joined_documents=1)
         if number < LETTERS_OF[0] or number % LETTERS_OF[1] == 0:
             tally["letters"].update(count_letters(text))
         batch.numbers.append(unit.number << 32 | number)
@@ -137,7 +141,7 @@ def _batches(
         yield batch
 
 
-def _records(unit: Unit) -> Iterator[tuple[str, tuple[Record, str, str, bool]]]:
+def _records(unit: Unit) -> Iterator[tuple[str, tuple[Record, str, str, bool, int]]]:
     """The cleaned records of the unit, each with its source."""
     for part in unit.parts:
         source = source_of(part.name, tuple(unit.config.input))

@@ -30,17 +30,20 @@ from bertscale.files import HeldError, alone, file_digest, sync, write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from data_prep.readers.compressed import COMPRESSIONS
 from data_prep.readers.encodings import other_encoding
-from data_prep.readers.read import InputFile, Part, cut_into_units, find_files, read_records
+from data_prep.readers.read import UNPACKED, InputFile, Part, cut_into_units, find_files, read_records
 from data_prep.readers.records import Record, printable
 from data_prep.words import segmenter_version
 
-PLAN_VERSION = 2  # raise it when the same settings begin to give other bytes
+PLAN_VERSION = 3  # raise it when the same settings begin to give other bytes
 QUARANTINE_NAME = "quarantine.jsonl"
 LOCK_NAME = "lock"
 DIGESTS_NAME = "inputs.json"  # the digest of each input file, and the size and time that it had then
 REPLACEMENT = ".replacement"  # in the output folder: the data set that will take its place
 DIFFERENCES_SHOWN = 8
-LATER_KEYS = ("csv",)  # settings that earlier versions did not have: where they are the default, none is kept
+LATER_KEYS = (
+    "csv",
+    "wrapped",
+)  # settings that earlier versions did not have: where they are the default, none is kept
 FILES_LOOKED_AT = 1000  # for another encoding
 DIGEST_THREADS = 8
 SAID_FROM = 2**30  # bytes of input whose digests take so long that a line says so
@@ -269,7 +272,7 @@ class Plan:
 
     def text_bytes(self) -> int:
         """The input's size, compressed files counted as what is in them, roughly."""
-        return sum(file.size * (3 if file.name.endswith(COMPRESSIONS) else 1) for file in self.files)
+        return sum(file.size * (UNPACKED if file.name.endswith(COMPRESSIONS) else 1) for file in self.files)
 
     def begin(self, replace: bool = False) -> None:
         """Makes this the plan of the output folder; with `replace`, of what will take its place.
@@ -286,6 +289,14 @@ class Plan:
         old = _read_plan(self.output)
         if old is not None and not self._is_same(old):
             finished = (self.final / MANIFEST_NAME).is_file()
+            if finished and not replace and self._is_same({**old, "version": PLAN_VERSION}):
+                print(
+                    f"prep: an earlier version of bertscale made {self.final}; this one may give other "
+                    "bytes, which it makes with --replace",
+                    flush=True,
+                )
+                self._adopt(old)
+                return
             if finished or self._is_work_done(old):
                 self._check_replace(old, finished, replace)
             if finished:
@@ -533,7 +544,7 @@ def _is_unchanged(file: InputFile) -> bool:
 
 def _that_matter(settings: PrepConfig) -> dict[str, Any]:
     """The settings on which the bytes depend; one without a new key is that of an earlier version."""
-    values = settings.model_dump(exclude={"output", "workers", "max_bad_fraction"})
+    values = settings.model_dump(exclude={"output", "workers", "max_bad_fraction", "max_lost_fraction"})
     if is_utf8(values["encoding"]):
         del values["encoding"]
     values["train_tokenizer"]["model"] = settings.tokenizer_model

@@ -274,7 +274,7 @@ def _sample_unit(unit: Unit, documents: int, size: int) -> Counter[str]:
     no_text = undecodable(unit.config.encoding)
 
     def texts() -> Iterator[str]:
-        for record, text, reason, held_out in clean_records(unit):
+        for record, text, reason, held_out, _ in clean_records(unit):
             sample.update(records=1, undecoded=isinstance(record, Bad) and reason in no_text)
             if text and not held_out:
                 sample["seen"] += len(text)

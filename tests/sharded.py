@@ -11,7 +11,7 @@ from test_convert import SIZES
 from tiny import pretrain_config
 
 from bertscale.config import ModelConfig
-from bertscale.convert.weights import native_shapes
+from bertscale.convert.model_shape import native_shapes
 from bertscale.model.layers import derive_seed
 from bertscale.run_folder import append_line, checkpoint_folder
 from bertscale.tokenizer import load_tokenizer

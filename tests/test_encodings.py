@@ -201,10 +201,23 @@ def test_a_wrong_encoding_names_the_right_one(
     assert str(caught.value) == f"input: {message}"
 
 
-def test_utf_16_and_utf_8_are_named_as_well(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(WRITERS["a.csv"](documents("utf-16")).encode("utf-16"))
-    with pytest.raises(UserError, match=r"input: \S+a\.csv decodes as utf-16: give encoding=utf-16"):
-        cut(tmp_path / "a.csv")
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be", "utf-32-be"])
+@pytest.mark.parametrize("named", ["utf-8", "gb18030"])
+def test_marks_of_utf_16_and_utf_32_need_no_setting(
+    name: str, encoding: str, named: str, tmp_path: Path
+) -> None:
+    docs = documents("utf-16", 1 if name == "a.md" else 30)
+    path = tmp_path / name
+    path.write_bytes(("\ufeff" if encoding.endswith("be") else "").encode(encoding))
+    with open(path, "ab") as file:
+        file.write(WRITERS[name](docs).encode(encoding))
+    (tmp_path / f"b{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    expected = [doc.removeprefix("0. ") for doc in docs] if name == "a.md" else docs  # the number of a list
+    assert read(tmp_path, encoding=named, split_bytes=1000) == expected * 2
+
+
+def test_utf_8_is_named_as_well(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes("\n\n".join(documents("utf-8", 20)).encode())
     values = {"input": [str(tmp_path / "b.txt")], "output": str(tmp_path / "out"), "encoding": "big5"}
     with pytest.raises(

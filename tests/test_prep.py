@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -483,7 +484,10 @@ def test_bad_records_are_counted_by_reason(corpus: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match=r"10 of 311 records cannot be read, more than max_bad_fraction=0.01"):
         prep(config_for(corpus))
     assert not (corpus / "output" / "manifest.json").exists()
-    summary = prep(config_for(corpus, max_bad_fraction=0.05))
+    with pytest.raises(UserError, match=r"about 67\.\d+% of the input's \S+ bytes are lost with bad records"):
+        prep(config_for(corpus, max_bad_fraction=0.05))
+    summary = prep(config_for(corpus, max_bad_fraction=0.05, max_lost_fraction=0.7))
+    assert summary["lost_bytes"] > 100_000
     counts: dict[str, int] = {}
     for _, reason in BAD_LINES:
         counts[reason] = counts.get(reason, 0) + 1
@@ -512,12 +516,28 @@ def test_bad_records_go_to_the_quarantine(corpus: Path) -> None:
     before = quarantine.read_bytes()
     for workers in (1, 2):
         output = corpus / str(workers)
-        prep(config_for(corpus, max_bad_fraction=0.6, output=str(output), workers=workers, tokenizer=given))
+        limits = {"max_bad_fraction": 0.6, "max_lost_fraction": 1.0}
+        prep(config_for(corpus, **limits, output=str(output), workers=workers, tokenizer=given))
         assert (output / "quarantine.jsonl").read_bytes() == before
         assert not list((output / ".prep").glob("*.bad.jsonl"))
     bad.unlink()
     prep(config_for(corpus, tokenizer=given), replace=True)
     assert not quarantine.exists()
+
+
+def test_a_damaged_file_counts_by_its_bytes(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One record of 701, but two fifths of the input."""
+    draw = random.Random(0)
+    lines = [json.dumps({"text": draw.randbytes(200).hex()}) for _ in range(400)]
+    data = gzip.compress("\n".join(lines).encode())
+    (corpus / "input" / "z.jsonl.gz").write_bytes(data + b"\1" * 100_000)
+    with pytest.raises(
+        UserError, match=r"39\.\d+% of the input's .* 1 bad: a damaged file, the rest of it lost"
+    ):
+        prep(config_for(corpus))
+    lost = prep(config_for(corpus, max_lost_fraction=0.9))["lost_bytes"]
+    assert lost > 80_000
+    assert f"warning: about {lost:,} bytes (" in capsys.readouterr().out
 
 
 def test_short_documents_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -604,3 +624,19 @@ def test_a_tokenizer_of_another_language_is_told(tmp_path: Path, capsys: pytest.
     summary = prep(given, replace=True)
     assert summary["unknown"] > 0.5 * summary["tokens"]
     assert "% of the tokens are unknown pieces, so the tokenizer does not fit" in capsys.readouterr().out
+
+
+def test_a_data_set_of_an_earlier_version_is_used_and_its_unfinished_work_is_not(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prep(config_for(corpus))
+    path = corpus / "output" / ".prep" / "plan.json"
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    assert prep(config_for(corpus))["reused"]
+    assert "an earlier version of bertscale made" in capsys.readouterr().out
+    assert prep(config_for(corpus), replace=True)["reused"] is False
+    prep_tokenizer(config_for(corpus, output=str(corpus / "other")))
+    path = corpus / "other" / ".prep" / "plan.json"
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(UserError, match=r"\(another version of bertscale, which gives other bytes\)"):
+        prep(config_for(corpus, output=str(corpus / "other")))

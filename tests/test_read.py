@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -541,8 +542,91 @@ def test_damaged_compression(tmp_path: Path, suffix: str, how: str) -> None:
             read(path)
     elif how == "cut":
         assert len(good) > 800
-        assert last.place == f"{path}, all after record {len(good)}"
+        assert last.place == f"{path}, all after record {len(good)}, where it breaks off"
         assert last.excerpt
+
+
+def lost_share(path: Path) -> float:
+    """Of the file's bytes, by what is bad of it."""
+    return sum(record.lost for record in read(path.parent) if isinstance(record, Bad)) / path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.md"])
+def test_what_is_before_a_damaged_place_is_read_and_the_rest_counted(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
+    draw = random.Random(0)
+    documents = [draw.randbytes(2000).hex() for _ in range(600)]
+    data = COMPRESS[suffix](WRITERS.get(name, WRITERS["a.txt"])(documents))
+    place = len(data) // 3
+    path = tmp_path / f"{name}{suffix}"
+    whole = data[:place]
+    if suffix in (
+        ".gz",
+        ".zst",
+    ):  # whose damaged blocks often give some bytes or other: behind a whole member
+        whole = COMPRESS[suffix](WRITERS.get(name, WRITERS["a.txt"])(documents[:200]))
+    path.write_bytes(whole + b"\1" * (len(data) - place))
+    *found, last = read(tmp_path)
+    assert isinstance(last, Bad)
+    assert last.reason == "a damaged file, the rest of it lost"
+    assert not any(isinstance(record, Bad) for record in found)  # what the damage broke is a part of it
+    characters = sum(len(str(record).strip()) for record in found)
+    if suffix != ".bz2" or name != "a.md":  # whose blocks are large
+        assert 0.15 < characters / 2.4e6 < 0.35
+    assert 0.6 < lost_share(path) < 0.75
+
+
+def test_a_file_that_breaks_off_gives_what_there_is(tmp_path: Path) -> None:
+    text = "".join(f"Line {number} of a long text.\n" for number in range(20_000))
+    data = gzip.compress(text.encode())
+    (tmp_path / "a.txt.gz").write_bytes(data[: len(data) // 2])
+    first, last = read(tmp_path, documents="file")
+    assert str(first) == text[: len(str(first))]
+    assert len(str(first)) > len(text) / 3
+    assert isinstance(last, Bad)
+    assert last.place == f"{tmp_path}/a.txt.gz, all after record 1, where it breaks off"
+
+
+def test_bad_records_count_their_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' * 50 + b"{broken of some length\n" * 10)
+    assert lost_share(path) == pytest.approx(230 / path.stat().st_size)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.arrow"])
+def test_a_plain_file_with_the_name_of_a_compressed_one(tmp_path: Path, name: str, suffix: str) -> None:
+    (tmp_path / f"{name}{suffix}").write_bytes(WRITERS[name](TEXTS))
+    assert texts(tmp_path) == TEXTS
+    (tmp_path / f"{name}{suffix}").write_bytes(b"")
+    (tmp_path / "b.txt").write_text("Another.")
+    assert texts(tmp_path / "b.txt") == ["Another."]
+
+
+def test_a_zst_that_looks_far_back(tmp_path: Path) -> None:
+    """Of a frame whose header asks for a window of 2 GiB, which the library refuses."""
+    if shutil.which("zstd") is None:
+        pytest.skip("no program zstd here")
+    data = WRITERS["a.jsonl"](TEXTS)
+    packed = subprocess.run(["zstd", "-cq", "--long=31"], input=data, capture_output=True, check=True).stdout
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed)
+    with pytest.raises(OSError, match="Frame requires too much memory"):
+        pa.CompressedInputStream(pa.OSFile(str(path)), "zstd").read()
+    assert texts(path) == TEXTS
+    path.write_bytes(packed[:-9])
+    assert [r.reason for r in read(tmp_path) if isinstance(r, Bad)] == ["a damaged file, the rest of it lost"]
+
+
+def test_without_the_program_for_a_zst_that_looks_far_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x04\xa8" + b"\0" * 30)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst was packed by zstd --long: install the program zstd"):
+        read(tmp_path / "a.jsonl.zst")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow"])

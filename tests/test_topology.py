@@ -37,7 +37,10 @@ def save(
     from bertscale.train.engine import pretraining_engine
     from bertscale.train.parallel import start_ranks
 
-    changes = {"parallel": {"tensor": tensor, "zero_stage": stage}, "optimizer": {"name": optimizer}}
+    changes: dict[str, dict[str, Any]] = {
+        "parallel": {"tensor": tensor, "zero_stage": stage},
+        "optimizer": {"name": optimizer},
+    }
     config = pretrain_config(data, folder, **changes)
     ranks = start_ranks(tensor, torch.device("cpu"))
     engine = pretraining_engine(config, VOCAB, ranks, torch.float32)
@@ -92,8 +95,16 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[R
     return found
 
 
-def at(ranks: Ranks) -> ConvertOptions:
-    return ConvertOptions("checkpoint", False, False, False, *ranks)
+def at(ranks: Ranks, **more: Any) -> ConvertOptions:
+    tensor, replicas, stage = ranks
+    return ConvertOptions(
+        "checkpoint",
+        show=False,
+        tensor_parallel=tensor,
+        data_parallel=replicas,
+        zero_stage=stage,
+        **more,
+    )
 
 
 def states(folder: Path) -> dict[tuple[str, str], Tensor]:
@@ -236,8 +247,8 @@ def test_what_no_run_has_is_refused(
 HEADS = ("model.num_attention_heads=4",)
 
 
-def given(data: Path, ranks: Ranks | tuple[None, None, None] = (None, None, None)) -> ConvertOptions:
-    return ConvertOptions("checkpoint", False, False, False, *ranks, model=HEADS, tokenizer=data)
+def given(data: Path, ranks: Ranks = (1, 1, 0)) -> ConvertOptions:
+    return at(ranks, model=HEADS, tokenizer=data)
 
 
 def is_state_of(folder: Path, source: Path) -> bool:
@@ -327,6 +338,9 @@ def test_a_folder_of_deepspeed_that_is_not_whole_is_refused(
     other = trained[(1, 2, 3)].parent / "global_step2" / lost.name  # of a run without tensor ranks
     lost.write_bytes(other.read_bytes())
     refused(source, options, "is damaged")
+    at_half = len(content) // 2  # within the values of a tensor
+    lost.write_bytes(content[:at_half] + bytes([content[at_half] ^ 1]) + content[at_half + 1 :])
+    refused(source, options, f"{lost} is damaged: the checksum of ")
     torch.save({"optimizer_state_dict": {"zero_stage": 3}}, lost)
     refused(source, options, str(lost), "its content is not what DeepSpeed")
 

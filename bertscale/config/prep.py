@@ -171,6 +171,11 @@ class PrepConfig(Section):
     language: str = Field(
         "en", description="Language (ISO 639-1), for finding sentences; lines: each line is one."
     )
+    wrapped: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="Whether line ends inside of a paragraph are no more than where a line was full, and are "
+        "joined; auto: by each document's lines. Never with language=lines.",
+    )
     words: Literal["jieba"] | None = Field(
         None,
         description="What finds the words of Chinese text, kept in the shards for masks of whole words "
@@ -207,6 +212,13 @@ class PrepConfig(Section):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Largest share of unreadable records; above it the command fails."
     )
+    max_lost_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Largest share of the input's bytes that are lost with unreadable records and damaged "
+        "files; above it the command fails.",
+    )
     workers: int = Field(0, ge=0, description="Number of worker processes; 0 starts one for each core.")
     seed: int = Field(0, ge=0, description="Seed of the order of documents and of the tokenizer's sample.")
 
@@ -228,6 +240,17 @@ class PrepConfig(Section):
                 "it by `tokenizer`, or leave extend_to out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_wrapped(self) -> PrepConfig:
+        if self.wrapped == "yes" and self.language == "lines":
+            raise ValueError("wrapped=yes joins lines, and language=lines makes a sentence of each")
+        return self
+
+    @field_validator("wrapped", mode="before")
+    @classmethod
+    def _yes_of_yaml(cls, value: Any) -> Any:
+        return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("input", mode="before")
     @classmethod

@@ -17,7 +17,7 @@ from bertscale.convert.hf_folder import HuggingFaceFolder, tokenizer_of
 from bertscale.convert.hf_names import hugging_face_names, model_of
 from bertscale.convert.model_shape import PARTS, native_shapes
 from bertscale.convert.task_names import encoder_model_of
-from bertscale.files import file_digest
+from bertscale.convert.tensor_files import checked_digest
 
 EMBEDDINGS = "encoder.embeddings."
 GENERATOR_HEAD = "generator_predictions.dense.weight"  # tells the folder of a generator
@@ -192,4 +192,4 @@ class PairSource:
     def digest(self) -> str:
         """One of the digests of all files of both."""
         files = (self.generator.origin, *self.generator.files.paths)
-        return "-".join([self.discriminator.digest(), *map(file_digest, files)])
+        return "-".join([self.discriminator.digest(), *map(checked_digest, files)])

@@ -19,8 +19,7 @@ from bertscale.convert.hf_names import (
     hugging_face_names,
     read_config,
 )
-from bertscale.convert.tensor_files import TensorFiles, open_tensors
-from bertscale.files import file_digest
+from bertscale.convert.tensor_files import TensorFiles, checked_digest, open_tensors
 from bertscale.tokenizer import Tokenizer, find_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -134,7 +133,7 @@ class HuggingFaceFolder:
     def digest(self) -> str:
         """One of the digests of config, weights and tokenizer."""
         files = (self.origin, *self.files.paths, tokenizer_of(self.folder))
-        return "-".join(file_digest(file) for file in files)
+        return "-".join(checked_digest(file) for file in files)
 
 
 def check_shape(file: Path, name: str, value: Tensor, shape: list[int]) -> None:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from bertscale.config import UserError
-from bertscale.convert.deepspeed_files import DeepSpeedFiles
+from bertscale.convert.deepspeed_files import REMEDY, DeepSpeedFiles
 from bertscale.convert.hf_names import PADDED
 from bertscale.convert.model_shape import PARTS, WORDS, check_rows, native_shapes, read_shape
-from bertscale.convert.tensor_files import TensorFiles
-from bertscale.files import file_digest, json_digest
+from bertscale.convert.tensor_files import TensorFiles, checked_digest
+from bertscale.files import json_digest
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 
 DECODER = "predictions.decoder.weight"  # the word embeddings, which a state dict has once more
@@ -125,14 +125,8 @@ class NativeFiles:
         return value
 
     def digest(self) -> str:
-        """One of the digests of all files that are read, and of the shape. Raises UserError where one is
-        gone."""
-        try:
-            files = [file_digest(path) for path in (*self.files.paths, self.tokenizer)]
-        except OSError as error:
-            raise UserError(
-                f"cannot read {error.filename}: {error.strerror}; use another checkpoint"
-            ) from error
+        """One of the digests of all files that are read, and of the shape."""
+        files = [checked_digest(path, REMEDY) for path in (*self.files.paths, self.tokenizer)]
         return json_digest([*files, self.model.model_dump()])
 
     def _tokenizer(self, places: tuple[Path, ...], given: Given) -> Path:

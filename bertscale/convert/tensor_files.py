@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bertscale.config import UserError
 from bertscale.config.table import FileName, Table, check_table, damaged, read_object
+from bertscale.files import file_digest
 
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -136,6 +137,20 @@ def _open_file(path: Path) -> Any:
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"cannot read {path}: it is no table of tensors by their names; {REMEDY}")
     return dict(values)
+
+
+def checked_digest(path: Path, remedy: str = REMEDY) -> str:
+    """The digest of a file. Raises UserError where a file of torch.save is not as it was written: it has a
+    checksum of each tensor, which torch.load does not compare."""
+    if path.suffix in (".bin", ".pt", ".pth") and zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as file:
+                wrong = file.testzip()
+        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+            raise damaged(path, error, remedy) from error
+        if wrong:
+            raise damaged(path, f"the checksum of {wrong} in it differs", remedy)
+    return file_digest(path)
 
 
 def load_pickle(path: Path, remedy: str, classes: Sequence[Any] = ()) -> Any:

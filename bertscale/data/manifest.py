@@ -40,6 +40,9 @@ class _Sums(Table):
 class _Counters(Table):
     records: Count = 0
     cut: Count = 0
+    lost_bytes: Count = 0
+    joined_lines: Count = 0
+    joined_documents: Count = 0
     documents: Count = 0
     sentences: Count = 0
     tokens: Count = 0

@@ -18,6 +18,7 @@ from bertscale.export.verify import compare_checkpoint, compare_import
 from bertscale.progress import Progress
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import AveragedCheckpoint, Checkpoint, open_checkpoint
+from bertscale.train.device import one_thread
 
 # Keys of a table that `write_shards` gives itself.
 WRITTEN = ("format", "topology", "parameters", "files")
@@ -35,11 +36,11 @@ def write_checkpoint(weights: Weights, output: Path, options: ConvertOptions) ->
     _copy_tokenizer(weights, output)
     table = _table(weights, topology, moments)
     amount = sum(len(each) for each in states.values())
-    with Progress("written", amount, "tensors") as progress:
+    with one_thread(), Progress("written", amount, "tensors") as progress:
         for _ in write_shards(output, weights, states, topology, table):
             progress.advance(1)
     written = open_checkpoint(output)
-    with Progress("compared", amount, "tensors") as progress:
+    with one_thread(), Progress("compared", amount, "tensors") as progress:
         for _ in compare_checkpoint(weights, written, states):
             progress.advance(1)
     ranks = (

@@ -35,6 +35,7 @@ from bertscale.run_folder import CONFIG
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import Checkpoint
 from bertscale.train.checkpoint_table import AVERAGE
+from bertscale.train.device import one_thread
 from bertscale.train.parallel import tensor_parallel_dimension
 
 DEEPSPEED = "0.19.8"  # the version whose files these are
@@ -48,12 +49,12 @@ def write_universal(weights: Weights, output: Path, options: ConvertOptions) -> 
     steps = weights.step if isinstance(weights, Checkpoint) else 0
     updates = weights.updates if moments and isinstance(weights, Checkpoint | SourceWeights) else 0
     amount = sum(len(each) for each in states.values())
-    with Progress("written", amount, "tensors") as progress:
+    with one_thread(), Progress("written", amount, "tensors") as progress:
         for _ in write_universal_files(output, weights, states, max(steps, updates), updates):
             progress.advance(1)
     inside = find_deepspeed(output)
     assert inside is not None
-    with Progress("compared", amount, "tensors") as progress:
+    with one_thread(), Progress("compared", amount, "tensors") as progress:
         for _ in compare_checkpoint(weights, open_deepspeed(inside), states):
             progress.advance(1)
     return [

@@ -3,7 +3,8 @@
     with open_text("zola.txt.gz", "latin-1") as stream:    # the bytes of its text in UTF-8
         line = stream.readline()
 
-A byte that is no part of a character comes as INVALID, which is not UTF-8 either: the reader of the file
+A file that begins with the mark of UTF-16 or UTF-32 is read as such, whatever encoding is named. A byte that
+is no part of a character comes as INVALID, which is not UTF-8 either: the reader of the file
 finds it in the record in which it stands.
 """
 
@@ -18,11 +19,15 @@ from functools import cache
 from typing import Any
 
 from bertscale.config import UserError, is_utf8
-from data_prep.readers.compressed import DAMAGE, Decompressed, open_stream
+from data_prep.readers.compressed import DAMAGE, Damage, Decompressed, damage_of, open_stream
 from data_prep.readers.records import printable
 
 INVALID = b"\xff"
 LOOKED_AT = 2**18  # bytes of a file by which its encoding is recognised
+_MARKS_OF = {  # UTF-32 first: in little-endian it begins as UTF-16 does
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 # The state of these goes on from line to line; of all others a "\n" byte is a newline wherever it stands.
 STATEFUL = ("utf-7", "hz", "iso2022")
 
@@ -48,6 +53,12 @@ def can_be_cut(encoding: str) -> bool:
     return "\n<doc ".encode(name) == b"\n<doc " and not name.startswith(STATEFUL)
 
 
+def marked_encoding(stream: io.BufferedReader) -> str | None:
+    """UTF-16 or UTF-32, if the stream begins with the mark of one."""
+    head = stream.peek(4)[:4]
+    return next((encoding for encoding, marks in _MARKS_OF.items() if head.startswith(marks)), None)
+
+
 class _AsUtf8:
     """The next `size` bytes of `stream` (None: all) as UTF-8; `read1` gives some of them."""
 
@@ -67,21 +78,28 @@ class _AsUtf8:
         given, self._ready = self._ready[:size], self._ready[size:]
         return given
 
+    @property
+    def damage(self) -> Damage | None:
+        return damage_of(self._stream)
+
     def close(self) -> None:
         pass  # the stream is another's
 
 
 @contextmanager
 def open_text(
-    name: str, encoding: str, start: int = 0, end: int | None = None
+    name: str, encoding: str, start: int = 0, end: int | None = None, until_damage: bool = False
 ) -> Iterator[io.BufferedReader]:
     """The bytes [start, end) of a file (decompressed) as UTF-8. Raises UserError if it cannot be opened.
 
     Of UTF-8 itself the stream stands at `start` and goes on behind `end`: its readers know where to stop.
+    `until_damage` as in `open_stream`.
     """
-    with open_stream(name) as stream:
+    with open_stream(name, until_damage) as stream:
         if start:
             stream.seek(start)
+        else:
+            encoding = marked_encoding(stream) or encoding
         if is_utf8(encoding):
             yield stream
             return

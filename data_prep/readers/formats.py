@@ -39,15 +39,15 @@ def skip_bom(stream: BufferedReader) -> None:
 # -------------------------------------------------------------------------------------- lines of records
 
 
-def bounded_lines(stream: BufferedReader, end: int | None) -> Iterator[tuple[int, bytes, bool]]:
-    """Yields (start, line, whether it is whole); of a line above RECORD_BYTES only the beginning."""
+def bounded_lines(stream: BufferedReader, end: int | None) -> Iterator[tuple[int, bytes, int]]:
+    """Yields (start, line, its size); of a line above RECORD_BYTES only the beginning."""
     position = stream.tell()
     while (end is None or position < end) and (line := stream.readline(RECORD_BYTES)):
         start, position = position, position + len(line)
         whole = len(line) < RECORD_BYTES or line.endswith(b"\n")
         if not whole:
             position += _skip_line(stream)
-        yield start, line, whole
+        yield start, line, position - start
 
 
 def _skip_line(stream: BufferedReader) -> int:
@@ -71,10 +71,10 @@ TOO_LONG = f"a record of more than {RECORD_BYTES // 2**20} MiB"
 
 def read_jsonl(stream: BufferedReader, name: str, end: int | None, field: str) -> Iterator[Record]:
     """A JSON object a line, the text in one of its fields."""
-    for start, line, whole in bounded_lines(stream, end):
+    for start, line, size in bounded_lines(stream, end):
         where = f"byte {start}"
-        if not whole:
-            yield bad(TOO_LONG, name, where, line)
+        if size > len(line):
+            yield bad(TOO_LONG, name, where, line, size)
             continue
         text, reason = _text_of_json(line, field)
         if reason:
@@ -127,10 +127,10 @@ def read_tsv(
     `columns`: the index of the text's, and their number, which each row must have.
     """
     index, count = columns
-    for start, line, whole in bounded_lines(stream, end):
+    for start, line, size in bounded_lines(stream, end):
         where, cells = f"byte {start}", line.rstrip(b"\r\n").split(b"\t")
-        if not whole:
-            yield bad(TOO_LONG, name, where, line)
+        if size > len(line):
+            yield bad(TOO_LONG, name, where, line, size)
         elif len(cells) != count:
             yield bad(_misfit(len(cells), count) if line.strip() else "blank", name, where, line)
         else:
@@ -159,7 +159,7 @@ class _CsvLines:
     def begin(self) -> None:
         """A new record begins."""
         self.record: list[bytes] = []
-        self._size = 0
+        self.size = 0  # bytes of them, and of what was skipped
 
     def __iter__(self) -> _CsvLines:
         return self
@@ -169,9 +169,9 @@ class _CsvLines:
         if not line:
             raise StopIteration
         self.record.append(line)
-        self._size += len(line)
+        self.size += len(line)
         self.number += line.endswith(b"\n")
-        if self._size >= RECORD_BYTES:
+        if self.size >= RECORD_BYTES:
             raise OverflowError
         return _text_of(line)
 
@@ -179,6 +179,7 @@ class _CsvLines:
         """All lines of the record but the first are to be read again."""
         again = self.record[1:]
         self._again.extendleft(reversed(again))
+        self.size = len(self.record[0])
         self.number -= sum(line.endswith(b"\n") for line in again)
 
     def skip(self, dialect: CsvConfig) -> None:
@@ -186,6 +187,7 @@ class _CsvLines:
         line, opened = self.record[-1], sum(_quotes(line, dialect) for line in self.record) % 2
         while (opened or not line.endswith(b"\n")) and (line := self._stream.readline(CHUNK)):
             opened ^= _quotes(line, dialect) % 2
+            self.size += len(line)
             self.number += line.endswith(b"\n")
 
 
@@ -250,17 +252,18 @@ def read_csv(stream: BufferedReader, name: str, column: str, dialect: CsvConfig)
         except StopIteration:
             return
         except (csv.Error, OverflowError) as error:
-            yield bad(_csv_fault(error, lines, columns, dialect), name, where, lines.record[0])
+            reason = _csv_fault(error, lines, columns, dialect)
+            yield bad(reason, name, where, lines.record[0], lines.size)
             continue
         if len(cells) != columns:
             reason = _misfit(len(cells), columns) if cells else "blank"
             reason = NOT_CLOSED if _went_back(lines, columns, dialect) else reason
-            yield bad(reason, name, where, lines.record[0])
+            yield bad(reason, name, where, lines.record[0], lines.size)
         else:
             try:
                 cells[index].encode()
             except UnicodeEncodeError:
-                yield bad("invalid UTF-8", name, where, lines.record[0])
+                yield bad("invalid UTF-8", name, where, lines.record[0], lines.size)
             else:
                 yield from judged(cells[index], name, where)
 
@@ -443,16 +446,15 @@ def _documents(
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     nothing = Dropped(empty)
-    rest, kind, given, wrong, head = "", str, False, False, b""
+    rest, kind, given, wrong, head, size = "", str, False, False, b"", 0
     for start, data, last in chunks:
-        head = head or data
+        head, size = head or data, size + len(data)
         if not wrong:
             try:
                 # The decoder keeps the beginning of a character that continues in the next chunk.
                 text = data.decode() if last and head is data else decoder.decode(data, last)
             except UnicodeDecodeError:
                 decoder.reset()
-                yield bad("invalid UTF-8", name, f"byte {start}", head)
                 wrong = True
             else:
                 rest += strip(text, last) if strip else text
@@ -463,8 +465,10 @@ def _documents(
                         kind, given = Cut, True
                     rest = rest[end:]
         if last:
+            if wrong:
+                yield bad("invalid UTF-8", name, f"byte {start}", head, size)
             if not wrong and rest and not rest.isspace():
                 yield kind(rest)
             elif not wrong and not given:
-                yield nothing if strip else bad("blank", name, f"byte {start}", rest)
-            rest, kind, given, wrong, head = "", str, False, False, b""
+                yield nothing if strip else bad("blank", name, f"byte {start}", rest, 0)
+            rest, kind, given, wrong, head, size = "", str, False, False, b"", 0

@@ -19,19 +19,20 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from io import BufferedReader
+from dataclasses import dataclass, replace
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 from bertscale.config import WORK_FOLDER, CsvConfig, PrepConfig, UserError, is_utf8
 from data_prep.readers import formats, tables
-from data_prep.readers.compressed import DAMAGE, compression_of, open_stream
-from data_prep.readers.encodings import can_be_cut, open_text, other_encoding
-from data_prep.readers.records import INVALID_UTF8, Bad, Record, bad, printable
+from data_prep.readers.compressed import DAMAGE, compression_of, damage_of, open_stream
+from data_prep.readers.encodings import can_be_cut, marked_encoding, open_text, other_encoding
+from data_prep.readers.records import INVALID_UTF8, Bad, DamagedFileError, Record, bad, printable
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 KINDS = f"{', '.join(FORMATS)}, each also as .gz, .bz2, .xz or .zst, and WikiExtractor's <doc> files"
 WIKI = "wiki"
+UNPACKED = 3  # bytes of text for one of a compressed file, roughly
 _DOC = b"<doc "
 
 
@@ -135,7 +136,7 @@ def _kind(name: str) -> str:
 
 def _begins_as_wiki(name: str) -> bool:
     try:
-        with open_stream(name) as stream:
+        with open_text(name, "utf-8") as stream:
             return _is_wiki(stream)
     except (*DAMAGE, UserError):
         return False
@@ -182,7 +183,13 @@ def _is_large(file: InputFile, config: PrepConfig, room: int) -> bool:
     whole = compression_of(file.name) or file.kind in (".arrow", ".csv", ".md") or quoted
     if file.kind != ".parquet" and not can_be_cut(config.encoding):
         return False
-    return not whole and file.size > max(room, 1)
+    return not whole and file.size > max(room, 1) and not _is_marked(file.name)
+
+
+def _is_marked(name: str) -> bool:
+    """Whether it is UTF-16 or UTF-32, which is not cut."""
+    with open_stream(name) as stream:
+        return marked_encoding(stream) is not None
 
 
 def _ends(file: InputFile, kind: str, config: PrepConfig, room: int) -> Iterator[int]:
@@ -260,19 +267,36 @@ def _ends_of_documents(file: InputFile, kind: str, config: PrepConfig, room: int
 def read_records(part: Part, config: PrepConfig) -> Iterator[Record]:
     """The records of `part`, in order.
 
-    Where the file turns out to be damaged the rest of it is one Bad. Raises UserError if it cannot be opened
-    or the disk fails, or if a table lacks the column.
+    Where the file turns out to be damaged the rest of it is one Bad, with the record that the damage broke.
+    Raises UserError if it cannot be opened or the disk fails, or if a table lacks the column.
     """
-    count = 0
+    count, left = 0, part.bytes
+    last: Bad | None = None  # which damage may explain
+    table = part.kind in (".parquet", ".arrow")
     try:
         for record in _records(part, config):
-            yield record if is_utf8(config.encoding) else _as_encoded(record, part, config.encoding)
+            if last is not None:
+                yield last
+                count, last = count + 1, None
+            if isinstance(record, Bad):
+                lost = min(left, record.lost // (UNPACKED if compression_of(part.name) else 1))
+                last, left = replace(_as_encoded(record, part, config.encoding), lost=lost), left - lost
+                continue
+            yield record
             count += 1
-    except DAMAGE as error:
+        if last is not None:
+            yield last
+    except (DamagedFileError, *DAMAGE) as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"input: cannot read {printable(part.name)}: {error.strerror}") from error
+        if last is not None and table:
+            yield last
+            count += 1
+        share = error.share if isinstance(error, DamagedFileError) else 1.0
         what = "the whole file" if not count else f"all after record {count}"
-        yield bad("a damaged file, the rest of it lost", part.name, what, _one_line(error))
+        what += "" if share else ", where it breaks off"
+        cause = _one_line(error.__cause__ or error)
+        yield bad("a damaged file, the rest of it lost", part.name, what, cause, round(share * part.bytes))
 
 
 def undecodable(encoding: str) -> list[str]:
@@ -280,9 +304,9 @@ def undecodable(encoding: str) -> list[str]:
     return [INVALID_UTF8] if is_utf8(encoding) else [INVALID_UTF8, f"invalid {encoding}"]
 
 
-def _as_encoded(record: Record, part: Part, encoding: str) -> Record:
+def _as_encoded(record: Bad, part: Part, encoding: str) -> Bad:
     """A Bad that was found in the UTF-8 form of a text in another encoding says so."""
-    if not isinstance(record, Bad) or part.kind in (".parquet", ".arrow"):
+    if is_utf8(encoding) or part.kind in (".parquet", ".arrow"):
         return record
     reason = undecodable(encoding)[-1] if record.reason == INVALID_UTF8 else record.reason
     where = record.place
@@ -301,11 +325,13 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
         yield from tables.read_arrow(name, config.text_field)
         return
     compressed = bool(compression_of(name))
-    with open_text(name, config.encoding, part.start, None if compressed else part.end) as stream:
+    with open_text(
+        name, config.encoding, part.start, None if compressed else part.end, until_damage=True
+    ) as stream:
         # Of every kind it skips a byte order mark; a small .txt file is looked at only here, as it is open.
         if not part.start and _is_wiki(stream) and kind == ".txt":
             kind = WIKI
-        end = part.end if is_utf8(config.encoding) and not compressed else None
+        end = part.end if isinstance(stream.raw, FileIO) and not compressed else None
         if kind == WIKI:
             yield from formats.read_wiki(stream, name, end)
         elif kind == ".txt" and config.documents == "file":
@@ -320,6 +346,8 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
             yield from formats.read_csv(stream, name, config.text_field, dialect)
         elif kind == ".tsv":
             yield from formats.read_tsv(stream, name, end, _tsv_column(stream, part, config))
+        if damage := damage_of(stream):
+            raise DamagedFileError(1 - damage.position / max(part.end, 1)) from damage.error
 
 
 def _dialect(kind: str, config: PrepConfig) -> CsvConfig | None:

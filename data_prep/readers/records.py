@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LONGEST = 2**20  # characters of a record's text
 EXCERPT = 200  # characters
@@ -42,23 +42,37 @@ class Bad:
     """A record that cannot be read.
 
     reason: one of few, to count by. place: the file and the byte (of its text, if it is compressed), line or
-    row. excerpt: the first 200 characters.
+    row. excerpt: the first 200 characters. lost: about how many bytes of the file went with it.
     """
 
     reason: str
     place: str
     excerpt: str = ""
+    lost: int = field(default=0, compare=False)
 
 
 Record = str | Dropped | Bad
 
 
-def bad(reason: str, name: str, where: str, content: bytes | str = "") -> Bad:
-    """A Bad whose place and excerpt can be printed whatever the file's name and `content` hold."""
+class DamagedFileError(Exception):
+    """A file of which the last `share` cannot be read; its cause says why."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(share)
+        self.share = share
+
+
+def bad(reason: str, name: str, where: str, content: bytes | str = "", lost: int | None = None) -> Bad:
+    """A Bad whose place and excerpt can be printed whatever the file's name and `content` hold.
+
+    `lost`: bytes, where `content` is not all of it.
+    """
+    if lost is None:
+        lost = len(content) if isinstance(content, bytes) else len(content.encode("utf-8", "replace"))
     if isinstance(content, bytes):
         content = content[: 4 * EXCERPT].decode("utf-8", "replace")
     excerpt = content[:EXCERPT].encode("utf-8", "replace").decode()
-    return Bad(reason, f"{printable(name)}, {where}", excerpt)
+    return Bad(reason, f"{printable(name)}, {where}", excerpt, lost)
 
 
 def printable(name: str) -> str:
@@ -76,7 +90,7 @@ def judged(content: bytes | str, name: str, where: str) -> Iterator[Record]:
             yield bad(INVALID_UTF8, name, where, content)
             return
     if not text or text.isspace():
-        yield bad("blank", name, where, text)
+        yield bad("blank", name, where, text, lost=0)
     elif not text.isascii() and _lone_surrogate.search(text):
         yield bad("lone surrogate", name, where, text)
     elif len(text) <= LONGEST:

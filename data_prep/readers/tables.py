@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bertscale.config import UserError
-from data_prep.readers.compressed import compression_of, open_file, open_stream
+from data_prep.readers.compressed import DAMAGE, compression_of, open_file, open_stream
 from data_prep.readers.formats import RECORD_BYTES, TOO_LONG, column_index
-from data_prep.readers.records import EXCERPT, Record, bad, judged, printable
+from data_prep.readers.records import EXCERPT, DamagedFileError, Record, bad, judged, printable
 
 BATCH_BYTES = 2**21  # of text in Python's memory at a time, about
 _ARROW_FILE = b"ARROW1\0\0"  # then what a stream has, then a footer
@@ -60,22 +60,34 @@ def group_starts(parquet: Any) -> list[int]:
 
 
 def read_parquet(name: str, start: int, end: int, column: str) -> Iterator[Record]:
-    """The rows of the row groups that begin in [start, end) of the file."""
+    """The rows of the row groups that begin in [start, end) of the file.
+
+    Raises DamagedFileError after what can be read.
+    """
     with open_parquet(name) as parquet:
         text_column(parquet.schema_arrow, column, name)
         starts = group_starts(parquet) if not compression_of(name) else []
         # Sizes are those of leaves: nested columns before this one have several.
         leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema.names))]
-        row = 0
-        for group in range(parquet.num_row_groups):
-            about = parquet.metadata.row_group(group)
-            if (start <= starts[group] < end) if starts else start == 0:
+        about_groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
+        chosen = [
+            (start <= starts[group] < end) if starts else start == 0 for group in range(len(about_groups))
+        ]
+        rows_in_all = sum(
+            about.num_rows for about, is_chosen in zip(about_groups, chosen, strict=True) if is_chosen
+        )
+        row = done = 0
+        for group, about in enumerate(about_groups):
+            if chosen[group]:
                 size = about.column(leaves.index(column)).total_uncompressed_size
                 rows = max(1, min(1024, BATCH_BYTES * about.num_rows // max(size, 1)))
                 at = row
-                for batch in parquet.iter_batches(rows, [group], [column], use_threads=False):
-                    yield from _texts(batch.column(0), name, at)
-                    at += batch.num_rows
+                try:
+                    for batch in parquet.iter_batches(rows, [group], [column], use_threads=False):
+                        yield from _texts(batch.column(0), name, at)
+                        at, done = at + batch.num_rows, done + batch.num_rows
+                except DAMAGE as error:
+                    raise DamagedFileError(1 - done / rows_in_all) from error
             row += about.num_rows
 
 
@@ -90,7 +102,7 @@ def open_arrow(stream: BufferedReader) -> Any:
 
 
 def read_arrow(name: str, column: str) -> Iterator[Record]:
-    """The rows of an Arrow IPC file or stream, in order."""
+    """The rows of an Arrow IPC file or stream, in order. Raises DamagedFileError after what can be read."""
     with open_stream(name) as stream:
         if compression_of(name):
             yield from _rows(open_arrow(stream), name, column, None)
@@ -103,8 +115,15 @@ def read_arrow(name: str, column: str) -> Iterator[Record]:
 
 def _rows(batches: Any, name: str, column: str, memory: mmap.mmap | None) -> Iterator[Record]:
     index = text_column(batches.schema, column, name)
-    row = unreleased = 0
-    for batch in batches:
+    row = unreleased = read = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except DAMAGE as error:
+            raise DamagedFileError(max(0.0, 1 - read / len(memory)) if memory else 1.0) from error
+        if batch is None:
+            return
+        read += batch.nbytes
         array = batch.column(index)
         rows = max(1, min(1024, BATCH_BYTES * len(array) // max(array.nbytes, 1)))
         for start in range(0, len(array), rows):
