@@ -29,9 +29,9 @@ from bertscale.inspect.sources import open_any
 
 QUICK, ALL = 60, 300
 WEIGHTS = (".safetensors", ".bin", ".pt")
-MODERN = {"preset": "modern", "sentence_head": False, "local_attention": 8, "num_hidden_layers": 2}
-SMALL = {"num_hidden_layers": 1}
-CHECKPOINTS = {  # run -> its model and topology; the last two are others of the shape of the first two
+MODERN: dict[str, Any] = {"preset": "modern", "sentence_head": False, "local_attention": 8, "num_hidden_layers": 2}
+SMALL: dict[str, Any] = {"num_hidden_layers": 1}
+CHECKPOINTS: dict[str, tuple[dict[str, Any], tuple[int, int, int], int]] = {  # run -> its model and topology; the last two are others of the shape of the first two
     "dense": (SMALL, (1, 1, 0), 1),
     "ranks": (SMALL, (2, 2, 3), 1),
     "modern": (MODERN, (1, 3, 1), 1),
@@ -40,7 +40,7 @@ CHECKPOINTS = {  # run -> its model and topology; the last two are others of the
 }
 FOLDERS = ("exported", "shards", "pickle", "roberta", "modernbert", "universal")
 # What becomes of a checkpoint; all else becomes one.
-FORMS = (
+FORMS: tuple[dict[str, Any], ...] = (
     {},
     {"as_": "checkpoint", "tensor_parallel": 2, "zero_stage": 2},
     {"as_": "checkpoint", "data_parallel": 5, "zero_stage": 3},
