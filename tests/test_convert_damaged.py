@@ -29,9 +29,10 @@ from bertscale.inspect.sources import open_any
 
 QUICK, ALL = 60, 300
 WEIGHTS = (".safetensors", ".bin", ".pt")
-MODERN: dict[str, Any] = {"preset": "modern", "sentence_head": False, "local_attention": 8, "num_hidden_layers": 2}
+MODERN: dict[str, Any] = {"preset": "modern", "local_attention": 8, "num_hidden_layers": 2}
 SMALL: dict[str, Any] = {"num_hidden_layers": 1}
-CHECKPOINTS: dict[str, tuple[dict[str, Any], tuple[int, int, int], int]] = {  # run -> its model and topology; the last two are others of the shape of the first two
+# Run -> its model, topology and seed; the last two are others of the shape of the first two.
+CHECKPOINTS: dict[str, tuple[dict[str, Any], tuple[int, int, int], int]] = {
     "dense": (SMALL, (1, 1, 0), 1),
     "ranks": (SMALL, (2, 2, 3), 1),
     "modern": (MODERN, (1, 3, 1), 1),
@@ -45,6 +46,7 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"as_": "checkpoint", "tensor_parallel": 2, "zero_stage": 2},
     {"as_": "checkpoint", "data_parallel": 5, "zero_stage": 3},
     {"as_": "universal"},
+    {"as_": "encoder"},
 )
 
 
