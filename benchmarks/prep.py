@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def one_core(
 def texts_of(config: PrepConfig) -> list[str]:
     """The cleaned documents, in memory."""
     records = [record for unit in Plan(config).units for record in unit.records()]
-    texts = [clean(record, config)[0] for record in records if isinstance(record, str)]
+    texts = [clean(record, config, Counter())[0] for record in records if isinstance(record, str)]
     return [text for text in texts if text]
 
 

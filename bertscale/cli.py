@@ -77,6 +77,13 @@ def prep(arguments: list[str]) -> int:
     if options.verify:
         verify_digests(config.output)
         return 0
+    if options.dry_run is not None:
+        from data_prep.dry_run import dry_run
+
+        if options.dry_run < 1:
+            parser.error(f"--dry-run must be 1 or more, not {options.dry_run}")
+        dry_run(config, options.dry_run)
+        return 0
     if options.task_count is not None and options.task_count < 1:
         parser.error(f"--task-count must be 1 or more, not {options.task_count}")
 
@@ -113,6 +120,12 @@ def _prep_parser() -> argparse.ArgumentParser:
         "--verify",
         action="store_true",
         help="Only compare the files of an existing output with the sizes and digests in its manifest.",
+    )
+    part.add_argument(
+        "--dry-run",
+        metavar="N",
+        type=int,
+        help="Only show what the rules that drop and change text would do to N documents; write nothing.",
     )
     part.add_argument(
         "--tokenizer-only", action="store_true", help="Stop when the plan and the tokenizer are written."
@@ -218,7 +231,7 @@ def _print(lines: list[str]) -> int:
 
 
 def pretrain(arguments: list[str]) -> int:
-    """bertscale pretrain CONFIG [key=value ...] [--verify]"""
+    """bertscale pretrain CONFIG [key=value ...] [--verify] [--leave-tasks | --tasks-only]"""
     from bertscale.checks import check_tasks
     from bertscale.config import PretrainConfig, load_phases
     from launcher import ranks
@@ -234,7 +247,14 @@ def pretrain(arguments: list[str]) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="Compare the shards with their digests before training starts."
     )
+    part = parser.add_mutually_exclusive_group()
+    text = "Do not await the last tasks (train.tasks) when the training is over."
+    part.add_argument("--leave-tasks", action="store_true", help=text)
+    text = "Train nothing: make the figures of tasks that checkpoints of the run lack."
+    part.add_argument("--tasks-only", action="store_true", help=text)
     options = parser.parse_intermixed_args(arguments)
+    if options.tasks_only:
+        return ranks.run_as_rank(partial(_only_tasks, options))
     rank = ranks.from_environment()
     if rank is not None:
         return ranks.run_as_rank(partial(_train, options, rank))
@@ -257,7 +277,8 @@ def pretrain(arguments: list[str]) -> int:
             continue
         if name:
             print(f"phase {name} (of {', '.join(phases)}): {runs[name]}", flush=True)
-        code = _supervised([*again, *phase], counts[name], config.launch, runs[name], LOGS, again)
+        leave = ["--leave-tasks"] if options.leave_tasks else []
+        code = _supervised([*again, *phase, *leave], counts[name], config.launch, runs[name], LOGS, again)
         if code:
             return code
     return 0
@@ -290,7 +311,26 @@ def _train(options: argparse.Namespace, rank: Rank) -> int:
     from launcher.child import start_child
 
     with disk_errors_in_one_line():  # here already, so that the rank reports a mistake and is not restarted
-        return train_as_rank(config, start_child)
+        return train_as_rank(config, start_child, leave=options.leave_tasks)
+
+
+def _only_tasks(options: argparse.Namespace) -> int:
+    from bertscale.checks import check_tasks
+    from bertscale.config import UserError, load_phases
+    from bertscale.run_folder import checkpoints
+
+    phases = load_phases(options.config, options.overrides)
+    configs = [config for config in phases.values() if len(phases) == 1 or checkpoints(Path(config.run))]
+    for config in configs:
+        if not config.train.tasks:
+            raise UserError("--tasks-only, and train.tasks names no task")
+        check_tasks(config)
+
+    from bertscale.pretrain.tasks import only_tasks
+    from launcher.child import start_child
+
+    with disk_errors_in_one_line():
+        return next((code for config in configs if (code := only_tasks(config, start_child))), 0)
 
 
 def bench(arguments: list[str]) -> int:
@@ -799,15 +839,26 @@ def quickstart(arguments: list[str]) -> int:
 def submit(arguments: list[str]) -> int:
     """bertscale submit STAGE ..."""
     from launcher.submit.command import main as submit_stage
+    from launcher.terminal import outlive_readers
 
+    outlive_readers()  # of a pipeline all is queued or nothing, whoever reads what is said of it
     return submit_stage(arguments)
 
 
 def ask(name: str, arguments: list[str]) -> int:
     """bertscale status [RUN], or logs, cancel or resume RUN"""
     from launcher.status.commands import main as answer
+    from launcher.terminal import outlive_readers
 
-    return answer(name, arguments)
+    if name in ("cancel", "resume"):
+        outlive_readers()
+    try:
+        code = answer(name, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
 
 
 BENCH_CONFIG = "configs/pretrain/quickstart.yaml"  # by default

@@ -72,6 +72,7 @@ ATTEMPT_VARIABLE = "BERTSCALE_ATTEMPT"  # tells a rank the folder of its attempt
 HEARTBEAT = "heartbeat"
 FAILED = "failed"  # a rank has failed: a signal that srun now sends to the others is no request to save
 SRUN_LOG = "srun.log"
+GUARD_LOG = "guard.log"  # in logs/: of the process that misses the supervisor
 SLURM_DIGITS = 4  # of a rank's number, under Slurm
 
 

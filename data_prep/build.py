@@ -44,17 +44,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bertscale.config import PrepConfig, UserError
 from bertscale.data.quality import count_pieces, doubts, facts
 from bertscale.data.report import PAGE_NAME, read_report, source_lines, write_report
 from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, token_dtype, write_columns, write_manifest
-from bertscale.files import whole_file, write_json
+from bertscale.files import whole_file, write_bytes, write_json
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit, load_once
+from data_prep.filters.near import near_duplicates
 from data_prep.filters.tally import combined
-from data_prep.plan import QUARANTINE_NAME, Plan, ShardUnit, Unit, no_tokenizer, read_json, take_place
+from data_prep.plan import (
+    NEAR_NAME,
+    QUARANTINE_NAME,
+    Plan,
+    ShardUnit,
+    Unit,
+    no_tokenizer,
+    read_json,
+    take_place,
+)
 from data_prep.readers.read import undecodable
 from data_prep.shuffle import Spill, merge, number_of_shards
 from data_prep.train_tokenizer import finished_tokenizer, make_tokenizer
@@ -255,7 +266,8 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_path: Path) -> None:
     spills = [spill for spill in _all_spills(unit.spills, unit.plan) if spill.split == unit.split]
     words = unit.config.words
     of_spills = spill_dtype(np.dtype(dtype), words)
-    merged = merge(unit.inner, spills, of_spills, unit.number, unit.count, unit.config.deduplicate)
+    near = _near_duplicates(unit.near_duplicates, unit.plan) if unit.config.near_duplicates else None
+    merged = merge(unit.inner, spills, of_spills, unit.number, unit.count, unit.config.deduplicate, near)
     columns = merged.columns
     if words:
         columns["tokens"], columns["word_starts"] = split_words(columns["tokens"], dtype)
@@ -269,11 +281,18 @@ def merge_shard(unit: ShardUnit, dtype: str, tokenizer_path: Path) -> None:
         "shard": shard and dataclasses.asdict(shard),
         "text_bytes": merged.text_bytes,
         "duplicates": merged.duplicates,
+        "near_duplicates": merged.near_duplicates,
         "words": int((columns["word_starts"] if words else pieces[tokenizer.starts_word]).sum()),
         "unknown": int(pieces[tokenizer.unk_id]),
         "single_bytes": int(pieces[tokenizer.byte_ids].sum()),
     }
     write_json(unit.record, done)
+
+
+@lru_cache(maxsize=1)
+def _near_duplicates(path: Path, plan: str) -> npt.NDArray[np.uint64]:
+    """The numbers of the near-duplicates, read once by a process; `plan` because another one has others."""
+    return np.fromfile(path, np.uint64)
 
 
 @lru_cache(maxsize=1)
@@ -288,10 +307,10 @@ def _all_spills(path: Path, plan: str) -> list[Spill]:
 def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
     """Judges the first pass, makes the second one, and writes the manifest."""
     records = [read_json(unit.record) for unit in plan.units]
-    sums = {key: Counter[str]() for key in ("counters", "bad", "dropped", "letters")}
+    sums = {key: Counter[str]() for key in ("counters", "bad", "dropped", "letters", "changes")}
     for record in records:
         for key, counter in sums.items():
-            counter.update(record[key])
+            counter.update(record.get(key, {}))
     _judge(plan, sums, [record["places"] for record in records])
     plan.check_input()
     spills: dict[str, list[Spill]] = {split: [] for split in SPLITS}
@@ -301,10 +320,14 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
     if not any(spills.values()):
         names = ", ".join(plan.config.input)
         raise UserError(f"input: {names}: no document is left of it; {'; '.join(_dropped(sums))}")
+    if (similarity := plan.config.near_duplicates) is not None:
+        near = near_duplicates([unit.signatures for unit in plan.units], similarity)
+        write_bytes(plan.inner / NEAR_NAME, near.tobytes())
     shard_records = _shuffle(pool, plan, spills, tokenizer)
-    if duplicates := sum(record["duplicates"] for record in shard_records):
-        sums["dropped"]["duplicate"] += duplicates
-    for line in _dropped(sums):
+    for key, reason in (("duplicates", "duplicate"), ("near_duplicates", "near-duplicate")):
+        if left_out := sum(record.get(key, 0) for record in shard_records):
+            sums["dropped"][reason] += left_out
+    for line in (*_dropped(sums), *(f"{count:,} {what}" for what, count in sorted(sums["changes"].items()))):
         print(f"prep: {line}")
     if joined := sums["counters"]["joined_lines"]:
         where = f"{sums['counters']['joined_documents']:,} documents that look wrapped"
@@ -313,7 +336,7 @@ def _finish(pool: ProcessPoolExecutor, plan: Plan, tokenizer: Tokenizer) -> dict
     plan.check_input()
     shards = [ShardEntry(**record["shard"]) for record in shard_records if record["shard"]]
     plan.remove_all_but({shard.name for shard in shards})
-    counters = _counters(sums, shard_records)
+    counters = _counters(sums, shard_records) | {"files": plan.files_by_kind()}
     _report(plan, records, shards, {"counters": counters, "vocab_size": tokenizer.vocab_size})
     manifest = write_manifest(
         plan.output,
@@ -364,6 +387,7 @@ def _counters(sums: dict[str, Counter[str]], shard_records: list[dict[str, Any]]
         "bad": dict(sorted(sums["bad"].items())),
         "dropped": dict(sorted(sums["dropped"].items())),
         "letters": dict(sorted(sums["letters"].items())),
+        **({"changes": dict(sorted(sums["changes"].items()))} if sums["changes"] else {}),
     }
 
 

@@ -1,16 +1,18 @@
 """A document's text -> the text that is kept, one line for each paragraph, or the reason why it is dropped.
 
-    text, reason, joined = clean("Two   words.\\r\\n\\r\\nNext paragraph.", config)
+    text, reason, joined = clean("Two   words.\\r\\n\\r\\nNext paragraph.", config, Counter())
 
 The lines of a wrapped text are joined and counted (`wrapped`). Newlines, Unicode form, control characters and
 white space are made one; then the document is dropped if it is too short, too long, has too few letters
-(`min_letters`) or is mostly in scripts not wanted (`scripts`).
+(`min_letters`), is mostly in scripts not wanted (`scripts`), or breaks a rule of `quality`. Personal data is
+masked last (`mask`).
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -22,6 +24,7 @@ import xxhash
 
 from bertscale.config import PrepConfig
 from bertscale.tokenizer import normalize
+from data_prep.filters import overlap, personal, quality
 from data_prep.plan import Unit
 from data_prep.readers.records import Cut, Record
 
@@ -69,18 +72,18 @@ SCRIPTS: dict[str, list[tuple[int, int]]] = {
 _OTHER = 1  # a letter of another script; 2 and more are SCRIPTS, 0 is no letter
 
 
-def clean_records(unit: Unit) -> Iterator[tuple[Record, str, str, bool, int]]:
+def clean_records(unit: Unit, changes: Counter[str]) -> Iterator[tuple[Record, str, str, bool, int]]:
     """Yields (record, its clean text, or "" and the reason why it is left out, whether it is for validation,
     how many of its line ends were joined).
 
-    All parts of a document are for training, or all for validation: what a Cut continues decides. The same
-    text is always on the same side, wherever it stands.
+    What was changed in them is counted in `changes`. All parts of a document are for training, or all for
+    validation: what a Cut continues decides. The same text is always on the same side, wherever it stands.
     """
     held_out = False
     for record in unit.records():
         text, reason, joined = "", "", 0
         if isinstance(record, str):
-            text, reason, joined = clean(record, unit.config)
+            text, reason, joined = clean(record, unit.config, changes)
         else:
             reason = record.reason
         if not isinstance(record, Cut):
@@ -88,13 +91,25 @@ def clean_records(unit: Unit) -> Iterator[tuple[Record, str, str, bool, int]]:
         yield record, text, reason, held_out, joined
 
 
-def clean(text: str, config: PrepConfig) -> tuple[str, str, int]:
-    """Returns (the text that is kept, "", how many line ends were joined in it) or ("", reason, 0)."""
+def clean(text: str, config: PrepConfig, changes: Counter[str]) -> tuple[str, str, int]:
+    """Returns (the text that is kept, "", how many line ends were joined in it) or ("", reason, 0); counts
+    lines that are left out, and marks."""
+    cleaned, reason, joined = cleaned_text(text, config, changes)
+    if reason := reason or why_drop(cleaned, config) or quality.why_drop(cleaned, config.quality):
+        return "", reason, 0
+    files = tuple(config.decontaminate)
+    if files and overlap.overlaps(cleaned, files, config.decontaminate_words, config.is_spaced):
+        return "", "overlap with a file of decontaminate", 0
+    return (personal.mask(cleaned, config.mask, changes) if config.mask else cleaned), "", joined
+
+
+def cleaned_text(text: str, config: PrepConfig, changes: Counter[str]) -> tuple[str, str, int]:
+    """The same before the document is judged: the text in one form, with the lines that are kept."""
     wrapped = "no" if config.language == "lines" else config.wrapped
     paragraphs, joined = split_paragraphs(newlines(text), wrapped)
     cleaned = one_form(paragraphs, "NFKC" if config.normalization == "nfkc" else "NFC")
-    reason = why_drop(cleaned, config)
-    return ("", reason, 0) if reason else (cleaned, "", joined)
+    kept = quality.keep_lines(cleaned, config.quality, changes)
+    return (kept, "", joined) if kept or not cleaned else ("", "no line of it is left", 0)
 
 
 def newlines(text: str) -> str:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from bertscale.data.shards import Ids, token_dtype
 from bertscale.files import whole_file, write_json
 from bertscale.tokenizer import Tokenizer, load_tokenizer
 from data_prep.clean import clean_records, count_letters
+from data_prep.filters.near import bands_of, row_type, signature
 from data_prep.filters.tally import Tally, source_of
 from data_prep.plan import Unit
 from data_prep.readers.records import Bad, Cut, Record
@@ -57,6 +59,7 @@ class Encoded:
     held_out: npt.NDArray[np.bool_]
     sentence_lengths: npt.NDArray[np.uint32]
     tokens: Ids
+    signatures: npt.NDArray[Any] | None  # a row for each document, where near-duplicates are looked for
 
 
 # Like `map`: the results of a function of each batch, in the order of the batches.
@@ -69,14 +72,17 @@ def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map)
         tokenizer = load_once(tokenizer_path, unit.plan)
     finally:
         unit.check_plan()  # the better reason where the tokenizer is gone
-    tally = {name: Counter[str]() for name in ("counters", "bad", "dropped", "letters")}
+    tally = {name: Counter[str]() for name in ("counters", "bad", "dropped", "letters", "changes")}
     by_source, places = Tally(unit.config.seed, unit.number), dict[str, list[str]]()
     writer = _Writer(unit, tokenizer)
-    with whole_file(unit.bad_records) as quarantine:
+    with whole_file(unit.bad_records) as quarantine, _signatures(unit) as signatures:
         batches = _batches(unit, tally, by_source, places, quarantine)
         for encoded in map_batches(partial(encode_batch, unit.config, unit.plan, tokenizer_path), batches):
             writer.add(encoded)
+            if signatures and encoded.signatures is not None:
+                signatures.write(encoded.signatures[encoded.rows["tokens"] > 0].view(np.uint8).data)
         quarantine_bytes = quarantine.tell()
+        signature_bytes = signatures.tell() if signatures else 0
     writer.finish()
     tally["dropped"].update(writer.dropped)
     unit.check_input()
@@ -86,11 +92,22 @@ def encode_unit(unit: Unit, tokenizer_path: Path, map_batches: MapBatches = map)
         "tokenizer_sha256": tokenizer.sha256,
         "spills": [asdict(spill) for spill in writer.spills],
         "quarantine_bytes": quarantine_bytes,
+        "signature_bytes": signature_bytes,
         **tally,
         "tally": by_source.content(),
         "places": places,
     }
     write_json(unit.record, done)
+
+
+@contextmanager
+def _signatures(unit: Unit) -> Iterator[BinaryIO | None]:
+    """The file for the signatures of the unit's documents, where they are asked for."""
+    if unit.config.near_duplicates is None:
+        yield None
+        return
+    with whole_file(unit.signatures) as file:
+        yield file
 
 
 @lru_cache(maxsize=1)
@@ -108,7 +125,8 @@ def _batches(
 ) -> Iterator[Batch]:
     """Yields the documents that are kept; counts them all, and writes bad records to `quarantine`."""
     batch, characters = Batch([], [], []), 0
-    for number, (source, (record, text, reason, held_out, joined)) in enumerate(_records(unit)):
+    records = enumerate(_records(unit, tally["changes"]))
+    for number, (source, (record, text, reason, held_out, joined)) in records:
         tally["counters"]["records"] += 1
         if isinstance(record, Bad):
             by_source.bad(source, record.reason)
@@ -141,11 +159,11 @@ def _batches(
         yield batch
 
 
-def _records(unit: Unit) -> Iterator[tuple[str, tuple[Record, str, str, bool, int]]]:
+def _records(unit: Unit, changes: Counter[str]) -> Iterator[tuple[str, tuple[Record, str, str, bool, int]]]:
     """The cleaned records of the unit, each with its source."""
     for part in unit.parts:
         source = source_of(part.name, tuple(unit.config.input))
-        for record in clean_records(replace(unit, parts=[part])):
+        for record in clean_records(replace(unit, parts=[part]), changes):
             yield source, record
 
 
@@ -175,7 +193,14 @@ def encode_batch(config: PrepConfig, plan: str, tokenizer_path: Path, batch: Bat
     rows["tokens"] = np.bincount(owner, weights=lengths, minlength=len(rows))
     owner, lengths = owner[lengths > 0], lengths[lengths > 0]
     rows["sentences"] = np.bincount(owner, minlength=len(rows))
-    return Encoded(rows, np.array(batch.held_out), lengths, tokens)
+    signatures = None
+    if config.near_duplicates is not None:
+        hashes = bands_of(config.near_duplicates).hashes
+        signatures = np.zeros(len(rows), row_type(hashes))
+        signatures["document"] = batch.numbers
+        for number, text in enumerate(batch.texts):
+            signatures["hashes"][number] = signature(text, config.is_spaced, hashes)
+    return Encoded(rows, np.array(batch.held_out), lengths, tokens, signatures)
 
 
 class _Writer:

@@ -10,12 +10,14 @@ writes while others start over is never taken for a part of the new one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -35,15 +37,14 @@ from data_prep.readers.records import Record, printable
 from data_prep.words import segmenter_version
 
 PLAN_VERSION = 3  # raise it when the same settings begin to give other bytes
+NEAR_NAME = "near-duplicates"  # numbers of documents, uint64
 QUARANTINE_NAME = "quarantine.jsonl"
 LOCK_NAME = "lock"
 DIGESTS_NAME = "inputs.json"  # the digest of each input file, and the size and time that it had then
 REPLACEMENT = ".replacement"  # in the output folder: the data set that will take its place
 DIFFERENCES_SHOWN = 8
-LATER_KEYS = (
-    "csv",
-    "wrapped",
-)  # settings that earlier versions did not have: where they are the default, none is kept
+# Settings that earlier versions did not have: where they are the default, none is kept.
+LATER_KEYS = ("csv", "wrapped", "quality", "mask", "near_duplicates", "decontaminate", "decontaminate_words")
 FILES_LOOKED_AT = 1000  # for another encoding
 DIGEST_THREADS = 8
 SAID_FROM = 2**30  # bytes of input whose digests take so long that a line says so
@@ -106,6 +107,10 @@ class Unit(Work):
     def bad_records(self) -> Path:
         return self.inner / f"unit-{self.number:05d}.bad.jsonl"
 
+    @property
+    def signatures(self) -> Path:
+        return self.inner / f"unit-{self.number:05d}.signatures"
+
     def spill(self, split: str, number: int) -> Path:
         return self.inner / f"unit-{self.number:05d}-{split}-{number:03d}.spill"
 
@@ -130,6 +135,8 @@ class Unit(Work):
             return False
         sizes = {spill["name"]: spill["bytes"] for spill in record["spills"]}
         sizes[self.bad_records.name] = record["quarantine_bytes"]
+        if self.config.near_duplicates:
+            sizes[self.signatures.name] = record["signature_bytes"]
         try:
             return all((self.inner / name).stat().st_size == size for name, size in sizes.items())
         except FileNotFoundError:
@@ -151,6 +158,10 @@ class ShardUnit(Work):
     @property
     def spills(self) -> Path:
         return self.inner / "spills.json"
+
+    @property
+    def near_duplicates(self) -> Path:
+        return self.inner / NEAR_NAME
 
     @property
     def record(self) -> Path:
@@ -179,7 +190,8 @@ class Plan:
     def __init__(self, config: PrepConfig) -> None:
         self.final = Path(config.output)
         self._work_in(self.final, config)
-        self.files: list[InputFile] = find_files(config.input)
+        self.unread = Counter[str]()  # files of the input, by what they are
+        self.files: list[InputFile] = find_files(config.input, config.text_field, self.unread)
         settings = PrepConfig.model_validate(config.model_dump())  # a default of 0 is 0.0, as if it was given
         given = load_tokenizer(config.tokenizer, config.lowercase).sha256 if config.tokenizer else None
         self.content: dict[str, Any] = {
@@ -237,7 +249,9 @@ class Plan:
         inner = self.final / WORK_FOLDER
         try:
             inner.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise UserError(f"output: cannot make the folder {self.final}: {error.strerror}") from error
         with ExitStack() as stack:
             try:
@@ -284,6 +298,7 @@ class Plan:
             (self.output / name).resolve() for name in ("", *TOKENIZER_NAMES)
         ]:
             raise UserError(f"tokenizer: {given} is prep's own output; copy it to another place first")
+        print(f"prep: {self._said_of_files()}", flush=True)
         if (self.final / REPLACEMENT / MANIFEST_NAME).is_file():
             take_place(self.final)  # what a kill left half-done
         old = _read_plan(self.output)
@@ -314,6 +329,20 @@ class Plan:
         else:
             self._start(old)
         self._write_digests()
+
+    def files_by_kind(self) -> dict[str, dict[str, int]]:
+        """How many files of which kinds are read, and how many are not."""
+        read = Counter(file.kind for file in self.files)
+        return {"read": dict(sorted(read.items())), "not_read": dict(sorted(self.unread.items()))}
+
+    def _said_of_files(self) -> str:
+        counts = {key: sum(kinds.values()) for key, kinds in self.files_by_kind().items()}
+        shown = {
+            key: ", ".join(f"{number:,} {kind}" for kind, number in kinds.items())
+            for key, kinds in self.files_by_kind().items()
+        }
+        read = f"reading {counts['read']:,} files ({shown['read']})"
+        return read if not counts["not_read"] else f"{read}, not {counts['not_read']:,} ({shown['not_read']})"
 
     def _is_work_done(self, old: dict[str, Any]) -> bool:
         """Whether there is more in the output folder than `old`, its plan, and a copied tokenizer."""
@@ -389,7 +418,7 @@ class Plan:
 
     def check_input(self) -> None:
         """Raises UserError if an input file is not what it was when this plan was made."""
-        now = [file.name for file in find_files(self.config.input)]
+        now = [file.name for file in find_files(self.config.input, self.config.text_field)]
         if now != [file.name for file in self.files] or not all(map(_is_unchanged, self.files)):
             raise UserError(f"input: a file changed while it was read; {_SAME_AGAIN}")
 
@@ -417,7 +446,7 @@ class Plan:
 
     def remove_spills(self) -> None:
         """Removes the first pass's files, when the manifest says that nobody needs them any more."""
-        for pattern in ("unit-*.spill", "unit-*.bad.jsonl"):
+        for pattern in ("unit-*.spill", "unit-*.bad.jsonl", "unit-*.signatures", NEAR_NAME):
             for file in self.inner.glob(pattern):
                 file.unlink(missing_ok=True)
 
@@ -553,11 +582,21 @@ def _that_matter(settings: PrepConfig) -> dict[str, Any]:
     for key in LATER_KEYS:
         if getattr(settings, key) == type(settings).model_fields[key].default:
             del values[key]
+    if settings.decontaminate:
+        values["decontaminate"] = list(map(_evaluation_digest, settings.decontaminate))
     if not settings.is_spaced:
         values["train_tokenizer"]["space_before_text"] = False
     if values.pop("words"):
         values["words"] = segmenter_version()
     return values
+
+
+def _evaluation_digest(name: str) -> str:
+    """The digest of a file, whatever its name. Raises UserError."""
+    try:
+        return file_digest(name)
+    except OSError as error:
+        raise UserError(f"decontaminate: cannot read {name}: {error.strerror}") from error
 
 
 def no_tokenizer(output: Path) -> str:

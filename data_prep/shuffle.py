@@ -162,6 +162,7 @@ class Merged:
     documents: int
     text_bytes: int
     duplicates: int
+    near_duplicates: int
 
 
 def number_of_shards(spills: Sequence[Spill], itemsize: int, shard_bytes: int) -> int:
@@ -174,11 +175,18 @@ def number_of_shards(spills: Sequence[Spill], itemsize: int, shard_bytes: int) -
 
 
 def merge(
-    folder: Path, spills: Sequence[Spill], dtype: npt.DTypeLike, number: int, count: int, deduplicate: bool
+    folder: Path,
+    spills: Sequence[Spill],
+    dtype: npt.DTypeLike,
+    number: int,
+    count: int,
+    deduplicate: bool,
+    near: npt.NDArray[np.uint64] | None = None,
 ) -> Merged:
     """Shard `number` of `count`: its documents from all `spills`, sorted by key; reads nothing else.
 
-    Of documents with the same digest the one with the lowest number stays. Memory: the shard, and 100 bytes
+    Of documents with the same digest the one with the lowest number stays, unless it is one of `near`, the
+    sorted numbers of near-duplicates. Memory: the shard, and 100 bytes
     or so for each document.
     """
     low, high = number * 2**64 // count, (number + 1) * 2**64 // count
@@ -189,6 +197,9 @@ def merge(
     order = np.lexsort((rows["document"], rows["check"], rows["key"]))
     if deduplicate:
         order = order[_first_of_each(rows, order)]
+    duplicates = len(rows) - len(order)
+    if near is not None:
+        order = order[~np.isin(rows["document"][order], near)]
     tokens, token_places, token_offsets = _layout(rows["tokens"], order, np.dtype(dtype))
     lengths, sentence_places, sentence_offsets = _layout(rows["sentences"], order, np.dtype(np.uint32))
     begin = 0
@@ -211,7 +222,8 @@ def merge(
         },
         documents=len(order),
         text_bytes=int(rows["text_bytes"][order].sum(dtype=np.int64)),
-        duplicates=len(rows) - len(order),
+        duplicates=duplicates,
+        near_duplicates=len(rows) - duplicates - len(order),
     )
 
 

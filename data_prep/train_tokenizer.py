@@ -50,7 +50,7 @@ from data_prep.plan import Plan, Unit, read_json
 from data_prep.readers.read import undecodable
 from data_prep.readers.records import Bad
 from data_prep.segment import splitter
-from data_prep.trainer import lines_of, trained_model
+from data_prep.trainer import LONGEST_SENTENCE, lines_of, trained_model
 
 SAMPLE_BYTES = 100_000_000  # of all units; Unigram takes about twenty times that in memory while it trains
 SAMPLE_UNITS = 256  # at most so many are read for the sample
@@ -274,7 +274,7 @@ def _sample_unit(unit: Unit, documents: int, size: int) -> Counter[str]:
     no_text = undecodable(unit.config.encoding)
 
     def texts() -> Iterator[str]:
-        for record, text, reason, held_out, _ in clean_records(unit):
+        for record, text, reason, held_out, _ in clean_records(unit, Counter()):
             sample.update(records=1, undecoded=isinstance(record, Bad) and reason in no_text)
             if text and not held_out:
                 sample["seen"] += len(text)
@@ -285,7 +285,7 @@ def _sample_unit(unit: Unit, documents: int, size: int) -> Counter[str]:
         for _, content in drawn:
             text = content.decode()
             characters.update(text)
-            sentences = split(text)
+            sentences = [part for sentence in split(text) for part in _trainable(sentence)]
             file.writelines(f"{sentence}\n" for sentence in sentences)
             sample.update(bytes=len(content), sentences=len(sentences))
     letters = {character: count for character, count in characters.items() if character.isalpha()}
@@ -309,7 +309,7 @@ def draw_sample(texts: Iterable[str], documents: int, size: int, seed: str) -> l
     drawn: list[tuple[float, int, int, bytes]] = []  # a heap: the largest key first
     held, limit = 0, 1.0
     for number, text in enumerate(texts):
-        for place, part in enumerate(_excerpts(text)):
+        for place, part in enumerate(_excerpts(text, EXCERPT)):
             key = generator.random()
             if key >= limit:
                 continue
@@ -322,12 +322,22 @@ def draw_sample(texts: Iterable[str], documents: int, size: int, seed: str) -> l
     return [(number, content) for _, number, _, content in sorted(drawn, key=lambda part: part[1:3])]
 
 
-def _excerpts(text: str) -> Iterator[str]:
-    """`text` in parts of at most EXCERPT characters, cut at spaces where there are any."""
+def _trainable(sentence: str) -> Iterator[str]:
+    """`sentence`, or its parts where it is longer than the trainer takes: it would be left out."""
+    if len(sentence) <= LONGEST_SENTENCE // 4 or len(sentence.encode()) <= LONGEST_SENTENCE:
+        yield sentence
+        return
+    for part in _excerpts(sentence, LONGEST_SENTENCE // 4):
+        if part.strip():
+            yield part.strip()
+
+
+def _excerpts(text: str, longest: int) -> Iterator[str]:
+    """`text` in parts of at most `longest` characters, cut at spaces where there are any."""
     start = 0
-    while len(text) - start > EXCERPT:
-        end = start + EXCERPT
-        cut = max(text.rfind(" ", start + EXCERPT // 2, end), text.rfind("\n", start + EXCERPT // 2, end))
+    while len(text) - start > longest:
+        end, middle = start + longest, start + longest // 2
+        cut = max(text.rfind(" ", middle, end), text.rfind("\n", middle, end))
         end = cut + 1 if cut >= 0 else end
         yield text[start:end]
         start = end
@@ -383,6 +393,10 @@ def train_tokenizer(
             raise UserError(
                 f"train_tokenizer.vocab_size={vocab_size} is too small for the characters of this text; the "
                 f"smallest that fits is {limit[1]}, or lower train_tokenizer.character_coverage={coverage}"
+            ) from error
+        if "character_coverage" in str(error):
+            raise UserError(
+                f"train_tokenizer.character_coverage={coverage}: SentencePiece takes 0.98 to 1"
             ) from error
         raise
     write_bytes(output, trained)

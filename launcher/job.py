@@ -22,7 +22,7 @@ TRAINING = ("pretrain", "finetune")  # those that ranks make together, with chec
 class JobSpec:
     """Everything that the script and the supervisor inside the job are told; all paths are absolute."""
 
-    stage: str  # one of STAGES
+    stage: str  # one of STAGES, or tasks: those that the job of a pretraining has left
     name: str  # of the job
     folder: str  # the job folder: config, code, script, events
     target: str  # what the stage makes: a run folder or an output folder

@@ -122,6 +122,13 @@ def other_job(number: str, *, controller: bool = True) -> QueueJob | None:
     return from_record(record) if record else None
 
 
+def lost_host(job: QueueJob) -> str:
+    """The first node of a job that runs on without it (sbatch --no-kill), and so without its supervisor;
+    empty where that node is not down. Raises UserError when Slurm does not answer."""
+    host = (slurm.show_job(job.id) or {}).get("BatchHost", "") if job.state == "RUNNING" else ""
+    return host if host and slurm.is_down(host) else ""
+
+
 # ----------------------------------------------------------------------------------------- reading
 
 
@@ -243,6 +250,8 @@ REASONS = (
     ("None", "it was queued a moment ago", None),
 )
 
+NO_START = "53"  # Slurm's word in the place of a signal: the batch script was never begun
+
 # How a job ended, by Slurm's state.
 ENDINGS = {
     "COMPLETED": "it ended with exit code 0",
@@ -294,6 +303,8 @@ def in_words(job: QueueJob, now: float) -> str:
     code, _, number = job.exit.partition(":")
     if job.state == "FAILED" and (code or "0") != "0":
         ending += f" with exit code {code}"
+    elif job.state == "FAILED" and number == NO_START:
+        ending += ": Slurm could not start it, perhaps since its log folder is not there on the node"
     elif job.state == "FAILED" and (number or "0") != "0":
         ending += f" by signal {number}"
     when = f" {show_time(job.end, now)}" if job.end else ""

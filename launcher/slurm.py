@@ -99,6 +99,18 @@ def nodes(node_list: str) -> tuple[dict[str, str], ...]:
     return tuple(_record(line) for line in lines if line.startswith("NodeName="))
 
 
+def is_down(node: str) -> bool:
+    """Whether Slurm has given up a node; asked anew each time. False where it gives no answer.
+
+    Not by sinfo, which shows but one state of several: COMPLETING for a node that is down as well.
+    """
+    try:
+        said = ask("scontrol", "show", "node", "--oneliner", node, check=False).stdout
+    except UserError:
+        return False
+    return any(_record(line).get("State", "").startswith("DOWN") for line in said.splitlines())
+
+
 def hosts(node_list: str) -> list[str]:
     """The hosts of a node list: `gpu[1-2],cpu7` -> gpu1, gpu2, cpu7."""
     if "[" not in node_list:
@@ -114,8 +126,8 @@ def _record(line: str) -> dict[str, str]:
 
 
 def gpus_of(gres: str) -> int:
-    """The number of GPUs in Slurm's Gres: `gpu:h100:8(S:0-1),nvme:1` -> 8."""
-    return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres))
+    """The number of GPUs in Slurm's Gres: `gpu:h100:8(S:0-1),nvme:1` -> 8, `gpu:a100:no_consume:4` -> 4."""
+    return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)*(\d+)", gres))
 
 
 def minutes_of(time: str) -> float | None:

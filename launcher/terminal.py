@@ -1,4 +1,5 @@
-"""A terminal that closes (SIGHUP): prints go nowhere from then on, so that a run can save and end."""
+"""A terminal that closes (SIGHUP), or a reader that has enough (`| head`): prints go nowhere from then on, so
+that a run can save and end, and a pipeline is queued or cancelled as a whole."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import TextIO
 
 
 class _Screen(io.TextIOWrapper):
-    """A stream to a terminal; once that is gone (EIO), it leads to /dev/null."""
+    """A stream to a terminal or a reader; once that is gone (EIO, EPIPE), it leads to /dev/null."""
 
     def write(self, text: str) -> int:
         try:
@@ -26,7 +27,7 @@ class _Screen(io.TextIOWrapper):
             self._lead_nowhere(error)
 
     def _lead_nowhere(self, error: OSError) -> None:
-        if error.errno != errno.EIO:
+        if error.errno not in (errno.EIO, errno.EPIPE):
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())  # what the buffer still holds goes there as well
@@ -38,8 +39,20 @@ def outlive_terminal() -> None:
     sys.stdout, sys.stderr = (_survivor(stream) for stream in (sys.stdout, sys.stderr))
 
 
+def outlive_readers() -> None:
+    """Has stdout and stderr of this process survive the end of whoever reads them."""
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _screen(sys.stdout)
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _screen(sys.stderr)
+
+
 def _survivor(stream: TextIO) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
         return stream
+    return _screen(stream)
+
+
+def _screen(stream: io.TextIOWrapper) -> _Screen:
     encoding, errors = stream.encoding, stream.errors
     return _Screen(stream.detach(), encoding=encoding, errors=errors, line_buffering=True)

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ from bertscale.files import write_json
 from bertscale.run_folder import (
     CANCELLED,
     EVENTS,
+    GUARD_LOG,
     JOB_SPEC,
     PREP_WORK,
     Events,
@@ -53,6 +55,7 @@ from launcher.supervise import Limits, StopRequests, new_attempt, supervise
 RETRY_SECONDS = 2.0  # between two questions to a controller that does not answer
 END_SECONDS = 900.0  # until Slurm has ended a job that it said it would
 SIGNAL_EARLY_SECONDS = 90.0
+GUARD_END_SECONDS = 5.0  # for its srun to end
 SAVE_SHARE = 0.8  # of the seconds between the signal and the time limit; the rest is for the requeue
 
 
@@ -73,6 +76,8 @@ def main(arguments: list[str]) -> int:
             return job.run()
         except UserError as error:
             return job.give_up(MISTAKE, str(error))
+        finally:
+            job.end_guard()
 
 
 class TooFewNodesError(Exception):
@@ -99,6 +104,8 @@ class Job:
         self.done = self.folder / done_marks(spec.array)[int(self.index or 0)]
         self.nodes = slurm.hosts(env["SLURM_JOB_NODELIST"])  # in the order in which srun fills them
         self.last: SlurmStep | None = None
+        self.guard: subprocess.Popen[bytes] | None = None
+        self.guard_node = ""
         self.reached = 0  # step of the newest checkpoint when the ranks were last started
         self.replaced: dict[str, str] = {}  # nodes that made room for a spare then, with the reason
 
@@ -173,6 +180,7 @@ class Job:
             # When all of them fail, the fault may be the job's.
             if node in failed and self.spec.bad_nodes and len(failed) < len(alive):
                 remember_bad(Path(self.spec.bad_nodes), node, reason)
+        self.keep_guard(alive)
         suspects = self.last.suspects() if self.last else set()
         first = Counter(event["node"] for event in self.history() if event["event"] == "failed")
         often = {node: times for node, times in first.items() if node and times > 1}
@@ -199,6 +207,30 @@ class Job:
             if self.spec.bad_nodes:
                 remember_bad(Path(self.spec.bad_nodes), node, reason)
         self.replaced = {}
+
+    def keep_guard(self, alive: list[str]) -> None:
+        """Has a process on another node miss this one, if the job may outlive the loss of its batch host."""
+        here = os.environ.get("SLURMD_NODENAME", self.nodes[0])
+        others = [node for node in alive if node != here]
+        watched = self.guard is not None and self.guard.poll() is None and self.guard_node in alive
+        if not self.spec.spares or watched or not others:
+            return
+        self.end_guard()
+        self.guard_node = others[-1]
+        shape = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=1"]
+        shape.append(f"--nodelist={self.guard_node}")
+        step = ["srun", *shape, "--job-name=guard", "--overlap", "--no-kill", "--export=ALL"]
+        command = [self.spec.batch_python, "-m", "launcher.guard", str(self.folder), self.name, here]
+        with open(Path(self.spec.logs, GUARD_LOG), "ab") as log:
+            self.guard = subprocess.Popen(
+                [*step, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def end_guard(self) -> None:
+        if self.guard is not None:
+            self.guard.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.guard.wait(GUARD_END_SECONDS)
 
     def blame_the_job(self, alive: list[str], failed: dict[str, str]) -> None:
         """Raises UserError where all nodes fail alike, in a way that the job's python or container may cause:

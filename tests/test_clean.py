@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -21,13 +22,13 @@ def config(**values: Any) -> PrepConfig:
 
 
 def kept(text: str, **values: Any) -> str:
-    result, reason, _ = clean(text, config(**values))
+    result, reason, _ = clean(text, config(**values), Counter())
     assert not reason
     return result
 
 
 def reason(text: str, **values: Any) -> str:
-    return clean(text, config(**values))[1]
+    return clean(text, config(**values), Counter())[1]
 
 
 # Characters that clean treats in different ways, among many others.
@@ -51,7 +52,7 @@ def test_one_form_is_normalize_of_each_paragraph(paragraphs: list[str], form: Li
 @given(TEXTS)
 def test_clean_text_stays_as_it_is(text: str) -> None:
     for form in ("nfc", "nfkc"):
-        once, why, _ = clean(text, config(normalization=form))
+        once, why, _ = clean(text, config(normalization=form), Counter())
         assert bool(once) != bool(why)
         assert "\n\n" not in once
         assert "  " not in once
@@ -174,11 +175,11 @@ def in_lines(text: str, width: int) -> str:
     ],
 )
 def test_wrapped_text_is_joined_and_counted(text: str) -> None:
-    result, _, joined = clean(text, config())
+    result, _, joined = clean(text, config(), Counter())
     assert result.count("\n") == text.count("\n\n")
     assert joined == sum(bool(a and b) for a, b in pairwise(text.split("\n")))
-    assert clean(text, config(wrapped=False))[::2] == (text.replace("\n\n", "\n"), 0)
-    assert clean(text, config(language="lines"))[::2] == (text.replace("\n\n", "\n"), 0)
+    assert clean(text, config(wrapped=False), Counter())[::2] == (text.replace("\n\n", "\n"), 0)
+    assert clean(text, config(language="lines"), Counter())[::2] == (text.replace("\n\n", "\n"), 0)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_wrapped_text_is_joined_and_counted(text: str) -> None:
     ],
 )
 def test_lines_that_mean_something_stay(text: str) -> None:
-    assert clean(text, config()) == (text, "", 0)
+    assert clean(text, config(), Counter()) == (text, "", 0)
 
 
 def test_wrapped_lines_and_sentences_a_line_exclude_each_other() -> None:

@@ -108,6 +108,21 @@ def test_the_kernel_of_gpus_is_asked_for_the_same_window(
     torch.testing.assert_close(attend(packed, packing, 0.0, half_window), expected)
 
 
+@pytest.mark.parametrize("kernel", [attend, kernels._attend_padded])
+@pytest.mark.parametrize("half_window", [None, 2, 6])  # 2: in blocks
+def test_with_dropout_no_token_depends_on_those_behind_it(
+    half_window: int | None, kernel: Callable[..., Tensor]
+) -> None:
+    torch.manual_seed(0)
+    packed = torch.randn(2 * 11, 2, 3, 4, requires_grad=True)
+    attended = kernel(packed, Packing.of((11, 11), packed.device, causal=True), 0.3, half_window)
+    (gradient,) = torch.autograd.grad(attended[11:16].square().sum(), packed)
+    reached = gradient.flatten(1).abs().sum(1) > 0  # [22] by tokens 0 to 4 of the second sample
+    assert reached[11:16].all()
+    assert not reached[:11].any()
+    assert not reached[16:].any()
+
+
 # ------------------------------------------------------------------------------------------- figures
 
 

@@ -15,9 +15,7 @@ from bertscale.config import PretrainConfig, Section, describe_fields
 
 OF_COMMANDS: dict[str, type[Section]] = {**SECTIONS, "bench": PretrainConfig}
 KEYS = {name: {key for key, _ in describe_fields(section)} for name, section in OF_COMMANDS.items()}
-KEYS["convert"] = {
-    key for key in KEYS["pretrain"] if key.startswith("model.")
-}  # of a source without a config
+KEYS["convert"] = {key for key in KEYS["pretrain"] if key.startswith("model.")}  # of a source without one
 ALL_KEYS = set().union(*KEYS.values())
 GROUPS = {key.split(".")[0] for key in ALL_KEYS if "." in key}
 PLACEHOLDERS = {"COMMAND", "STAGE", "CONFIG", "..."}

@@ -42,7 +42,7 @@ FLOORS = {
 }
 COMMAND_LINE = {f"bertscale.{name}" for name in ("checks", "cli", "console", "quickstart", "__main__")}
 # Modules that a person or a script starts; nothing imports them.
-DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.watch"}
+DOORS = {"data_prep.__main__", "data_prep.docstrings", "launcher.guard", "launcher.watch"}
 
 # What another room may take from bertscale; and labelled files are opened as those of prep are.
 OPEN_TO = {
@@ -205,7 +205,7 @@ def test_checks_before_a_start_load_no_torch() -> None:
 
 def test_a_batch_host_needs_no_packages() -> None:
     """The supervisor of a job and the parents of its ranks run on a plain Python."""
-    libraries = loaded("launcher.watch", "launcher.rank", "launcher.nodes.measure")
+    libraries = loaded("launcher.watch", "launcher.guard", "launcher.rank", "launcher.nodes.measure")
     assert libraries <= {*sys.stdlib_module_names, *ROOMS}
 
 

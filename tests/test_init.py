@@ -87,6 +87,10 @@ def train_all(data: str, folder: str) -> dict[str, Any]:
     run("stopped", **others(place / "lost"))
     run("same", **others(place / "first", init=keep))
 
+    # Next tokens first, masked ones afterwards.
+    run("causal", objectives={"clm": 1.0}, samples={"kind": "packed"}, train={"steps": 4, "save_every": 4})
+    run("masked", **others(place / "causal", init=keep, steps=1))
+
     # Heads of other sizes: a generator comes and goes.
     run("detector", **others(place / "first", steps=1), model={"generator_size": 0.5})
     run("alone", **others(place / "detector", steps=1), model={"generator_size": None})
@@ -131,6 +135,20 @@ def test_resumed_without_its_source_it_is_the_undisturbed_run(runs: tuple[Path, 
         for state in STATES:
             assert torch.equal(whole.tensor(name, state), stopped.tensor(name, state)), name
     assert "started   from" not in said["stopped"]  # it was resumed
+
+
+def test_masked_tokens_go_on_from_next_ones(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, said = runs
+    causal, masked = (open_checkpoint(folder / name) for name in ("causal", "masked"))
+    assert (causal.causal, masked.causal) == (True, False)
+    assert {"train/clm_loss", "heldout/clm_loss"} < {
+        key for row in read_metrics(folder / "causal") for key in row
+    }
+    assert ["objectives.clm", "1.0", "0.0"] in masked.lineage[0]["changed"]
+    assert "new " not in said["masked"]  # the head is the same
+    assert (
+        losses(folder / "masked")[0] < losses(folder / "first")[0] - 0.1
+    )  # it has learnt the frequent pieces
 
 
 def test_a_head_of_another_size_gets_first_values(runs: tuple[Path, dict[str, Any]]) -> None:

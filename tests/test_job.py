@@ -248,6 +248,20 @@ def test_options_of_the_site_come_last() -> None:
     assert step_command(spec).index("--wait=9") > step_command(spec).index("--wait=60")
 
 
+def test_options_with_blanks_and_numbers_in_the_environment() -> None:
+    comment = '--comment={"project": 12, "cost": "a b"}'
+    site = ClusterConfig.model_validate(
+        {"sbatch": [comment], "environment": {"NCCL_IB_TIMEOUT": 22, "A": 0.5}}
+    )
+    assert site.environment == {"NCCL_IB_TIMEOUT": "22", "A": "0.5"}
+    assert options(dataclasses.replace(golden_specs()["gpu"], sbatch=tuple(site.sbatch)))[-1] == comment
+    for wrong in ("--comment a", "comment=a", "--comment=a\n#SBATCH --time=1"):
+        with pytest.raises(ValueError, match="is not an option of the form --name=value"):
+            ClusterConfig.model_validate({"sbatch": [wrong]})
+    with pytest.raises(ValueError, match="A is written as yes, no, true or false: put the value in quotes"):
+        ClusterConfig.model_validate({"environment": {"A": True}})
+
+
 # --------------------------------------------------------------------------------------- shipped configs
 
 

@@ -6,6 +6,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -82,7 +83,7 @@ def lines_run(work: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_work_doubles_with_the_text(piece: str) -> None:
-    once, twice = (lines_run(lambda n=n: MarkdownText().feed(piece * n, last=True)) for n in (300, 600))
+    once, twice = (lines_run(partial(MarkdownText().feed, piece * n, last=True)) for n in (300, 600))
     assert twice < 2.2 * once
 
 

@@ -78,6 +78,11 @@ CASES: dict[str, dict[str, Any]] = {
     "tokens": {"samples": {"kind": "document"}},
     "words": {"samples": {"kind": "document", "mask_unit": "word"}},
     "spans": {"samples": {"kind": "document", "mask_unit": "span", "span_max": 3}},
+    "next": {
+        "samples": {"kind": "packed"},
+        "model": {"preset": "modern", "local_attention": 8},
+        "objectives": {"clm": 1},
+    },
     "nsp": {"samples": {"kind": "nsp"}, "objectives": {"mlm": 0}},
     "sop": {"samples": {"kind": "sop"}, "objectives": {"mlm": 0}},
     "rtd": {
@@ -98,7 +103,7 @@ def config_of(case: str, data: str, folder: str) -> PretrainConfig:
         objectives=changes.get("objectives", {}),
         optimizer={"learning_rate": changes.get("learning_rate", 0.005), "gradient_clipping": 1.0},
         train={
-            "steps": 300 if case in ("nsp", "sop") else 600,
+            "steps": {"nsp": 300, "sop": 300, "next": 100}.get(case, 600),
             "global_batch": 16,
             "micro_batch": 16,
             "log_every": 25,
@@ -143,6 +148,14 @@ def test_masked_tokens_are_learnt(trained: Path, case: str) -> None:
     entries = [entry for entry in read_metrics(trained / case) if "train/loss" in entry]
     assert entries[0]["train/mlm_accuracy"] < 0.1
     assert set(entries[0]) & {"train/nsp_loss", "train/sop_loss", "train/rtd_loss"} == set()
+
+
+def test_next_tokens_are_learnt(trained: Path) -> None:
+    run = trained / "next"
+    assert last(run, "train/clm_accuracy") > 0.7  # a document's subject and turn cannot be foretold
+    assert last(run, "train/clm_loss") == pytest.approx(last(run, "train/loss"))
+    assert json.loads((run / "result.json").read_text())["heldout_clm_accuracy"] > 0.6
+    assert "mlm" not in (run / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("case", ["nsp", "sop"])

@@ -566,9 +566,10 @@ def test_tasks_beside_a_pretraining_are_checked(site: Slurm, desk: Desk) -> None
     write(desk.folder / "a.yaml", {**values, "samples": {"max_length": 64}})
     write(desk.folder / "b.yaml", {**values, "data": {**values["data"], "dev": "no.csv"}})
     long, missing = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
-    assert long.startswith("train.tasks: a: samples.max_length=64 is longer than the encoder")
+    assert long.startswith("night-pretrain: train.tasks: a: samples.max_length=64 is longer than the encoder")
     path = desk.folder / "no.csv"
-    assert missing == f"train.tasks: b: data.dev={path}: cannot be read here: No such file or directory"
+    told = f"train.tasks: b: data.dev={path}: cannot be read here: No such file or directory"
+    assert missing == f"night-pretrain: {told}"
     write(desk.folder / "a.yaml", {**values, "sample": {}})
     (wrong,) = desk.report(GPU, set=[*FIT, f"train.tasks={tasks}"]).problems
     assert wrong == f"train.tasks: {desk.folder}/a.yaml: unknown key sample; did you mean samples?"
@@ -827,8 +828,15 @@ def test_sizes_and_gpus_as_slurm_writes_them() -> None:
     assert slurm.bytes_of("480000") == 480_000 * 2**20
     assert slurm.bytes_of("0") == 0
     assert slurm.bytes_of("all") is None
-    gpus = ["gpu:4", "gpu:h100:8(S:0-1)", "gpu:1g.10gb:7,nvme:2", "gpu:a:2,gpu:b:3", "(null)"]
-    assert [slurm.gpus_of(text) for text in gpus] == [4, 8, 7, 5, 0]
+    gpus = [
+        "gpu:4",
+        "gpu:h100:8(S:0-1)",
+        "gpu:1g.10gb:7,nvme:2",
+        "gpu:a:2,gpu:b:3",
+        "(null)",
+        "gpu:a100:no_consume:4",
+    ]
+    assert [slurm.gpus_of(text) for text in gpus] == [4, 8, 7, 5, 0, 4]
 
 
 def test_a_refusal_is_one_line() -> None:

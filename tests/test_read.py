@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +93,12 @@ def arrow_of(documents: list[str], new: Any = pa.ipc.new_file, kind: Any = "stri
 WRITERS: dict[str, Callable[[list[str]], bytes]] = {
     "a.txt": lambda docs: "\n \r\n".join(docs).encode(),
     "a.jsonl": lambda docs: "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in docs).encode(),
+    "a.ndjson": lambda docs: "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in docs).encode(),
+    "a.json": lambda docs: json.dumps([{"text": t, "id": 1} for t in docs], indent=1).encode(),
+    "lines.json": lambda docs: "".join(json.dumps({"text": t, "id": 1}) + "\n" for t in docs).encode(),
+    "json_00": lambda docs: "".join(
+        json.dumps({"id": "1", "url": "u", "title": "t", "text": t}) + "\n" for t in docs
+    ).encode(),
     "a.csv": csv_of,
     "a.tsv": lambda docs: ("id\ttext\n" + "".join(f"1\t{t}\n" for t in docs)).encode(),
     "a.parquet": parquet_of,
@@ -121,8 +128,6 @@ def one_line(document: str, name: str) -> str:
 @pytest.mark.parametrize("name", WRITERS)
 def test_formats(tmp_path: Path, name: str, compression: str) -> None:
     expected = [one_line(text, name) for text in TEXTS]
-    if "wiki" in name:
-        expected[3] = expected[3].replace("<tag>", " ")  # what is left of HTML in an article
     path = tmp_path / (name + compression)
     path.write_bytes(COMPRESS[compression](WRITERS[name](expected if "wiki" not in name else TEXTS)))
     assert texts(path) == expected
@@ -173,6 +178,22 @@ def test_articles(tmp_path: Path) -> None:
     assert [str(other).strip() for other in others[1:]] == ["Notably so.", "Never closed."]
 
 
+def test_escaped_text_of_articles_is_text(tmp_path: Path) -> None:
+    (tmp_path / "wiki_00").write_text(
+        '<doc id="1" url="u" title="C">\nC\n\nA vector&lt;int&gt; v; if 1 &lt;x and y&gt; 2.\nint main () {\n'
+        "call ();\n#include &lt;math.h&gt;\nShimen () &lt;br /&gt;is&lt;/ref&gt;.\n</doc>\n"
+    )
+    assert texts(tmp_path) == [
+        "A vector<int> v; if 1 <x and y> 2.\nint main () {\ncall ();\n#include <math.h>\nShimen  is ."
+    ]
+
+
+@pytest.mark.parametrize("line", ["\n", " \t\n", '{"text": "  \\n "}\n', '{"text": ""}\n'])
+def test_blank_lines_and_rows_are_dropped(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n' + line * 3)
+    assert read(tmp_path) == ["One.", *[Dropped("blank")] * 3]
+
+
 @pytest.mark.parametrize("chunk", [30, 47, 64, 200])
 def test_articles_are_found_wherever_blocks_end(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -188,8 +209,8 @@ def test_quotation_marks(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_bytes(b'n\ttext\r\n1\t"open\r\n2\tsaid "x" and\r\n\r\n3\r\n')
     found = read(tmp_path / "a.tsv")
     assert found[:2] == ['"open', 'said "x" and']
-    assert [(r.reason, r.place[-7:]) for r in found[2:] if isinstance(r, Bad)] == [
-        ("blank", "byte 33"),
+    assert found[2] == Dropped("blank")
+    assert [(r.reason, r.place[-7:]) for r in found[3:] if isinstance(r, Bad)] == [
         ("a row with too few columns", "byte 35"),
     ]
     (tmp_path / "a.csv").write_bytes(
@@ -197,10 +218,8 @@ def test_quotation_marks(tmp_path: Path) -> None:
     )
     found = read(tmp_path / "a.csv")
     assert found[:2] == ['a "b"\r\n\r\nc, d', '5" disk']
-    assert [(r.reason, r.place.rpartition(" ")[2]) for r in found[2:4] if isinstance(r, Bad)] == [
-        ("blank", "6"),
-        ("invalid UTF-8", "7"),
-    ]
+    assert found[2] == Dropped("blank")
+    assert reasons(found) == [("invalid UTF-8", "line 7")]
     assert found[4] == "last"
 
 
@@ -467,8 +486,6 @@ BAD_LINES = [
     (b'{"text": null}', "field 'text' is null"),
     (b'{"text": 5}', "field 'text' is not a string"),
     (b'{"text": "a lone \\ud800 surrogate"}', "lone surrogate"),
-    (b'{"text": "  \\n "}', "blank"),
-    (b"", "blank"),
 ]
 
 
@@ -489,7 +506,7 @@ def test_bad_text_costs_its_document(tmp_path: Path) -> None:
     assert [record for record in found if isinstance(record, str)] == ["good\n", "good\n"]
     assert found[1] == Bad("invalid UTF-8", f"{tmp_path}/a.txt, byte 6", "b\ufffdd\n")
     (tmp_path / "a.txt").write_bytes(b" \n\t")
-    assert [r.reason for r in read(tmp_path, documents="file") if isinstance(r, Bad)] == ["blank"]
+    assert read(tmp_path, documents="file") == [Dropped("blank")]
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream, None])
@@ -508,9 +525,9 @@ def test_bad_rows(tmp_path: Path, new: Any) -> None:
     bad = [record for record in found if isinstance(record, Bad)]
     assert [(record.reason, record.place) for record in bad] == [
         ("the text is null", f"{path}, row 1"),
-        ("blank", f"{path}, row 2"),
         ("invalid UTF-8", f"{path}, row 3"),
     ]
+    assert found[2] == Dropped("blank")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
@@ -707,6 +724,63 @@ def test_inputs_are_found_once_and_in_order(tmp_path: Path) -> None:
     names = [os.path.relpath(file.name, tmp_path) for file in files]
     assert names == ["b.jsonl", "a.txt", "C.CSV", "sub/d.txt.gz", "wiki_00"]
     assert [file.named for file in files] == [False, True, False, False, False]
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b.html", "c.HTML", "d.xml.gz", "noted", "sub/e.pdf", "sub/f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "settings.json").write_text('{"vocab": 5}')
+    (tmp_path / "text.json").write_text('{"text": "One."}')
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refused(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    unread = Counter[str]()
+    assert len(find_files([str(tmp_path)], "text", unread)) == 3
+    assert unread == {
+        ".html": 2,
+        ".xml.gz": 1,
+        "without an ending": 1,
+        ".pdf": 1,
+        ".json without a field 'text'": 1,
+        "link to nothing": 1,
+        "folder: Permission denied": 1,
+    }
+
+
+def test_json_of_one_object_and_of_a_broken_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "Only one.", "id": 1}, indent=2))
+    assert texts(path) == ["Only one."]
+    array = json.dumps([{"text": f"Number {number}"} for number in range(100)])
+    path.write_text(array[:-500])
+    found = read(path)
+    assert good(found) == [f"Number {number}" for number in range(len(found) - 1)]
+    assert reasons(found) == [("broken JSON, the rest of the file lost", f"object {len(found) - 1}")]
+    monkeypatch.setattr(formats, "CHUNK", 50)
+    path.write_text(array)
+    assert len(texts(path)) == 100
+    path.write_bytes(b'[{"text": "a \xff"}, {"body": 1}, 5, {"text": "good"}]')
+    assert [reason for reason, _ in reasons(read(path))] == [
+        "invalid UTF-8",
+        "no field 'text'",
+        "not a JSON object",
+    ]
+
+
+def test_a_field_that_no_line_has_is_told_with_those_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"txt": "One.", "id": 1}\n{"body": "Two."}\n')
+    with pytest.raises(
+        UserError, match=r"no field 'text'; did you mean 'txt'\?; its fields are 'txt', 'id', 'body'"
+    ):
+        read(tmp_path)
 
 
 def test_output_of_prep_is_no_input(tmp_path: Path) -> None:

@@ -126,6 +126,10 @@ def test_accounts_are_read() -> None:
     assert queue_jobs.in_words(cancelled, NOW) == "job 17 has ended on 21 Nov at 04:52: it was cancelled"
     assert queue_jobs.in_words(failed, NOW) == "job 18 has ended at 04:52: it failed with exit code 77"
     assert queue_jobs.in_words(late, NOW).endswith("its time limit came before it had ended")
+    never = queue_jobs.QueueJob("21", "FAILED", "sacct", exit="0:53")
+    assert "it failed: Slurm could not start it, perhaps since its log folder" in queue_jobs.in_words(
+        never, NOW
+    )
     assert queue_jobs.in_words(waiting, NOW) == f"job 20 waits: {PRIORITY}"
 
 
@@ -463,12 +467,41 @@ def test_each_source_in_its_turn(
     assert source() == ("squeue", "running")
     slurm_says(squeue="", sacct="18|FAILED|4|node[1-4]|N/A|N/A|77:0|None\n", scontrol=RECORD)
     assert source() == ("sacct", "failed")
+    slurm_says(squeue="", sacct="18|CANCELLED by 0|4|node[1-4]|N/A|N/A|0:15|None\n", scontrol=RECORD)
+    assert source() == ("sacct", "cancelled")  # by scancel
     slurm_says(squeue="", scontrol=RECORD)
     assert source() == ("scontrol", "failed")
     slurm_says(squeue="")
     assert source() == ("its own events", "lost")  # Slurm has forgotten it
     slurm_says(squeue=line)
     assert ask_status(capsys, "18")[0]["run"] == str(job.parent)
+
+
+@pytest.mark.parametrize(("state", "word"), [("DOWN+NOT_RESPONDING", "lost"), ("ALLOCATED", "running")])
+def test_a_job_that_runs_without_its_first_node_is_lost(
+    state: str,
+    word: str,
+    here: Path,
+    slurm_says: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """A job with spares outlives its first node, and with it the supervisor; nobody is there to save."""
+    job = make_job(here / "runs/base", spares=1)
+    write_events(job, {"event": "queued", "job": "18"})
+    os.environ["PATH"] += ":/bin:/usr/bin"
+    slurm_says(
+        squeue=f"18|RUNNING|3|node[1-3]|2026-11-22T04:51:35|N/A|(null)|None|bertscale {job}\n",
+        scontrol=f"JobId=18 JobState=RUNNING BatchHost=node1\nNodeName=node1 State={state}\n",
+    )
+    scancel = tmp_path / "commands/scancel"
+    scancel.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    scancel.chmod(0o755)
+    [report] = ask_status(capsys, "runs/base")
+    assert report["state"] == word
+    assert (report["next"] == "scontrol requeue 18") == (word == "lost")
+    assert status.main("cancel", ["runs/base"]) == 0
+    assert (tmp_path / "asked").read_text() == ("18\n" if word == "lost" else "--batch --signal=USR1 18\n")
 
 
 @pytest.mark.parametrize(
@@ -544,6 +577,38 @@ def test_bars_and_control_characters(tmp_path: Path) -> None:
     assert reader.read() == ["bar 3"]
     path.write_text("anew\n")
     assert reader.read() == ["anew"]
+
+
+NOBODY_READS = """
+import sys
+from pathlib import Path
+from launcher.terminal import outlive_readers
+outlive_readers()
+for number in range(3):
+    print("a line", flush=True)
+    print("a warning", file=sys.stderr)
+Path("went on").touch()
+"""
+
+
+def test_work_goes_on_when_its_reader_has_enough(tmp_path: Path) -> None:
+    """`bertscale submit pipeline ... | head -1` queues all jobs, `cancel` and `resume` likewise."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY_READS], cwd=tmp_path, stdout=writing, stderr=writing, env={**os.environ}
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "went on").exists()
+
+
+def test_status_ends_quietly_when_its_reader_has_enough(here: Path) -> None:
+    make_job(here / "runs" / "base")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "bertscale", "status"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def attempt_of(job: Path, number: int, **logs: str) -> Path:

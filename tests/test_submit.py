@@ -255,6 +255,36 @@ def test_glue_without_a_first_task(tmp_path: Path) -> None:
         PipelineStage.model_validate({"glue": model, "nodes": 2})
 
 
+def test_tasks_of_a_pretraining_are_a_job_at_the_end(tmp_path: Path) -> None:
+    values = {"data": {"train": "a.csv", "dev_share": 0.1}}
+    files = [write(tmp_path / f"{name}.yaml", values) for name in ("one", "two")]
+    pretrain = write(tmp_path / "run.yaml", pretrain_config("data", tmp_path / "run").model_dump())
+    stages = [
+        PipelineStage(pretrain=pretrain, nodes=2, spares=1, set=[f"train.tasks={files}"]),
+        PipelineStage(convert=[str(tmp_path / "run"), "hf"]),
+    ]
+    site = {"gpus_per_node": 8, "cpus_per_task": 12}
+    jobs, mistakes = stage_jobs(stages, write(tmp_path / "site.yaml", site), "night")
+    assert mistakes == []
+    training, converting, tasks = (job.spec for job in jobs)
+    assert converting.stage == "convert"
+    assert training.command[3:] == (f"{training.folder}/config.yaml", "--leave-tasks")
+    assert tasks.folder == f"{tmp_path}/run/tasks.job"
+    assert tasks.command[2:] == ("pretrain", f"{tasks.folder}/config.yaml", "--tasks-only")
+    assert (tasks.stage, tasks.name, tasks.target) == (
+        "tasks",
+        "night-pretrain-tasks",
+        f"{tmp_path}/run/tasks",
+    )
+    assert (tasks.nodes, tasks.spares, tasks.tasks_per_node) == (1, 0, 1)
+    assert (tasks.cpus_per_task, tasks.gpus_per_node, tasks.start_seconds) == (12, 1, 0)
+    config = jobs[2].config
+    assert isinstance(config, PretrainConfig)
+    assert config.train.tasks == [f"{tasks.folder}/tasks/{name}.yaml" for name in ("one", "two")]
+    jobs, _ = stage_jobs(stages[:1], write(tmp_path / "site.yaml", {"tasks_per_node": 4, "cpus_per_task": 3}))
+    assert (jobs[1].spec.cpus_per_task, jobs[1].spec.gpus_per_node) == (12, 0)
+
+
 def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
     prep = write(tmp_path / "prep.yaml", {"output": "data", "workers": -1})
     finetune = write(tmp_path / "finetune.yaml", {"encoder": "a", "epoch": 3})

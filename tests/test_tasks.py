@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +19,9 @@ from tiny import pretrain_config
 
 from bertscale.checks import check_tasks
 from bertscale.config import UserError
-from bertscale.pretrain.tasks import Tasks, check_encoder
+from bertscale.pretrain.tasks import Tasks, check_encoder, only_tasks
 from bertscale.run_folder import (
-    CHECKPOINTS,
+    METRICS,
     TABLE,
     TASKS,
     TENSORBOARD,
@@ -28,6 +30,7 @@ from bertscale.run_folder import (
     read_metrics,
 )
 from bertscale.train.checkpoint import prune
+from launcher.child import NICENESS, start_child
 
 RESULT = {"metric": "accuracy", "pretrained": {"dev": {"accuracy": {"mean": 0.75}}}}
 GOOD = f"mkdir -p $O/model && echo '{json.dumps(RESULT)}' > $O/result.json"
@@ -73,7 +76,7 @@ def write_tasks(folder: Path, *names: str, **changes: Any) -> dict[str, list[str
 
 
 def make_tasks(
-    run: Path, begin: Begin, steps: list[int], train: dict[str, Any], device: str = "cpu"
+    run: Path, begin: Begin, steps: list[int], train: dict[str, Any], device: str = "cpu", **how: bool
 ) -> Tasks:
     """The tasks of a run with empty checkpoints of `steps`."""
     for step in steps:
@@ -81,7 +84,7 @@ def make_tasks(
         (checkpoint_folder(run, step) / TABLE).touch()
     config = pretrain_config("data", run, train={"save_every": 2, "steps": None, "tokens": 1e6, **train})
     ranks = SimpleNamespace(rank=0, device=torch.device(device), sum=lambda *values: list(values))
-    return Tasks(config, ranks, begin)  # type: ignore[arg-type]
+    return Tasks(config, ranks, begin, **how)  # type: ignore[arg-type]
 
 
 GOING_ON = SimpleNamespace(asked=False)
@@ -177,6 +180,31 @@ def test_gpus_belong_to_the_training_unless_the_task_asks_for_one(tmp_path: Path
     assert begin.calls[0][:3] == ["finetune", train["tasks"][0], f'encoder="{encoder}"']
 
 
+def test_the_last_ones_may_be_left_to_a_later_start(tmp_path: Path) -> None:
+    train, begin = write_tasks(tmp_path, "one"), Begin(one="sleep 100")
+    tasks = make_tasks(tmp_path / "run", begin, [2, 4], train, leave=True)
+    tasks.look(print)
+    assert tasks.finish(GOING_ON)  # type: ignore[arg-type]
+    assert tasks.process is not None
+    assert tasks.process.returncode == -15
+    assert begin.made == ["step-0000002/one"]
+
+
+def test_a_child_beside_a_rank_is_no_rank_and_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "2")
+    # As a rank of two it would want MASTER_ADDR.
+    child = start_child(["finetune", "none.yaml"], tmp_path / "log", threads=3)
+    assert child.wait() == 2
+    assert (tmp_path / "log").read_text().startswith("bertscale finetune: error: cannot read the config none")
+    code = "import os; os.execv = lambda *words: print(os.nice(0), words[1][1:]); give_way()"
+    command = [sys.executable, "-c", f"from launcher.child import *; {code}", str(os.getpid()), "a", "b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{min(19, os.nice(0) + NICENESS)} ['-m', 'bertscale', 'a', 'b']\n"
+
+
 def test_mistakes_in_tasks_are_found_before_the_training_begins(tmp_path: Path) -> None:
     def config(**train: Any) -> Any:
         return pretrain_config("data", tmp_path / "run", train=train)
@@ -229,21 +257,21 @@ def train_thrice(data: str, folder: str) -> list[Any]:
         ranks = start_ranks(1, local_device())
         code = train(config, ranks, StopAfter(stop), begin)  # type: ignore[arg-type]
         found.append([code, begin.made])
+    (run / METRICS).unlink()
+    begin = Begin()
+    found.append([only_tasks(config, begin), begin.made])
     return found
 
 
 @pytest.mark.slow
 def test_a_run_makes_each_figure_once_whenever_it_is_stopped(tiny_data: Path, tmp_path: Path) -> None:
-    [(first, second, third)] = run_ranks(
+    [(first, second, third, alone)] = run_ranks(
         __file__, "train_thrice", world=1, data=str(tiny_data), folder=str(tmp_path)
     )
     assert (first[0], second[0], third) == (75, 0, [0, []])
-    steps = [entry["step"] for entry in read_metrics(tmp_path / "run") if "tasks/one/accuracy" in entry]
     # Steps of this model take milliseconds: that of a checkpoint may be over before its turn.
-    assert set(steps) <= {2, 4, 6}
-    assert steps[-2:] == [4, 6]
-    assert len(steps) == len(set(steps))
-    assert [folder.name for folder in (tmp_path / "run" / CHECKPOINTS).iterdir()] != []
+    assert {"step-0000004/one", "step-0000006/one"} <= {*first[1], *second[1]}
+    assert alone == [0, ["step-0000004/one", "step-0000006/one"]]
 
 
 def train_with_a_real_one(data: str, folder: str) -> int:

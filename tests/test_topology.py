@@ -305,6 +305,10 @@ def test_deepspeed_loads_a_universal_checkpoint_of_ours(
     for ranks in ((2, 2, 1), (1, 2, 2), (1, 2, 3)):
         place = real(tmp_path / "-".join(map(str, ranks)), tiny_data, ranks, universal=str(output))
         assert same(states(trained[REAL[0]]), states(place)), ranks
+    shutil.copytree(output, tmp_path / "damaged")
+    (lost,) = (tmp_path / "damaged").glob("global_step2/zero/encoder.pooler.bias/exp_avg.pt")
+    lost.unlink()
+    refused(tmp_path / "damaged", at((1, 2, 1)), "lacks exp_avg of encoder.pooler.bias and has")
     convert(output, tmp_path / "back", at((1, 2, 1)))  # it has shape and tokenizer beside it
     assert is_state_of(tmp_path / "back", trained[REAL[0]])
     assert open_checkpoint(tmp_path / "back").model == open_checkpoint(trained[REAL[0]]).model

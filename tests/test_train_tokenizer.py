@@ -112,6 +112,23 @@ def test_the_same_model_for_any_number_of_workers(tmp_path: Path, capsys: pytest
     assert prepare(tmp_path, documents, 1, seed=1).read_bytes() != one
 
 
+def test_sentences_that_are_longer_than_the_trainer_takes(tmp_path: Path) -> None:
+    """Without a space, and of several bytes a character: they train in parts."""
+    assert [len(part) for part in train_tokenizer._trainable(HAN * 2000)] == [2**14] * 3 + [6848]
+    assert list(train_tokenizer._trainable("word " * 13_000)) == ["word " * 13_000]
+    documents = ["".join(random.Random(n).choices(HAN, k=60_000)) for n in range(3)]
+    path = prepare(tmp_path, documents, language="zh", train_tokenizer={"vocab_size": 320})
+    tokenizer = load_tokenizer(path)
+    assert set(HAN) <= {tokenizer.piece(i) for i in range(tokenizer.vocab_size)}
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_a_coverage_that_the_trainer_refuses(tmp_path: Path, model: Any) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(texts(100)))
+    with pytest.raises(UserError, match=r"character_coverage=0\.9: SentencePiece takes 0\.98"):
+        train_tokenizer.train_tokenizer([tmp_path / "a.txt"], tmp_path / "a.model", model, 400, 0.9)
+
+
 def test_bpe_and_compatible_forms(tmp_path: Path) -> None:
     output = prepare(tmp_path, texts(300), normalization="nfkc", train_tokenizer={"model": "bpe"})
     tokenizer = load_tokenizer(output)

@@ -23,7 +23,7 @@ from virtual import Cluster
 
 from bertscale.errors import INTERRUPTED, UserError
 from bertscale.run_folder import Events, read_events
-from launcher import slurm, watch
+from launcher import guard, slurm, watch
 from launcher.history import first_failed
 from launcher.job import JobSpec, render
 from launcher.nodes.check import bad_nodes
@@ -420,6 +420,7 @@ def fake_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., w
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(names))
         monkeypatch.setattr(watch, "nodes_alive", list)
+        monkeypatch.setattr(watch.Job, "keep_guard", lambda *_: None)
 
         def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
             return subprocess.CompletedProcess(command, 0, f"JobId=7 JobState=RUNNING {record}\n", "")
@@ -428,6 +429,73 @@ def fake_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., w
         return watch.Job(spec, ["srun"], StopRequests())
 
     return make
+
+
+def test_a_job_with_spares_has_a_guard_on_another_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job(tmp_path / "job", spares=1)
+    place = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1,n2,n3", "SLURMD_NODENAME": "n1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    spec = JobSpec.from_json((tmp_path / "job/job.json").read_text())
+    job = watch.Job(spec, ["srun"], StopRequests())
+    began: list[list[str]] = []
+
+    class Guard:
+        code: int | None = None
+
+        def __init__(self, words: list[str], **_: object) -> None:
+            began.append([word for word in words if "=" not in word or "nodelist" in word])
+
+        def poll(self) -> int | None:
+            return self.code
+
+        def terminate(self) -> None:
+            self.code = -15
+
+        def wait(self, seconds: float) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Guard)
+    python, folder = sys.executable, str(tmp_path / "job")
+    words = ["--overlap", "--no-kill", python, "-m", "launcher.guard", folder, "7", "n1"]
+    job.keep_guard(["n1", "n2", "n3"])
+    job.keep_guard(["n1", "n2", "n3"])  # it is there
+    job.keep_guard(["n1", "n2"])  # its node is gone
+    assert isinstance(job.guard, Guard)
+    job.guard.terminate()
+    job.keep_guard(["n1", "n2"])
+    assert began == [["srun", f"--nodelist={node}", *words] for node in ("n3", "n2", "n2")]
+
+
+@pytest.mark.parametrize(("cancelled", "refused"), [(True, 0), (False, 0), (False, 1)])
+def test_what_the_guard_does(
+    cancelled: bool, refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job(tmp_path / "job", spares=1)
+    if cancelled:
+        (tmp_path / "job/cancelled").touch()
+    looks = iter(["MIXED", "MIXED+NOT_RESPONDING", "", "DOWN+COMPLETING+NOT_RESPONDING"])
+    asked: list[str] = []
+
+    def ask(*command: str, **_: object) -> subprocess.CompletedProcess[str]:
+        if command[:3] == ("scontrol", "show", "node"):
+            return subprocess.CompletedProcess(command, 0, f"NodeName=n1 State={next(looks)}\n", "")
+        asked.append(" ".join(command).replace(str(tmp_path), ""))
+        code = refused if command[1] == "requeue" else 0
+        return subprocess.CompletedProcess(command, code, "9\n", "")
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(slurm, "ask", ask)
+    assert guard.main([str(tmp_path / "job"), "7", "n1"]) == 0
+    successor = "sbatch --parsable --dependency=afterany:7 --exclude=n1 /job/script.sh"
+    requeue = ["scontrol requeue 7", *([successor, "scancel 7"] if refused else [])]
+    assert asked == (["scancel 7"] if cancelled else requeue)
+    events = tmp_path / "job/events.jsonl"
+    expected = [] if cancelled else ["requeued", *(["queued"] if refused else [])]
+    assert kinds(events) == expected
+    assert next(looks, None) is None
 
 
 BAD_IMAGE = "its check did not begin: FATAL: could not open image a.sif"
@@ -858,6 +926,19 @@ def test_a_crashed_node_is_replaced_by_a_spare(cluster: Cluster) -> None:
     assert second[0] == first[0]
     assert second[1] not in first
     assert run.log(2, 1).strip() == second[1]
+
+
+@pytest.mark.slurm
+def test_the_death_of_the_first_node_is_noticed_on_another_one(cluster: Cluster) -> None:
+    run = Run(cluster, "first-node", 'if start == 1:\n    ready()\n    wait_for("never")', spares=1)
+    run.submit()
+    run.ready(1)
+    first = facts(run.events, "started")["nodes"][0]
+    run.until(lambda: "guards job" in (run.folder / "logs/guard.log").read_text())
+    cluster.fault("crash", first)
+    run.until(lambda: "requeued" in run.happened())
+    assert facts(run.events, "requeued")["reason"] == f"{first} is down, on which its supervisor was"
+    run.until(lambda: cluster.job(run.job)["Restarts"] == "1")
 
 
 @pytest.mark.slurm

@@ -42,6 +42,7 @@ from bertscale.config.pretrain import (
     load_phases,
     with_model_of,
 )
+from bertscale.config.quality import RULES_OF_WORDS, QualityConfig
 from bertscale.config.section import (
     Config,
     Section,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -65,6 +66,20 @@ class ClusterConfig(Section):
             raise ValueError(f"{value} is a number; put the value in quotes, as Slurm is to read it")
         return value
 
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _check_values(cls, environment: Any) -> Any:
+        """Takes numbers as they stand; what YAML reads as something else than a person wrote is named."""
+        if not isinstance(environment, dict):
+            return environment
+        for name, value in environment.items():
+            if isinstance(value, bool):
+                raise ValueError(f"{name} is written as yes, no, true or false: put the value in quotes")
+        return {
+            name: str(value) if isinstance(value, int | float) else value
+            for name, value in environment.items()
+        }
+
     @field_validator("environment")
     @classmethod
     def _check_names(cls, environment: dict[str, str]) -> dict[str, str]:
@@ -77,7 +92,7 @@ class ClusterConfig(Section):
     @classmethod
     def _check_options(cls, options: list[str]) -> list[str]:
         for option in options:
-            if not option.startswith("--") or any(character.isspace() for character in option):
+            if not re.fullmatch(r"--[\w-]+(=[^\n\r]*)?", option):
                 raise ValueError(f"{option!r} is not an option of the form --name=value")
         return options
 

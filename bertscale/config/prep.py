@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bertscale.config.quality import RULES_OF_WORDS, QualityConfig
 from bertscale.config.section import Section
 from bertscale.run_folder import PREP_WORK
 
@@ -190,7 +191,30 @@ class PrepConfig(Section):
     scripts: list[str] = Field(
         [], description="Scripts, such as latin or han; documents mostly in others are dropped."
     )
+    quality: QualityConfig = Field(
+        QualityConfig(), description="Rules that drop documents and lines by how they look; all off."
+    )
+    mask: list[Literal["mail", "phone", "ip"]] = Field(
+        [], description="Personal data that a mark takes the place of: mail, phone and ip addresses."
+    )
     deduplicate: bool = Field(True, description="Keep only one of the documents with the same text.")
+    decontaminate: list[str] = Field(
+        [],
+        description="Files of evaluation examples (.jsonl, .json, or text by lines): documents that have a "
+        "stretch of words in common with one are dropped.",
+    )
+    decontaminate_words: int = Field(
+        13,
+        ge=1,
+        description="Words of such a stretch; twice as many characters where there are no spaces.",
+    )
+    near_duplicates: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Of documents that are as similar (Jaccard similarity of five words in a row), such as "
+        "0.8, only the first is kept; by default they are not compared.",
+    )
     tokenizer: str | None = Field(
         None,
         description="An existing SentencePiece model, the vocab.txt of a WordPiece tokenizer, or a "
@@ -231,6 +255,16 @@ class PrepConfig(Section):
     def tokenizer_model(self) -> Literal["unigram", "bpe", "byte_bpe"]:
         """Kind of the tokenizer that is trained."""
         return self.train_tokenizer.model or ("unigram" if self.is_spaced else "bpe")
+
+    @model_validator(mode="after")
+    def _check_quality(self) -> PrepConfig:
+        of_words = [rule for rule in RULES_OF_WORDS if getattr(self.quality, rule) is not None]
+        if of_words and not self.is_spaced:
+            raise ValueError(
+                f"quality.{of_words[0]} counts words between spaces, and language={self.language} has none: "
+                "leave it out; min_characters, min_letters and the rules of lines are for such text"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_extension(self) -> PrepConfig:

@@ -24,7 +24,9 @@ from bertscale.convert.hf_names import PADDED
 from bertscale.convert.model_shape import PARTS, WORDS, check_rows, native_shapes, read_shape
 from bertscale.convert.tensor_files import TensorFiles, checked_digest
 from bertscale.files import json_digest
+from bertscale.optim.groups import is_matrix
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
+from bertscale.train.checkpoint_table import STATES
 
 DECODER = "predictions.decoder.weight"  # the word embeddings, which a state dict has once more
 EXTRA = "._extra_state"  # ends what layers of megatron-core save, which is nothing
@@ -88,6 +90,13 @@ class NativeFiles:
             # A part that is there in part is a damaged file, and all but heads has to be there.
             if part is None or any(each.startswith(part) for each in self.shapes):
                 raise UserError(f"{origin} lacks the parameter {name}; use another checkpoint")
+        matrices = {name for name in self.names if is_matrix(name)}
+        for state in STATES[1:]:
+            lacking = {name for name in self.names if state not in files.states(name)}
+            if lacking not in (set(), set(self.names), matrices):  # Muon keeps one moment of matrices
+                raise UserError(
+                    f"{origin} lacks {state} of {min(lacking)} and has that of others; use another checkpoint"
+                )
         self.left_out = sorted(files.shapes.keys() - known.keys() - {DECODER})
         if DECODER in files.shapes and not files.tensor(DECODER).equal(files.tensor(WORDS)):
             raise UserError(

@@ -78,18 +78,19 @@ def _largest_ids(dataset: Dataset, peers: Peers | None) -> list[int]:
     missing = [shard for shard in dataset.shards if shard.entry.name not in known]
     if not missing:
         return [known[shard.entry.name] for shard in dataset.shards]
-    mine = missing[rank::world]
-    found: dict[str, int] | UserError = {}
-    size = sum(shard.entry.bytes for shard in mine)
+    to_read = missing[rank::world]
+    largest = dict[str, int]()
+    size = sum(shard.entry.bytes for shard in to_read)
     hidden = rank > 0 or size < SHOWS_PROGRESS
     try:
         with Progress(f"checking ids in {dataset.folder}", size, "bytes", hidden=hidden) as progress:
-            for shard in mine:
-                found[shard.entry.name] = largest_id(shard)
+            for shard in to_read:
+                largest[shard.entry.name] = largest_id(shard)
                 progress.advance(shard.entry.bytes)
+        mine: dict[str, int] | UserError = largest
     except UserError as error:  # told to all ranks, which would wait for this one
-        found = error
-    for result in peers.gather(found) if peers else [found]:
+        mine = error
+    for result in peers.gather(mine) if peers else [mine]:
         if isinstance(result, UserError):
             raise result
         known |= result

@@ -88,6 +88,8 @@ def _what_was_read(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[str]:
     for word in ("bad", "dropped"):
         for reason, count in counters.get(word, {}).items():
             yield f"{count:>12,} {word}: {reason}"
+    for what, count in counters.get("changes", {}).items():
+        yield f"{count:>12,} {what}"
     report = read_report(dataset.folder)
     yield from source_lines(report)
     yield from example_lines(report)

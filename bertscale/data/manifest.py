@@ -54,6 +54,8 @@ class _Counters(Table):
     bad: dict[str, Count] = Field(default_factory=dict)
     dropped: dict[str, Count] = Field(default_factory=dict)
     letters: dict[str, Count] = Field(default_factory=dict)
+    files: dict[str, dict[str, Count]] = Field(default_factory=dict)
+    changes: dict[str, Count] = Field(default_factory=dict)
 
 
 class _Settings(Table):

@@ -210,6 +210,8 @@ def page(manifest: dict[str, Any], report: dict[str, Any], lengths: Lengths) -> 
     if left_out := _reasons(counters):
         parts += ["<h2>What was left out, and why</h2>", _bars(left_out[:REASONS_SHOWN], "var(--other)")]
         parts.append(_by_source(report["sources"]))
+    if changes := counters.get("changes"):
+        parts += ["<h2>What was changed</h2>", _bars(list(changes.items()), "var(--other)")]
     parts.append("<h2>Lengths</h2>")
     for what, counts in (("documents", lengths.documents), ("sentences", lengths.sentences)):
         parts.append(f'<p class="soft">{what}, in tokens: {percentiles(counts)}</p>')

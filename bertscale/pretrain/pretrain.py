@@ -42,11 +42,12 @@ from bertscale.train.step import train_step
 from bertscale.train.stop import UNEVALUATED, CutShortError, StopSignal, only_one, skipped
 
 
-def pretrain(config: PretrainConfig, begin: Begin | None = None) -> int:
+def pretrain(config: PretrainConfig, begin: Begin | None = None, *, leave: bool = False) -> int:
     """Runs this rank of the job to its end; returns 0, or STOPPED_AND_SAVED when a signal stopped it.
 
-    `begin` starts a command beside this process: without it there are no tasks. Raises UserError for what the
-    user can correct: data, config and checkpoint that do not fit together, a full disk.
+    `begin` starts a command beside this process: without it there are no tasks; `leave`: the last of them are
+    not awaited. Raises UserError for what the user can correct: data, config and checkpoint that do not fit
+    together, a full disk.
     """
     check_run_folder(Path(config.run))
     stop = StopSignal()
@@ -55,12 +56,19 @@ def pretrain(config: PretrainConfig, begin: Begin | None = None) -> int:
     ranks.say(device_line(device, config.device, ranks.world))
     try:
         with only_one(Path(config.run), ranks):
-            return train(config, ranks, stop, begin)
+            return train(config, ranks, stop, begin, leave=leave)
     finally:
         stop_ranks()
 
 
-def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin | None = None) -> int:
+def train(
+    config: PretrainConfig,
+    ranks: Ranks,
+    stop: StopSignal,
+    begin: Begin | None = None,
+    *,
+    leave: bool = False,
+) -> int:
     """The training loop of one rank, from the newest sound checkpoint to the end of the budget.
 
     Returns 0 there, or 75 when a signal stopped it after a checkpoint. Raises UserError as `pretrain`.
@@ -92,7 +100,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
         unfinished = UNEVALUATED in checkpoint.table and not (run / RESULT).is_file()
         if over and not ranks.broadcast(unfinished):
             ranks.say(f"already pretrained: {checkpoint.folder} is the end of {schedule.text}")
-            tasks = Tasks(config, ranks, begin)
+            tasks = Tasks(config, ranks, begin, leave=leave)
             tasks.add(checkpoint.step, last=True)
             return 0 if tasks.finish(stop) else STOPPED_AND_SAVED
     start = saved = sound = done = checkpoint.step if checkpoint else 0
@@ -123,7 +131,7 @@ def train(config: PretrainConfig, ranks: Ranks, stop: StopSignal, begin: Begin |
         ranks.say(fold(line))
     for line in origin.lines:
         ranks.say(fold(line))
-    tasks = Tasks(config, ranks, begin, writer)
+    tasks = Tasks(config, ranks, begin, writer, leave=leave)
     last = False  # whether this step is the last of the budget; all ranks must find the same
     cut = False  # whether a signal has cut an evaluation short, likewise
     see = partial(look, engine, heldout, unmasked, stop, sentences, tokenizer, writer)

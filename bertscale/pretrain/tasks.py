@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from bertscale.config import PretrainConfig, UserError, load_tasks
 from bertscale.config.table import read_object
 from bertscale.errors import INTERRUPTED, STOPPED_AND_SAVED
@@ -37,10 +39,11 @@ from bertscale.run_folder import (
     newest_step,
     read_metrics,
 )
+from bertscale.train.checkpoint import open_checkpoint
 from bertscale.train.heartbeat import beat
 from bertscale.train.metrics import MetricsWriter
 from bertscale.train.parallel import Ranks
-from bertscale.train.stop import StopSignal
+from bertscale.train.stop import StopSignal, only_one
 
 LOOK_SECONDS = 0.2  # between two looks at the last ones, when the training is over
 STOP_SECONDS = 15.0  # for a fine-tuning to save and end
@@ -69,7 +72,8 @@ class Tasks:
     """The fine-tunings of a run: those that wait, and the one that runs; on the first rank alone.
 
     Those of checkpoints that are there and have no figures wait from the start. `writer` takes the figures;
-    without it one is made, where the training is over.
+    without it one is made, where the training is over. `alone`: no training runs beside them. `leave`: the
+    last ones are not awaited, as another start makes them.
     """
 
     def __init__(
@@ -78,7 +82,11 @@ class Tasks:
         ranks: Ranks,
         begin: Begin | None,
         writer: MetricsWriter | None = None,
+        *,
+        alone: bool = False,
+        leave: bool = False,
     ) -> None:
+        self.alone, self.leave = alone, leave
         self.run, self.ranks, self.writer, self.begin = Path(config.run), ranks, writer, begin
         self.every = config.train.tasks_every or config.train.save_every
         self.configs = load_tasks(config) if begin and ranks.rank == 0 else {}
@@ -127,6 +135,10 @@ class Tasks:
         came first."""
         if not self.files:
             return True
+        if self.leave:
+            self.ask_to_stop()
+            self.end()
+            return True
         step = newest_step(self.run)
         total = left = len(self.waiting) + bool(self.running)
         with Progress("tasks", total, "fine-tunings", hidden=not total) as progress:
@@ -171,6 +183,7 @@ class Tasks:
         # The GPUs are full of the training.
         device = ["device=cpu"] if self.on_gpu and self.configs[tuning.name].device == "auto" else []
         cores = len(os.sched_getaffinity(0))
+        threads = cores if self.alone else max(1, cores // 2) if self.on_gpu else 1
         # JSON is YAML that nobody misreads.
         places = [f"encoder={json.dumps(str(encoder))}", f"output={json.dumps(str(output))}"]
         try:
@@ -178,7 +191,7 @@ class Tasks:
             self.process = self.begin(
                 ["finetune", file, *places, *SETTINGS, *device],
                 output.with_name(f"{output.name}.log"),
-                max(1, cores // 2) if self.on_gpu else 1,
+                threads,
             )
             self.running = tuning
         except OSError as error:
@@ -208,6 +221,19 @@ class Tasks:
         say(f"step {tuning.step}: task {tuning.name}: dev {metric} {value:.4f}")
         for name in LARGE:
             shutil.rmtree(output / name, ignore_errors=True)
+
+
+def only_tasks(config: PretrainConfig, begin: Begin) -> int:
+    """Makes the figures that the checkpoints of a run lack, without training; returns 0, or STOPPED_AND_SAVED
+    after a signal. Raises UserError where the run has no checkpoint, or is at work."""
+    stop, ranks = StopSignal(), Ranks(0, 1, 1, torch.device("cpu"))
+    newest = open_checkpoint(Path(config.run))
+    config = config.model_copy(update={"model": newest.model})
+    check_encoder(config)
+    with only_one(Path(config.run), ranks):
+        tasks = Tasks(config, ranks, begin, alone=True)
+        tasks.add(newest.step, last=True)
+        return 0 if tasks.finish(stop) else STOPPED_AND_SAVED
 
 
 def check_encoder(config: PretrainConfig) -> None:

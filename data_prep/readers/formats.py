@@ -9,23 +9,37 @@ from __future__ import annotations
 import codecs
 import csv
 import html
+import io
 import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from io import BufferedReader
+from itertools import islice
+from typing import Any
 
 from bertscale.config import CsvConfig, UserError
 from data_prep.readers.markdown import MarkdownText
-from data_prep.readers.records import LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
+from data_prep.readers.records import BLANK, LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
 
 # A .jsonl, .csv or .tsv record is read as a whole. Python needs up to eight times as much memory for it.
 RECORD_BYTES = 16 * 2**20
+LINES_LOOKED_AT, FIELDS_SHOWN = 20, 20  # of a .jsonl, for the field of the text
 CHUNK = 2**20  # bytes of a longer document that are read at a time
 _BOM = codecs.BOM_UTF8
 _title = re.compile(rb'title="(.*)"\s*>')
-_tag = re.compile(r"<(/?[a-z]+[^<>]*)>", re.IGNORECASE)
+# Elements of HTML and of wikitext, which WikiExtractor escapes as it does "vector<int>", which is text.
+_ELEMENTS = (
+    "a abbr b bdi bdo big blockquote br caption ce center chem cite code dd del dfn div dl dt em font "
+    "gallery h1 h2 h3 h4 h5 h6 hiero hr i imagemap img includeonly indicator inputbox ins kbd li "
+    "mapframe maplink mark math nobr noinclude nowiki ol onlyinclude p poem pre q rb ref references rp "
+    "rt ruby s samp score section small source span strike strong sub sup syntaxhighlight table tbody "
+    "td templatestyles tfoot th thead timeline tr tt u ul var wbr"
+)
+_tag = re.compile(rf"</?(?:{'|'.join(_ELEMENTS.split())})(?:\s[^<>]*)?/?>", re.IGNORECASE)
+# What is left of a template in brackets; behind `main`, or before what follows a call, they are code.
+_emptied = re.compile(r"(?<!\bmain) \(\)(?!\s*(?:[{=]|;\s*$))", re.MULTILINE)
 
 Chunk = tuple[int, bytes, bool]  # where the document starts, some bytes of it, whether they are its last
 Strip = Callable[[str, bool], str]  # (some text of a document, whether it is the last) -> what is kept of it
@@ -76,6 +90,9 @@ def read_jsonl(stream: BufferedReader, name: str, end: int | None, field: str) -
         if size > len(line):
             yield bad(TOO_LONG, name, where, line, size)
             continue
+        if not line.strip():
+            yield BLANK
+            continue
         text, reason = _text_of_json(line, field)
         if reason:
             yield bad(reason, name, where, line)
@@ -90,7 +107,11 @@ def _text_of_json(line: bytes, field: str) -> tuple[str, str]:
     except UnicodeDecodeError:
         return "", "invalid UTF-8"
     except (ValueError, RecursionError):
-        return "", "broken JSON" if line.strip() else "blank"
+        return "", "broken JSON"
+    return _text_of_object(record, field)
+
+
+def _text_of_object(record: Any, field: str) -> tuple[str, str]:
     if not isinstance(record, dict):
         return "", "not a JSON object"
     if field not in record:
@@ -99,6 +120,91 @@ def _text_of_json(line: bytes, field: str) -> tuple[str, str]:
     if not isinstance(text, str):
         return "", f"field {field!r} is null" if text is None else f"field {field!r} is not a string"
     return text, ""
+
+
+def read_json(stream: BufferedReader, name: str, field: str) -> Iterator[Record]:
+    """An array of objects, one object, or, as in a .jsonl, an object a line."""
+    line = stream.readline(RECORD_BYTES)
+    if line.lstrip()[:1] == b"{" and _text_of_json(line, field)[1] != "broken JSON":
+        yield from read_jsonl(io.BufferedReader(_Again(line, stream)), name, None, field)
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    text = decoder.decode(line).lstrip().removeprefix("[")
+    at, number, over = 0, 0, not line
+    while True:
+        at = _BETWEEN(text, at).end()  # type: ignore[union-attr]
+        if text[at : at + 1] == "]" or (over and at == len(text)):
+            return
+        try:
+            record, end = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError):
+            if over or len(text) - at > RECORD_BYTES:
+                # Where an object is broken, nobody knows where the next one begins.
+                lost = len(text[at:].encode("utf-8", "surrogateescape"))
+                while data := stream.read(CHUNK):
+                    lost += len(data)
+                yield bad("broken JSON, the rest of the file lost", name, f"object {number}", text[at:], lost)
+                return
+            data = stream.read(max(CHUNK, len(text) - at))  # twice as much each time
+            over = not data
+            text, at = text[at:] + decoder.decode(data, over), 0
+            continue
+        content, reason = _text_of_object(record, field)
+        if reason:
+            yield bad(reason, name, f"object {number}", text[at:end])
+        elif _NO_UTF8(content):
+            yield bad("invalid UTF-8", name, f"object {number}", text[at:end])
+        else:
+            yield from judged(content, name, f"object {number}")
+        at, number = end, number + 1
+
+
+_BETWEEN = re.compile(r"[\s,]*").match
+_NO_UTF8 = re.compile("[\udc80-\udcff]").search  # a byte that was none
+
+
+class _Again(io.RawIOBase):
+    """A stream of which the first line was read, from its begin."""
+
+    def __init__(self, line: bytes, stream: BufferedReader) -> None:
+        self._line, self._stream = line, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._line[: len(buffer)] or self._stream.read1(len(buffer))
+        self._line = self._line[len(data) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def tell(self) -> int:
+        return 0
+
+
+def check_field(stream: BufferedReader, name: str, field: str) -> None:
+    """Raises UserError, with the fields there are, if none of the first lines of a .jsonl has `field`."""
+    fields: dict[str, None] = {}
+    for _, line, _ in islice(bounded_lines(stream, None), LINES_LOOKED_AT):
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            if field in record:
+                return
+            fields |= dict.fromkeys(record)
+    if fields:
+        raise no_field(list(fields), field, name)
+
+
+def no_field(fields: list[str], field: str, name: str) -> UserError:
+    near = get_close_matches(field, fields, 1, 0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(
+        f"text_field: {printable(name)} has no field {field!r}{guess}; "
+        f"its fields are {', '.join(map(repr, fields[:FIELDS_SHOWN]))}"
+    )
 
 
 def column_index(names: list[str], column: str, name: str) -> int:
@@ -132,7 +238,7 @@ def read_tsv(
         if size > len(line):
             yield bad(TOO_LONG, name, where, line, size)
         elif len(cells) != count:
-            yield bad(_misfit(len(cells), count) if line.strip() else "blank", name, where, line)
+            yield bad(_misfit(len(cells), count), name, where, line) if line.strip() else BLANK
         else:
             yield from judged(cells[index], name, where)
 
@@ -255,8 +361,10 @@ def read_csv(stream: BufferedReader, name: str, column: str, dialect: CsvConfig)
             reason = _csv_fault(error, lines, columns, dialect)
             yield bad(reason, name, where, lines.record[0], lines.size)
             continue
-        if len(cells) != columns:
-            reason = _misfit(len(cells), columns) if cells else "blank"
+        if not cells:
+            yield BLANK
+        elif len(cells) != columns:
+            reason = _misfit(len(cells), columns)
             reason = NOT_CLOSED if _went_back(lines, columns, dialect) else reason
             yield bad(reason, name, where, lines.record[0], lines.size)
         else:
@@ -418,7 +526,7 @@ def next_article(stream: BufferedReader, position: int) -> int:
 
 
 class _Article:
-    """The text of a <doc> block: no title, HTML or emptied brackets, a blank line after each line."""
+    """The text of a <doc> block: no title, tags or emptied brackets, a blank line after each line."""
 
     def begin(self, tag: bytes) -> None:
         title = _title.search(tag)
@@ -434,7 +542,7 @@ class _Article:
                 if not text[len(title) : first_line].strip():
                     text = text[first_line:]
             self._title = None
-        return text.replace(" ()", "").replace("（）", "").replace("\n", "\n\n")
+        return _emptied.sub("", text).replace("（）", "").replace("\n", "\n\n")
 
 
 def _documents(
@@ -470,5 +578,5 @@ def _documents(
             if not wrong and rest and not rest.isspace():
                 yield kind(rest)
             elif not wrong and not given:
-                yield nothing if strip else bad("blank", name, f"byte {start}", rest, 0)
+                yield nothing if strip else BLANK
             rest, kind, given, wrong, head, size = "", str, False, False, b"", 0

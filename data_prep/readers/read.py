@@ -8,7 +8,8 @@
             else:                               # a text; if it is a Cut, it continues the record before it
 
 .txt (`config.documents`: blank lines or the file's end between documents), .md, WikiExtractor's output (any
-name), .jsonl, .csv, .tsv, .parquet and .arrow (`config.text_field`), each also as .gz, .bz2, .xz or .zst.
+name), .jsonl, .ndjson, .json, .csv, .tsv, .parquet and .arrow (`config.text_field`), each also as .gz, .bz2,
+.xz or .zst.
 However large a file, a line or a document is, memory holds a few MiB of it: a document is cut at paragraphs
 or sentences into texts of at most LONGEST characters. Only a line of .jsonl or .tsv, a record of .csv and a
 text out of a table are held whole, and are Bad above RECORD_BYTES.
@@ -17,7 +18,9 @@ text out of a table are held whole, and are Bad above RECORD_BYTES.
 from __future__ import annotations
 
 import glob
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader, FileIO
@@ -29,7 +32,8 @@ from data_prep.readers.compressed import DAMAGE, compression_of, damage_of, open
 from data_prep.readers.encodings import can_be_cut, marked_encoding, open_text, other_encoding
 from data_prep.readers.records import INVALID_UTF8, Bad, DamagedFileError, Record, bad, printable
 
-FORMATS = (".txt", ".md", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+FORMATS = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+ALSO = {".ndjson": ".jsonl"}  # another name of a format
 KINDS = f"{', '.join(FORMATS)}, each also as .gz, .bz2, .xz or .zst, and WikiExtractor's <doc> files"
 WIKI = "wiki"
 UNPACKED = 3  # bytes of text for one of a compressed file, roughly
@@ -64,24 +68,29 @@ class Part:
 # ------------------------------------------------------------------------------------------------ find
 
 
-def find_files(inputs: list[str]) -> list[InputFile]:
+def find_files(inputs: list[str], field: str = "text", unread: Counter[str] | None = None) -> list[InputFile]:
     """The files that `inputs` name (files, folders searched through, globs), each once, in a fixed order.
 
-    Hidden files and folders count only when named. Raises UserError for one that names nothing that can be
-    read, and for a named file of another kind.
+    Those that are not read are counted in `unread` by their names' ends, or why. A .json file that was not
+    named is read if its first object has the `field`: settings and the like are no text. Hidden files and
+    folders count only when named. Raises UserError for one that names nothing that can be read, and for a
+    named file of another kind.
     """
     by_path: dict[str, InputFile] = {}
+    unread = Counter() if unread is None else unread
     for name in inputs:
         shown, of_name = printable(name), list[InputFile]()
         if os.path.isdir(name):
-            of_name += _search(name)
+            of_name += _search(name, field, unread)
             nothing = f"the folder {shown} has no file of the kinds {KINDS}"
         elif os.path.exists(name):
-            of_name += _look_at(name, named=True)
+            of_name += _look_at(name, field, unread, named=True)
             nothing = f"{shown} is none of {KINDS}"
         elif matches := sorted(glob.glob(name, recursive=True)):
-            of_name += [file for match in matches if os.path.isfile(match) for file in _look_at(match)]
-            of_name += [file for match in matches if os.path.isdir(match) for file in _search(match)]
+            for match in filter(os.path.isfile, matches):
+                of_name += _look_at(match, field, unread)
+            for match in filter(os.path.isdir, matches):
+                of_name += _search(match, field, unread)
             nothing = f"no match of {shown} is one of {KINDS}"
         else:
             nothing = f"there is no file, folder or match for {shown}"
@@ -95,9 +104,14 @@ def find_files(inputs: list[str]) -> list[InputFile]:
     return files
 
 
-def _look_at(name: str, named: bool = False) -> Iterator[InputFile]:
+def _look_at(name: str, field: str, unread: Counter[str], named: bool = False) -> Iterator[InputFile]:
     """The file, if it is of a kind that can be read."""
     if not (kind := _kind(name)):
+        ending = "".join(Path(name.lower()).suffixes[-2 if compression_of(name) else -1 :])
+        unread[printable(ending) or "without an ending"] += 1
+        return
+    if kind == ".json" and not named and not _has_field(name, field):
+        unread[f".json without a field {field!r}"] += 1
         return
     try:
         status = os.stat(name)
@@ -106,10 +120,25 @@ def _look_at(name: str, named: bool = False) -> Iterator[InputFile]:
     yield InputFile(name, status.st_size, status.st_mtime_ns, named, kind)
 
 
-def _search(folder: str) -> Iterator[InputFile]:
+def _has_field(name: str, field: str) -> bool:
+    """Whether the first object of a .json file has this field, as far as that can be known."""
+    try:
+        with open_text(name, "utf-8") as stream:
+            formats.skip_bom(stream)
+            first = next(formats.read_json(stream, name, field), None)
+    except (*DAMAGE, UserError):
+        return True  # what is wrong with it is told when it is read
+    return not isinstance(first, Bad) or not first.reason.startswith(("no field", "not a JSON object"))
+
+
+def _search(folder: str, field: str, unread: Counter[str]) -> Iterator[InputFile]:
     """The input files in `folder` and in those within it, sorted by path; each folder once."""
     seen, names = set[tuple[int, int]](), []
-    for path, folders, files in os.walk(folder, followlinks=True):
+
+    def note(error: OSError) -> None:
+        unread[f"folder: {error.strerror}"] += 1
+
+    for path, folders, files in os.walk(folder, onerror=note, followlinks=True):
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -124,14 +153,19 @@ def _search(folder: str) -> Iterator[InputFile]:
         ]
     for name in sorted(names, key=lambda name: Path(name).parts):
         if os.path.isfile(name):
-            yield from _look_at(name)
+            yield from _look_at(name, field, unread)
+        else:
+            unread["link to nothing" if os.path.islink(name) else "no file, such as a pipe"] += 1
 
 
 def _kind(name: str) -> str:
     """One of FORMATS by the name's end, WIKI for another file that begins as one, or ""."""
     stem = name.lower().removesuffix(compression_of(name))
-    suffix = next((suffix for suffix in FORMATS if stem.endswith(suffix)), "")
-    return suffix or (WIKI if _begins_as_wiki(name) else "")
+    if suffix := next((suffix for suffix in (*FORMATS, *ALSO) if stem.endswith(suffix)), ""):
+        return ALSO.get(suffix, suffix)
+    if _begins_as_wiki(name):
+        return WIKI
+    return ".jsonl" if _begins_as_wiki_json(name) else ""
 
 
 def _begins_as_wiki(name: str) -> bool:
@@ -140,6 +174,19 @@ def _begins_as_wiki(name: str) -> bool:
             return _is_wiki(stream)
     except (*DAMAGE, UserError):
         return False
+
+
+def _begins_as_wiki_json(name: str) -> bool:
+    """Whether it is the output of WikiExtractor --json: an article a line, with title and text."""
+    try:
+        with open_text(name, "utf-8") as stream:
+            formats.skip_bom(stream)
+            if not stream.peek(1).startswith(b"{"):
+                return False
+            article = json.loads(stream.readline(formats.RECORD_BYTES))
+    except (*DAMAGE, UserError, ValueError, RecursionError):
+        return False
+    return isinstance(article, dict) and article.keys() >= {"id", "title", "text"}
 
 
 def _is_wiki(stream: BufferedReader) -> bool:
@@ -180,7 +227,7 @@ def cut_into_units(files: list[InputFile], config: PrepConfig) -> list[list[Part
 def _is_large(file: InputFile, config: PrepConfig, room: int) -> bool:
     """Whether the file is to be cut: larger than `room` bytes, and of a kind and encoding that can be."""
     quoted = file.kind == ".tsv" and config.csv.quoted_tsv
-    whole = compression_of(file.name) or file.kind in (".arrow", ".csv", ".md") or quoted
+    whole = compression_of(file.name) or file.kind in (".arrow", ".csv", ".json", ".md") or quoted
     if file.kind != ".parquet" and not can_be_cut(config.encoding):
         return False
     return not whole and file.size > max(room, 1) and not _is_marked(file.name)
@@ -196,7 +243,8 @@ def _ends(file: InputFile, kind: str, config: PrepConfig, room: int) -> Iterator
     """Where the parts of `file` end: the first after about `room` bytes, others after split_bytes."""
     if not file.size:
         return
-    table, large = kind in (".parquet", ".arrow", ".csv", ".tsv"), _is_large(file, config, room)
+    table = kind in (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".json")
+    large = _is_large(file, config, room)
     if not (table or file.named or large):
         yield file.size
         return
@@ -231,6 +279,8 @@ def _check(name: str, kind: str, config: PrepConfig) -> None:
                 formats.csv_column(stream, name, config.text_field, dialect)
             elif kind == ".tsv":
                 formats.tsv_column(stream, name, config.text_field)
+            elif kind == ".jsonl":
+                formats.check_field(stream, name, config.text_field)
         except UserError:
             if advice := other_encoding(name, config.encoding):
                 raise UserError(f"input: {advice}") from None
@@ -342,6 +392,8 @@ def _records(part: Part, config: PrepConfig) -> Iterator[Record]:
             yield from formats.read_markdown(stream, name)
         elif kind == ".jsonl":
             yield from formats.read_jsonl(stream, name, end, config.text_field)
+        elif kind == ".json":
+            yield from formats.read_json(stream, name, config.text_field)
         elif dialect := _dialect(kind, config):
             yield from formats.read_csv(stream, name, config.text_field, dialect)
         elif kind == ".tsv":

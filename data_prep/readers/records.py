@@ -62,6 +62,9 @@ class DamagedFileError(Exception):
         self.share = share
 
 
+BLANK = Dropped("blank")  # an empty line, row or file
+
+
 def bad(reason: str, name: str, where: str, content: bytes | str = "", lost: int | None = None) -> Bad:
     """A Bad whose place and excerpt can be printed whatever the file's name and `content` hold.
 
@@ -90,7 +93,7 @@ def judged(content: bytes | str, name: str, where: str) -> Iterator[Record]:
             yield bad(INVALID_UTF8, name, where, content)
             return
     if not text or text.isspace():
-        yield bad("blank", name, where, text, lost=0)
+        yield BLANK
     elif not text.isascii() and _lone_surrogate.search(text):
         yield bad("lone surrogate", name, where, text)
     elif len(text) <= LONGEST:

@@ -54,7 +54,7 @@ def _cancel_one(job: Path, jobs: list[QueueJob], now: bool, because: str = "") -
     saves = _stage(job) in TRAINING and not now
     for number in dict.fromkeys(entry.number for entry in active):
         of_job = [entry for entry in running if entry.number == number]
-        if of_job and saves:
+        if of_job and saves and not queue_jobs.lost_host(of_job[0]):  # with that node its supervisor is gone
             # Not a plain scancel: it kills the ranks 30 s after SIGTERM, and a large save takes longer.
             done = slurm.ask("scancel", "--batch", "--signal=USR1", number, check=False)
             before = "again " if asked_before else ""

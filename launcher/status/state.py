@@ -5,6 +5,7 @@ state = judge(place, facts, queue, silence, now)
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from bertscale.progress import show_duration
 from bertscale.run_folder import METRICS, RESULT
 from launcher import history, queue_jobs
 from launcher.queue_jobs import QueueJob, show_time
-from launcher.runs import Facts, Place
+from launcher.runs import Facts, Place, spec_of
 from launcher.status import control
 
 FRESH_SECONDS = 120.0  # a run whose figures changed within this is still at work
@@ -48,6 +49,9 @@ def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None
         except UserError as error:
             silence = silence or str(error)
         jobs = [ended] if ended and ended.active else []
+    if jobs and (host := _lost_host(place, jobs[0])):
+        sentence = f"job {jobs[0].id} runs on without its first node, {host}, and so without its supervisor"
+        return State("lost", sentence, jobs[0].source, jobs[0], f"scontrol requeue {jobs[0].id}")
     if jobs:
         return judge_queued(run, facts, jobs, now)
     last = next((event for event in reversed(facts.events) if event["event"] in MILESTONES), None)
@@ -56,6 +60,11 @@ def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None
     if facts.cancelled or (last and last["event"] == "cancelled"):
         return State("cancelled", "cancelled", "its own events", next=resume)
     if ended:
+        word = (
+            "cancelled" if ended.state == "CANCELLED" else "failed"
+        )  # by scancel, of the person or an admin
+        if word == "cancelled":
+            return State(word, queue_jobs.in_words(ended, now), ended.source, next=resume)
         return State("failed", queue_jobs.in_words(ended, now), ended.source, next=logs)
     if last is None:
         return State("not queued", "it was never queued", "its own events", next=resume)
@@ -78,6 +87,13 @@ MILESTONES = (
     "gave_up",
     "cancelled",
 )
+
+
+def _lost_host(place: Place, job: QueueJob) -> str:
+    spec = spec_of(place)
+    with contextlib.suppress(UserError):
+        return queue_jobs.lost_host(job) if spec is not None and spec.spares else ""
+    return ""
 
 
 def judge_queued(run: str, facts: Facts, jobs: list[QueueJob], now: float) -> State:

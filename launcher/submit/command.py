@@ -32,7 +32,7 @@ from bertscale.config import PipelineConfig, PipelineStage, UserError, load_conf
 from bertscale.config.glue import add_arguments, from_options
 from bertscale.errors import MISTAKE
 from bertscale.files import HeldError, alone
-from bertscale.run_folder import CANCELLED, EVENTS, LOCK, SCRIPT, Events
+from bertscale.run_folder import CANCELLED, EVENTS, LOCK, SCRIPT, TASKS, Events
 from launcher import slurm
 from launcher.enqueue import queue
 from launcher.job import STAGES, TRAINING, JobSpec, render
@@ -124,7 +124,8 @@ def submit(
         for job in jobs:
             freeze(job.spec, job.config, about_now(job.spec.environment), job.tasks)
         _queue_all(jobs, after, exclude)
-    target = quoted(jobs[-1].spec.target)
+    last = [job for job in jobs if job.spec.stage != TASKS] or jobs  # tasks belong to a stage before them
+    target = quoted(last[-1].spec.target)
     print(f"\n  bertscale status {target}\n  bertscale logs --follow {target}\n  bertscale cancel {target}")
     return 0
 

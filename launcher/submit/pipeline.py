@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ RESULTS = {
     "convert": "",
     "finetune": RESULT,
     "glue": "glue.json",
+    TASKS: "",
 }
 # What a job takes from the cluster file as it is.
 OF_SITE = (
@@ -107,7 +108,8 @@ def stage_jobs(
                 jobs += _jobs_of(stage, site, config, pipeline)
             except UserError as error:
                 mistakes |= dict.fromkeys(str(error).splitlines())
-    return jobs, list(mistakes)
+    # At the end, so that no stage waits for them.
+    return [*jobs, *(_tasks_job(job) for job in jobs if job.tasks)], list(mistakes)
 
 
 def _parts(stage: PipelineStage) -> list[PipelineStage]:
@@ -174,7 +176,9 @@ def _jobs_of(
         target = os.path.abspath(stage.convert[1])
     replace = ("--replace",) if stage.replace else ()
     if not stage.array:
-        return [_job(stage, site, config, target, pipeline, options=replace)]
+        tasks = isinstance(config, PretrainConfig) and config.train.tasks
+        leave = ("--leave-tasks",) if tasks else ()
+        return [_job(stage, site, config, target, pipeline, options=(*replace, *leave))]
     count = ("--task-count", str(stage.array))
     return [
         _job(stage, site, config, target, pipeline, "tokenizer", ("--tokenizer-only", *replace)),
@@ -283,9 +287,39 @@ def _job(
             name: task.model_copy(update={"data": _absolute(task.data)})
             for name, task in load_tasks(config).items()
         }
-        files = [f"{folder}/{TASKS}/{name}.yaml" for name in tasks]  # where they are frozen
-        config = config.model_copy(update={"train": config.train.model_copy(update={"tasks": files})})
+        config = _with_tasks_in(folder, config, tasks)
     return StageJob(spec, site, config, source, tasks)
+
+
+def _tasks_job(job: StageJob) -> StageJob:
+    """The job for the figures of tasks that the job of a pretraining has left: one process on one node."""
+    assert isinstance(job.config, PretrainConfig)
+    spec, site, target = job.spec, job.cluster, f"{job.spec.target}/{TASKS}"
+    folder, name = job_folder(TASKS, target), f"{spec.name}-{TASKS}"
+    config = _with_tasks_in(folder, job.config, job.tasks)
+    ranks = 1 if site.gpus_per_node else site.tasks_per_node
+    spec = dataclasses.replace(
+        spec,
+        stage=TASKS,
+        name=name,
+        folder=str(folder),
+        target=target,
+        logs=str(Path(site.log_root).absolute() / name if site.log_root else folder / LOGS),
+        command=("-m", "bertscale", "pretrain", f"{folder}/{CONFIG}", "--tasks-only"),
+        nodes=1,
+        spares=0,
+        tasks_per_node=1,
+        cpus_per_task=ranks * site.cpus_per_task,
+        gpus_per_node=min(1, site.gpus_per_node),
+        start_seconds=0.0,
+    )
+    return StageJob(spec, site, config, tasks=job.tasks)
+
+
+def _with_tasks_in(folder: Path, config: PretrainConfig, tasks: Iterable[str]) -> PretrainConfig:
+    """The config that reads its tasks from the job folder, where they are frozen."""
+    files = [f"{folder}/{TASKS}/{name}.yaml" for name in tasks]
+    return config.model_copy(update={"train": config.train.model_copy(update={"tasks": files})})
 
 
 def _share_of_node(stage: PipelineStage, site: ClusterConfig) -> tuple[int, int, int]:

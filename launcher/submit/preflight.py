@@ -36,7 +36,7 @@ from bertscale.config.glue_tasks import find_tasks, settings_for, task_values
 from bertscale.data.samples import check_batches
 from bertscale.data.shards import Dataset, check_tokenizers, open_dataset
 from bertscale.examples.read import read_task_data
-from bertscale.run_folder import EVENTS, TABLE, check_run_folder, checkpoints, read_events
+from bertscale.run_folder import EVENTS, TABLE, TASKS, check_run_folder, checkpoints, read_events
 from launcher import slurm
 from launcher.history import slurm_ids
 from launcher.job import JobSpec, render
@@ -150,7 +150,8 @@ def _promise(job: StageJob, promises: Promises) -> None:
 def _check_job(job: StageJob, promises: Promises, report: Report) -> None:
     spec, config = job.spec, job.config
     if isinstance(config, PretrainConfig):
-        _check_pretrain(job, config, promises, report)
+        if spec.stage != TASKS:  # whose pretraining is checked before it
+            _check_pretrain(job, config, promises, report)
     elif isinstance(config, PrepConfig):
         _check_prep(config, promises, report)
     elif isinstance(config, FinetuneConfig):
