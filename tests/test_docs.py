@@ -28,6 +28,7 @@ NOT_OURS = (
     "add_special_tokens",
     "add_dummy_prefix",
     "add_prefix_space",
+    "add_pooling_layer",
     "return_offsets_mapping",
 )
 FILES = (".py", ".json", ".safetensors", ".md", ".yaml", ".tsv")

@@ -60,6 +60,7 @@ def quickstart(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     write_model(checkpoint_folder(runs / "pretrain", 1), shape, tokenizer, seed=1)
     write_model(checkpoint_folder(runs / "pretrain", 2), shape, tokenizer, seed=2)
     convert(runs / "pretrain", runs / "hugging-face", ConvertOptions(show=False))
+    convert(runs / "pretrain", runs / "onnx", ConvertOptions(as_="onnx", pooling="mean"))
 
     rows = [
         {"text": f"{word} {number}", "label": word} for word in ("the cat", "a boat") for number in range(8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -142,6 +143,11 @@ def check_shape(file: Path, name: str, value: Tensor, shape: list[int]) -> None:
             f"{file} has {name} with the shape {list(value.shape)}, config.json asks for {shape}: they do "
             "not belong together"
         )
+
+
+def has_config(folder: Path) -> bool:
+    """Whether the folder is to be read as one of transformers; its config.json may be a link to nowhere."""
+    return os.path.lexists(folder / CONFIG_FILE)
 
 
 def tokenizer_of(folder: Path) -> Path:

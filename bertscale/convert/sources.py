@@ -31,9 +31,10 @@ from bertscale.config.table import damaged
 from bertscale.convert.deepspeed_files import find_deepspeed, is_deepspeed, open_deepspeed
 from bertscale.convert.electra import GENERATOR
 from bertscale.convert.folders import FolderSource, PairSource
-from bertscale.convert.hf_folder import CONFIG_FILE, tokenizer_of
+from bertscale.convert.hf_folder import CONFIG_FILE, has_config, tokenizer_of
 from bertscale.convert.model_shape import WORDS, native_shapes
 from bertscale.convert.native_files import Given, NativeFiles, StateDict
+from bertscale.convert.tensor_files import weight_files
 from bertscale.run_folder import TABLE
 from bertscale.train.checkpoint import Checkpoint, open_checkpoint
 
@@ -66,7 +67,7 @@ def open_source_weights(
     given = given or Given()
     if path.is_file():
         return _of_file(path, given)
-    if is_deepspeed(path) or not (path / CONFIG_FILE).is_file():
+    if is_deepspeed(path) or not has_config(path):
         if folder := find_deepspeed(path):
             return NativeFiles(open_deepspeed(folder), folder, given)
         return CheckpointSource(open_whole_checkpoint(path))
@@ -96,6 +97,11 @@ def open_whole_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"there is no folder {path}: give a run, a checkpoint, or a model's folder; nothing is "
             "downloaded, so save a published model and its tokenizer first, by save_pretrained(FOLDER)"
+        )
+    if not (path / TABLE).exists() and (weights := weight_files(path)):
+        raise UserError(
+            f"{path} has {weights[0].name} and no {CONFIG_FILE}, which tells what model it is; save the "
+            "model there again with model.save_pretrained(folder)"
         )
     checkpoint = open_checkpoint(path)
     found = {name: torch.Size(entry["shape"]) for name, entry in checkpoint.parameters.items()}

@@ -265,3 +265,12 @@ def open_task_model(folder: Path) -> TaskWeights:
             "finetune` wrote, or one that transformers saved"
         )
     return TaskWeights(folder)
+
+
+@torch.no_grad()
+def native_task_model(weights: TaskWeights) -> TaskModel:
+    """Makes the dense model with these weights, float32 on the CPU, in evaluation mode."""
+    model = TaskModel(weights.model, weights.vocab_size, weights.head)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights.tensor(name))
+    return model.eval()

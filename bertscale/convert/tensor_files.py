@@ -150,7 +150,10 @@ def checked_digest(path: Path, remedy: str = REMEDY) -> str:
             raise damaged(path, error, remedy) from error
         if wrong:
             raise damaged(path, f"the checksum of {wrong} in it differs", remedy)
-    return file_digest(path)
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise damaged(path, error.strerror or error, remedy) from error
 
 
 def load_pickle(path: Path, remedy: str, classes: Sequence[Any] = ()) -> Any:

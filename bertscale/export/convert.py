@@ -18,12 +18,14 @@ from bertscale.config import UserError
 from bertscale.convert.hf_folder import tokenizer_of
 from bertscale.convert.native_files import Given
 from bertscale.convert.sources import CheckpointSource, InitSource, open_source_weights
+from bertscale.convert.task_models import TaskWeights
 from bertscale.convert.weights import Weights, native_model, open_weights
 from bertscale.export.checkpoint import open_for_checkpoint, write_checkpoint
 from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.masks import show_masks
+from bertscale.export.onnx import find_task, write_onnx
 from bertscale.export.options import ConvertOptions
-from bertscale.export.output import check_output, is_output_of, write_record
+from bertscale.export.output import check_output, check_source, is_output_of, write_record
 from bertscale.export.sentence_transformers import write_sentence_transformers
 from bertscale.export.universal import write_universal
 from bertscale.files import whole_folder
@@ -69,11 +71,17 @@ def _open_for_checkpoint(source: Path, options: ConvertOptions) -> Weights:
     return open_for_checkpoint(_open_weights(source, options), options)
 
 
+def _open_for_onnx(source: Path, options: ConvertOptions) -> InitSource | TaskWeights:
+    return find_task(source, options) or _open_source(source, options)
+
+
 FORMS = {  # by the keys of `options.FORMS`
     "pretraining": Form(_open_source, partial(write_hugging_face, form="pretraining")),
     "masked-lm": Form(_open_source, partial(write_hugging_face, form="masked-lm")),
     "encoder": Form(_open_source, partial(write_hugging_face, form="encoder")),
     "sentence-transformers": Form(_open_source, write_sentence_transformers),
+    "onnx": Form(_open_for_onnx, write_onnx),
+    "onnx-masked-lm": Form(_open_source, partial(write_onnx, masked=True)),
     "checkpoint": Form(_open_for_checkpoint, write_checkpoint),
     "universal": Form(_open_weights, write_universal),
 }
@@ -91,6 +99,7 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
     name = options.as_ or default
     options.check(name)
     form = FORMS[name]
+    check_source(source)
     opened = form.open(source, options)
     weights = opened.weights if isinstance(opened, CheckpointSource) else opened
     if isinstance(weights, Checkpoint):

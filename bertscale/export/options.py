@@ -18,6 +18,8 @@ FORMS = {
     "masked-lm": "one of the class that fills masks",
     "encoder": "one of the class without heads, which servers of vectors know",
     "sentence-transformers": "an encoder that gives a vector for each text",
+    "onnx": "a graph of ONNX: of the encoder, or of a task model with its head",
+    "onnx-masked-lm": "a graph of ONNX that fills masks",
     "checkpoint": "a checkpoint",
     "universal": "a universal checkpoint of DeepSpeed",
 }
@@ -28,8 +30,8 @@ ONLY = {
     "clamp": HUGGING_FACE,
     "shard_size": HUGGING_FACE,
     "pooler": ("encoder", "sentence-transformers"),
-    "pooling": ("sentence-transformers",),
-    "normalize": ("sentence-transformers",),
+    "pooling": ("sentence-transformers", "onnx"),
+    "normalize": ("sentence-transformers", "onnx"),
     "tensor_parallel": ("checkpoint",),
     "data_parallel": ("checkpoint",),
     "zero_stage": ("checkpoint",),
@@ -88,6 +90,9 @@ class ConvertOptions:
                 "--as sentence-transformers needs --pooling mean or --pooling first: what becomes the vector "
                 "of a text, the mean of its tokens' states or the state of its first token"
             )
+
+        if form == "onnx" and self.normalize and self.pooling is None:
+            raise UserError("--normalize needs --pooling mean or --pooling first: which vector is meant")
 
     def key(self, form: str, default: str) -> str:
         """What tells the output from that of `default` without options; empty where nothing does."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bertscale.errors import UserError
 from bertscale.files import file_digest, write_json
-from bertscale.run_folder import CHECKPOINTS, checkpoint_step
+from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_step
 
 RECORD = "bertscale-convert.json"
 
@@ -21,6 +21,23 @@ RECORD = "bertscale-convert.json"
 def write_record(folder: Path, source: str) -> None:
     """Writes the record of all files in `folder`; `source` is the digest of what they were made of."""
     write_json(folder / RECORD, {"source": source, "files": _digests(folder)})
+
+
+def check_source(folder: Path) -> None:
+    """Raises UserError where a file that a conversion wrote into `folder` is gone or another one now.
+
+    Model cards are for people to change, and a checkpoint has digests of its own.
+    """
+    if (folder / TABLE).is_file():
+        return
+    (_, files), there = _read_record(folder), _digests(folder)
+    for name, digest in files.items():
+        if not name.endswith(".md") and there.get(name) != digest:
+            state = "is not as it was when" if name in there else "is gone since"
+            raise UserError(
+                f"{folder / name} {state} `bertscale convert` wrote this folder; convert its source again, "
+                f"or remove {folder / RECORD} if the change is meant"
+            )
 
 
 def is_output_of(output: Path, source: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from bertscale.config import Device
 from bertscale.config.examples import EncodingConfig
 from bertscale.convert.hf_folder import tokenizer_of
-from bertscale.convert.task_models import TaskWeights, find_task_model, open_task_model
+from bertscale.convert.task_models import find_task_model, native_task_model, open_task_model
 from bertscale.examples.inputs import examples_of
 from bertscale.finetune.loader import by_length, join
 from bertscale.finetune.start import check_tokenizer
@@ -112,14 +112,5 @@ def load_task_model(
     columns = columns_of(weights.facts, weights.origin)
     place = local_device(device)
     dtype, _ = choose_precision(precision, place)
-    model = task_model(weights).to(place, dtype)
+    model = native_task_model(weights).to(place, dtype)
     return TaskPredictor(task, model, tokenizer, encoding, columns)
-
-
-@torch.no_grad()
-def task_model(weights: TaskWeights) -> TaskModel:
-    """Makes the dense model with these weights, float32 on the CPU, in evaluation mode."""
-    model = TaskModel(weights.model, weights.vocab_size, weights.head)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights.tensor(name))
-    return model.eval()

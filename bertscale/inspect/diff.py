@@ -46,7 +46,7 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
         "folders": [str(source.weights.folder) for source in sources],
         "steps": [source.checkpoint.step if source.checkpoint else None for source in sources],
         "compared": len(both),
-        "optimizer_state": all(source.checkpoint and source.checkpoint.has_moments for source in sources),
+        "optimizer_state": all(len(source.states(both[0])) > 1 for source in sources),
         "parameters": differing,
         "only_in_first": alone[0],
         "only_in_second": alone[1],

@@ -58,8 +58,8 @@ def describe(path: Path) -> dict[str, Any]:
 
     Raises UserError where it is none of those folders, or is damaged.
     """
-    if not path.is_dir():
-        raise UserError(f"there is no folder {path}" if not path.exists() else f"{path} is no folder")
+    if not path.exists():
+        raise UserError(f"there is no folder {path}")
     if is_prepared(path):
         return _data_set(path)
     if (path / CHECKPOINTS).is_dir():
@@ -72,6 +72,8 @@ def describe(path: Path) -> dict[str, Any]:
         result = read_object(path / RESULT, "start the fine-tuning again")
         figures = {key: result[key] for key in ("task", "metric", "examples", "pretrained") if key in result}
         return {"kind": "fine-tuning", "path": str(path), **_model(path / TASK_MODEL), "result": figures}
+    if (found := _native(path)) is not None:
+        return found
     raise UserError(
         f"{path} is no data set, run, checkpoint or model: it has no {MANIFEST}, {CHECKPOINTS}, {TABLE} or "
         f"{MODEL_CONFIG}"
@@ -276,6 +278,28 @@ def _in_pickle(path: Path) -> dict[str, tuple[str, list[int]]]:
     tensors = open_tensors(path)
     types = {name: str(tensors.tensor(name).dtype).removeprefix("torch.") for name in tensors.names}
     return {name: (types[name], tensors.shape(name)) for name in sorted(tensors.names)}
+
+
+def _native(path: Path) -> dict[str, Any] | None:
+    """A folder of DeepSpeed, or a file of tensors; None where it is neither."""
+    from bertscale.convert.deepspeed_files import find_deepspeed
+    from bertscale.convert.sources import open_source_weights
+
+    if path.is_dir() and find_deepspeed(path) is None:
+        return None
+    source = open_source_weights(path)
+    states = getattr(source, "states", None)
+    return {
+        "kind": "DeepSpeed folder" if path.is_dir() else "file of tensors",
+        "path": str(path),
+        "model": source.model.model_dump(),
+        "vocab_size": source.vocab_size,
+        "parameters": sum(source.tensor(name).numel() for name in source.names),
+        "tensors": len(source.names),
+        "optimizer_state": list(states(source.names[0])[1:]) if states else [],
+        "digests": {"tokenizer": load_tokenizer(source.tokenizer).sha256},
+        "bytes": _size(path) if path.is_dir() else path.stat().st_size,
+    }
 
 
 def _source(path: Path) -> str | None:

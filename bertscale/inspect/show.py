@@ -39,8 +39,9 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         stage = f" x ZeRO {topology['zero_stage']}" if "zero_stage" in topology else ""
         yield "topology", f"tensor {topology['tensor']} x data {topology['data']}{stage}"
         yield "progress", _progress(facts)
-        yield "optimizer", _optimizer(facts)
         yield "average", "of the weights, kept" if facts["average"] else "none"
+    if "optimizer_state" in facts:
+        yield "optimizer", _optimizer(facts)
     for ancestor in facts.get("lineage", []):
         step = f", step {ancestor['step']:,}" if ancestor["step"] is not None else ""
         yield "started from", f"{ancestor['folder']}{step} ({ancestor['digest'][:DIGITS]})"

@@ -1,4 +1,4 @@
-"""Any folder with weights as native tensors by name: checkpoints, runs, models of transformers, task models.
+"""Whatever holds weights as native tensors by name: all that convert reads, and task models.
 
 weights = open_any(Path("runs/sst2"))
 weights.tensor("encoder.pooler.weight")
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bertscale.config import ModelConfig
 from bertscale.convert.hf_folder import tokenizer_of
+from bertscale.convert.native_files import NativeFiles
 from bertscale.convert.sources import open_source_weights
 from bertscale.convert.task_models import MODEL, is_task_model, open_task_model
 from bertscale.run_folder import CHECKPOINTS, TABLE
@@ -37,20 +38,27 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """What is at a path: native parameters, and of a checkpoint further states of each."""
+    """What is at a path: native parameters, and maybe further states of each."""
 
     weights: Tensors
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | None = None
 
     def states(self, name: str) -> tuple[str, ...]:
         """What is kept of a parameter: `weight`, and of a checkpoint with moments these."""
+        if isinstance(self.weights, NativeFiles):
+            return self.weights.states(name)
         if self.checkpoint is None or not self.checkpoint.has_moments:
             return STATES[:1]
         return tuple(self.checkpoint.parameters[name].get("states", STATES))
 
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """A whole tensor, float32. Raises UserError where it is missing or damaged."""
-        return self.weights.tensor(name) if self.checkpoint is None else self.checkpoint.tensor(name, state)
+        if state == "weight":
+            return self.weights.tensor(name)
+        if isinstance(self.weights, NativeFiles):
+            return self.weights.tensor(name, state)
+        assert self.checkpoint is not None
+        return self.checkpoint.tensor(name, state)
 
     def settings(self) -> dict[str, Any]:
         """Settings by section: the model's and, of a checkpoint, those of its run."""
@@ -62,7 +70,8 @@ class Source:
         # Of a generator the parameters tell more: a discriminator alone does not know its size.
         settings["model"] = self.weights.model.model_dump(mode="json", exclude={"generator_size"})
         settings["vocab_size"] = self.weights.vocab_size
-        settings["tokenizer"] = load_tokenizer(tokenizer_of(self.weights.folder)).sha256
+        tokenizer = getattr(self.weights, "tokenizer", None) or tokenizer_of(self.weights.folder)
+        settings["tokenizer"] = load_tokenizer(tokenizer).sha256
         return settings
 
 
@@ -85,5 +94,5 @@ def open_any(path: Path) -> Source:
         return Source(_Named(checkpoint), checkpoint)
     for folder in (path, path / MODEL):
         if is_task_model(folder):
-            return Source(open_task_model(folder), None)
-    return Source(open_source_weights(path), None)
+            return Source(open_task_model(folder))
+    return Source(open_source_weights(path))
