@@ -369,8 +369,8 @@ def _bench(config: PretrainConfig, options: argparse.Namespace) -> int:
 
 
 def convert(arguments: list[str]) -> int:
-    """bertscale convert SOURCE OUTPUT [--as FORM] [--no-show] [--replace] [--average]"""
-    from bertscale.export.options import FORMS, ConvertOptions
+    """bertscale convert SOURCE OUTPUT [--as FORM] [--dtype TYPE] [--replace] ..."""
+    from bertscale.export.options import FORMS, SHARD_SIZE, ConvertOptions, parse_size
 
     parser = make_parser(
         "convert",
@@ -387,7 +387,44 @@ def convert(arguments: list[str]) -> int:
         metavar="FORM",
         choices=FORMS,
         help=f"What to write: {'; '.join(f'{name}, {what}' for name, what in FORMS.items())}. By default a "
-        "Hugging Face folder becomes a checkpoint, and all else a Hugging Face folder.",
+        "Hugging Face folder becomes a checkpoint, and all else a folder for pretraining.",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="The data type of the weights (%(default)s). float16 is refused where values are beyond its "
+        "range.",
+    )
+    parser.add_argument(
+        "--clamp",
+        action="store_true",
+        help="Write the largest number of the data type where a value is beyond its range.",
+    )
+    parser.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        type=parse_size,
+        default=SHARD_SIZE,
+        help="The size of a file of weights, such as 2GB; larger models get several, with an index (50GB).",
+    )
+    parser.add_argument(
+        "--pooler",
+        action=argparse.BooleanOptionalAction,
+        help="Whether an encoder keeps the layer over its first token; by default where it was trained.",
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=["mean", "first"],
+        help="What becomes the vector of a text: the mean of its tokens' states, or that of its first token.",
+    )
+    parser.add_argument("--normalize", action="store_true", help="Make the vector of a text one of length 1.")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Load what was written and compare its outputs with the source's, in sentences of the model's "
+        "language and on random ids.",
     )
     parser.add_argument(
         "--show",
@@ -429,20 +466,12 @@ def convert(arguments: list[str]) -> int:
         help="The shape of a SOURCE that does not tell it, such as model.num_attention_heads=12.",
     )
     options = parser.parse_args(arguments)
-    topology = (options.tensor_parallel, options.data_parallel, options.zero_stage)
+    chosen = {key: value for key, value in vars(options).items() if key not in ("source", "output")}
+    chosen["model"] = tuple(options.model)
 
     from bertscale.export.convert import convert as convert_folder
 
-    chosen = ConvertOptions(
-        options.as_,
-        options.show,
-        options.replace,
-        options.average,
-        *topology,
-        model=tuple(options.model),
-        tokenizer=options.tokenizer,
-    )
-    convert_folder(options.source, options.output, chosen)
+    convert_folder(options.source, options.output, ConvertOptions(**chosen))
     return 0
 
 

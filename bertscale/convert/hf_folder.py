@@ -154,9 +154,9 @@ def tokenizer_of(folder: Path) -> Path:
     return path
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Writes config.json. Raises OSError."""
-    text = json.dumps({**config, "dtype": "float32"}, indent=2) + "\n"
+def write_config(folder: Path, config: dict[str, Any], dtype: str = "float32") -> None:
+    """Writes config.json; `dtype` under its name of today and its older one. Raises OSError."""
+    text = json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}, indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from bertscale.config import MODERN_KEYS, ModelConfig, UserError, check_config, padded_vocab_size
 from bertscale.config.table import Table, check_table, read_object
 from bertscale.model.model import fused_rows, join_fused, split_fused
+from bertscale.tokenizer import Tokenizer
 
 # Form -> native module -> Hugging Face module, outside the layers and inside one; `query_key_value` is
 # divided where Hugging Face has three weights. What is in no table (the sentence head of `modern`) is not
@@ -177,6 +178,7 @@ def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) 
             "architectures": [name + head],
             "model_type": kind,
             "hidden_act": "gelu",
+            "position_embedding_type": "absolute",  # transformers 5 has no other; older readers ask
             **shared,
             **{key: value for key, value in sizes.items() if key not in MODERN_KEYS},
         }
@@ -193,6 +195,7 @@ def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) 
         "mlp_dropout": of_hidden,
         "attention_dropout": of_attention,
         "norm_eps": eps,
+        "layer_norm_eps": eps,  # vLLM asks for it under this name, too
         **MODERN_FORM,
         "layer_types": [
             "sliding_attention" if number % model.global_attn_every_n_layers else "full_attention"
@@ -202,7 +205,25 @@ def hugging_face_config(model: ModelConfig, vocab_size: int, pad_token_id: int) 
             "full_attention": {"rope_type": "default", "rope_theta": model.global_rope_theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": model.local_rope_theta},
         },
+        # The classes' defaults, which readers in other languages have not.
+        "classifier_dropout": 0.0,
+        "classifier_pooling": "cls",
+        "deterministic_flash_attn": False,
+        "sparse_prediction": False,
+        "sparse_pred_ignore_index": -100,
     }
+
+
+def special_ids(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of special pieces as config.json names them.
+
+    A ModernBert for which they are not told has ids of its own, beyond the vocabulary; its texts begin and
+    end with [CLS] and [SEP].
+    """
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "cls", "sep", "mask")}
+    if model.preset == "modern":
+        ids |= {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id}
+    return ids
 
 
 # Keys that a config of each family may set otherwise, and a preset may not: they change the network.

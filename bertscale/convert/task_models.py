@@ -27,7 +27,7 @@ from bertscale.convert.hf_folder import (
     write_config,
     write_tokenizer,
 )
-from bertscale.convert.hf_names import READ_ONLY, hugging_face_config
+from bertscale.convert.hf_names import READ_ONLY, hugging_face_config, special_ids
 from bertscale.convert.task_names import (
     ELECTRA_FORM,
     SUFFIXES,
@@ -104,10 +104,8 @@ def task_config(
     family, kind = head_family(model), head.kind
     config = hugging_face_config(model, vocab_size, tokenizer.pad_id)
     config["architectures"] = [task_class(model, kind)]
-    # Without them a ModernBert has ids of its own, beyond the vocabulary.
-    config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "sep", "mask")}
+    config |= special_ids(model, tokenizer)
     if family == "modern":
-        config |= {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id}
         config["classifier_pooling"] = head.pooling
     if family == "electra":
         config |= {"model_type": "electra", "embedding_size": model.hidden_size, **ELECTRA_FORM}

@@ -2,6 +2,7 @@
 
     bertscale convert runs/quickstart/pretrain runs/quickstart/hugging-face   # newest checkpoint of a run
     bertscale convert runs/quickstart/hugging-face runs/imported              # and back
+    bertscale convert runs/quickstart/pretrain runs/vectors --as sentence-transformers --pooling mean
 
 Weights are read and written one tensor at a time. It needs no GPU.
 """
@@ -9,18 +10,21 @@ Weights are read and written one tensor at a time. It needs no GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bertscale.config import UserError
 from bertscale.convert.hf_folder import tokenizer_of
 from bertscale.convert.native_files import Given
+from bertscale.convert.sources import CheckpointSource, InitSource, open_source_weights
 from bertscale.convert.weights import Weights, native_model, open_weights
 from bertscale.export.checkpoint import open_for_checkpoint, write_checkpoint
 from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.masks import show_masks
 from bertscale.export.options import ConvertOptions
 from bertscale.export.output import check_output, is_output_of, write_record
+from bertscale.export.sentence_transformers import write_sentence_transformers
 from bertscale.export.universal import write_universal
 from bertscale.files import whole_folder
 from bertscale.run_folder import CHECKPOINTS, TABLE
@@ -42,10 +46,20 @@ class Form(NamedTuple):
     write: Callable[[Any, Path, ConvertOptions], list[str]]
 
 
+def _open_source(source: Path, options: ConvertOptions) -> InitSource:
+    opened = open_source_weights(source, Given(options.model, options.tokenizer))
+    if not options.average:
+        return opened
+    weights = opened.weights if isinstance(opened, CheckpointSource) else None
+    return CheckpointSource(_average(source, weights))
+
+
 def _open_weights(source: Path, options: ConvertOptions) -> Weights:
     weights = open_weights(source, Given(options.model, options.tokenizer))
-    if not options.average:
-        return weights
+    return _average(source, weights) if options.average else weights
+
+
+def _average(source: Path, weights: object) -> Checkpoint:
     if not isinstance(weights, Checkpoint):
         raise UserError(f"--average: {source} is no checkpoint of ours; these alone have an average")
     return AveragedCheckpoint(weights)
@@ -56,10 +70,14 @@ def _open_for_checkpoint(source: Path, options: ConvertOptions) -> Weights:
 
 
 FORMS = {  # by the keys of `options.FORMS`
-    "pretraining": Form(_open_weights, write_hugging_face),
+    "pretraining": Form(_open_source, partial(write_hugging_face, form="pretraining")),
+    "masked-lm": Form(_open_source, partial(write_hugging_face, form="masked-lm")),
+    "encoder": Form(_open_source, partial(write_hugging_face, form="encoder")),
+    "sentence-transformers": Form(_open_source, write_sentence_transformers),
     "checkpoint": Form(_open_for_checkpoint, write_checkpoint),
     "universal": Form(_open_weights, write_universal),
 }
+FILL_MASKS = ("pretraining", "masked-lm")  # forms with the head for it
 
 
 def convert(source: Path, output: Path, options: ConvertOptions) -> None:
@@ -71,25 +89,25 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
     ours = (source / TABLE).is_file() or (source / CHECKPOINTS).is_dir()
     default = "pretraining" if ours else "checkpoint"
     name = options.as_ or default
+    options.check(name)
     form = FORMS[name]
     opened = form.open(source, options)
-    if isinstance(opened, Checkpoint):
-        tokenizer_of(opened.folder)
-    digest = opened.digest() + ("" if name == default else f" as {name}")
-    if name == "checkpoint":
-        digest += "".join(f" {number}" for number in options.topology if number is not None)
+    weights = opened.weights if isinstance(opened, CheckpointSource) else opened
+    if isinstance(weights, Checkpoint):
+        tokenizer_of(weights.folder)
+    digest = f"{opened.digest()} {options.key(name, default)}".strip()
     if is_output_of(output, digest):
         print(f"already converted: {output} is {opened.folder}")
     else:
         check_output(output, opened.folder, replace=options.replace)
         try:
-            with whole_folder(output) as partial:
-                said = form.write(opened, partial, options)
-                if isinstance(opened, Checkpoint) and opened.causal:
+            with whole_folder(output) as folder:
+                said = form.write(opened, folder, options)
+                if isinstance(weights, Checkpoint) and weights.causal:
                     said.insert(0, CAUSAL)
-                write_record(partial, digest)
+                write_record(folder, digest)
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from error
         print(f"converted {opened.folder} -> {output}", *said, sep="\n")
-    if options.show and isinstance(opened, Checkpoint):
-        show_masks(native_model(opened), opened.table, load_tokenizer(opened.folder))
+    if options.show and name in FILL_MASKS and isinstance(weights, Checkpoint):
+        show_masks(native_model(weights), weights.table, load_tokenizer(weights.folder))

@@ -1,92 +1,219 @@
-"""Writes a folder of transformers' class for pretraining: config.json, weights, tokenizer.
+"""Writes folders of transformers' classes: config.json, weights, tokenizer.
 
-Presets become BertForPreTraining, MegatronBertForPreTraining and ModernBertForMaskedLM of transformers, whose
-names are in `convert.hf_names`. A bert with a generator becomes ElectraForPreTraining and, in the folder
-`generator` inside, ElectraForMaskedLM (`convert.electra`). One tensor is in memory at a time.
+| --as        | bert               | modern                | bert with a generator                         |
+| ----------- | ------------------ | --------------------- | --------------------------------------------- |
+| pretraining | BertForPreTraining | ModernBertForMaskedLM | ElectraForPreTraining, and ElectraForMaskedLM |
+|             |                    |                       | in the folder `generator` inside              |
+| masked-lm   | BertForMaskedLM    | ModernBertForMaskedLM | ElectraForMaskedLM                            |
+| encoder     | BertModel          | ModernBertModel       | ElectraModel                                  |
+
+megatron-bert is as bert; without sentence head both are ...ForMaskedLM for pretraining, too. One tensor is
+in memory at a time.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bertscale.config import ModelConfig, UserError
-from bertscale.convert.electra import (
+from bertscale.config import UserError
+from bertscale.convert.electra import GENERATOR, check_exportable, electra_config, electra_names, to_electra
+from bertscale.convert.hf_folder import BASES, write_config, write_tokenizer
+from bertscale.convert.hf_names import (
     CLASSES,
-    GENERATOR,
-    check_exportable,
-    electra_config,
-    electra_names,
-    to_electra,
+    SENTENCE_HEAD,
+    hugging_face_config,
+    hugging_face_names,
+    special_ids,
+    to_hugging_face,
 )
-from bertscale.convert.hf_folder import write_config, write_tokenizer
-from bertscale.convert.hf_names import hugging_face_config, hugging_face_names, to_hugging_face
 from bertscale.convert.model_shape import native_shapes
-from bertscale.convert.tensor_files import WEIGHTS
-from bertscale.convert.weights import Weights
+from bertscale.convert.sources import InitSource
+from bertscale.convert.tensor_files import open_tensors
+from bertscale.export.card import model_card
+from bertscale.export.native import native_outputs
 from bertscale.export.options import ConvertOptions
-from bertscale.export.verify import largest_difference
+from bertscale.export.reference import samples_of, sentences, write_reference
+from bertscale.export.tensors import Rounding, write_tensors
+from bertscale.export.verify import TOO_LARGE, agreement, check_folder, compare_tensor, is_feasible
+from bertscale.progress import Progress
 from bertscale.tokenizer import load_tokenizer
-from bertscale.train.checkpoint import stream_tensors
+from bertscale.train.device import one_thread
+
+POOLER = "encoder.pooler."
+ENCODERS = ("encoder", "sentence-transformers")
 
 
-def write_hugging_face(weights: Weights, folder: Path, options: ConvertOptions) -> list[str]:
-    """Exports into the empty `folder` and compares the outcome with the native model; says how it went.
+class Target(NamedTuple):
+    """A folder that transformers loads: which native parameters its class has, and what becomes of them."""
 
-    Raises UserError where the logits are not finite: then nothing has been compared.
+    folder: str  # inside the output; "" is the output itself
+    config: dict[str, Any]  # of config.json
+    parameters: dict[str, torch.Size]  # native names and shapes
+    tensors: Callable[[str, Tensor], dict[str, Tensor]]  # native name and value -> theirs
+
+
+def write_hugging_face(source: InitSource, output: Path, options: ConvertOptions, form: str) -> list[str]:
+    """Writes `source` in one of the three forms, compares it, and says how it went.
+
+    Raises UserError where transformers has no class for it, the source lacks a part of it, values do not fit
+    the data type, or the outcome differs.
     """
-    export(weights, folder)
-    difference = largest_difference(weights, folder)
-    if not math.isfinite(difference):
-        raise UserError(
-            f"the logits of {weights.folder} are not finite, so its export cannot be verified; take an "
-            "earlier checkpoint"
-        )
-    said = [f"verified  logits of the native and the exported model differ by at most {difference:.1e}"]
-    if left_out := [name for name in weights.parameters if not exported_names(name, weights.model)]:
-        said.insert(0, f"left out  {', '.join(left_out)}: transformers' class has no place for them")
+    tokenizer = load_tokenizer(source.tokenizer)
+    targets = targets_of(source, form, options.pooler)
+    rounding = Rounding(options.dtype, clamp=options.clamp)
+    write_folders(source, targets, output, rounding, options.shard_size)
+    said = rounding.check()
+    if left_out := _left_out(source, targets):
+        classes = " and ".join(target.config["architectures"][0] for target in targets)
+        said.append(f"left out  {', '.join(left_out)}: {classes} has no place for them")
+    texts = sentences(tokenizer)
+    samples = samples_of(texts, tokenizer, source.model, source.vocab_size)
+    names = {name for target in targets for name in target.parameters}
+    ours = native_outputs(source, names, samples, lambda value: rounding(value).float())
+    write_reference(output, texts, samples, ours)
+    if options.verify:
+        said.append(_compare(source, targets, output, rounding))
+        if is_feasible(source):
+            said += check_folder(source, output, names, samples, ours, rounding)
+        else:
+            said.append(f"not run   {TOO_LARGE}")
+        said += agreement(tokenizer, output, texts)
+    else:
+        said.append("verified  not, as --no-verify was given")
+    (output / "README.md").write_text(model_card(source, targets[0].config, form, options), encoding="utf-8")
     return said
 
 
-def exported_names(name: str, model: ModelConfig) -> list[str]:
-    """Returns the names of the native parameter `name` in all folders of an export; maybe none."""
-    if model.generator_size is None:
-        return hugging_face_names(name, model.preset)
-    return [theirs for part in CLASSES for theirs in electra_names(name, part)]
+def write_folders(
+    source: InitSource, targets: list[Target], output: Path, rounding: Rounding, shard_size: int
+) -> None:
+    """Writes each target's config.json, weights and tokenizer. Raises OSError."""
+    tokenizer, model = load_tokenizer(source.tokenizer), source.model
+    count = sum(len(target.parameters) for target in targets)
+    with one_thread(), Progress("convert", count, "tensors") as progress:
+        for target in targets:
+            folder = output / target.folder
+            folder.mkdir(exist_ok=True)
+            _write_weights(source, target, folder, rounding, shard_size, progress)
+            config = {**target.config, **special_ids(model, tokenizer)}
+            write_config(folder, config, rounding.precision)
+            write_tokenizer(folder, tokenizer, model.max_position_embeddings, token_types=not model.rotary)
 
 
-def export(weights: Weights, output: Path) -> None:
-    """Writes what transformers loads as the preset's class, tokenizer included, into the folder `output`; of
-    a model with a generator, a second one inside. Raises UserError where transformers has no class for it."""
-    model, vocab_size = weights.model, weights.vocab_size
+def _write_weights(
+    source: InitSource,
+    target: Target,
+    folder: Path,
+    rounding: Rounding,
+    shard_size: int,
+    progress: Progress,
+) -> None:
+    shapes = {
+        theirs: value.shape
+        for name, shape in target.parameters.items()
+        for theirs, value in target.tensors(name, torch.empty(shape, device="meta")).items()
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in target.parameters:
+            progress.advance(1)
+            yield from target.tensors(name, source.tensor(name)).items()
+
+    write_tensors(folder, shapes, tensors(), rounding, shard_size)
+
+
+def _compare(source: InitSource, targets: list[Target], output: Path, rounding: Rounding) -> str:
+    """Compares every tensor that was written with the source's, bit for bit, and says so."""
+    count = sum(len(target.parameters) for target in targets)
+    with one_thread(), Progress("compared", count, "tensors") as progress:
+        for target in targets:
+            files = open_tensors(output / target.folder)
+            for name in target.parameters:
+                for theirs, value in target.tensors(name, source.tensor(name)).items():
+                    compare_tensor(files, theirs, rounding(value))
+                progress.advance(1)
+    return f"verified  {count} tensors are those of the source, bit for bit" + (
+        "" if rounding.dtype == torch.float32 else f", rounded to {rounding.precision}"
+    )
+
+
+def _left_out(source: InitSource, targets: list[Target]) -> list[str]:
+    written = {name for target in targets for name in target.parameters}
+    return [name for name in source.names if name not in written]
+
+
+# ------------------------------------------------------------------------------------------ the classes
+
+
+def targets_of(source: InitSource, form: str, pooler: bool | None = None) -> list[Target]:
+    """The folders of a form. Raises UserError where transformers has no class, or the source lacks a part."""
+    model = source.model
     if model.generator_size is not None:
-        check_exportable(model, str(weights.folder))
-    tokenizer = load_tokenizer(weights.folder)
+        check_exportable(model, str(source.folder))
+        parts = {"pretraining": ["discriminator", "generator"], "masked-lm": ["generator"]}
+        targets = [_of_electra(source, part, form) for part in parts.get(form, ["discriminator"])]
+        if form == "pretraining" and any(name.startswith("generator.") for name in source.missing):
+            targets = targets[:1]  # the folder of a discriminator alone
+    else:
+        targets = [_of_preset(source, form, pooler)]
+    for target in targets:
+        lacking = [name for name in target.parameters if name not in source.names]
+        if lacking:
+            raise UserError(
+                f"{source.folder} lacks {lacking[0]}, which {target.config['architectures'][0]} has; give "
+                "another --as, such as encoder"
+            )
+    return targets
+
+
+def _of_preset(source: InitSource, form: str, pooler: bool | None) -> Target:
+    model, vocab_size = source.model, source.vocab_size
+    config = hugging_face_config(model, vocab_size, 0)
     shapes = native_shapes(model, vocab_size)
-    for part in (None,) if model.generator_size is None else CLASSES:
-        folder = output / GENERATOR if part == GENERATOR else output
-        folder.mkdir(exist_ok=True)
+    names = {name: shape for name, shape in shapes.items() if hugging_face_names(name, model.preset)}
+    if form != "pretraining":
+        names = {name: shape for name, shape in names.items() if not name.startswith(SENTENCE_HEAD)}
+        config["architectures"] = [CLASSES[model.preset][0] + "ForMaskedLM"]
+        if not model.rotary:
+            config["sentence_head"] = False
+    if form in ENCODERS:
+        names = {name: shape for name, shape in names.items() if name.startswith("encoder.")}
+        config["architectures"] = [CLASSES[model.preset][0] + "Model"]
+        whole = native_shapes(model.model_copy(update={"sentence_head": True}), vocab_size)
+        trained = all(name in source.names for name in whole if name.startswith(POOLER))
+        if not model.rotary and (trained if pooler is None else pooler):
+            names |= {name: shape for name, shape in whole.items() if name.startswith(POOLER)}
 
-        def named(name: str, value: Tensor, part: str | None = part) -> dict[str, Tensor]:
-            if part is None:
-                return to_hugging_face(name, value, model, vocab_size)
-            return to_electra(name, value, model, vocab_size, part) if electra_names(name, part) else {}
+    def tensors(name: str, value: Tensor) -> dict[str, Tensor]:
+        theirs = to_hugging_face(name, value, model, vocab_size)
+        return _without_base(theirs) if form in ENCODERS else theirs
 
-        stream_tensors(
-            folder / WEIGHTS,
-            {
-                theirs: value.shape
-                for name, shape in shapes.items()
-                for theirs, value in named(name, torch.empty(shape, device="meta")).items()
-            },
-            (pair for name in shapes for pair in named(name, weights.tensor(name)).items()),
-        )
-        if part is None:
-            config = hugging_face_config(model, vocab_size, tokenizer.pad_id)
-        else:
-            config = electra_config(model, vocab_size, tokenizer.pad_id, part)
-        write_config(folder, config)
-        write_tokenizer(folder, tokenizer, model.max_position_embeddings, token_types=not model.rotary)
+    return Target("", config, names, tensors)
+
+
+def _of_electra(source: InitSource, part: str, form: str) -> Target:
+    model, vocab_size = source.model, source.vocab_size
+    config = electra_config(model, vocab_size, 0, part)
+    shapes = native_shapes(model, vocab_size)
+    names = {name: shape for name, shape in shapes.items() if electra_names(name, part)}
+    if form in ENCODERS:
+        names = {name: shape for name, shape in names.items() if name.startswith("encoder.")}
+        config["architectures"] = ["ElectraModel"]
+
+    def tensors(name: str, value: Tensor) -> dict[str, Tensor]:
+        theirs = to_electra(name, value, model, vocab_size, part)
+        return _without_base(theirs) if form in ENCODERS else theirs
+
+    inside = GENERATOR if part == GENERATOR and form == "pretraining" else ""
+    return Target(inside, config, names, tensors)
+
+
+def _without_base(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names in a class that is an encoder, and has none inside."""
+    base = next(base for base in BASES if all(name.startswith(base) for name in tensors))
+    return {name.removeprefix(base): value for name, value in tensors.items()}

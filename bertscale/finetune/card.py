@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bertscale import __version__
 from bertscale.convert.task_names import task_class
+from bertscale.export.card import fact_table, front_matter
 
 if TYPE_CHECKING:
     from bertscale.finetune.loop import Job, Run
@@ -57,18 +58,16 @@ print(options[scores.logits.argmax()])
 
 def model_card(job: Job, run: Run, record: dict[str, Any], data: TaskData[Any], task: Task[Any]) -> str:
     """Returns the card as Markdown, with the metadata that the Hugging Face hub reads."""
-    tag = f"pipeline_tag: {TAGS[task.kind]}\n" if task.kind in TAGS else ""
-    rows = [f"| {name} | {_cell(text)} |" for name, text in _facts(job, run, record, data, task).items()]
     figures = [
         f"| {which} | {name} | {value:.4f} |"
         for which in ("dev", "test")
         for name, value in record.get(which, {}).items()
     ]
     lines = [
-        f"---\nlibrary_name: transformers\n{tag}tags:\n- bertscale\n---\n",
+        front_matter(TAGS.get(task.kind)),
         f"# {task.kind.replace('_', ' ').capitalize()} model\n",
         f"Fine-tuned by bertscale {__version__}.\n",
-        *["| | |", "| --- | --- |", *rows, ""],
+        *fact_table(_facts(job, run, record, data, task)),
         *(["| examples | figure | value |", "| --- | --- | --- |", *figures, ""] if figures else []),
         "FOLDER is the folder of this file. With transformers:\n",
         f"```python\n{usage(task.kind, pair=_are_pairs(data))}```\n",
@@ -110,7 +109,7 @@ def _facts(
         "longest sample": f"{config.samples.max_length:,} tokens",
     }
     facts |= {key.replace("_", " "): str(value) for key, value in task.facts().items()}
-    return {name: text for name, text in facts.items() if text}
+    return facts
 
 
 def usage(kind: str, *, pair: bool) -> str:
@@ -125,7 +124,3 @@ def usage(kind: str, *, pair: bool) -> str:
 
 def _are_pairs(data: TaskData[Any]) -> bool:
     return len(getattr(data.train[0], "texts", ())) == 2
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "&#124;")

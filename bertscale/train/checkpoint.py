@@ -312,10 +312,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, table)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file with the permissions that the umask gives. Raises OSError."""
     try:
-        save_file(tensors, path, {"format": "pt"})
+        save_file(tensors, path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # it wraps the operating system's errors
         match = re.search(r"os error (\d+)", str(error))
         number = int(match.group(1)) if match else errno.EIO
@@ -325,23 +325,32 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.chmod(0o666 & ~umask)  # safetensors lets the owner alone read it
 
 
-def stream_tensors(path: Path, shapes: dict[str, torch.Size], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes a safetensors file of float32 tensors, of which only one is in memory at a time.
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in a safetensors header
+
+
+def stream_tensors(
+    path: Path,
+    shapes: dict[str, torch.Size],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes a safetensors file of tensors of `dtype`, of which only one is in memory at a time.
 
     `tensors` come in the order of `shapes` and have these. Raises OSError.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0  # of the tensors before, in bytes
     for name, shape in shapes.items():
-        start, end = end, end + 4 * shape.numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + dtype.itemsize * shape.numel()
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for expected, (name, value) in zip(shapes.items(), tensors, strict=True):
             assert expected == (name, value.shape)
-            file.write(value.contiguous().numpy().data)
+            assert value.dtype == dtype
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def write_whole(
