@@ -28,7 +28,8 @@ from bertscale.convert.folders import FolderSource
 from bertscale.convert.hf_names import first_position, masked_class, read_config, takes_token_types
 from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.native_files import NativeFiles
-from bertscale.convert.tensor_files import open_tensors
+from bertscale.convert.sources import InitSource
+from bertscale.convert.tensor_files import TensorFiles, open_tensors
 from bertscale.convert.weights import SourceWeights, Weights
 from bertscale.export.native import Output, Source, native_outputs
 from bertscale.export.reference import Sample, samples_of, sentences
@@ -159,7 +160,15 @@ def compare_import(weights: SourceWeights, written: Weights) -> list[str]:
     return [f"verified  {what} of the given and the imported model differ by at most {difference:.1e}"]
 
 
-def is_feasible(weights: Weights) -> bool:
+def compare_tensor(files: TensorFiles, name: str, value: Tensor) -> None:
+    """Raises UserError where a tensor of what was written differs from `value` in any bit."""
+    written = files.tensor(name)
+    same = written.dtype == value.dtype and _bits(written).equal(_bits(value.contiguous()))
+    if not same:
+        raise UserError(f"{files.path_of(name)}: {name} is another one than in the source; write it anew")
+
+
+def is_feasible(weights: Weights | InitSource) -> bool:
     """Whether logits are compared: the model is small enough to be in memory."""
     shapes = native_shapes(weights.model, weights.vocab_size)
     return sum(4 * shape.numel() for shape in shapes.values()) <= FEASIBLE
@@ -178,8 +187,8 @@ def _has_logits(kind: str) -> bool:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """The float32 values as integers: NaN equals itself, and -0 is another than 0."""
-    return value.view(torch.int32)
+    """The values as integers: NaN equals itself, and -0 is another than 0."""
+    return value.view(torch.int32 if value.dtype.itemsize == 4 else torch.int16)
 
 
 # ---------------------------------------------------------------------------------------- their outputs

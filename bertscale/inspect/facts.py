@@ -119,7 +119,7 @@ def _run(path: Path) -> dict[str, Any]:
         "kind": "run",
         "path": str(path),
         "checkpoint": folders[-1].name,
-        "checkpoints": [checkpoint_step(folder) for folder in folders],
+        "steps": [checkpoint_step(folder) for folder in folders],
         **_checkpoint(folders[-1]),
         "bytes_of_run": _size(path),
         "finished": (path / RESULT).is_file(),

@@ -27,8 +27,8 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield facts["kind"], facts["path"]
-    if "checkpoints" in facts:
-        steps = facts["checkpoints"]
+    if "steps" in facts:
+        steps = facts["steps"]
         others = f", and of {len(steps) - 1} earlier steps" if len(steps) > 1 else ""
         yield "checkpoint", f"{facts['checkpoint']}{others}; the run is {_done(facts['finished'])}"
     if "class" in facts:
