@@ -102,7 +102,7 @@ def test_every_form_is_stopped_in_one_line(
     }[stop]
     module, name, before = WRITERS[form]
     for place, writer, calls in ((module, name, before), (stage, "write_record", 0)):
-        done = []
+        done: list[str] = []
         real = getattr(place, writer)
 
         def stopped(*given: Any, real: Any = real, calls: int = calls, done: list[str] = done) -> Any:
