@@ -7,10 +7,10 @@
 A checkpoint of random weights is written as ranks at (2, 2, 3) would (2 tensor-parallel x 2 data-parallel,
 ZeRO 3), without moments; then it is converted by the command, in a process of its own: to a Hugging Face
 folder, and to a checkpoint at (1, 4, 2). `cp` copies its files and flushes them, as a conversion does, before
-and after each of the two. A conversion reads the source for its digest, writes, reads what it has written for
-its digest, and reads both to compare them. Memory is the process's highest: `RssAnon` of /proc/PID/status,
-looked at every 20 ms, is what is not backed by files; `VmHWM` has the pages of mapped files in it too, which
-can be dropped.
+and after each of the two. A conversion reads the source for its digest, reads it and writes, and reads both
+to compare them; what it has written of a checkpoint once more, for its digest. Memory is the process's
+highest: `RssAnon` of /proc/PID/status, looked at every 20 ms, is what is not backed by files; `VmHWM` has the
+pages of mapped files in it too, which can be dropped.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 from bertscale.config import UserError
 from bertscale.convert.weights import SourceWeights, Weights
 from bertscale.export.options import ConvertOptions
+from bertscale.export.output import Written
 from bertscale.export.topology import Topology, write_shards
 from bertscale.export.verify import compare_checkpoint, compare_import
 from bertscale.progress import Progress
@@ -24,7 +25,7 @@ from bertscale.train.device import one_thread
 WRITTEN = ("format", "topology", "parameters", "files")
 
 
-def write_checkpoint(weights: Weights, output: Path, options: ConvertOptions) -> list[str]:
+def write_checkpoint(weights: Weights, output: Path, options: ConvertOptions) -> Written:
     """Writes a checkpoint into the empty folder `output`, compares it with the source, and says what it
     lacks.
 
@@ -59,7 +60,7 @@ def write_checkpoint(weights: Weights, output: Path, options: ConvertOptions) ->
             )
         if weights.missing:
             said.append(f"missing   {', '.join(weights.missing)}: not in the source, set to initial values")
-    return said
+    return Written(said, {file["name"]: file["digest"] for file in written.table["files"]})
 
 
 def kept_states(weights: Weights) -> tuple[dict[str, tuple[str, ...]], bool]:

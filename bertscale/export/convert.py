@@ -26,7 +26,7 @@ from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.masks import show_masks
 from bertscale.export.onnx import find_task, write_onnx
 from bertscale.export.options import ConvertOptions
-from bertscale.export.output import check_output, check_source, is_output_of, write_record
+from bertscale.export.output import Written, check_output, check_source, is_output_of, write_record
 from bertscale.export.sentence_transformers import write_sentence_transformers
 from bertscale.export.universal import write_universal
 from bertscale.files import whole_folder
@@ -42,11 +42,11 @@ class Form(NamedTuple):
 
     `open` opens the source, which has a `folder` and a `digest()`, and raises UserError where it cannot
     become this. `write` fills the empty folder that it is given, compares the outcome with the source, and
-    returns the lines to print.
+    returns the lines to print, with the digests of what it has written where it knows them.
     """
 
     open: Callable[[Path, ConvertOptions], Any]
-    write: Callable[[Any, Path, ConvertOptions], list[str]]
+    write: Callable[[Any, Path, ConvertOptions], Written]
 
 
 def _open_source(source: Path, options: ConvertOptions) -> InitSource:
@@ -112,10 +112,10 @@ def convert(source: Path, output: Path, options: ConvertOptions) -> None:
         check_output(output, opened.folder, replace=options.replace)
         try:
             with whole_folder(output) as folder:
-                said = form.write(opened, folder, options)
+                said, digests = form.write(opened, folder, options)
                 if isinstance(weights, Checkpoint) and weights.causal:
                     said.insert(0, CAUSAL)
-                write_record(folder, digest)
+                write_record(folder, digest, digests)
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror or error}") from error
         print(f"converted {opened.folder} -> {output}", *said, sep="\n")

@@ -35,9 +35,10 @@ from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.sources import InitSource
 from bertscale.convert.tensor_files import open_tensors
 from bertscale.export.card import model_card
-from bertscale.export.native import native_outputs
+from bertscale.export.native import Output, native_outputs
 from bertscale.export.options import ConvertOptions
-from bertscale.export.reference import samples_of, sentences, write_reference
+from bertscale.export.output import Written
+from bertscale.export.reference import Sample, samples_of, sentences, write_reference
 from bertscale.export.tensors import Rounding, write_tensors
 from bertscale.export.verify import TOO_LARGE, agreement, check_folder, compare_tensor, is_feasible
 from bertscale.progress import Progress
@@ -57,7 +58,7 @@ class Target(NamedTuple):
     tensors: Callable[[str, Tensor], dict[str, Tensor]]  # native name and value -> theirs
 
 
-def write_hugging_face(source: InitSource, output: Path, options: ConvertOptions, form: str) -> list[str]:
+def write_hugging_face(source: InitSource, output: Path, options: ConvertOptions, form: str) -> Written:
     """Writes `source` in one of the three forms, compares it, and says how it went.
 
     Raises UserError where transformers has no class for it, the source lacks a part of it, values do not fit
@@ -66,7 +67,7 @@ def write_hugging_face(source: InitSource, output: Path, options: ConvertOptions
     tokenizer = load_tokenizer(source.tokenizer)
     targets = targets_of(source, form, options.pooler)
     rounding = Rounding(options.dtype, clamp=options.clamp)
-    write_folders(source, targets, output, rounding, options.shard_size)
+    digests = write_folders(source, targets, output, rounding, options.shard_size)
     said = rounding.check()
     if left_out := _left_out(source, targets):
         classes = " and ".join(target.config["architectures"][0] for target in targets)
@@ -74,10 +75,10 @@ def write_hugging_face(source: InitSource, output: Path, options: ConvertOptions
     texts = sentences(tokenizer)
     samples = samples_of(texts, tokenizer, source.model, source.vocab_size)
     names = {name for target in targets for name in target.parameters}
-    ours = native_outputs(source, names, samples, lambda value: rounding(value).float())
+    ours, compared = _read_again(source, targets, output, rounding, samples, compare=options.verify)
     write_reference(output, texts, samples, ours)
     if options.verify:
-        said.append(_compare(source, targets, output, rounding))
+        said.append(compared)
         if is_feasible(source):
             said += check_folder(source, output, names, samples, ours, rounding)
         else:
@@ -86,23 +87,29 @@ def write_hugging_face(source: InitSource, output: Path, options: ConvertOptions
     else:
         said.append("verified  not, as --no-verify was given")
     (output / "README.md").write_text(model_card(source, targets[0].config, form, options), encoding="utf-8")
-    return said
+    return Written(said, digests)
 
 
 def write_folders(
     source: InitSource, targets: list[Target], output: Path, rounding: Rounding, shard_size: int
-) -> None:
-    """Writes each target's config.json, weights and tokenizer. Raises OSError."""
+) -> dict[str, str]:
+    """Writes each target's config.json, weights and tokenizer; returns the digests of the weights' files by
+    their names in `output`. Raises OSError."""
     tokenizer, model = load_tokenizer(source.tokenizer), source.model
     count = sum(len(target.parameters) for target in targets)
+    digests: dict[str, str] = {}
     with one_thread(), Progress("convert", count, "tensors") as progress:
         for target in targets:
             folder = output / target.folder
             folder.mkdir(exist_ok=True)
-            _write_weights(source, target, folder, rounding, shard_size, progress)
+            for name, digest in _write_weights(
+                source, target, folder, rounding, shard_size, progress
+            ).items():
+                digests[(Path(target.folder) / name).as_posix()] = digest
             config = {**target.config, **special_ids(model, tokenizer)}
             write_config(folder, config, rounding.precision)
             write_tokenizer(folder, tokenizer, model.max_position_embeddings, token_types=not model.rotary)
+    return digests
 
 
 def _write_weights(
@@ -112,7 +119,7 @@ def _write_weights(
     rounding: Rounding,
     shard_size: int,
     progress: Progress,
-) -> None:
+) -> dict[str, str]:
     shapes = {
         theirs: value.shape
         for name, shape in target.parameters.items()
@@ -124,20 +131,57 @@ def _write_weights(
             progress.advance(1)
             yield from target.tensors(name, source.tensor(name)).items()
 
-    write_tensors(folder, shapes, tensors(), rounding, shard_size)
+    return write_tensors(folder, shapes, tensors(), rounding, shard_size)
 
 
-def _compare(source: InitSource, targets: list[Target], output: Path, rounding: Rounding) -> str:
-    """Compares every tensor that was written with the source's, bit for bit, and says so."""
+class _Compared:
+    """A source each of whose tensors is compared, bit for bit, with what was written when it is read."""
+
+    def __init__(
+        self, source: InitSource, targets: list[Target], output: Path, rounding: Rounding, progress: Progress
+    ) -> None:
+        self.model, self.vocab_size = source.model, source.vocab_size
+        self.left = {name for target in targets for name in target.parameters}  # to be compared
+        self._source, self._rounding, self._progress = source, rounding, progress
+        self._written = [(target, open_tensors(output / target.folder)) for target in targets]
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter of the source. Raises UserError where what was written of it differs."""
+        value = self._source.tensor(name)
+        for target, files in self._written:
+            if name in target.parameters:
+                for theirs, part in target.tensors(name, value).items():
+                    compare_tensor(files, theirs, self._rounding(part))
+                self._progress.advance(1)
+        self.left.discard(name)
+        return value
+
+
+def _read_again(
+    source: InitSource,
+    targets: list[Target],
+    output: Path,
+    rounding: Rounding,
+    samples: list[Sample],
+    *,
+    compare: bool,
+) -> tuple[list[Output], str]:
+    """The outputs of the native model for the samples, and what is said of its tensors: on the way each is
+    compared with what was written, so that a large source is read once for both."""
+    names = {name for target in targets for name in target.parameters}
+
+    def stored(value: Tensor) -> Tensor:
+        return rounding(value).float()
+
+    if not compare:
+        return native_outputs(source, names, samples, stored), ""
     count = sum(len(target.parameters) for target in targets)
     with one_thread(), Progress("compared", count, "tensors") as progress:
-        for target in targets:
-            files = open_tensors(output / target.folder)
-            for name in target.parameters:
-                for theirs, value in target.tensors(name, source.tensor(name)).items():
-                    compare_tensor(files, theirs, rounding(value))
-                progress.advance(1)
-    return f"verified  {count} tensors are those of the source, bit for bit" + (
+        compared = _Compared(source, targets, output, rounding, progress)
+        outputs = native_outputs(compared, names, samples, stored)
+        for name in sorted(compared.left):  # those that no output depends on
+            compared.tensor(name)
+    return outputs, f"verified  {count} tensors are those of the source, bit for bit" + (
         "" if rounding.dtype == torch.float32 else f", rounded to {rounding.precision}"
     )
 

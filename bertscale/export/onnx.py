@@ -28,6 +28,7 @@ from bertscale.convert.task_models import (
 )
 from bertscale.export.hugging_face import Target, targets_of
 from bertscale.export.options import ConvertOptions
+from bertscale.export.output import Written
 from bertscale.model.model import PretrainingModel
 from bertscale.onnx.write import (
     GRAPH,
@@ -60,7 +61,7 @@ def find_task(source: Path, options: ConvertOptions) -> TaskWeights | None:
 
 def write_onnx(
     opened: InitSource | TaskWeights, output: Path, options: ConvertOptions, *, masked: bool = False
-) -> list[str]:
+) -> Written:
     """Fills the empty folder `output` and says how it went; `masked`: with the head that fills masks.
 
     Raises UserError where the source lacks a part of that, or the outcome differs.
@@ -83,13 +84,13 @@ def write_onnx(
     write_graph(network, output)
     said = [f"graph     {GRAPH} of opset {OPSET}: {', '.join(network.outputs)} of any batch and length"]
     if not options.verify:
-        return [*said, "verified  not, as --no-verify was given"]
+        return Written([*said, "verified  not, as --no-verify was given"], {})
     difference = compared(network, output / GRAPH)
-    return [
-        *said,
+    said.append(
         "verified  in onnxruntime, at three lengths and two sizes of batches: outputs differ from those of "
-        f"the native model by at most {difference:.1e}",
-    ]
+        f"the native model by at most {difference:.1e}"
+    )
+    return Written(said, {})
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from bertscale.errors import UserError
 from bertscale.files import file_digest, write_json
@@ -18,9 +20,17 @@ from bertscale.run_folder import CHECKPOINTS, TABLE, checkpoint_step
 RECORD = "bertscale-convert.json"
 
 
-def write_record(folder: Path, source: str) -> None:
-    """Writes the record of all files in `folder`; `source` is the digest of what they were made of."""
-    write_json(folder / RECORD, {"source": source, "files": _digests(folder)})
+class Written(NamedTuple):
+    """What was written: the lines that tell of it, and the digests that are known, by the files' names."""
+
+    said: list[str]
+    digests: dict[str, str]
+
+
+def write_record(folder: Path, source: str, known: Mapping[str, str]) -> None:
+    """Writes the record of all files in `folder`; `source` is the digest of what they were made of, `known`
+    has those of files that were written with them: they are not read for it."""
+    write_json(folder / RECORD, {"source": source, "files": _digests(folder, known)})
 
 
 def check_source(folder: Path) -> None:
@@ -78,13 +88,13 @@ def check_output(output: Path, source: Path, *, replace: bool) -> None:
             )
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name and digest of every file below `folder`, but for the record."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(folder).as_posix(): path for path in files if path != folder / RECORD}
     return {
-        path.relative_to(folder).as_posix(): file_digest(path) if path.is_file() else "no file"
-        for path in files
-        if path != folder / RECORD
+        name: (known or {}).get(name) or (file_digest(path) if path.is_file() else "no file")
+        for name, path in names.items()
     }
 
 

@@ -23,6 +23,7 @@ from bertscale.config import UserError
 from bertscale.convert.sources import InitSource
 from bertscale.export.hugging_face import write_hugging_face
 from bertscale.export.options import ConvertOptions
+from bertscale.export.output import Written
 from bertscale.export.reference import FILE, FOLDER
 from bertscale.export.verify import LARGEST_DIFFERENCE
 from bertscale.files import write_json
@@ -31,17 +32,17 @@ MODES = {"first": "cls_token", "mean": "mean_tokens"}  # --pooling -> the key th
 OTHER_MODES = ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
 
-def write_sentence_transformers(source: InitSource, output: Path, options: ConvertOptions) -> list[str]:
+def write_sentence_transformers(source: InitSource, output: Path, options: ConvertOptions) -> Written:
     """Writes the folder, compares its vectors with ours, and says how it went.
 
     Raises UserError where `write_hugging_face` does, or where sentence-transformers gives other vectors.
     """
-    said = write_hugging_face(source, output, options, "sentence-transformers")
+    said, digests = write_hugging_face(source, output, options, "sentence-transformers")
     for name, content in _files(source, options).items():
         path = output / name
         path.parent.mkdir(exist_ok=True)
         write_json(path, content)
-    return said + (_verified(output, options) if options.verify else [])
+    return Written(said + (_verified(output, options) if options.verify else []), digests)
 
 
 def _files(source: InitSource, options: ConvertOptions) -> dict[str, Any]:

@@ -86,22 +86,25 @@ def write_tensors(
     tensors: Iterable[tuple[str, Tensor]],
     rounding: Rounding,
     shard_size: int,
-) -> None:
-    """Writes `tensors`, float32 and in the order of `shapes`, rounded. Raises OSError."""
+) -> dict[str, str]:
+    """Writes `tensors`, float32 and in the order of `shapes`, rounded; returns the digests of the files of
+    weights by their names. Raises OSError."""
     shards = divide(shapes, rounding.dtype.itemsize, shard_size)
     rest = ((name, rounding.counted(name, value)) for name, value in tensors)
     where: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS
         if len(shards) > 1:
             file = WEIGHTS.replace(".", f"-{number:05d}-of-{len(shards):05d}.", 1)
         named = {name: shapes[name] for name in names}
-        stream_tensors(folder / file, named, islice(rest, len(names)), rounding.dtype)
+        digests[file] = stream_tensors(folder / file, named, islice(rest, len(names)), rounding.dtype)
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         values = sum(shape.numel() for shape in shapes.values())
         metadata = {"total_parameters": values, "total_size": values * rounding.dtype.itemsize}
         write_json(folder / (WEIGHTS + INDEX), {"metadata": metadata, "weight_map": where})
+    return digests
 
 
 def divide(shapes: dict[str, torch.Size], itemsize: int, shard_size: int) -> list[list[str]]:

@@ -30,6 +30,7 @@ from bertscale.convert.model_shape import native_shapes
 from bertscale.convert.weights import SourceWeights, Weights
 from bertscale.export.checkpoint import kept_states
 from bertscale.export.options import ConvertOptions
+from bertscale.export.output import Written
 from bertscale.export.verify import compare_checkpoint
 from bertscale.progress import Progress
 from bertscale.run_folder import CONFIG
@@ -42,7 +43,7 @@ from bertscale.train.parallel import tensor_parallel_dimension
 DEEPSPEED = "0.19.8"  # the version whose files these are
 
 
-def write_universal(weights: Weights, output: Path, options: ConvertOptions) -> list[str]:
+def write_universal(weights: Weights, output: Path, options: ConvertOptions) -> Written:
     """Writes a universal checkpoint into the empty folder `output`, reads it back, and says what it holds."""
     states, moments = kept_states(weights)
     states = {name: tuple(state for state in each if state != AVERAGE) for name, each in states.items()}
@@ -58,12 +59,13 @@ def write_universal(weights: Weights, output: Path, options: ConvertOptions) -> 
     with one_thread(), Progress("compared", amount, "tensors") as progress:
         for _ in compare_checkpoint(weights, open_deepspeed(inside), states):
             progress.advance(1)
-    return [
+    said = [
         f"written   {inside.name} {'with' if moments else 'without'} optimizer state: load it in DeepSpeed "
         "by "
         '{"checkpoint": {"load_universal": true}}',
         f"verified  {amount} tensors are those of the source, bit for bit",
     ]
+    return Written(said, {})
 
 
 def write_universal_files(

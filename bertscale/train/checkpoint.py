@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -207,19 +208,18 @@ class Checkpoint:
             raise KeyError(f"{state} of {name}")
         shape, dim = entry["shape"], entry["tensor_parallel_dimension"]
         degree = self.table["topology"]["tensor"] if dim is not None else 1
-        share = list(shape)
-        if dim is not None:
-            share[dim] //= degree
-        shares = []
-        # The share of each tensor rank from the fragments of its data ranks, then the whole from the shares.
-        for rank in range(degree):
-            flat = torch.empty(torch.Size(share).numel())
+        whole = torch.empty(shape)
+        # The share of each tensor rank from the fragments of its data ranks: in its place in the whole where
+        # it lies there in one piece.
+        for rank, share in enumerate(whole.chunk(degree, dim or 0)):
+            flat = share.view(-1) if share.is_contiguous() else torch.empty(share.numel())
             for file in self.table["files"]:
                 if file["tensor_rank"] == rank and name in file["pieces"]:
                     start, length = file["pieces"][name]
                     flat[start : start + length] = self._piece(file["name"], f"{state}:{name}", length)
-            shares.append(flat.view(share))
-        return shares[0] if degree == 1 else torch.cat(shares, dim)
+            if not share.is_contiguous():
+                share.copy_(flat.view(share.shape))
+        return whole
 
     def digest(self) -> str:
         """Digest of the table, after all files were compared with it; raises UserError that names a damaged
@@ -333,8 +333,9 @@ def stream_tensors(
     shapes: dict[str, torch.Size],
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype = torch.float32,
-) -> None:
-    """Writes a safetensors file of tensors of `dtype`, of which only one is in memory at a time.
+) -> str:
+    """Writes a safetensors file of tensors of `dtype`, of which only one is in memory at a time; returns the
+    digest of its bytes.
 
     `tensors` come in the order of `shapes` and have these. Raises OSError.
     """
@@ -345,12 +346,17 @@ def stream_tensors(
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    head = struct.pack("<Q", len(text)) + text
+    digest = xxhash.xxh3_128(head)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(head)
         for expected, (name, value) in zip(shapes.items(), tensors, strict=True):
             assert expected == (name, value.shape)
             assert value.dtype == dtype
-            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+            content = value.contiguous().flatten().view(torch.uint8).numpy().data
+            digest.update(content)
+            file.write(content)
+    return digest.hexdigest()
 
 
 def write_whole(
