@@ -32,7 +32,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import shutil
 import sys
 import time
 from collections import Counter, defaultdict
@@ -50,7 +49,7 @@ from bertscale.config import PrepConfig, UserError
 from bertscale.data.quality import count_pieces, doubts, facts
 from bertscale.data.report import PAGE_NAME, read_report, source_lines, write_report
 from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, token_dtype, write_columns, write_manifest
-from bertscale.files import whole_file, write_bytes, write_json
+from bertscale.files import write_bytes, write_json
 from bertscale.progress import Progress
 from bertscale.tokenizer import Tokenizer
 from data_prep.encode import PLACES_SHOWN, SPLITS, encode_unit, load_once
@@ -398,15 +397,11 @@ def _dropped(sums: dict[str, Counter[str]]) -> list[str]:
 
 def _judge(plan: Plan, sums: dict[str, Counter[str]], places: list[dict[str, list[str]]]) -> None:
     """Shows the bad records and writes the quarantine file; raises UserError if they are too many."""
-    quarantine = plan.output / QUARANTINE_NAME
     count, records = sums["bad"].total(), sums["counters"]["records"]
     if not count:
-        quarantine.unlink(missing_ok=True)
+        (plan.output / QUARANTINE_NAME).unlink(missing_ok=True)
         return
-    with whole_file(quarantine) as file:
-        for unit in plan.units:
-            with open(unit.bad_records, "rb") as bad_records:
-                shutil.copyfileobj(bad_records, file)
+    quarantine = plan.write_quarantine()
     lines = []
     for reason, number in sorted(sums["bad"].items()):
         few = [place for of_unit in places for place in of_unit.get(reason, [])][:PLACES_SHOWN]

@@ -80,7 +80,7 @@ def _rules(config: PrepConfig) -> dict[str, float]:
 
 def _some_records(config: PrepConfig, count: int) -> Iterator[Record]:
     """The first ones of as many work units as it takes, in an order by the seed."""
-    files = find_files(config.input)
+    files = find_files(config.input, config.text_field)
     by_unit: dict[int, Iterator[Record]] = {}
     units = cut_into_units(files, config)
     order = random.Random(config.seed).sample(range(len(units)), len(units))

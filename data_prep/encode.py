@@ -10,7 +10,6 @@ fewer units than processes, it reads, cleans and writes, and gives the batches b
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -135,8 +134,7 @@ def _batches(
                 places.setdefault(record.reason, []).append(record.place)
             if record.lost:
                 tally["counters"]["lost_bytes"] += record.lost
-            line = {"place": record.place, "reason": record.reason, "excerpt": record.excerpt}
-            quarantine.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            quarantine.write(record.line())
             continue
         tally["counters"]["cut"] += isinstance(record, Cut)
         if reason:

@@ -28,7 +28,7 @@ from typing import Any
 
 from bertscale.config import WORK_FOLDER, PrepConfig, UserError, is_utf8
 from bertscale.data.shards import MANIFEST_NAME, Shard, ShardEntry, open_dataset
-from bertscale.files import HeldError, alone, file_digest, sync, write_json
+from bertscale.files import HeldError, alone, file_digest, sync, whole_file, write_json
 from bertscale.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from data_prep.readers.compressed import COMPRESSIONS
 from data_prep.readers.encodings import other_encoding
@@ -429,6 +429,16 @@ class Plan:
             return open_dataset(self.output, "train").manifest
         except UserError:
             return None
+
+    def write_quarantine(self) -> Path:
+        """Puts the bad records that were found in the work units into one file; returns its path."""
+        path = self.output / QUARANTINE_NAME
+        with whole_file(path) as file:
+            for unit in self.units:
+                if unit.bad_records.exists():
+                    with open(unit.bad_records, "rb") as bad_records:
+                        shutil.copyfileobj(bad_records, file)
+        return path
 
     def remove_leftovers(self, units: list[Unit]) -> None:
         """Removes what killed workers left half-written of `units`; what belongs to others may be alive."""

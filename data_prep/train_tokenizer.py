@@ -58,6 +58,7 @@ EXCERPT = 2**16  # characters: longer documents are drawn in parts
 COVERAGE, WIDE_COVERAGE = 0.9995, 0.9998  # of characters, WIDE where Han and Kana are many
 WIDE_SHARE = 1 / 3  # of the letters
 NOT_LEARNT = 5 + 256  # special pieces and bytes
+BAD_SHOWN = 1000  # records of a work unit without any text
 COMPARED = 10_000  # sentences, at most, for the agreement with the Hugging Face form
 POLL_SECONDS = 1.0  # between two looks at what the trainer wrote
 
@@ -249,8 +250,19 @@ def _sample(pool: ProcessPoolExecutor, plan: Plan, units: list[Unit]) -> Counter
             progress.advance(futures[future].bytes)
     plan.check_encoding(sample["undecoded"], sample["records"])
     if not sample["sentences"]:
-        raise UserError(f"input: {', '.join(plan.config.input)}: no readable document in it")
+        raise _nothing_to_train_on(plan, sample)
     return sample
+
+
+def _nothing_to_train_on(plan: Plan, sample: Counter[str]) -> UserError:
+    """The error of an input without a text; what was bad lies in the quarantine file."""
+    message = f"input: {', '.join(plan.config.input)}: no readable document in it"
+    reasons = {key: count for key, count in sample.items() if key.startswith(("bad: ", "dropped: "))}
+    if reasons:
+        message += f"; {'; '.join(f'{count:,} {reason}' for reason, count in sorted(reasons.items()))}"
+    if any(reason.startswith("bad: ") for reason in reasons):
+        message += f". The first bad ones are listed in {plan.write_quarantine()}"
+    return UserError(message)
 
 
 def _share(total: int, weights: list[int]) -> list[int]:
@@ -272,10 +284,17 @@ def _sample_unit(unit: Unit, documents: int, size: int) -> Counter[str]:
     sample, characters = Counter[str](), Counter[str]()
     split = splitter(unit.config.language)
     no_text = undecodable(unit.config.encoding)
+    bad_records = list[bytes]()
 
     def texts() -> Iterator[str]:
         for record, text, reason, held_out, _ in clean_records(unit, Counter()):
             sample.update(records=1, undecoded=isinstance(record, Bad) and reason in no_text)
+            if isinstance(record, Bad):
+                if len(bad_records) < BAD_SHOWN:
+                    bad_records.append(record.line())
+                sample[f"bad: {reason}"] += 1
+            elif reason:
+                sample[f"dropped: {reason}"] += 1
             if text and not held_out:
                 sample["seen"] += len(text)
                 yield text
@@ -288,6 +307,8 @@ def _sample_unit(unit: Unit, documents: int, size: int) -> Counter[str]:
             sentences = [part for sentence in split(text) for part in _trainable(sentence)]
             file.writelines(f"{sentence}\n" for sentence in sentences)
             sample.update(bytes=len(content), sentences=len(sentences))
+    if not drawn:
+        unit.bad_records.write_bytes(b"".join(bad_records))
     letters = {character: count for character, count in characters.items() if character.isalpha()}
     sample.update(
         documents=len({number for number, _ in drawn}),

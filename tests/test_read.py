@@ -482,8 +482,6 @@ BAD_LINES = [
     (b'{"text": "no end', "broken JSON"),
     (b"[" * 100_000, "broken JSON"),
     (b'["a list"]', "not a JSON object"),
-    (b'{"body": "another field"}', "no field 'text'"),
-    (b'{"text": null}', "field 'text' is null"),
     (b'{"text": 5}', "field 'text' is not a string"),
     (b'{"text": "a lone \\ud800 surrogate"}', "lone surrogate"),
 ]
@@ -523,11 +521,8 @@ def test_bad_rows(tmp_path: Path, new: Any) -> None:
     found = read(path)
     assert [found[0], found[4]] == ["good", "good"]
     bad = [record for record in found if isinstance(record, Bad)]
-    assert [(record.reason, record.place) for record in bad] == [
-        ("the text is null", f"{path}, row 1"),
-        ("invalid UTF-8", f"{path}, row 3"),
-    ]
-    assert found[2] == Dropped("blank")
+    assert [(record.reason, record.place) for record in bad] == [("invalid UTF-8", f"{path}, row 3")]
+    assert found[1] == found[2] == Dropped("blank")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
@@ -692,7 +687,10 @@ def test_a_table_without_the_column(tmp_path: Path, name: str) -> None:
 
 def test_a_column_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(arrow_of(["one"]))
-    with pytest.raises(UserError, match=r"the column 'id' of .*a\.arrow holds int64, not text"):
+    with pytest.raises(
+        UserError,
+        match=r"the column 'id' of .*a\.arrow holds int64, not text; its columns of text are 'text'",
+    ):
         read(tmp_path, text_field="id")
 
 
@@ -768,11 +766,8 @@ def test_json_of_one_object_and_of_a_broken_array(tmp_path: Path, monkeypatch: p
     path.write_text(array)
     assert len(texts(path)) == 100
     path.write_bytes(b'[{"text": "a \xff"}, {"body": 1}, 5, {"text": "good"}]')
-    assert [reason for reason, _ in reasons(read(path))] == [
-        "invalid UTF-8",
-        "no field 'text'",
-        "not a JSON object",
-    ]
+    assert [reason for reason, _ in reasons(read(path))] == ["invalid UTF-8", "not a JSON object"]
+    assert Dropped("no field 'text'") in read(path)
 
 
 def test_a_field_that_no_line_has_is_told_with_those_there_are(tmp_path: Path) -> None:
@@ -781,6 +776,29 @@ def test_a_field_that_no_line_has_is_told_with_those_there_are(tmp_path: Path) -
         UserError, match=r"no field 'text'; did you mean 'txt'\?; its fields are 'txt', 'id', 'body'"
     ):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_record_without_text_is_empty_not_bad(tmp_path: Path, name: str) -> None:
+    objects = [{"text": None}, {"id": 1}, {"text": ""}, {"text": "good"}]
+    lines = "\n".join(map(json.dumps, objects))
+    (tmp_path / name).write_text(lines if name == "a.jsonl" else json.dumps(objects))
+    assert read(tmp_path / name) == [Dropped("blank"), Dropped("no field 'text'"), Dropped("blank"), "good"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_field_without_text_is_told_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    one = [{"title": "One.", "text": {"body": "Two."}, "id": number} for number in range(3)]
+    lines = "\n".join(map(json.dumps, one))
+    (tmp_path / name).write_text(lines if name == "a.jsonl" else json.dumps(one))
+    for field, what in (("text", "objects"), ("id", "numbers")):
+        with pytest.raises(
+            UserError,
+            match=f"the field '{field}' of .* holds {what}, not text; its fields of text are 'title'$",
+        ):
+            read(tmp_path / name, text_field=field)
+    with pytest.raises(UserError, match=r"no field 'txet'; did you mean 'text'\?; its fields are 'title', "):
+        read(tmp_path / name, text_field="txet")
 
 
 def test_output_of_prep_is_no_input(tmp_path: Path) -> None:

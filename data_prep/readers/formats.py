@@ -21,11 +21,22 @@ from typing import Any
 
 from bertscale.config import CsvConfig, UserError
 from data_prep.readers.markdown import MarkdownText
-from data_prep.readers.records import BLANK, LONGEST, Cut, Dropped, Record, bad, cut_at, judged, printable
+from data_prep.readers.records import (
+    BLANK,
+    LONGEST,
+    Bad,
+    Cut,
+    Dropped,
+    Record,
+    bad,
+    cut_at,
+    judged,
+    printable,
+)
 
 # A .jsonl, .csv or .tsv record is read as a whole. Python needs up to eight times as much memory for it.
 RECORD_BYTES = 16 * 2**20
-LINES_LOOKED_AT, FIELDS_SHOWN = 20, 20  # of a .jsonl, for the field of the text
+OBJECTS_LOOKED_AT, FIELDS_SHOWN = 1000, 20  # of a .jsonl or .json, for the field of the text
 CHUNK = 2**20  # bytes of a longer document that are read at a time
 _BOM = codecs.BOM_UTF8
 _title = re.compile(rb'title="(.*)"\s*>')
@@ -85,48 +96,54 @@ TOO_LONG = f"a record of more than {RECORD_BYTES // 2**20} MiB"
 
 def read_jsonl(stream: BufferedReader, name: str, end: int | None, field: str) -> Iterator[Record]:
     """A JSON object a line, the text in one of its fields."""
-    for start, line, size in bounded_lines(stream, end):
-        where = f"byte {start}"
-        if size > len(line):
-            yield bad(TOO_LONG, name, where, line, size)
-            continue
-        if not line.strip():
-            yield BLANK
-            continue
-        text, reason = _text_of_json(line, field)
-        if reason:
-            yield bad(reason, name, where, line)
-        else:
-            yield from judged(text, name, where)
-
-
-def _text_of_json(line: bytes, field: str) -> tuple[str, str]:
-    """Returns (text, "") or ("", reason)."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))  # of files put together each may begin with a mark
-    except UnicodeDecodeError:
-        return "", "invalid UTF-8"
-    except (ValueError, RecursionError):
-        return "", "broken JSON"
-    return _text_of_object(record, field)
-
-
-def _text_of_object(record: Any, field: str) -> tuple[str, str]:
-    if not isinstance(record, dict):
-        return "", "not a JSON object"
-    if field not in record:
-        return "", f"no field {field!r}"
-    text = record[field]
-    if not isinstance(text, str):
-        return "", f"field {field!r} is null" if text is None else f"field {field!r} is not a string"
-    return text, ""
+    return _texts_of_objects(_objects_of_lines(stream, name, end), name, field)
 
 
 def read_json(stream: BufferedReader, name: str, field: str) -> Iterator[Record]:
     """An array of objects, one object, or, as in a .jsonl, an object a line."""
+    return _texts_of_objects(_objects_of_file(stream, name), name, field)
+
+
+Object = tuple[str, bytes | str, Any]  # where it stands, how it is written, the value, or why it is none
+
+
+def _texts_of_objects(objects: Iterator[Object], name: str, field: str) -> Iterator[Record]:
+    for where, written, record in objects:
+        if isinstance(record, Bad | Dropped):
+            yield record
+        elif not isinstance(record, dict):
+            yield bad("not a JSON object", name, where, written)
+        elif (text := record.get(field)) is None:
+            yield BLANK if field in record else Dropped(f"no field {field!r}")
+        elif not isinstance(text, str):
+            yield bad(f"field {field!r} is not a string", name, where, written)
+        elif isinstance(written, str) and _NO_UTF8(text):
+            yield bad("invalid UTF-8", name, where, written)
+        else:
+            yield from judged(text, name, where)
+
+
+def _objects_of_lines(stream: BufferedReader, name: str, end: int | None) -> Iterator[Object]:
+    for start, line, size in bounded_lines(stream, end):
+        where = f"byte {start}"
+        if size > len(line):
+            yield where, line, bad(TOO_LONG, name, where, line, size)
+        elif not line.strip():
+            yield where, line, BLANK
+        else:
+            try:
+                # Of files put together each may begin with a mark.
+                yield where, line, json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                yield where, line, bad("invalid UTF-8", name, where, line)
+            except (ValueError, RecursionError):
+                yield where, line, bad("broken JSON", name, where, line)
+
+
+def _objects_of_file(stream: BufferedReader, name: str) -> Iterator[Object]:
     line = stream.readline(RECORD_BYTES)
-    if line.lstrip()[:1] == b"{" and _text_of_json(line, field)[1] != "broken JSON":
-        yield from read_jsonl(io.BufferedReader(_Again(line, stream)), name, None, field)
+    if line.lstrip()[:1] == b"{" and not _is_broken(line):
+        yield from _objects_of_lines(io.BufferedReader(_Again(line, stream)), name, None)
         return
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text = decoder.decode(line).lstrip().removeprefix("[")
@@ -135,28 +152,35 @@ def read_json(stream: BufferedReader, name: str, field: str) -> Iterator[Record]
         at = _BETWEEN(text, at).end()  # type: ignore[union-attr]
         if text[at : at + 1] == "]" or (over and at == len(text)):
             return
+        where = f"object {number}"
         try:
             record, end = json.JSONDecoder().raw_decode(text, at)
         except (ValueError, RecursionError):
             if over or len(text) - at > RECORD_BYTES:
                 # Where an object is broken, nobody knows where the next one begins.
-                lost = len(text[at:].encode("utf-8", "surrogateescape"))
+                rest = text[at:]
+                lost = len(rest.encode("utf-8", "surrogateescape"))
                 while data := stream.read(CHUNK):
                     lost += len(data)
-                yield bad("broken JSON, the rest of the file lost", name, f"object {number}", text[at:], lost)
+                yield where, rest, bad("broken JSON, the rest of the file lost", name, where, rest, lost)
                 return
             data = stream.read(max(CHUNK, len(text) - at))  # twice as much each time
             over = not data
             text, at = text[at:] + decoder.decode(data, over), 0
             continue
-        content, reason = _text_of_object(record, field)
-        if reason:
-            yield bad(reason, name, f"object {number}", text[at:end])
-        elif _NO_UTF8(content):
-            yield bad("invalid UTF-8", name, f"object {number}", text[at:end])
-        else:
-            yield from judged(content, name, f"object {number}")
+        yield where, text[at:end], record
         at, number = end, number + 1
+
+
+def _is_broken(line: bytes) -> bool:
+    """Whether the first line of a .json file is no JSON by itself; invalid UTF-8 costs the line alone."""
+    try:
+        json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 _BETWEEN = re.compile(r"[\s,]*").match
@@ -182,20 +206,40 @@ class _Again(io.RawIOBase):
         return 0
 
 
-def check_field(stream: BufferedReader, name: str, field: str) -> None:
-    """Raises UserError, with the fields there are, if none of the first lines of a .jsonl has `field`."""
-    fields: dict[str, None] = {}
-    for _, line, _ in islice(bounded_lines(stream, None), LINES_LOOKED_AT):
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
+def first_has_field(stream: BufferedReader, name: str, field: str) -> bool:
+    """Whether the first object of a .json file has this field, as far as that can be known."""
+    _, _, first = next(_objects_of_file(stream, name), ("", "", None))
+    return field in first if isinstance(first, dict) else first is None or isinstance(first, Bad)
+
+
+def check_field(stream: BufferedReader, name: str, kind: str, field: str) -> None:
+    """Raises UserError, with the fields there are, if of the first objects of a .jsonl or .json none has
+    `field`, or none of them holds text in it."""
+    fields, texts, other = dict[str, None](), dict[str, None](), ""
+    objects = _objects_of_lines(stream, name, None) if kind == ".jsonl" else _objects_of_file(stream, name)
+    for _, _, record in islice(objects, OBJECTS_LOOKED_AT):
+        if not isinstance(record, dict):
             continue
-        if isinstance(record, dict):
-            if field in record:
-                return
-            fields |= dict.fromkeys(record)
+        value = record.get(field)
+        if isinstance(value, str) or (value is None and field in record):
+            return
+        fields |= dict.fromkeys(record)
+        texts |= dict.fromkeys(key for key, of_key in record.items() if isinstance(of_key, str))
+        other = other or (_KINDS_OF_JSON[type(value)] if field in record else "")
+    if other:
+        raise no_text(list(texts), f"the field {field!r} of {printable(name)} holds {other}", "fields")
     if fields:
         raise no_field(list(fields), field, name)
+
+
+_KINDS_OF_JSON = {int: "numbers", float: "numbers", bool: "true or false", list: "lists", dict: "objects"}
+
+
+def no_text(names: list[str], what: str, kind: str) -> UserError:
+    """The error of a field or column that is there and holds no text: `names` are those that do."""
+    those = ", ".join(map(repr, names[:FIELDS_SHOWN]))
+    there_are = f"its {kind} of text are {those}" if names else f"it has no {kind} of text"
+    return UserError(f"text_field: {what}, not text; {there_are}")
 
 
 def no_field(fields: list[str], field: str, name: str) -> UserError:

@@ -125,10 +125,9 @@ def _has_field(name: str, field: str) -> bool:
     try:
         with open_text(name, "utf-8") as stream:
             formats.skip_bom(stream)
-            first = next(formats.read_json(stream, name, field), None)
+            return formats.first_has_field(stream, name, field)
     except (*DAMAGE, UserError):
         return True  # what is wrong with it is told when it is read
-    return not isinstance(first, Bad) or not first.reason.startswith(("no field", "not a JSON object"))
 
 
 def _search(folder: str, field: str, unread: Counter[str]) -> Iterator[InputFile]:
@@ -279,8 +278,8 @@ def _check(name: str, kind: str, config: PrepConfig) -> None:
                 formats.csv_column(stream, name, config.text_field, dialect)
             elif kind == ".tsv":
                 formats.tsv_column(stream, name, config.text_field)
-            elif kind == ".jsonl":
-                formats.check_field(stream, name, config.text_field)
+            elif kind in (".jsonl", ".json"):
+                formats.check_field(stream, name, kind, config.text_field)
         except UserError:
             if advice := other_encoding(name, config.encoding):
                 raise UserError(f"input: {advice}") from None

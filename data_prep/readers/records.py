@@ -10,6 +10,7 @@ A record is
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -49,6 +50,11 @@ class Bad:
     place: str
     excerpt: str = ""
     lost: int = field(default=0, compare=False)
+
+    def line(self) -> bytes:
+        """What the quarantine file holds of it."""
+        content = {"place": self.place, "reason": self.reason, "excerpt": self.excerpt}
+        return json.dumps(content, ensure_ascii=False).encode() + b"\n"
 
 
 Record = str | Dropped | Bad

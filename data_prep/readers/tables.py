@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bertscale.config import UserError
 from data_prep.readers.compressed import DAMAGE, compression_of, open_file, open_stream
-from data_prep.readers.formats import RECORD_BYTES, TOO_LONG, column_index
-from data_prep.readers.records import EXCERPT, DamagedFileError, Record, bad, judged, printable
+from data_prep.readers.formats import RECORD_BYTES, TOO_LONG, column_index, no_text
+from data_prep.readers.records import BLANK, EXCERPT, DamagedFileError, Record, bad, judged, printable
 
 BATCH_BYTES = 2**21  # of text in Python's memory at a time, about
 _ARROW_FILE = b"ARROW1\0\0"  # then what a stream has, then a footer
@@ -31,10 +30,15 @@ def text_column(schema: Any, column: str, name: str) -> int:
     """The index of `column`; raises UserError if there is none, or if it holds no text."""
     index = column_index(schema.names, column, name)
     kind = schema.field(index).type
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if values not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        raise UserError(f"text_field: the column {column!r} of {printable(name)} holds {kind}, not text")
+    if not _is_text(kind) and kind != pa.null():
+        texts = [field.name for field in schema if _is_text(field.type)]
+        raise no_text(texts, f"the column {column!r} of {printable(name)} holds {kind}", "columns")
     return index
+
+
+def _is_text(kind: Any) -> bool:
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return values in (pa.string(), pa.large_string(), pa.string_view())
 
 
 # --------------------------------------------------------------------------------------------- parquet
@@ -153,6 +157,6 @@ def _texts(array: Any, name: str, row: int) -> Iterator[Record]:
             continue
         value = array[at].as_py() if values is None else values[at]
         if value is None:
-            yield bad("the text is null", name, where)
+            yield BLANK
         else:
             yield from judged(value, name, where)
