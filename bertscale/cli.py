@@ -414,11 +414,17 @@ def convert(arguments: list[str]) -> int:
 
     parser = make_parser(
         "convert",
-        "Converts a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint; the kind "
-        "of SOURCE decides which.",
+        "Writes the weights of a run, a checkpoint of any topology, a folder of transformers or of "
+        "DeepSpeed, or a file of tensors as a folder of transformers or sentence-transformers, a graph of "
+        "ONNX (of a task model too), a checkpoint for any topology, or a universal checkpoint of DeepSpeed. "
+        "--as says which. What is written is compared with SOURCE. No GPU is needed.",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", type=Path, help="A run folder, a checkpoint or a Hugging Face folder."
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="A run folder, a checkpoint, a folder of transformers or DeepSpeed, or a file of tensors; for "
+        "--as onnx a task model, too.",
     )
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="The folder to write.")
     parser.add_argument(
@@ -427,7 +433,7 @@ def convert(arguments: list[str]) -> int:
         metavar="FORM",
         choices=FORMS,
         help=f"What to write: {'; '.join(f'{name}, {what}' for name, what in FORMS.items())}. By default a "
-        "Hugging Face folder becomes a checkpoint, and all else a folder for pretraining.",
+        "run or a checkpoint becomes a folder for pretraining, and all else a checkpoint.",
     )
     parser.add_argument(
         "--dtype",
@@ -503,9 +509,10 @@ def convert(arguments: list[str]) -> int:
         "model",
         metavar="model.KEY=VALUE",
         nargs="*",
+        default=[],
         help="The shape of a SOURCE that does not tell it, such as model.num_attention_heads=12.",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     chosen = {key: value for key, value in vars(options).items() if key not in ("source", "output")}
     chosen["model"] = tuple(options.model)
 
@@ -866,7 +873,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prep": ("raw text -> tokenizer and token shards", prep),
     "inspect": ("what a data set, run, checkpoint or model holds", inspect),
     "pretrain": ("token shards -> checkpoints", pretrain),
-    "convert": ("checkpoint <-> Hugging Face folder", convert),
+    "convert": ("weights from and to checkpoints, transformers, ONNX, DeepSpeed", convert),
     "diff": ("what differs between two checkpoints or models", diff),
     "average": ("several checkpoints or models of one shape -> one checkpoint", average),
     "finetune": ("encoder and labelled examples -> task model", finetune),

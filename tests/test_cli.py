@@ -184,3 +184,13 @@ def test_a_missing_config_alone_is_named(bertscale: Command) -> None:
         said = bertscale(command)
         assert said.returncode == 2
         assert said.stderr.endswith("error: the following arguments are required: CONFIG\n")
+
+
+def test_convert_takes_the_shape_behind_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("bertscale.export.convert.convert", lambda *words: given.extend(words))
+    words = ["theirs/global_step600", "out", "--tokenizer", "vocab.txt", "model.num_attention_heads=12"]
+    assert cli.main(["convert", *words]) == 0
+    source, output, options = given
+    assert (source, output, options.tokenizer) == (Path(words[0]), Path("out"), Path("vocab.txt"))
+    assert options.model == ("model.num_attention_heads=12",)

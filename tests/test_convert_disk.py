@@ -1,18 +1,29 @@
-"""Conversions onto full and read-only disks, and several at once: one line, and nothing left behind."""
+"""Conversions onto full and read-only disks, stopped by Ctrl-C, and several at once: one line, and nothing
+left behind."""
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from sharded import write_run
 from test_convert import write_checkpoint
 
+from bertscale import cli
 from bertscale.config import UserError
 from bertscale.convert.weights import open_weights
+from bertscale.errors import INTERRUPTED, MISTAKE
+from bertscale.export import convert as stage
+from bertscale.export import onnx, sentence_transformers, tensors, topology, universal
 from bertscale.export.convert import convert
-from bertscale.export.options import ConvertOptions
+from bertscale.export.options import FORMS, ConvertOptions
 from bertscale.export.output import is_output_of
 from bertscale.files import whole_folder
 from bertscale.train.resume import remove_leftovers
@@ -44,6 +55,79 @@ def test_a_disk_that_is_full_or_read_only(native: Path, disk: Path, tmp_path: Pa
         subprocess.run(["mount", "-o", "remount,size=100M", str(disk)], check=True)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     refused(native, disk / "out", r"cannot write .*out: Read-only file system")
+
+
+# What writes each form, and how often it does before it is stopped.
+WRITERS: dict[str, tuple[ModuleType, str, int]] = {
+    "pretraining": (tensors, "stream_tensors", 1),
+    "masked-lm": (tensors, "stream_tensors", 1),
+    "encoder": (tensors, "stream_tensors", 1),
+    "sentence-transformers": (sentence_transformers, "write_json", 1),
+    "onnx": (onnx, "write_graph", 0),
+    "onnx-masked-lm": (onnx, "write_graph", 0),
+    "checkpoint": (topology, "_write_at", 5),
+    "universal": (universal, "_save", 5),
+}
+WORDS = {
+    "pretraining": ["--shard-size", "10KB"],
+    "masked-lm": ["--shard-size", "10KB"],
+    "encoder": ["--shard-size", "10KB"],
+    "sentence-transformers": ["--pooling", "mean"],
+    "checkpoint": ["--tensor-parallel", "2", "--data-parallel", "2", "--zero-stage", "3"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("stopped") / "run", tiny_data, {"num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize("stop", ["full disk", "Ctrl-C"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_stopped_in_one_line(
+    form: str,
+    stop: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the middle of its files, and when all of them are there."""
+    output = tmp_path / "place" / "out"
+    arguments = ["convert", str(run), str(output), "--as", form, "--no-show", "--no-verify"]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error, code, said = {
+        "full disk": (full, MISTAKE, f"cannot write {output}: No space left on device"),
+        "Ctrl-C": (KeyboardInterrupt(), INTERRUPTED, "interrupted; run the same command again"),
+    }[stop]
+    module, name, before = WRITERS[form]
+    for place, writer, calls in ((module, name, before), (stage, "write_record", 0)):
+        done: list[str] = []
+        real = getattr(place, writer)
+
+        def stopped(*given: Any, real: Any = real, calls: int = calls, done: list[str] = done) -> Any:
+            if len(done) == calls:
+                assert any(path.is_file() for path in output.parent.rglob("*"))
+                done.append("raised")
+                raise error
+            done.append("written")
+            return real(*given)
+
+        monkeypatch.setattr(place, writer, stopped)
+        assert cli.main([*arguments, *WORDS.get(form, [])]) == code
+        assert done[-1] == "raised"
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bertscale")]
+        assert len(lines) == 1
+        assert said in lines[0]
+        assert list(output.parent.iterdir()) == []
+        # For the second place the first one writes again; making a graph takes seconds, so none is made.
+        monkeypatch.setattr(place, writer, (lambda *_: None) if place is onnx else real)
+
+
+def test_a_full_disk_is_an_error_of_the_disk_for_files_of_torch() -> None:
+    """torch.save says of it: RuntimeError, unexpected pos 704 vs 598."""
+    with pytest.raises(OSError, match="No space left on device"):
+        universal._save({"param": torch.zeros(1_000_000)}, Path("/dev/full"))
 
 
 def test_two_conversions_into_one_output(native: Path, tmp_path: Path) -> None:

@@ -90,7 +90,10 @@ def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp(f"transformers-{version}")
     packages = (f"transformers=={version}", *VERSIONS[version], *BESIDE)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*command, *packages], capture_output=True, text=True, check=False)
+    # Bytecode of thousands of files takes minutes, and a few dozen of them are imported. A registry that does
+    # not answer is asked once.
+    brief = ("--no-compile", "--retries", "0", "--timeout", "20", "--disable-pip-version-check")
+    done = subprocess.run([*command, *brief, *packages], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(
             f"transformers {version} cannot be installed here: {done.stderr.strip().splitlines()[-1]}"

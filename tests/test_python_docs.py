@@ -140,7 +140,8 @@ def test_using_models_runs_from_top_to_bottom() -> None:
                 assert [word for word in words if word.startswith("-") and word not in help_text] == []
             else:
                 subprocess.run([program, *words], check=True)
-    assert commands == ["bertscale convert", "bertscale finetune", "cp -r", "hf upload"]
+    exports = ["bertscale convert", "bertscale convert"]
+    assert commands == ["bertscale convert", "bertscale finetune", *exports, "cp -r", "hf upload"]
 
     assert len(notebook["answers"]) == 3
     vectors = notebook["vectors"]

@@ -1,10 +1,11 @@
-"""Converts a checkpoint to a Hugging Face folder and back, and checks that both agree.
+"""Converts weights from any source into any form, and checks that both agree.
 
     bertscale convert runs/quickstart/pretrain runs/quickstart/hugging-face   # newest checkpoint of a run
     bertscale convert runs/quickstart/hugging-face runs/imported              # and back
     bertscale convert runs/quickstart/pretrain runs/vectors --as sentence-transformers --pooling mean
 
-Weights are read and written one tensor at a time. It needs no GPU.
+`FORMS` has all that can be written, `convert/sources.py` all that is read. Weights are read and written one
+tensor at a time, but for graphs of ONNX. It needs no GPU.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ FORMS = {
     "sentence-transformers": "an encoder that gives a vector for each text",
     "onnx": "a graph of ONNX: of the encoder, or of a task model with its head",
     "onnx-masked-lm": "a graph of ONNX that fills masks",
-    "checkpoint": "a checkpoint",
+    "checkpoint": "a checkpoint of bertscale, for the topology that is given below",
     "universal": "a universal checkpoint of DeepSpeed",
 }
 HUGGING_FACE = ("pretraining", "masked-lm", "encoder", "sentence-transformers")
@@ -44,8 +44,8 @@ SHARD_SIZE = 50 * 10**9  # of transformers 5
 class ConvertOptions:
     """How a conversion is made.
 
-    `as_` is a key of `FORMS`; by default a Hugging Face folder becomes a checkpoint, and all else a folder
-    for pretraining. `dtype` is of the weights; with `clamp` those beyond its range become its largest number,
+    `as_` is a key of `FORMS`; by default a run or a checkpoint becomes a folder for pretraining, and all else
+    a checkpoint. `dtype` is of the weights; with `clamp` those beyond its range become its largest number,
     without it they are an error. `shard_size`: bytes of a file, unless one tensor has more. `pooler`: whether
     an encoder keeps the layer over its first token (None: where it was trained). `pooling` and `normalize`:
     how the vector of a text is made. `verify`: the output is loaded and compared. `show`: an exported model

@@ -17,6 +17,7 @@ A run loads it with `{"checkpoint": {"load_universal": true}}` in its DeepSpeed 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,16 @@ def write_universal_files(
         for state in states[name]:
             value = weights.tensor(name, state)
             dimension = tensor_parallel_dimension(name) or 0
-            torch.save(
+            _save(
                 {"param": value, "cat_dim": dimension},
                 place / f"{WEIGHT if state == 'weight' else state}.pt",
             )
             yield value.nbytes
         if len(states[name]) > 1:
-            torch.save(step, place / "step.pt")
+            _save(step, place / "step.pt")
     # A group of the run gets the keys of the one here: none. There are as many as a run can have.
     groups: list[dict[str, Any]] = [{} for _ in shapes]
-    torch.save(
+    _save(
         {
             "ds_version": DEEPSPEED,
             "param_groups": groups,
@@ -116,7 +117,14 @@ def write_universal_files(
         "ds_version": DEEPSPEED,
     }
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        torch.save(counters, inside / name)
+        _save(counters, inside / name)
     config = {"model": weights.model.model_dump(mode="json")}
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     (folder / "latest_universal").write_text(inside.name, encoding="utf-8")
+
+
+def _save(value: Any, path: Path) -> None:
+    """As torch.save, which makes a RuntimeError without a reason of a disk that is full. Raises OSError."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    path.write_bytes(content.getbuffer())
