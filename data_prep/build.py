@@ -186,13 +186,19 @@ def _whose(missing: list[int], count: int | None) -> str:
 
 @contextmanager
 def _stops_explained(config: PrepConfig) -> Iterator[None]:
-    """Says what Ctrl-C leaves behind, and makes a full disk a UserError."""
+    """Says what Ctrl-C leaves behind, and makes a UserError of a full disk or a read-only folder."""
     try:
         yield
     except KeyboardInterrupt:
         print("\nprep: stopped; the same command continues, finished work is kept", file=sys.stderr)
         raise
     except OSError as error:
+        of_output = str(error.filename or config.output).startswith(config.output)
+        if of_output and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"output: cannot write in {config.output} ({error.strerror}: {error.filename}): get the "
+                "right to write there, or choose another output"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(

@@ -47,6 +47,7 @@ from bertscale.tokenizer import (  # fmt: skip
 from data_prep.clean import clean_records
 from data_prep.extend_tokenizer import extend_tokenizer, is_unigram_or_bpe
 from data_prep.plan import Plan, Unit, read_json
+from data_prep.readers.compressed import temporary_folder_named
 from data_prep.readers.read import undecodable
 from data_prep.readers.records import Bad
 from data_prep.segment import splitter
@@ -487,6 +488,7 @@ def compare_with_hugging_face(model: Path, files: list[Path], sentences: int) ->
     """
     tokenizer = load_tokenizer(model)
     compared = list(islice(lines_of(files), 0, None, -(-sentences // COMPARED)))
-    with tempfile.TemporaryDirectory() as folder:
+    what = "the tokenizer in its Hugging Face form"
+    with temporary_folder_named(what), tempfile.TemporaryDirectory() as folder:
         tokenizer.export_hugging_face(folder, max_length=512)
         return round(tokenizer.agreement(folder, compared) * len(compared)), len(compared)

@@ -23,6 +23,7 @@ from data_prep import build, encode
 from data_prep import plan as plan_module
 from data_prep.build import prep, prep_finish, prep_share, prep_tokenizer
 from data_prep.encode import Batch, Encoded
+from data_prep.plan import Plan
 from data_prep.readers.read import find_files
 from data_prep.readers.records import LONGEST
 from data_prep.workers import map_in_order
@@ -531,6 +532,23 @@ def test_input_without_a_text_leaves_a_quarantine_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{told}. .* are listed in {quarantine}"):
         prep(config_for(tmp_path))
     assert [json.loads(line)["excerpt"].strip() for line in quarantine.open()] == ['{"text": 5}', "no JSON"]
+
+
+@pytest.mark.parametrize("run", [prep, lambda config: prep_share(config, 0, 1)])
+def test_an_output_that_is_read_only_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[PrepConfig], object]
+) -> None:
+    def refused(self: Plan, *arguments: Any) -> None:
+        raise OSError(30, "Read-only file system", f"{tmp_path}/output/.prep/plan.json.tmp-1")
+
+    (tmp_path / "input").mkdir()
+    write_jsonl(tmp_path / "input" / "a.jsonl", make_documents(5))
+    for method in ("begin", "join"):
+        monkeypatch.setattr(Plan, method, refused)
+    with pytest.raises(
+        UserError, match=r"cannot write in \S+output \(Read-only file system: .*choose another"
+    ):
+        run(config_for(tmp_path))
 
 
 def test_a_damaged_file_counts_by_its_bytes(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -753,6 +753,37 @@ def test_what_is_not_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
 
 
+def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, inner = tmp_path / "closed", tmp_path / "closed" / "a.txt"
+    folder.mkdir()
+    inner.write_text("x")
+    stat, scan = os.stat, os.scandir
+
+    def refused(path: Any, of: Callable[..., Any], *closed: Path, **how: Any) -> Any:
+        if str(path) in map(str, closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return of(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda path: refused(path, scan, folder))
+        with pytest.raises(UserError, match=rf"cannot read the folder {folder}: Permission denied; get the"):
+            find_files([str(folder)])
+    monkeypatch.setattr(os, "stat", lambda path, **how: refused(path, stat, inner, **how))
+    with pytest.raises(UserError, match=rf"cannot read {inner}: Permission denied; get the right"):
+        find_files([str(inner)])
+
+
+def test_a_full_folder_of_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(WRITERS["a.parquet"](["one"])))
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(UserError, match=rf"no room for the content of {path} in .* set TMPDIR to a folder"):
+        read(path)
+
+
 def test_json_of_one_object_and_of_a_broken_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"text": "Only one.", "id": 1}, indent=2))

@@ -11,10 +11,13 @@ raises one of DAMAGE, after what was before it; or it ends the stream, and `dama
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
+import os
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +97,21 @@ class Decompressed(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+@contextmanager
+def temporary_folder_named(what: str) -> Iterator[None]:
+    """Makes a UserError of a full, or unusable, folder of temporary files, in which `what` is written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "temporary directory" not in str(error):
+            raise
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+        raise UserError(
+            f"there is no room for {what} in the folder of temporary files, {folder} ({error.strerror}): "
+            "free some space there, or set TMPDIR to a folder that has room"
+        ) from error
 
 
 def compression_of(name: str) -> str:

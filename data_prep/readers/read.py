@@ -38,6 +38,7 @@ KINDS = f"{', '.join(FORMATS)}, each also as .gz, .bz2, .xz or .zst, and WikiExt
 WIKI = "wiki"
 UNPACKED = 3  # bytes of text for one of a compressed file, roughly
 _DOC = b"<doc "
+_GET_THE_RIGHT = "get the right to read it (and of a folder, to enter it), or leave it out of `input`"
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ def find_files(inputs: list[str], field: str = "text", unread: Counter[str] | No
     for name in inputs:
         shown, of_name = printable(name), list[InputFile]()
         if os.path.isdir(name):
-            of_name += _search(name, field, unread)
+            of_name += _search(name, field, unread, named=True)
             nothing = f"the folder {shown} has no file of the kinds {KINDS}"
         elif os.path.exists(name):
             of_name += _look_at(name, field, unread, named=True)
             nothing = f"{shown} is none of {KINDS}"
+        elif refusal := _refusal(name):
+            nothing = f"cannot read {shown}: {refusal}; {_GET_THE_RIGHT}"
         elif matches := sorted(glob.glob(name, recursive=True)):
             for match in filter(os.path.isfile, matches):
                 of_name += _look_at(match, field, unread)
@@ -130,11 +133,17 @@ def _has_field(name: str, field: str) -> bool:
         return True  # what is wrong with it is told when it is read
 
 
-def _search(folder: str, field: str, unread: Counter[str]) -> Iterator[InputFile]:
-    """The input files in `folder` and in those within it, sorted by path; each folder once."""
+def _search(folder: str, field: str, unread: Counter[str], named: bool = False) -> Iterator[InputFile]:
+    """The input files in `folder` and in those within it, sorted by path; each folder once.
+
+    Raises UserError where a folder that the user named is closed; others are counted in `unread`.
+    """
     seen, names = set[tuple[int, int]](), []
 
     def note(error: OSError) -> None:
+        if named and error.filename == folder:
+            why = f"cannot read the folder {printable(folder)}: {error.strerror}"
+            raise UserError(f"input: {why}; {_GET_THE_RIGHT}") from error
         unread[f"folder: {error.strerror}"] += 1
 
     for path, folders, files in os.walk(folder, onerror=note, followlinks=True):
@@ -153,8 +162,21 @@ def _search(folder: str, field: str, unread: Counter[str]) -> Iterator[InputFile
     for name in sorted(names, key=lambda name: Path(name).parts):
         if os.path.isfile(name):
             yield from _look_at(name, field, unread)
+        elif refusal := _refusal(name):
+            unread[f"file: {refusal}"] += 1
         else:
             unread["link to nothing" if os.path.islink(name) else "no file, such as a pipe"] += 1
+
+
+def _refusal(name: str) -> str:
+    """The system's words where it does not even tell what `name` is, as of what lies in a closed folder."""
+    try:
+        os.stat(name)
+    except PermissionError as error:
+        return error.strerror or "Permission denied"
+    except OSError:
+        pass
+    return ""
 
 
 def _kind(name: str) -> str:

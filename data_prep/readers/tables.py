@@ -9,7 +9,7 @@ import mmap
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from io import BufferedReader
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.readers.compressed import DAMAGE, compression_of, open_file, open_stream
+from data_prep.readers.compressed import (
+    DAMAGE,
+    compression_of,
+    open_file,
+    open_stream,
+    temporary_folder_named,
+)
 from data_prep.readers.formats import RECORD_BYTES, TOO_LONG, column_index, no_text
 from data_prep.readers.records import BLANK, EXCERPT, DamagedFileError, Record, bad, judged, printable
 
@@ -47,13 +53,19 @@ def _is_text(kind: Any) -> bool:
 @contextmanager
 def open_parquet(name: str) -> Iterator[Any]:
     """A compressed one is unpacked into a temporary file first: Parquet is read from its end."""
-    with open_file(name) as plain, tempfile.TemporaryFile() as copy:
-        file = plain
-        if compression_of(name):
+    opened: AbstractContextManager[Any] = _unpacked(name) if compression_of(name) else open_file(name)
+    with opened as file:
+        yield pq.ParquetFile(pa.PythonFile(file, "r"), buffer_size=2**20, page_checksum_verification=True)
+
+
+@contextmanager
+def _unpacked(name: str) -> Iterator[Any]:
+    with ExitStack() as stack:
+        with temporary_folder_named(f"the content of {printable(name)}"):
+            copy = stack.enter_context(tempfile.TemporaryFile())
             with open_stream(name) as stream:
                 shutil.copyfileobj(stream, copy, 2**20)
-            file = copy  # type: ignore[assignment]
-        yield pq.ParquetFile(pa.PythonFile(file, "r"), buffer_size=2**20, page_checksum_verification=True)
+        yield copy
 
 
 def group_starts(parquet: Any) -> list[int]:
