@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from bertscale.train.checkpoint import Checkpoint, commit, open_checkpoint
 from bertscale.train.checkpoint_table import DIGEST, read_table
 from bertscale.train.engine import Engine
 from bertscale.train.parallel import take_share, tensor_parallel_dimension
+from launcher.nodes.step import _allow_files
 
 TENSOR, DATA = 2, 4
 
@@ -80,6 +82,16 @@ def test_a_file_that_is_lost_is_found_by_the_rank_that_looks_for_it(checkpoint: 
     open_checkpoint(folder, 0, 3)
     with pytest.raises(UserError, match=r"shard-t01-d00\.safetensors is damaged: missing"):
         open_checkpoint(folder, 1, 3)
+
+
+def test_the_check_of_many_nodes_may_open_many_sockets() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] // 2, before[1]))
+        _allow_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def parts_in(checkpoint: Checkpoint, tensor: int, tensor_rank: int) -> Any:
