@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -87,13 +87,15 @@ def fresh_folder(final: Path) -> Path:
     return partial
 
 
-def put_in_place(partial: Path, final: Path) -> None:
+def put_in_place(partial: Path, final: Path, flushed: Collection[str] = ()) -> None:
     """Flushes the files of `partial` and renames it, in place of an older `final`. Raises OSError.
 
-    Of several processes that do so at the same time, the last one's folder stays, whole.
+    Files named in `flushed` are on the disk already: whoever wrote them has flushed them. Of several
+    processes that do so at the same time, the last one's folder stays, whole.
     """
     for path in partial.rglob("*"):
-        sync(path)
+        if path.name not in flushed:
+            sync(path)
     sync(partial)
     with _locked(final.parent):
         old = final.with_name(f".{final.name}.old")

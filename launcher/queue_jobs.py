@@ -114,12 +114,26 @@ def other_job(number: str, *, controller: bool = True) -> QueueJob | None:
     Without `controller` only sacct is asked: its database may answer while the controller is down.
     Raises UserError when the controller does not answer.
     """
+    return other_jobs([number], controller=controller).get(number)
+
+
+def other_jobs(numbers: Sequence[str], *, controller: bool = True) -> dict[str, QueueJob]:
+    """As `other_job`, for several jobs, by their numbers; each command is asked once for all of them."""
+    found: dict[str, QueueJob] = {}
+    if not numbers:
+        return found
     with contextlib.suppress(UserError):  # many clusters keep no accounts
-        accounted = parse_sacct(slurm.ask(*SACCT, f"--jobs={number}").stdout)
-        if accounted:
-            return accounted[-1]
-    record = slurm.show_job(number) if controller else None
-    return from_record(record) if record else None
+        accounted = parse_sacct(slurm.ask(*SACCT, f"--jobs={','.join(numbers)}").stdout)
+        found = {job.number: job for job in accounted if job.number in numbers}  # of an array the last task
+    unknown = [number for number in numbers if number not in found]
+    if controller and len(unknown) == 1:
+        if record := slurm.show_job(unknown[0]):
+            found[unknown[0]] = from_record(record)
+    elif controller and unknown:
+        for job in map(from_record, slurm.show_jobs()):
+            if job.number in unknown:
+                found.setdefault(job.number, job)  # of an array the first task
+    return found
 
 
 def lost_host(job: QueueJob) -> str:

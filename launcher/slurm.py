@@ -82,6 +82,12 @@ def show_job(job: str) -> dict[str, str] | None:
     return _record(lines[0]) if done.returncode == 0 and lines else None
 
 
+def show_jobs() -> list[dict[str, str]]:
+    """Slurm's records of all jobs that wait, run or ended a short while ago."""
+    lines = ask("scontrol", "show", "job", "--oneliner", check=False).stdout.splitlines()
+    return [_record(line) for line in lines if line.startswith("JobId=")]
+
+
 @functools.cache
 def partitions() -> dict[str, dict[str, str]]:
     """Every partition by its name, with Slurm's own words: MaxTime, MaxNodes, Nodes, State, Default."""

@@ -477,6 +477,25 @@ def test_each_source_in_its_turn(
     assert ask_status(capsys, "18")[0]["run"] == str(job.parent)
 
 
+def test_each_command_is_asked_once_for_all_runs(
+    here: Path, slurm_says: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for number in range(30, 36):
+        write_events(make_job(here / f"runs/run{number}"), {"event": "queued", "job": str(number)})
+    os.environ["PATH"] += ":/bin:/usr/bin"
+    accounts = "".join(f"{number}|FAILED|1|node1|N/A|N/A|{number}:0|None\n" for number in (30, 31, 32))
+    records = "\n".join(RECORD.replace("JobId=1 ", f"JobId={number} ") for number in (33, 34, 1)) + "\n"
+    slurm_says(squeue="", sacct=accounts, scontrol=records)
+    for command in ("squeue", "sacct", "scontrol"):
+        script = tmp_path / "commands" / command
+        script.write_text(script.read_text().replace("cat", f"echo {command} >> {tmp_path}/asked; cat", 1))
+    reports = {Path(report["run"]).name: report for report in ask_status(capsys)}
+    assert (tmp_path / "asked").read_text().split() == ["squeue", "sacct", "scontrol"]
+    sources = [reports[f"run{number}"]["source"] for number in range(30, 36)]
+    assert sources == ["sacct"] * 3 + ["scontrol"] * 2 + ["its own events"]
+    assert "exit code 31" in reports["run31"]["sentence"]
+
+
 @pytest.mark.parametrize(("state", "word"), [("DOWN+NOT_RESPONDING", "lost"), ("ALLOCATED", "running")])
 def test_a_job_that_runs_without_its_first_node_is_lost(
     state: str,

@@ -20,8 +20,11 @@ import os
 import re
 import shutil
 import struct
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +140,12 @@ def _attempt(work: Callable[[], object]) -> str | None:
 
 
 def commit(partial: Path, final: Path, table: dict[str, Any]) -> None:
-    """Writes the table into `partial` and gives the folder its final name. Raises OSError."""
+    """Writes the table into `partial` and gives the folder its final name. Raises OSError.
+
+    The ranks have flushed their own files: thousands of them, again and one by one, would hold up all.
+    """
     write_table(partial, table)
-    put_in_place(partial, final)
+    put_in_place(partial, final, flushed={file["name"] for file in table["files"]})
 
 
 def write_table(folder: Path, table: dict[str, Any]) -> None:
@@ -172,6 +178,13 @@ class Checkpoint:
         )  # what its run started from, oldest first
         self.parameters: dict[str, dict[str, Any]] = table["parameters"]
         self._open: dict[str, Any] = {}
+        # (parameter, tensor rank) -> (start, length, file) of its fragments, by their starts.
+        self._fragments: dict[tuple[str, int], list[tuple[int, int, str]]] = defaultdict(list)
+        for file in table["files"]:
+            for name, (start, length) in file["pieces"].items():
+                self._fragments[name, file["tensor_rank"]].append((start, length, file["name"]))
+        for fragments in self._fragments.values():
+            fragments.sort()
 
     @property
     def updates(self) -> int:
@@ -207,19 +220,33 @@ class Checkpoint:
         if state not in entry.get("states", STATES):
             raise KeyError(f"{state} of {name}")
         shape, dim = entry["shape"], entry["tensor_parallel_dimension"]
-        degree = self.table["topology"]["tensor"] if dim is not None else 1
+        degree = self.degree(name)
+        if degree == 1:
+            return self.part(name, state, 0, 0, torch.Size(shape).numel()).view(shape)
         whole = torch.empty(shape)
-        # The share of each tensor rank from the fragments of its data ranks: in its place in the whole where
-        # it lies there in one piece.
-        for rank, share in enumerate(whole.chunk(degree, dim or 0)):
-            flat = share.view(-1) if share.is_contiguous() else torch.empty(share.numel())
-            for file in self.table["files"]:
-                if file["tensor_rank"] == rank and name in file["pieces"]:
-                    start, length = file["pieces"][name]
-                    flat[start : start + length] = self._piece(file["name"], f"{state}:{name}", length)
-            if not share.is_contiguous():
-                share.copy_(flat.view(share.shape))
+        for rank, share in enumerate(whole.chunk(degree, dim)):
+            share.copy_(self.part(name, state, rank, 0, share.numel()).view(share.shape))
         return whole
+
+    def degree(self, name: str) -> int:
+        """Counts the shares in which a parameter is kept, one of each tensor rank."""
+        sharded = self.parameters[name]["tensor_parallel_dimension"] is not None
+        return int(self.table["topology"]["tensor"]) if sharded else 1
+
+    def part(self, name: str, state: str, tensor_rank: int, start: int, length: int) -> Tensor:
+        """Reads `length` values from `start` on of a tensor rank's flattened share, float32, on the CPU.
+
+        Only files that hold some of these values are opened. Raises UserError for a damaged one.
+        """
+        values, end = torch.empty(length), start + length
+        fragments = self._fragments[name, tensor_rank]
+        first = max(0, bisect_right(fragments, start, key=itemgetter(0)) - 1)
+        for begin, size, file in fragments[first : bisect_left(fragments, end, key=itemgetter(0))]:
+            low, high = max(start, begin), min(end, begin + size)
+            if low < high:
+                piece = self._piece(file, f"{state}:{name}", size)
+                values[low - start : high - start] = piece[low - begin : high - begin]
+        return values
 
     def digest(self) -> str:
         """Digest of the table, after all files were compared with it; raises UserError that names a damaged
@@ -275,9 +302,9 @@ class AveragedCheckpoint(Checkpoint):
         """The weight alone: the moments are those of another one."""
         return STATES[:1]
 
-    def tensor(self, name: str, state: str = "weight") -> Tensor:
+    def part(self, name: str, state: str, tensor_rank: int, start: int, length: int) -> Tensor:
         """As that of a checkpoint, but `weight` is the average."""
-        return super().tensor(name, AVERAGE if state == "weight" else state)
+        return super().part(name, AVERAGE if state == "weight" else state, tensor_rank, start, length)
 
     def digest(self) -> str:
         """As that of a checkpoint, and another one than its."""
@@ -295,10 +322,12 @@ def prune(run: Path, keep: int, every: int | None = None, read: Collection[int] 
         shutil.rmtree(folder)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> Checkpoint:
     """Opens a checkpoint folder, or the newest checkpoint of a run folder.
 
-    Raises UserError where there is none, it was never committed, or a file is missing or truncated.
+    Looks for the files `part`, `part` + `parts`, ... of the table: where several ranks open it, each looks
+    for its own, since thousands that look for thousands of files hold up a file system. Raises UserError
+    where there is none, it was never committed, or a file is missing or truncated.
     """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint {folder}: no such folder")
@@ -306,9 +335,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         finished = checkpoints(folder)
         if not finished:
             raise UserError(f"the run {folder} has no finished checkpoint yet")
-        return open_checkpoint(finished[-1])
+        return open_checkpoint(finished[-1], part, parts)
     table = read_table(folder)
-    check_files(folder, table)
+    check_files(folder, table, part, parts)
     return Checkpoint(folder, table)
 
 

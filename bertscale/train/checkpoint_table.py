@@ -6,6 +6,7 @@ A table that somebody has edited, or that a disk has damaged, is refused before 
 from __future__ import annotations
 
 import math
+import stat
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,11 +117,16 @@ def read_table(folder: Path) -> dict[str, Any]:
     return table
 
 
-def check_files(folder: Path, table: dict[str, Any]) -> None:
-    """Raises UserError where a file of the table is missing or has another size."""
-    for file in table["files"]:
+def check_files(folder: Path, table: dict[str, Any], part: int = 0, parts: int = 1) -> None:
+    """Raises UserError where one of the table's files `part`, `part` + `parts`, ... is missing or has another
+    size."""
+    for file in table["files"][part::parts]:
         path = folder / file["name"]
-        size = path.stat().st_size if path.is_file() else None
+        try:
+            found = path.stat()  # once: a file system shared by thousands of ranks answers each time
+            size = found.st_size if stat.S_ISREG(found.st_mode) else None
+        except OSError:
+            size = None
         if size != file["bytes"]:
             state = "missing" if size is None else f"{size:,} bytes instead of {file['bytes']:,}"
             raise UserError(f"the checkpoint file {path} is damaged: {state}; use another checkpoint")

@@ -22,6 +22,8 @@ from bertscale.train.clipping import set_clipping, whole_norm
 from bertscale.train.parallel import Ranks, take_share, tensor_parallel_dimension
 from bertscale.train.zero import Zero
 
+# (name, state, start, length) -> those values of this tensor rank's flattened share of the parameter.
+ReadPart = Callable[[str, str, int, int], Tensor]
 Scale = Callable[[str], float]  # of the learning rate of a parameter, by its name; 0: it is not trained
 
 
@@ -180,7 +182,9 @@ class Engine(Generic[AnyConfig]):
         """Gives every parameter the value of `first_value(name, shape)`, whole tensors, and forgets
         moments."""
         self.optimizer.state.clear()
-        self._fill(lambda name, state: first_value(name, self._global_shape(name)), ("weight",))
+        self._fill(
+            self._parts_of(lambda name, state: first_value(name, self._global_shape(name))), ("weight",)
+        )
         self.begin_average()
         for name, parameter in self.frozen.items():
             share = take_share(
@@ -193,7 +197,7 @@ class Engine(Generic[AnyConfig]):
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Takes over the weights of a checkpoint of any topology, and nothing else."""
-        self._fill(checkpoint.tensor, ("weight",))
+        self._fill(self._parts_in(checkpoint), ("weight",))
 
     def resume(self, checkpoint: Checkpoint, begin: int = 0) -> None:
         """Takes over weights, moments, step and average of a checkpoint of any topology; its steps until
@@ -216,9 +220,9 @@ class Engine(Generic[AnyConfig]):
                         f"the checkpoint {checkpoint.folder} has no {state} of {name}, which "
                         f"optimizer.name={self.config.optimizer.name} needs; resume with optimizer.name=muon"
                     )
-        self._fill(checkpoint.tensor, STATES if checkpoint.has_moments else ("weight",))
+        self._fill(self._parts_in(checkpoint), STATES if checkpoint.has_moments else ("weight",))
         if self.decay and checkpoint.has_average:
-            self._fill(checkpoint.tensor, (AVERAGE,))
+            self._fill(self._parts_in(checkpoint), (AVERAGE,))
         else:
             self.begin_average()
         for state in self.optimizer.state.values():  # for the bias correction
@@ -276,21 +280,43 @@ class Engine(Generic[AnyConfig]):
         muon = self.config.optimizer.name == "muon" and is_matrix(name)
         return STATES[:2] if muon else STATES
 
-    def _fill(self, read: Callable[[str, str], Tensor], states: tuple[str, ...]) -> None:
-        """Copies this rank's part of `read(name, state)`, a whole tensor, into each of the states.
+    def _parts_of(self, read: Callable[[str, str], Tensor]) -> ReadPart:
+        """Reads parts of the whole tensors `read(name, state)`."""
 
-        One whole tensor at a time, on the CPU: the memory of a rank holds no more than its largest parameter.
+        def part(name: str, state: str, start: int, length: int) -> Tensor:
+            whole = read(name, state)
+            assert list(whole.shape) == self._global_shape(name), name  # what follows sees no shapes
+            share = take_share(whole, name, self.ranks.tensor, self.ranks.tensor_rank)
+            return share.flatten()[start : start + length]
+
+        return part
+
+    def _parts_in(self, checkpoint: Checkpoint) -> ReadPart:
+        """Reads parts of a checkpoint's tensors, of shares that are cut alike without the rest of them."""
+        of_whole = self._parts_of(checkpoint.tensor)
+
+        def part(name: str, state: str, start: int, length: int) -> Tensor:
+            sharded = tensor_parallel_dimension(name) is not None
+            if checkpoint.degree(name) != (self.ranks.tensor if sharded else 1):
+                return of_whole(name, state, start, length)
+            assert checkpoint.parameters[name]["shape"] == self._global_shape(name), name
+            rank = self.ranks.tensor_rank if sharded else 0
+            return checkpoint.part(name, state, rank, start, length)
+
+        return part
+
+    def _fill(self, read: ReadPart, states: tuple[str, ...]) -> None:
+        """Copies `read(name, state, start, length)`, this rank's part, into each of the states.
+
+        One tensor at a time, on the CPU: the memory of a rank holds no more than its largest parameter.
         """
         fragments = {fragment.name: fragment for fragment in self.fragments()}
         for name in self.parameters:
             for state in states:
                 if state not in self._states(name) or name not in fragments:
                     continue
-                whole = read(name, state)
-                assert list(whole.shape) == self._global_shape(name), name  # what follows sees no shapes
-                share = take_share(whole, name, self.ranks.tensor, self.ranks.tensor_rank)
-                target, start = fragments[name].states[state], fragments[name].start
-                target.copy_(share.flatten()[start : start + target.numel()])
+                target = fragments[name].states[state]
+                target.copy_(read(name, state, fragments[name].start, target.numel()))
         self.zero.refresh_weights()
 
     def _lay_out(self, optimizer: WholeOptimizer) -> None:

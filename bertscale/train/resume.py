@@ -51,11 +51,11 @@ def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
 def open_sound(folder: Path, ranks: Ranks) -> Checkpoint | str:
     """Returns the checkpoint of `folder` if its digests are right, else what is wrong with it.
 
-    All ranks must call: each verifies its part of the files.
+    All ranks must call: each looks for its part of the files and verifies it.
     """
     failure: str | None = None
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, ranks.rank, ranks.world)
         checkpoint.verify(ranks.rank, ranks.world)
     except UserError as error:
         failure = str(error)

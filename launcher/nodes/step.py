@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import secrets
 import socket
 import statistics
@@ -75,6 +76,7 @@ class Check:
 
     async def run(self) -> dict[str, str | None]:
         self.changed = asyncio.Event()
+        _allow_files()
         listener = _listen()
         server = await asyncio.start_server(self._serve, sock=listener)
         step = await self._start(listener.getsockname()[1])
@@ -289,6 +291,14 @@ class Check:
         facts |= {"report": node.report, "all_reduce": node.links}
         text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
         (self.folder / f"{node.name}.json").write_text(text, encoding="utf-8")
+
+
+def _allow_files() -> None:
+    """Raises the limit of open files as far as this process may: each node takes a socket, and many hosts
+    begin with a limit of 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen() -> socket.socket:

@@ -47,10 +47,11 @@ def status(names: Sequence[str], *, as_json: bool) -> int:
     now = time.time()
     queue, silence = listen()
     places = [locate(name, queue) for name in names] or every_place(queue)
-    reports = []
-    for place in places:
-        facts = runs.look(place)
-        reports.append((place, facts, state.judge(place, facts, queue, silence, now)))
+    found = [(place, runs.look(place)) for place in places]
+    ended = state.ended_jobs(found, queue, silence)
+    reports = [
+        (place, facts, state.judge(place, facts, queue, silence, now, ended)) for place, facts in found
+    ]
     if as_json:
         print(json.dumps([show.as_values(*report) for report in reports], indent=2))
     elif names:

@@ -21,6 +21,9 @@ FRESH_SECONDS = 120.0  # a run whose figures changed within this is still at wor
 LAST_WRITES_SECONDS = 5.0  # what is written this long after an attempt's end is not of another one
 
 
+Ended = dict[str, QueueJob] | str  # jobs that are not in the queue by number, or why Slurm does not answer
+
+
 @dataclass(frozen=True)
 class State:
     """What a run does at present: a word to sort and colour by, a sentence, and who said so."""
@@ -32,8 +35,35 @@ class State:
     next: str | None = None  # the command to try
 
 
-def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None, now: float) -> State:
-    """What the run does: by the queue, else sacct or scontrol, else its own files."""
+def ended_jobs(found: list[tuple[Place, Facts]], queue: list[QueueJob], silence: str | None) -> Ended:
+    """What sacct or scontrol says of the runs that are neither in the queue nor done, by their newest jobs;
+    or why they do not answer. Each is asked once for all runs."""
+    numbers = [
+        facts.jobs[-1]
+        for place, facts in found
+        if place.job is not None
+        and facts.jobs
+        and not facts.done
+        and not queue_jobs.jobs_of(place.job, facts.jobs, queue)
+    ]
+    try:
+        return queue_jobs.other_jobs(list(dict.fromkeys(numbers)), controller=silence is None)
+    except UserError as error:
+        return str(error)
+
+
+def judge(
+    place: Place,
+    facts: Facts,
+    queue: list[QueueJob],
+    silence: str | None,
+    now: float,
+    ended_ones: Ended | None = None,
+) -> State:
+    """What the run does: by the queue, else sacct or scontrol, else its own files.
+
+    `ended_ones` are `ended_jobs` of several runs; else Slurm is asked about this one.
+    """
     if place.job is None:
         return judge_local(place, facts, now)
     run = shlex.quote(place.shown)
@@ -44,10 +74,12 @@ def judge(place: Place, facts: Facts, queue: list[QueueJob], silence: str | None
         return State("done", "done", "its own files", next=following)
     ended: QueueJob | None = None
     if not jobs and facts.jobs:
-        try:
-            ended = queue_jobs.other_job(facts.jobs[-1], controller=silence is None)
-        except UserError as error:
-            silence = silence or str(error)
+        if ended_ones is None:
+            ended_ones = ended_jobs([(place, facts)], queue, silence)
+        if isinstance(ended_ones, str):
+            silence = silence or ended_ones
+        else:
+            ended = ended_ones.get(facts.jobs[-1])
         jobs = [ended] if ended and ended.active else []
     if jobs and (host := _lost_host(place, jobs[0])):
         sentence = f"job {jobs[0].id} runs on without its first node, {host}, and so without its supervisor"
