@@ -220,8 +220,10 @@ def test_the_finish_of_an_array_excludes_others_but_shares_do_not(corpus: Path) 
         assert share.returncode == 0, text
     finish = start(config, "--finish")
     wait_for(output, ".prep/shard-*.json", finish)
+    finish.send_signal(signal.SIGSTOP)  # it has not ended when the other one comes
     again = start(config, "--finish")
     text, _ = again.communicate()
+    finish.send_signal(signal.SIGCONT)
     assert again.returncode == 2, text
     assert f"another bertscale prep (process {finish.pid} on" in text
     text, _ = finish.communicate()

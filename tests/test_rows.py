@@ -175,8 +175,10 @@ def test_bytes_of_another_encoding(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"there is no encoding 'latin-33'"):
         examples(encoding="latin-33")
-    with pytest.raises(UserError, match=r"b\.tsv, line 1, which should name the columns: .*encoding=utf-16"):
-        read(tmp_path / "b.tsv")
+    assert values(tmp_path / "b.tsv")[0]["text"] == "café noir"  # by its mark
+    header = written(tmp_path / "c.tsv", "text\tth\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.tsv, line 1, which should name the columns: .*encoding=cp1252"):
+        read(header)
 
 
 def test_broken_json(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_file_that_is_not_there_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^cannot read .*a\.json: No such file"):
         read(path)
     path = tmp_path / "a.json.gz"
-    path.write_bytes(b"no such thing as gzip")
+    path.write_bytes(gzip.compress(os.urandom(1000).hex().encode())[:500])
     with pytest.raises(UserError, match=r"^cannot read .*a\.json\.gz: the file is damaged"):
         read(path)
 

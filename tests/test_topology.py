@@ -20,6 +20,7 @@ from bertscale.config import ModelConfig, UserError
 from bertscale.convert.model_shape import native_shapes
 from bertscale.export.convert import convert
 from bertscale.export.options import ConvertOptions
+from bertscale.export.output import RECORD
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import Checkpoint, open_checkpoint, save_checkpoint, write_whole
 from bertscale.train.checkpoint_table import STATES
@@ -306,6 +307,7 @@ def test_deepspeed_loads_a_universal_checkpoint_of_ours(
         place = real(tmp_path / "-".join(map(str, ranks)), tiny_data, ranks, universal=str(output))
         assert same(states(trained[REAL[0]]), states(place)), ranks
     shutil.copytree(output, tmp_path / "damaged")
+    (tmp_path / "damaged" / RECORD).unlink()
     (lost,) = (tmp_path / "damaged").glob("global_step2/zero/encoder.pooler.bias/exp_avg.pt")
     lost.unlink()
     (tmp_path / "damaged" / "bertscale-convert.json").unlink()  # which names the file, too

@@ -109,7 +109,7 @@ def test_the_same_model_for_any_number_of_workers(tmp_path: Path, capsys: pytest
     assert "training 400 unigram pieces on 300 documents: 0.1 MB" in shown
     assert "99.95 % of its characters get pieces" in shown
     assert "its Hugging Face form gives the same ids for 300 of 300 sentences (100 %)" in shown
-    assert prepare(tmp_path, documents, 1, seed=1).read_bytes() != one
+    assert prepare(tmp_path / "again", documents, 1, seed=1).read_bytes() != one
 
 
 def test_sentences_that_are_longer_than_the_trainer_takes(tmp_path: Path) -> None:

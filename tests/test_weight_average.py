@@ -167,5 +167,5 @@ def test_it_is_exported_on_request(
     assert capsys.readouterr().out.startswith("already converted")
     with pytest.raises(UserError, match=r"step-0000004 holds no average of the weights; a run with "):
         convert(folder / "plain", tmp_path / "none", ConvertOptions(show=False, average=True))
-    with pytest.raises(UserError, match=r"--average: .* is a Hugging Face folder"):
+    with pytest.raises(UserError, match=r"--average: .* is no checkpoint of ours"):
         convert(tmp_path / "weights", tmp_path / "none", ConvertOptions(show=False, average=True))
