@@ -235,6 +235,14 @@ def read_metrics(run: Path, last_bytes: int | None = None) -> list[dict[str, Any
     return read_steps(run / METRICS, last_bytes)
 
 
+def metrics_until(checkpoint: Path, step: int) -> list[dict[str, Any]]:
+    """Reads the entries until `step` of the run that the folder of a checkpoint lies in; none where it lies
+    elsewhere."""
+    if checkpoint.parent.name != CHECKPOINTS:
+        return []
+    return [entry for entry in read_metrics(checkpoint.parent.parent) if entry["step"] <= step]
+
+
 def read_steps(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """Reads the entries of a file that have a "step"."""
     return [entry for entry in read_lines(path, last_bytes) if is_number(entry.get("step"))]

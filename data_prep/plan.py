@@ -336,10 +336,11 @@ class Plan:
         return {"read": dict(sorted(read.items())), "not_read": dict(sorted(self.unread.items()))}
 
     def _said_of_files(self) -> str:
-        counts = {key: sum(kinds.values()) for key, kinds in self.files_by_kind().items()}
+        by_kind = self.files_by_kind()
+        counts = {key: sum(kinds.values()) for key, kinds in by_kind.items()}
         shown = {
             key: ", ".join(f"{number:,} {kind}" for kind, number in kinds.items())
-            for key, kinds in self.files_by_kind().items()
+            for key, kinds in by_kind.items()
         }
         read = f"reading {counts['read']:,} files ({shown['read']})"
         return read if not counts["not_read"] else f"{read}, not {counts['not_read']:,} ({shown['not_read']})"

@@ -9,14 +9,12 @@ that the node is down is what counts here: a supervisor that is merely slow is n
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from bertscale.errors import MISTAKE, UserError
+from bertscale.errors import MISTAKE
 from bertscale.run_folder import CANCELLED, EVENTS, JOB_SPEC, Events, newest_step
 from launcher import slurm
 from launcher.enqueue import queue
@@ -38,7 +36,7 @@ def main(arguments: list[str]) -> int:
     while not slurm.is_down(host):
         time.sleep(LOOK_SECONDS)
     if (folder / CANCELLED).exists():
-        insist("scancel", job)
+        slurm.insist("scancel", job, pause=RETRY_SECONDS)
     else:
         queue_again(folder, job, f"{host} is down, on which its supervisor was", host)
     return 0
@@ -50,17 +48,9 @@ def queue_again(folder: Path, job: str, reason: str, host: str) -> None:
     reached = newest_step(Path(spec.target)) if spec.stage in TRAINING else 0
     # Before Slurm is asked, since it ends what runs in a requeued job, this process too.
     Events(folder / EVENTS, job=job).write("requeued", reason=reason, checkpoint=reached, saved=False)
-    if insist("scontrol", "requeue", job).returncode > 0:
+    if slurm.insist("scontrol", "requeue", job, pause=RETRY_SECONDS).returncode > 0:
         queue(spec, [job], [host], succeeds=job)
-        insist("scancel", job)
-
-
-def insist(*command: str) -> subprocess.CompletedProcess[str]:
-    """Asks Slurm until it answers."""
-    while True:
-        with contextlib.suppress(UserError):
-            return slurm.ask(*command, check=False)
-        time.sleep(RETRY_SECONDS)
+        slurm.insist("scancel", job, pause=RETRY_SECONDS)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ print(partitions()["main"]["MaxTime"], len(nodes("node[1-4]")))
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import subprocess
+import time
 
 from bertscale.errors import UserError
 
@@ -52,6 +54,14 @@ def ask(
 def own_environment() -> dict[str, str]:
     """The variables of this shell without those that speak of another job or change what a script says."""
     return {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
+
+
+def insist(*command: str, pause: float) -> subprocess.CompletedProcess[str]:
+    """As `ask` without a check, again and again, `pause` seconds apart, until the controller answers."""
+    while True:
+        with contextlib.suppress(UserError):
+            return ask(*command, check=False)
+        time.sleep(pause)
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:

@@ -295,11 +295,7 @@ class Job:
         refused = "the site lets no job be requeued"
         if record.get("Requeue") != "0":
             print(f"requeued ({reason})", flush=True)
-            while True:
-                with contextlib.suppress(UserError):
-                    done = slurm.ask("scontrol", "requeue", self.name, check=False)
-                    break
-                time.sleep(RETRY_SECONDS)
+            done = slurm.insist("scontrol", "requeue", self.name, pause=RETRY_SECONDS)
             # Killed by a signal it was granted: Slurm ends what runs in a requeued job, this scontrol too.
             if done.returncode <= 0:
                 if bad:
@@ -328,9 +324,8 @@ class Job:
             with contextlib.suppress(UserError):  # without it that job begins too early, and says so
                 waits = str(events[-1]["job"]) if events else ""
                 if waits and (next_one := slurm.show_job(waits)):
-                    before = re.sub(
-                        r"\(\w*\)", "", next_one.get("Dependency", "")
-                    )  # afterany:17(unfulfilled)
+                    # It says afterany:17(unfulfilled).
+                    before = re.sub(r"\(\w*\)", "", next_one.get("Dependency", ""))
                     dependency = ",".join(filter(None, [before, f"afterany:{job}"]))
                     slurm.ask("scontrol", "update", f"JobId={waits}", f"Dependency={dependency}")
         return job

@@ -21,12 +21,8 @@ from bertscale.convert.sources import CheckpointSource, open_source_weights
 from bertscale.model.model import PretrainingModel, initial_value
 from bertscale.train.checkpoint import Checkpoint
 
-GENERATOR_SIZES = (
-    1 / 4,
-    1 / 3,
-    1 / 2,
-    1.0,
-)  # of an ELECTRA without generator the first that its shape allows
+# Of an ELECTRA without generator the first that its shape allows.
+GENERATOR_SIZES = (1 / 4, 1 / 3, 1 / 2, 1.0)
 
 
 class Weights(Protocol):

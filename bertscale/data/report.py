@@ -27,6 +27,7 @@ REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 EXAMPLE_SHOWN = 160  # characters, in a terminal
 REASONS_SHOWN = 40  # in the page's plot
+SOURCE_COLUMNS = ("source", "records", "kept", "dropped", "bad")
 
 Counts = npt.NDArray[np.int64]
 
@@ -131,12 +132,7 @@ def source_lines(report: dict[str, Any] | None) -> Iterator[str]:
     left_out = sum(sum(_left_out(source).values()) for source in sources.values())
     if len(sources) < 2 and not left_out:
         return
-    rows = [("source", "records", "kept", "dropped", "bad")]
-    for name, source in sources.items():
-        dropped, bad = (sum(source[kind].values()) for kind in ("dropped", "bad"))
-        numbers = (source["records"], source["records"] - dropped - bad, dropped, bad)
-        rows.append((name, *(f"{number:,}" for number in numbers)))
-    yield from table_lines(rows)
+    yield from table_lines([SOURCE_COLUMNS, *_source_rows(sources)])
     if len(sources) > 1:
         for name, source in sources.items():
             for reason, count in _left_out(source).items():
@@ -157,6 +153,16 @@ def table_lines(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))
+
+
+def _source_rows(sources: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What became of the records of each source, under `SOURCE_COLUMNS`."""
+    rows = []
+    for name, source in sources.items():
+        dropped, bad = (sum(source[kind].values()) for kind in ("dropped", "bad"))
+        numbers = (source["records"], source["records"] - dropped - bad, dropped, bad)
+        rows.append((name, *(f"{number:,}" for number in numbers)))
+    return rows
 
 
 def _left_out(source: dict[str, Any]) -> dict[str, int]:
@@ -238,13 +244,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _sources(sources: dict[str, Any]) -> str:
-    rows = []
-    for name, source in sources.items():
-        dropped, bad = (sum(source[kind].values()) for kind in ("dropped", "bad"))
-        numbers = (source["records"], source["records"] - dropped - bad, dropped, bad)
-        rows.append([name, *(f"{number:,}" for number in numbers)])
     note = '<p class="soft">The same text twice is found later, over all sources together.</p>'
-    return _table(("source", "records", "kept", "dropped", "bad"), rows) + note
+    return _table(SOURCE_COLUMNS, _source_rows(sources)) + note
 
 
 def _reasons(counters: dict[str, Any]) -> list[tuple[str, int]]:

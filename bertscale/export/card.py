@@ -11,7 +11,7 @@ from bertscale.convert.sources import InitSource
 from bertscale.export.options import ConvertOptions
 from bertscale.export.reference import FILE, FOLDER
 from bertscale.files import json_digest
-from bertscale.run_folder import CHECKPOINTS, METRICS, read_metrics
+from bertscale.run_folder import metrics_until
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import Checkpoint
 
@@ -151,18 +151,13 @@ def _training(source: InitSource) -> dict[str, str]:
 
 def _losses(checkpoint: Checkpoint) -> dict[str, str]:
     """The newest losses, up to the checkpoint's step, of the run that it lies in."""
-    run = checkpoint.folder.parent.parent
-    if checkpoint.folder.parent.name != CHECKPOINTS or not (run / METRICS).is_file():
-        return {}
     newest: dict[str, tuple[float, int]] = {}
-    for line in read_metrics(run):
-        step = int(line.get("step", 0))
-        if step <= checkpoint.step:
-            newest |= {
-                name: (value, step)
-                for name, value in line.items()
-                if name.endswith("loss") and name.startswith(("train/", "heldout"))
-            }
+    for line in metrics_until(checkpoint.folder, checkpoint.step):
+        newest |= {
+            name: (value, int(line["step"]))
+            for name, value in line.items()
+            if name.endswith("loss") and name.startswith(("train/", "heldout"))
+        }
     return {
         name.replace("/", " ").replace("_", " "): f"{value:.4f} (step {step:,})"
         for name, (value, step) in sorted(newest.items())

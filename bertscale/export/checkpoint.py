@@ -14,12 +14,11 @@ from bertscale.config import UserError
 from bertscale.convert.weights import SourceWeights, Weights
 from bertscale.export.options import ConvertOptions
 from bertscale.export.output import Written
+from bertscale.export.tensors import run_through
 from bertscale.export.topology import Topology, write_shards
 from bertscale.export.verify import compare_checkpoint, compare_import
-from bertscale.progress import Progress
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import AveragedCheckpoint, Checkpoint, open_checkpoint
-from bertscale.train.device import one_thread
 
 # Keys of a table that `write_shards` gives itself.
 WRITTEN = ("format", "topology", "parameters", "files")
@@ -37,13 +36,9 @@ def write_checkpoint(weights: Weights, output: Path, options: ConvertOptions) ->
     _copy_tokenizer(weights, output)
     table = _table(weights, topology, moments)
     amount = sum(len(each) for each in states.values())
-    with one_thread(), Progress("written", amount, "tensors") as progress:
-        for _ in write_shards(output, weights, states, topology, table):
-            progress.advance(1)
+    run_through("written", amount, write_shards(output, weights, states, topology, table))
     written = open_checkpoint(output)
-    with one_thread(), Progress("compared", amount, "tensors") as progress:
-        for _ in compare_checkpoint(weights, written, states):
-            progress.advance(1)
+    run_through("compared", amount, compare_checkpoint(weights, written, states))
     ranks = (
         f"{topology.tensor} tensor-parallel x {topology.data} data-parallel ranks, ZeRO {topology.zero_stage}"
     )

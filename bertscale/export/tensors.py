@@ -16,7 +16,9 @@ from bertscale.config import UserError
 from bertscale.convert.tensor_files import INDEX, WEIGHTS
 from bertscale.export.options import Precision
 from bertscale.files import write_json
+from bertscale.progress import Progress
 from bertscale.train.checkpoint import stream_tensors
+from bertscale.train.device import one_thread
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -37,23 +39,25 @@ class Rounding:
 
     def __call__(self, value: Tensor) -> Tensor:
         """The values as they are stored; those beyond the range are clamped, whether asked for or not."""
-        if self.dtype == torch.float32:
-            return value
-        largest = torch.finfo(self.dtype).max
-        rounded = value.to(self.dtype)
-        return torch.where(value.isfinite() & rounded.isinf(), value.sign().to(self.dtype) * largest, rounded)
+        return value if self.dtype == torch.float32 else self._rounded(value)[0]
 
     def counted(self, name: str, value: Tensor) -> Tensor:
         """As a call; what is lost is counted."""
-        rounded = self(value)
         if self.dtype == torch.float32:
-            return rounded
-        if over := int((value.isfinite() & value.to(self.dtype).isinf()).sum()):
+            return value
+        rounded, beyond = self._rounded(value)
+        if over := int(beyond.sum()):
             self.overflows[name] = over
         gone = int(((rounded == 0) & (value != 0)).sum())
         if gone > MANY * value.numel():
             self.zeros[name] = gone
         return rounded
+
+    def _rounded(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The values as they are stored, and which of them were beyond the range."""
+        rounded, largest = value.to(self.dtype), torch.finfo(self.dtype).max
+        beyond = value.isfinite() & rounded.isinf()
+        return torch.where(beyond, value.sign().to(self.dtype) * largest, rounded), beyond
 
     def check(self) -> list[str]:
         """Says what was lost. Raises UserError where values were beyond the range and no one allowed it."""
@@ -78,6 +82,13 @@ class Rounding:
 def _named(counts: dict[str, int]) -> str:
     first = ", ".join(f"{count:,} of {name}" for name, count in list(counts.items())[:NAMED])
     return first + (f" and of {len(counts) - NAMED:,} more tensors" if len(counts) > NAMED else "")
+
+
+def run_through(what: str, count: int, tensors: Iterable[object]) -> None:
+    """Takes `tensors`, which are `count`, one after the other, on one thread, and shows how far it is."""
+    with one_thread(), Progress(what, count, "tensors") as progress:
+        for _ in tensors:
+            progress.advance(1)
 
 
 def write_tensors(

@@ -31,13 +31,12 @@ from bertscale.convert.weights import SourceWeights, Weights
 from bertscale.export.checkpoint import kept_states
 from bertscale.export.options import ConvertOptions
 from bertscale.export.output import Written
+from bertscale.export.tensors import run_through
 from bertscale.export.verify import compare_checkpoint
-from bertscale.progress import Progress
 from bertscale.run_folder import CONFIG
 from bertscale.tokenizer import load_tokenizer
 from bertscale.train.checkpoint import Checkpoint
 from bertscale.train.checkpoint_table import AVERAGE
-from bertscale.train.device import one_thread
 from bertscale.train.parallel import tensor_parallel_dimension
 
 DEEPSPEED = "0.19.8"  # the version whose files these are
@@ -51,14 +50,11 @@ def write_universal(weights: Weights, output: Path, options: ConvertOptions) -> 
     steps = weights.step if isinstance(weights, Checkpoint) else 0
     updates = weights.updates if moments and isinstance(weights, Checkpoint | SourceWeights) else 0
     amount = sum(len(each) for each in states.values())
-    with one_thread(), Progress("written", amount, "tensors") as progress:
-        for _ in write_universal_files(output, weights, states, max(steps, updates), updates):
-            progress.advance(1)
+    files = write_universal_files(output, weights, states, max(steps, updates), updates)
+    run_through("written", amount, files)
     inside = find_deepspeed(output)
     assert inside is not None
-    with one_thread(), Progress("compared", amount, "tensors") as progress:
-        for _ in compare_checkpoint(weights, open_deepspeed(inside), states):
-            progress.advance(1)
+    run_through("compared", amount, compare_checkpoint(weights, open_deepspeed(inside), states))
     said = [
         f"written   {inside.name} {'with' if moments else 'without'} optimizer state: load it in DeepSpeed "
         "by "

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from bertscale.config import ModelConfig, check_config
+from bertscale.config import WORK_FOLDER, ModelConfig, check_config
 from bertscale.config.table import FileName, Table, check_table, damaged, read_object
 from bertscale.errors import UserError
 from bertscale.files import file_digest, json_digest
@@ -27,7 +27,7 @@ from bertscale.run_folder import (
     checkpoint_step,
     checkpoints,
     is_number,
-    read_metrics,
+    metrics_until,
 )
 from bertscale.tokenizer import find_tokenizer, load_tokenizer
 from bertscale.train.checkpoint_table import AVERAGE, STATES, check_files, read_table
@@ -82,7 +82,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def is_prepared(path: Path) -> bool:
     """Whether `bertscale prep` has been at work in the folder, finished or not."""
-    return (path / MANIFEST).is_file() or (path / ".prep").is_dir()
+    return (path / MANIFEST).is_file() or (path / WORK_FOLDER).is_dir()
 
 
 def _data_set(path: Path) -> dict[str, Any]:
@@ -173,12 +173,10 @@ def _setting(config: Any, section: str, key: str) -> Any:
 
 def _losses(checkpoint: Path, step: int) -> dict[str, float] | None:
     """The last losses that the checkpoint's run has logged until then, and their steps; None without any."""
-    if checkpoint.parent.name != CHECKPOINTS:
-        return None
     found: dict[str, float] = {}
-    for entry in read_metrics(checkpoint.parent.parent):
+    for entry in metrics_until(checkpoint, step):
         for key in ("train/loss", "heldout/loss", "heldout/mlm_loss"):
-            if is_number(entry.get(key)) and entry["step"] <= step:
+            if is_number(entry.get(key)):
                 found[key] = entry[key]
                 found[f"{key.partition('/')[0]}_step"] = entry["step"]
     return found or None

@@ -45,20 +45,18 @@ class Source:
 
     def states(self, name: str) -> tuple[str, ...]:
         """What is kept of a parameter: `weight`, and of a checkpoint with moments these."""
-        if isinstance(self.weights, NativeFiles):
-            return self.weights.states(name)
-        if self.checkpoint is None or not self.checkpoint.has_moments:
-            return STATES[:1]
-        return tuple(self.checkpoint.parameters[name].get("states", STATES))
+        return self._with_states.states(name) if self._with_states else STATES[:1]
 
     def tensor(self, name: str, state: str = "weight") -> Tensor:
         """A whole tensor, float32. Raises UserError where it is missing or damaged."""
         if state == "weight":
             return self.weights.tensor(name)
-        if isinstance(self.weights, NativeFiles):
-            return self.weights.tensor(name, state)
-        assert self.checkpoint is not None
-        return self.checkpoint.tensor(name, state)
+        assert self._with_states is not None
+        return self._with_states.tensor(name, state)
+
+    @property
+    def _with_states(self) -> Checkpoint | NativeFiles | None:
+        return self.weights if isinstance(self.weights, NativeFiles) else self.checkpoint
 
     def settings(self) -> dict[str, Any]:
         """Settings by section: the model's and, of a checkpoint, those of its run."""

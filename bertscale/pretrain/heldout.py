@@ -95,10 +95,8 @@ def unmasked_samples(
 ) -> dict[str, MicroBatch]:
     """The first `train.pseudo_perplexity` samples of each of the `loaders`' sets, or all where there are
     fewer, in one micro-batch that each rank has; {} without that key. All ranks must call."""
-    found, least = (
-        {},
-        2 if config.samples.has_pairs else 1,
-    )  # half of the pairs have one label, half the other
+    found = {}
+    least = 2 if config.samples.has_pairs else 1  # half of the pairs have one label, half the other
     for prefix, alone, held in _sets(config, data) if config.train.pseudo_perplexity else ():
         there = sum(sampler.num_samples for sampler in loaders[prefix].mixture.phases[-1].samplers)
         size = min(config.train.pseudo_perplexity, max(least, there // least * least))

@@ -65,7 +65,7 @@ def signature(text: str, spaced: bool, hashes: int) -> Hashes:
     factors, terms = _functions(hashes)
     smallest = np.full(hashes, 2**32 - 1, np.uint32)
     for begin in range(0, len(shingles), SHINGLES_AT_ONCE):
-        some = (_mix(shingles[begin : begin + SHINGLES_AT_ONCE]) >> np.uint64(32)).astype(np.uint32)
+        some = (splitmix64(shingles[begin : begin + SHINGLES_AT_ONCE]) >> np.uint64(32)).astype(np.uint32)
         values = some[:, None] * factors  # [shingles, hashes], modulo 2^32
         values += terms
         np.minimum(smallest, values.min(axis=0), out=smallest)
@@ -75,7 +75,7 @@ def signature(text: str, spaced: bool, hashes: int) -> Hashes:
 def hashes_of(units: list[str] | str) -> npt.NDArray[np.uint64]:
     """A hash of each word, or of each character of a string."""
     if isinstance(units, str):
-        return _mix(np.frombuffer(units.encode("utf-32-le"), np.uint32).astype(np.uint64) + _BASE)
+        return splitmix64(np.frombuffer(units.encode("utf-32-le"), np.uint32).astype(np.uint64) + _BASE)
     return np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in units], np.uint64)
 
 
@@ -90,13 +90,14 @@ def shingles_of(units: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.uint
 @lru_cache
 def _functions(hashes: int) -> tuple[Hashes, Hashes]:
     """Odd factors and terms of the hash functions, the same ones always."""
-    draws = (_mix(np.arange(1, 2 * MOST_HASHES + 1, dtype=np.uint64) * _BASE) >> np.uint64(32)).astype(
+    draws = (splitmix64(np.arange(1, 2 * MOST_HASHES + 1, dtype=np.uint64) * _BASE) >> np.uint64(32)).astype(
         np.uint32
     )
     return (draws[:MOST_HASHES] | np.uint32(1))[:hashes], draws[MOST_HASHES:][:hashes]
 
 
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Mixes the bits of each number: the output function of SplitMix64 (Steele, Lea and Flood 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -136,7 +137,7 @@ def _meeting(parts: list[Hashes]) -> tuple[Indices, Indices]:
     for part in parts:
         key = np.zeros(len(part), np.uint64)
         for column in part.T:
-            key = _mix(key + column)
+            key = splitmix64(key + column)
         keys.append(key)
     key = np.concatenate(keys)
     order = np.argsort(key, kind="stable")

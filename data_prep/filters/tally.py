@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_prep.filters.near import splitmix64
+
 EXAMPLES = 3  # of each reason, and of what is kept
 EXCERPT = 400  # characters
 KEPT = "kept"
@@ -80,7 +82,8 @@ class Tally:
         if block != self._block:
             self._block = block
             first = (self._unit << 32) + block * DRAWS
-            self._draws = _mixed(np.arange(first, first + DRAWS, dtype=np.uint64) + np.uint64(self._seed))
+            numbers = np.arange(first, first + DRAWS, dtype=np.uint64)
+            self._draws = splitmix64(numbers + np.uint64(self._seed)).tolist()
         draw, few = self._draws[place], self.examples.setdefault(reason, [])
         if len(few) < EXAMPLES or draw < few[-1][0]:
             insort(few, (draw, self._unit << 32 | number, text[:EXCERPT]))
@@ -89,14 +92,6 @@ class Tally:
 
 def _nothing() -> dict[str, Any]:
     return {"records": 0, **{kind: Counter[str]() for kind in _KINDS}}
-
-
-def _mixed(values: np.ndarray[Any, np.dtype[np.uint64]]) -> list[int]:
-    """A draw for each value: the output function of SplitMix64 (Steele, Lea and Flood 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    draws: list[int] = (values ^ (values >> np.uint64(31))).tolist()
-    return draws
 
 
 def combined(contents: Iterable[dict[str, Any]], inputs: Sequence[str]) -> dict[str, Any]:

@@ -92,11 +92,8 @@ def judge(
     if facts.cancelled or (last and last["event"] == "cancelled"):
         return State("cancelled", "cancelled", "its own events", next=resume)
     if ended:
-        word = (
-            "cancelled" if ended.state == "CANCELLED" else "failed"
-        )  # by scancel, of the person or an admin
-        if word == "cancelled":
-            return State(word, queue_jobs.in_words(ended, now), ended.source, next=resume)
+        if ended.state == "CANCELLED":  # by scancel, of the person or an admin
+            return State("cancelled", queue_jobs.in_words(ended, now), ended.source, next=resume)
         return State("failed", queue_jobs.in_words(ended, now), ended.source, next=logs)
     if last is None:
         return State("not queued", "it was never queued", "its own events", next=resume)
