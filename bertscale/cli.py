@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -20,8 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bertscale.console import complain, disk_errors_in_one_line, figure_lines, key_table, make_parser
-from bertscale.errors import BROKEN_PIPE, DIFFERENT, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
+from bertscale.console import (
+    complain,
+    disk_errors_in_one_line,
+    figure_lines,
+    key_table,
+    make_parser,
+    reader_left,
+)
+from bertscale.errors import DIFFERENT, INTERRUPTED, MISTAKE, STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -224,9 +230,8 @@ def _print(lines: list[str]) -> int:
     """Prints the lines; returns the exit code, which is another one where nobody reads them."""
     try:
         print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:  # its reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        return reader_left()
     return 0
 
 
@@ -645,9 +650,8 @@ def predict(arguments: list[str]) -> int:
             score=options.score,
             say=lambda line: print(f"bertscale predict: {line}", file=sys.stderr),
         )
-    except BrokenPipeError:  # its reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        return reader_left()
     if figures:
         print(figure_lines(figures), file=sys.stderr)
     return 0
@@ -862,9 +866,8 @@ def ask(name: str, arguments: list[str]) -> int:
     try:
         code = answer(name, arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # its reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        return reader_left()
     return code
 
 

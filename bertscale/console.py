@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shutil
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from bertscale.errors import MISTAKE, UserError
+from bertscale.errors import BROKEN_PIPE, MISTAKE, UserError
 
 if TYPE_CHECKING:
     from bertscale.config import Section
@@ -85,6 +86,13 @@ def figure_lines(figures: dict[str, float]) -> str:
     """Lists figures, each with its name in front."""
     width = max(map(len, figures)) + 2
     return "\n".join(f"{name:<{width}}{value:.4f}" for name, value in figures.items())
+
+
+def reader_left() -> int:
+    """Has what is still to be printed go nowhere, since who reads it, such as `head`, has enough; returns the
+    exit code for that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def complain(name: str, message: str) -> int:
